@@ -1,0 +1,1 @@
+"""Train language models that predict n future tokens per position."""
