@@ -1,0 +1,13 @@
+"""Linear cross-entropy of several heads."""
+
+from torchtitan_mtp.ops.chunked import HeadLoss, LossOptions, accumulation_dtype, head_loss_and_grad
+from torchtitan_mtp.ops.linear_cross_entropy import LossOutput, linear_cross_entropy
+
+__all__ = [
+    "HeadLoss",
+    "LossOptions",
+    "LossOutput",
+    "accumulation_dtype",
+    "head_loss_and_grad",
+    "linear_cross_entropy",
+]

@@ -1,0 +1,315 @@
+"""Linear cross-entropy for several heads without whole logits: gradients inside the forward.
+
+The problem. A head's logits are [N, V]: with n heads, N = 8192 tokens and V = 128k, that is
+n * 4 GiB in fp32, and autograd would keep them (or their softmax) until the backward. Yet they are
+needed for nothing but three numbers a row and two matrix products.
+
+The idea. Cross-entropy's gradient in its logits, ``softmax(logits) - onehot(label)``, needs no
+more than the logits. So walk over heads and, in each head, over chunks of rows; for each chunk
+
+    logits = h @ W.T                        [C, V]    2 C D V FLOPs
+    loss, and G = d loss / d logits         [C, V]    in place, a few passes over the chunk
+    dh     = G @ W                          [C, D]    2 C D V
+    dW    += G.T @ h                        [V, D]    2 C D V
+
+and forget the logits. Everything is computed once: 6 n N D V FLOPs, the same as a whole
+backward, with no recomputation (recomputing logits in the backward would make it 8). What stays
+alive is one fp32 ``dW`` [V, D] for ALL heads, the ``dh`` [N, D] of each head and one chunk's
+logits [C, V]; the memory does not grow with n but for the ``dh``, which are the heads' own
+gradients. The backward multiplies by grad_output.
+
+Rows never materialise a normalised softmax: with e = exp(logits - max) and s = sum(e),
+``G = (e - s * onehot) / s``, and the division by s, the scale of the head, the z-loss factor and
+the mask of ignored labels are all factors of a ROW. They go to the rows of ``dh`` and ``h``, which
+are [C, D], and not over [C, V].
+
+Ignored labels: on the CPU their rows are left out; on other devices, where the number of valid rows
+can't be known without a synchronisation, they're computed and multiplied by 0.
+
+Precision. Matrix products run in the dtype of the inputs (under autocast: in autocast's), all else
+in fp32. A CPU without bf16 units multiplies bf16 hundreds of times slower than fp32, so there the
+operands are upcast tile by tile.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+_LOW_PRECISION = (torch.bfloat16, torch.float16)
+_TILE_ROWS = 4096  # rows of the weight that are upcast at a time
+
+
+class LossOptions(NamedTuple):
+    """What a token's loss is; the same for every head."""
+
+    ignore_index: int = -100
+    z_loss: float = 0.0
+    softcap: float | None = None
+    label_smoothing: float = 0.0
+    chunk_rows: int | None = None
+
+
+class HeadLoss(NamedTuple):
+    """One head's result: 0-dim tensors, and the gradient of ``scale * loss_sum`` in its hidden."""
+
+    loss_sum: Tensor  # [] accumulation dtype
+    valid: Tensor  # [] int64
+    correct: Tensor  # [] int64
+    d_hidden: Tensor | None  # [N, D] in the hidden's dtype
+
+
+def head_loss_and_grad(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    scale: Tensor | None,
+    options: LossOptions,
+    *,
+    need_d_hidden: bool = True,
+    d_weight: Tensor | None = None,
+) -> HeadLoss:
+    """Loss of one head and the gradients of ``scale * loss_sum``, outside autograd.
+
+    Both engines end here: the joint one calls it for every head inside one autograd function, the
+    sequential one calls it head by head, always with the same ``d_weight``, and starts each head's
+    backward from ``d_hidden``.
+
+    Args:
+        hidden: [N, D].
+        weight: [V, D], the unembedding.
+        labels: [N] int64; ``options.ignore_index`` marks rows that do not count.
+        scale: [] factor of the gradients, None for 1. ``loss_sum`` is not scaled.
+        options: what a token's loss is.
+        need_d_hidden: whether to compute the gradient of ``hidden``.
+        d_weight: [V, D] in `accumulation_dtype(weight.dtype)`; the weight's gradient is ADDED to
+            it. None: it is not computed.
+    """
+    n_rows, vocab = hidden.shape[0], weight.shape[0]
+    acc, mm = accumulation_dtype(hidden.dtype), matmul_dtype(hidden)
+    device = hidden.device
+    rows = None  # indices of the valid rows, None for all
+    if device.type == "cpu":
+        is_valid = labels != options.ignore_index
+        n_valid = int(is_valid.sum())
+        if n_valid < n_rows:
+            rows = is_valid.nonzero().squeeze(1)  # [n_valid]
+        n_rows = n_valid
+    loss_sum = torch.zeros((), dtype=acc, device=device)
+    valid = torch.zeros((), dtype=torch.int64, device=device)
+    correct = torch.zeros((), dtype=torch.int64, device=device)
+    d_hidden = None
+    if need_d_hidden:
+        d_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format)
+        if rows is not None:
+            d_hidden.zero_()
+    if weight.dtype != mm and weight.dtype not in _LOW_PRECISION:
+        weight = weight.to(mm)  # autocast: one narrower copy
+    chunk = min(options.chunk_rows or default_chunk_rows(hidden, vocab), max(n_rows, 1))
+    buffer = torch.empty(chunk, vocab, dtype=acc, device=device)
+    for start in range(0, n_rows, chunk):
+        pick = slice(start, min(start + chunk, n_rows)) if rows is None else rows[start : start + chunk]
+        h = hidden[pick].to(mm)  # [C, D]
+        y = labels[pick]  # [C]
+        logits = _project(h, weight, buffer[: h.shape[0]])  # [C, V]
+        need_grad = need_d_hidden or d_weight is not None
+        part, grad, row_factor = _token_losses(logits, y, options, need_grad)
+        loss_sum += part.loss_sum
+        valid += part.valid
+        correct += part.correct
+        if not need_grad:
+            continue
+        if scale is not None:
+            row_factor = row_factor * scale.to(acc)
+        row_factor = row_factor.unsqueeze(1)  # [C, 1]
+        grad = grad.to(mm)
+        if d_hidden is not None:
+            d_hidden[pick] = (_times_weight(grad, weight, acc) * row_factor).to(hidden.dtype)
+        if d_weight is not None:
+            _accumulate(d_weight, grad, (h * row_factor).to(mm))
+    return HeadLoss(loss_sum, valid, correct, d_hidden)
+
+
+class _Part(NamedTuple):
+    loss_sum: Tensor
+    valid: Tensor
+    correct: Tensor
+
+
+def _token_losses(
+    logits: Tensor, labels: Tensor, options: LossOptions, need_grad: bool
+) -> tuple[_Part, Tensor, Tensor]:
+    """Losses of a chunk, and its logits' gradient as ``row_factor[:, None] * G``.
+
+    ``logits`` [C, V] is overwritten (G lives in it). For the loss of a row with label y,
+
+        (1 - a) (lse - x_y) + a (lse - mean(x)) + z lse^2,    lse = logsumexp(x), a = smoothing
+
+    the gradient in x_j is  f p_j - (1 - a) [j = y] - a / V  with  f = 1 + 2 z lse  and
+    p_j = e_j / s, which is (f / s) * (e_j - (s / f) ((1 - a) [j = y] + a / V)). A soft cap
+    x = c tanh(u / c) adds the factor 1 - (x / c)^2.
+    """
+    vocab, smoothing = logits.shape[1], options.label_smoothing
+    is_valid = labels != options.ignore_index  # [C]
+    y = labels.clamp(min=0).masked_fill(~is_valid, 0).unsqueeze(1)  # [C, 1]
+    if options.softcap is not None:
+        logits.div_(options.softcap).tanh_()
+        slope = 1 - logits.square() if need_grad else None  # [C, V]
+        logits.mul_(options.softcap)
+    target = logits.gather(1, y)  # [C, 1]
+    mean = logits.mean(1, keepdim=True) if smoothing else None
+    # The label's logit is put aside while the maximum is taken: so `correct` needs no argmax.
+    others = logits.scatter_(1, y, -torch.inf).amax(1, keepdim=True)  # [C, 1]
+    logits.scatter_(1, y, target)
+    correct = (target > others).squeeze(1)
+    maximum = torch.maximum(others, target)
+    exps = logits.sub_(maximum).exp_()  # [C, V]
+    sums = exps.sum(1, keepdim=True)  # [C, 1]
+    lse = maximum + sums.log()
+    losses = lse - target
+    if mean is not None:
+        losses = losses + smoothing * (target - mean)
+    if options.z_loss:
+        losses = losses + options.z_loss * lse.square()
+    losses = losses.squeeze(1).masked_fill(~is_valid, 0)  # [C]
+    part = _Part(losses.sum(), is_valid.sum(), (correct & is_valid).sum())
+    if not need_grad:
+        return part, logits, losses
+    factor = 1 + 2 * options.z_loss * lse  # [C, 1]
+    per_row = sums / factor
+    if smoothing:
+        exps.sub_(per_row * (smoothing / vocab))
+    grad = exps.scatter_add_(1, y, per_row * (smoothing - 1))
+    if options.softcap is not None:
+        grad.mul_(slope)
+    return part, grad, (factor / sums).squeeze(1).masked_fill(~is_valid, 0)
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Dtype of losses and of the weight's gradient: float32, and float64 for float64 inputs."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def matmul_dtype(hidden: Tensor) -> torch.dtype:
+    """Dtype of the matrix products: the hidden's, autocast's under autocast, never emulated."""
+    device = hidden.device.type
+    dtype = hidden.dtype
+    if dtype != torch.float64 and torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+    if device == "cpu" and dtype in _LOW_PRECISION and not _cpu_multiplies(dtype):
+        return torch.float32
+    return dtype
+
+
+@functools.cache
+def _cpu_multiplies(dtype: torch.dtype) -> bool:
+    """Whether this CPU has units for `dtype` (else a product is hundreds of times slower)."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    if dtype == torch.bfloat16:
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.ops.mkldnn._is_mkldnn_fp16_supported()
+
+
+def default_chunk_rows(hidden: Tensor, vocab: int) -> int:
+    """Rows of a chunk: enough for full matrix-product speed, few enough for flat memory.
+
+    On CPUs 512 rows reach the speed of larger chunks. On GPUs the logits of a chunk get about the
+    size of the hidden states (as in Liger), but never fewer than 1024 rows, under which the
+    matrix products slow down.
+    """
+    n_rows, dim = hidden.shape
+    if hidden.device.type == "cpu":
+        return 512
+    ratio = -(-vocab // dim)
+    rows = -(-n_rows // ratio)
+    return max(1024, 1 << (rows - 1).bit_length())
+
+
+def _tiles(weight: Tensor, dtype: torch.dtype) -> list[slice]:
+    """Row ranges of `weight`: one where no cast is needed, else small ones."""
+    step = weight.shape[0] if weight.dtype == dtype else _TILE_ROWS
+    return [slice(v, min(v + step, weight.shape[0])) for v in range(0, weight.shape[0], step)]
+
+
+def _project(h: Tensor, weight: Tensor, out: Tensor) -> Tensor:
+    """``h @ weight.T`` [C, V] into `out`, which is in the accumulation dtype."""
+    if h.dtype == out.dtype:
+        for v in _tiles(weight, h.dtype):
+            torch.mm(h, weight[v].to(h.dtype).t(), out=out[:, v])
+        return out
+    if h.is_cuda:
+        return torch.mm(h, weight.t(), out_dtype=out.dtype, out=out)
+    return out.copy_(h @ weight.t())
+
+
+def _times_weight(grad: Tensor, weight: Tensor, acc: torch.dtype) -> Tensor:
+    """``grad @ weight`` [C, D]."""
+    tiles = _tiles(weight, grad.dtype)
+    product = grad[:, tiles[0]] @ weight[tiles[0]].to(grad.dtype)
+    for v in tiles[1:]:
+        product.addmm_(grad[:, v], weight[v].to(grad.dtype))
+    return product.to(acc)
+
+
+def _accumulate(d_weight: Tensor, grad: Tensor, h: Tensor) -> None:
+    """``d_weight += grad.T @ h`` [V, D], in `d_weight`'s dtype."""
+    if grad.dtype == d_weight.dtype:
+        d_weight.addmm_(grad.t(), h)
+    elif grad.is_cuda:
+        torch.addmm(d_weight, grad.t(), h, out_dtype=d_weight.dtype, out=d_weight)
+    else:
+        for v in range(0, d_weight.shape[0], _TILE_ROWS):
+            d_weight[v : v + _TILE_ROWS] += grad[:, v : v + _TILE_ROWS].t() @ h
+
+
+class ChunkedLinearCrossEntropy(torch.autograd.Function):
+    """The joint engine's loss: every head in one pass, one buffer for the weight's gradient."""
+
+    @staticmethod
+    def forward(ctx, weight, labels, head_scales, options, *hiddens):  # type: ignore[no-untyped-def]
+        need_weight, need_hidden = ctx.needs_input_grad[0], ctx.needs_input_grad[4:]
+        acc = accumulation_dtype(weight.dtype)
+        d_weight = torch.zeros_like(weight, dtype=acc) if need_weight else None
+        heads = [
+            head_loss_and_grad(
+                hidden,
+                weight,
+                labels[:, k],
+                head_scales[k],
+                options,
+                need_d_hidden=need_hidden[k],
+                d_weight=d_weight,
+            )
+            for k, hidden in enumerate(hiddens)
+        ]
+        loss_sum = torch.stack([head.loss_sum for head in heads])
+        valid = torch.stack([head.valid for head in heads])
+        correct = torch.stack([head.correct for head in heads])
+        loss = (loss_sum * head_scales).sum()
+        ctx.mark_non_differentiable(loss_sum, valid, correct)
+        ctx.set_materialize_grads(False)
+        # Plain attributes: saved tensors would stay referenced and force a copy into `.grad`.
+        ctx.d_weight, ctx.d_hiddens = d_weight, [head.d_hidden for head in heads]
+        ctx.weight_dtype, ctx.used = weight.dtype, False
+        return loss, loss_sum, valid, correct
+
+    @staticmethod
+    def backward(ctx, grad_loss, *_):  # type: ignore[no-untyped-def]
+        if ctx.used:
+            raise RuntimeError(
+                "linear_cross_entropy: backward ran twice over one forward, whose gradients are "
+                "used up by the first; call it again for a second backward"
+            )
+        ctx.used = True
+        d_weight, d_hiddens = ctx.d_weight, ctx.d_hiddens
+        ctx.d_weight = ctx.d_hiddens = None
+        if grad_loss is None:
+            return (None,) * (4 + len(d_hiddens))
+        if d_weight is not None:
+            d_weight = d_weight.mul_(grad_loss).to(ctx.weight_dtype)
+        d_hiddens = [d if d is None else d.mul_(grad_loss) for d in d_hiddens]
+        return d_weight, None, None, None, *d_hiddens
