@@ -1,0 +1,102 @@
+"""Where metrics go: TensorBoard event files, Weights & Biases, both or neither."""
+
+import dataclasses
+import logging
+import os
+from collections.abc import Mapping
+from datetime import datetime
+from typing import Protocol
+
+import torch.distributed as dist
+
+from torchtitan_mtp.config import JobConfig
+from torchtitan_mtp.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+
+class Backend(Protocol):
+    """Takes a step's metrics, tag to value."""
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class TensorBoard:
+    """Scalars in event files under `folder`."""
+
+    def __init__(self, folder: str) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter  # slow to import
+        except ImportError as error:
+            raise UserError(
+                "metrics.enable_tensorboard = true: the package tensorboard is not installed; "
+                "pip install tensorboard, or set it to false"
+            ) from error
+        self.writer = SummaryWriter(folder, flush_secs=10)
+        logger.info("TensorBoard: %s", folder)
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        for tag, value in metrics.items():
+            self.writer.add_scalar(tag, value, step)
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class WandB:
+    """A Weights & Biases run; project and team from WANDB_PROJECT and WANDB_TEAM."""
+
+    def __init__(self, folder: str, config: JobConfig) -> None:
+        try:
+            import wandb
+        except ImportError as error:
+            raise UserError(
+                "metrics.enable_wandb = true: the package wandb is not installed; "
+                "pip install wandb, or set it to false"
+            ) from error
+        os.makedirs(folder, exist_ok=True)
+        self.run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", "torchtitan_mtp"),
+            entity=os.environ.get("WANDB_TEAM"),
+            dir=folder,
+            config=dataclasses.asdict(config),
+        )
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        self.run.log(dict(metrics), step=step)
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+def metrics_folder(config: JobConfig, rank: int) -> str:
+    """`{dump_folder}/{save_tb_folder}/{start as YYYYmmdd-HHMM}`, `/rank_R` below it for all ranks.
+
+    The start is rank 0's clock when every rank writes (a collective then), so that one run is one
+    folder even where clocks differ.
+    """
+    start = [datetime.now().strftime("%Y%m%d-%H%M")]
+    folder = os.path.join(config.job.dump_folder, config.metrics.save_tb_folder)
+    if not config.metrics.save_for_all_ranks:
+        return os.path.join(folder, start[0])
+    if dist.is_initialized():
+        dist.broadcast_object_list(start, src=0)
+    return os.path.join(folder, start[0], f"rank_{rank}")
+
+
+def build_backends(config: JobConfig, rank: int) -> list[Backend]:
+    """The backends that [metrics] enables, on rank 0, or on every rank with save_for_all_ranks."""
+    metrics = config.metrics
+    if not (metrics.enable_tensorboard or metrics.enable_wandb):
+        return []
+    if rank != 0 and not metrics.save_for_all_ranks:
+        return []
+    folder = metrics_folder(config, rank)
+    backends: list[Backend] = []
+    if metrics.enable_tensorboard:
+        backends.append(TensorBoard(folder))
+    if metrics.enable_wandb:
+        backends.append(WandB(folder, config))
+    return backends

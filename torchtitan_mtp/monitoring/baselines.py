@@ -1,0 +1,74 @@
+"""How low a head's loss could be if it saw nothing but one token: the bar an MTP head must pass.
+
+The skip-bigram entropy H(t[i+k] | t[i]) of a text, from the text's own pair counts, is the least
+cross-entropy that any predictor can reach on that text from t[i] alone (the counts are fitted to the
+very text that they are measured on, so no trained table of bigrams does better). A head k whose
+held-out loss is below it has used more of the context than the current token.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+
+@dataclass(frozen=True)
+class TextEntropies:
+    """In nats: `unigram` = H(t[i]), `skip_bigram[k-1]` = H(t[i+k] | t[i]) for k = 1..n."""
+
+    unigram: float
+    skip_bigram: tuple[float, ...]
+
+
+def skip_bigram_entropies(
+    tokens: ArrayLike, doc_ids: ArrayLike, n: int, vocab_size: int
+) -> TextEntropies:
+    """Empirical entropies of a text [N] whose documents are told apart by `doc_ids` [N].
+
+    Pairs (t[i], t[i+k]) are taken within documents only; where a distance k has no pair, its
+    entropy is nan. Only pairs that occur are held, so the vocabulary may be large.
+    """
+    text = np.asarray(tokens, dtype=np.int64).reshape(-1)
+    docs = np.asarray(doc_ids).reshape(-1)
+    pairs = []
+    for k in range(1, n + 1):
+        inside = docs[:-k] == docs[k:]  # [N - k]
+        pairs.append(conditional_entropy(text[:-k][inside], text[k:][inside], vocab_size))
+    return TextEntropies(unigram=_entropy(text), skip_bigram=tuple(pairs))
+
+
+def conditional_entropy(given: ArrayLike, target: ArrayLike, vocab_size: int) -> float:
+    """H(target | given) in nats of the empirical pairs (given[j], target[j]), both [M].
+
+    H(Y|X) = H(X, Y) - H(X). nan when there is no pair.
+    """
+    x = np.asarray(given, dtype=np.int64).reshape(-1)
+    y = np.asarray(target, dtype=np.int64).reshape(-1)
+    return _entropy(x * vocab_size + y) - _entropy(x)
+
+
+def _entropy(symbols: np.ndarray) -> float:
+    """Entropy in nats of the symbols' frequencies."""
+    if symbols.size == 0:
+        return float("nan")
+    counts = np.unique(symbols, return_counts=True)[1]
+    p = counts / symbols.size
+    return float(-(p * np.log(p)).sum())
+
+
+def comparison_table(
+    losses: Sequence[float], accuracies: Sequence[float], entropies: TextEntropies
+) -> str:
+    """Plain text: for each head its held-out loss beside the entropy of the text given one token."""
+    header = f"{'head':>4}  {'predicts':>8}  {'held-out loss':>13}  {'H(t[i+k]|t[i])':>14}  "
+    lines = [header + f"{'below':>5}  {'accuracy':>8}"]
+    rows = zip(losses, entropies.skip_bigram, accuracies, strict=True)
+    for k, (loss, entropy, accuracy) in enumerate(rows, 1):
+        below = "yes" if loss < entropy else "no"
+        lines.append(
+            f"{k:>4}  {f't[i+{k}]':>8}  {loss:>13.4f}  {entropy:>14.4f}  {below:>5}  "
+            f"{accuracy:>8.1%}"
+        )
+    lines.append(f"in nats a token; entropy of single tokens H(t): {entropies.unigram:.4f}")
+    return "\n".join(lines)

@@ -1,0 +1,174 @@
+"""What the device can do (FLOP/s), which precision it prefers, and how much memory is in use."""
+
+import logging
+import os
+import re
+import sys
+import time
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+logger = logging.getLogger(__name__)
+
+GIB = 1024**3
+
+# Dense bfloat16 FLOP/s from the makers' data sheets (which often print the sparse figure, twice
+# this). A device matches when its name has all the words; the first match counts.
+PEAK_BF16_FLOPS: tuple[tuple[tuple[str, ...], float], ...] = (
+    (("GB200",), 2500e12),
+    (("B200",), 2250e12),
+    (("H200", "NVL"), 835e12),
+    (("H200",), 989e12),
+    (("GH200",), 989e12),
+    (("H100", "NVL"), 835e12),
+    (("H100", "PCIE"), 756e12),
+    (("H100",), 989e12),
+    (("H800",), 989e12),
+    (("H20",), 148e12),
+    (("A100",), 312e12),
+    (("A800",), 312e12),
+    (("A40",), 149.7e12),
+    (("L40S",), 362e12),
+    (("L40",), 181e12),
+    (("L4",), 121e12),
+    (("MI355X",), 2500e12),
+    (("MI325X",), 1307e12),
+    (("MI300X",), 1307e12),
+    (("MI250X",), 191.5e12),  # per GCD, which is what torch calls a device
+)
+
+
+def peak_flops_by_name(device_name: str) -> float | None:
+    """Dense bfloat16 FLOP/s of the named GPU, or None for one that the table does not hold."""
+    words = set(re.split(r"[^A-Z0-9]+", device_name.upper()))
+    for needed, flops in PEAK_BF16_FLOPS:
+        if words.issuperset(needed):
+            return flops
+    return None
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
+    """The rate, in FLOP/s, that counts as 100% in MFU; None when it is not known.
+
+    On CUDA the data sheet's dense bfloat16 rate, whatever `dtype` is, as is the custom. A CPU has
+    no such figure: there it is the rate of a large matrix product in `dtype`, measured now.
+    """
+    if device.type == "cpu":
+        rate = measure_matmul_rate(dtype)
+        logger.info("CPU: %.1f GFLOP/s measured in %s matmuls (100%% in MFU)", rate / 1e9, dtype)
+        return rate
+    name = torch.cuda.get_device_name(device)
+    known = peak_flops_by_name(name)
+    if known is None:
+        logger.warning("no peak FLOP/s known for %r: MFU is not shown", name)
+    else:
+        logger.info("%s: %.0f TFLOP/s peak (bfloat16, dense; 100%% in MFU)", name, known / 1e12)
+    return known
+
+
+def measure_matmul_rate(dtype: torch.dtype, *, budget: float = 0.4) -> float:
+    """FLOP/s of a square matrix product on this CPU with the threads that this process has.
+
+    Takes about `budget` seconds, however slow: a small product tells how large the measured one may
+    be (a CPU without bfloat16 units is several hundred times slower in it than in float32).
+    """
+    size = 128
+    _time_matmul(size, dtype)  # sets up threads and kernels
+    rate = 2 * size**3 / _time_matmul(size, dtype)
+    while size < 1024 and 3 * 2 * (2 * size) ** 3 / rate < budget:
+        size *= 2
+    deadline = time.perf_counter() + budget
+    best = _time_matmul(size, dtype)
+    while time.perf_counter() + best < deadline:
+        best = min(best, _time_matmul(size, dtype))
+    return 2 * size**3 / best
+
+
+def _time_matmul(size: int, dtype: torch.dtype) -> float:
+    """Seconds of one [size, size] @ [size, size]."""
+    a = torch.ones(size, size, dtype=dtype)
+    start = time.perf_counter()
+    a @ a
+    return time.perf_counter() - start
+
+
+def resolve_auto_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where `device` multiplies it faster than float32, else float32.
+
+    Rank 0 decides for all (a collective when a process group exists): the ranks must agree, and
+    measured times never quite do.
+    """
+    if device.type != "cpu":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if native else torch.float32
+    choice: list[torch.dtype | None] = [None]
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        bf16, fp32 = measure_matmul_rate(torch.bfloat16), measure_matmul_rate(torch.float32)
+        choice = [torch.bfloat16 if bf16 > fp32 else torch.float32]
+        logger.info("auto precision: bfloat16 %.1f, float32 %.1f GFLOP/s", bf16 / 1e9, fp32 / 1e9)
+    if dist.is_initialized():
+        dist.broadcast_object_list(choice, src=0)
+    assert choice[0] is not None
+    return choice[0]
+
+
+@dataclass(frozen=True)
+class MemoryStats:
+    """Peaks since the last reset in GiB and in percent of the device, and allocator trouble."""
+
+    max_active_gib: float
+    max_active_pct: float
+    max_reserved_gib: float
+    max_reserved_pct: float
+    num_alloc_retries: int
+    num_ooms: int
+
+
+class MemoryMonitor:
+    """Peak memory of `device`.
+
+    On CUDA what the caching allocator had active and reserved since the last `reset()`. On a CPU
+    both are the peak resident set of this process since it started, which nothing resets, in
+    percent of the machine's memory.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        if device.type == "cpu":
+            self.capacity = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        else:
+            self.capacity = torch.cuda.get_device_properties(device).total_memory
+        self.reset()
+
+    def peak(self) -> MemoryStats:
+        if self.device.type == "cpu":
+            active = reserved = _peak_resident_bytes()
+            retries = ooms = 0
+        else:
+            stats = torch.cuda.memory_stats(self.device)
+            active = stats.get("active_bytes.all.peak", 0)
+            reserved = stats.get("reserved_bytes.all.peak", 0)
+            retries, ooms = stats.get("num_alloc_retries", 0), stats.get("num_ooms", 0)
+            if retries or ooms:
+                logger.warning("CUDA memory: %d allocation retries, %d OOMs", retries, ooms)
+        return MemoryStats(
+            max_active_gib=active / GIB,
+            max_active_pct=100 * active / self.capacity,
+            max_reserved_gib=reserved / GIB,
+            max_reserved_pct=100 * reserved / self.capacity,
+            num_alloc_retries=retries,
+            num_ooms=ooms,
+        )
+
+    def reset(self) -> None:
+        if self.device.type != "cpu":
+            torch.cuda.reset_peak_memory_stats(self.device)
+
+
+def _peak_resident_bytes() -> int:
+    import resource  # not on Windows
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB

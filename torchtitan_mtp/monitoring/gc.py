@@ -1,0 +1,51 @@
+"""Garbage collection at chosen steps, so that all ranks stop for it together.
+
+Python collects when one process has allocated enough, at a different moment on every rank; each
+such pause holds up every collective. So automatic collection is off during training.
+"""
+
+import gc
+import logging
+import time
+
+from torchtitan_mtp.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+
+class GarbageCollection:
+    """Collects every `gc_freq` steps; with `debug` fully at every step, with a report of cycles.
+
+    Raises UserError when `gc_freq` is not positive.
+    """
+
+    def __init__(self, gc_freq: int, *, debug: bool = False, rank: int = 0) -> None:
+        if gc_freq < 1:
+            raise UserError(
+                f"training.gc_freq = {gc_freq}: expected a positive number of steps, such as 50"
+            )
+        self.gc_freq = gc_freq
+        self.debug = debug
+        gc.disable()
+        self._collect("at start", generation=1)
+        if debug and rank == 0:
+            from torch.utils.viz._cycles import warn_tensor_cycles
+
+            warn_tensor_cycles()
+
+    def run(self, step: int) -> None:
+        """Called once a step."""
+        if self.debug:
+            self._collect("for gc_debug", generation=2)
+        elif step > 1 and step % self.gc_freq == 0:
+            self._collect("periodic", generation=1)
+
+    def close(self) -> None:
+        """Give collection back to Python."""
+        gc.enable()
+
+    @staticmethod
+    def _collect(reason: str, generation: int) -> None:
+        begin = time.monotonic()
+        gc.collect(generation)
+        logger.debug("garbage collection (%s): %.2f s", reason, time.monotonic() - begin)

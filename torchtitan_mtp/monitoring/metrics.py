@@ -1,0 +1,260 @@
+"""What a run reports: one line in the log and one set of tags a logged step (docs/monitoring.md)."""
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from datetime import timedelta
+
+import torch
+
+from torchtitan_mtp.config import JobConfig
+from torchtitan_mtp.monitoring.backends import build_backends
+from torchtitan_mtp.monitoring.device import MemoryMonitor, MemoryStats
+from torchtitan_mtp.monitoring.logging import use_color
+from torchtitan_mtp.monitoring.progress import ProgressBar
+
+logger = logging.getLogger(__name__)
+
+COLORS = {
+    "step": "\033[31m",
+    "loss": "\033[32m",
+    "heads": "\033[33m",
+    "grad_norm": "\033[38;2;180;60;0m",
+    "memory": "\033[38;2;54;234;195m",
+    "tps": "\033[34m",
+    "tflops": "\033[36m",
+    "mfu": "\033[35m",
+}
+RESET = "\033[39m"
+
+
+class MetricsProcessor:
+    """Counts what every step did and reports it at the steps to log.
+
+    `record_step` is called at every step, `log` at those for which `should_log` is true, both on
+    every rank; losses arrive already reduced over ranks. Only rank 0 prints.
+
+    Args:
+        config: of which [metrics], job.dump_folder and training.steps are read.
+        device: of this rank, for its peak memory.
+        flops_per_token: forward and backward FLOPs (flops.py); assign it again if that changes.
+        peak_flops: FLOP/s of one device that count as 100% MFU, or None: MFU is left out.
+        rank, world_size: of the whole run.
+        start_step: the last step that was done before (on resume).
+        clock: seconds, monotonic.
+    """
+
+    def __init__(
+        self,
+        config: JobConfig,
+        *,
+        device: torch.device,
+        flops_per_token: float,
+        peak_flops: float | None,
+        rank: int = 0,
+        world_size: int = 1,
+        start_step: int = 0,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.flops_per_token = flops_per_token
+        self.peak_flops = peak_flops
+        self.world_size = world_size
+        self.log_freq = config.metrics.log_freq
+        self.total_steps = config.training.steps
+        self.color = use_color(config.metrics.disable_color_printing)
+        self.clock = clock
+        self.memory = MemoryMonitor(device)
+        self.backends = build_backends(config, rank)
+        total = self.total_steps if rank == 0 else 0
+        self.progress = ProgressBar(total, start_step, color=self.color) if total else None
+        self.step = start_step
+        self._start_interval()
+
+    def _start_interval(self) -> None:
+        self.steps = 0  # since the last log
+        self.tokens = 0
+        self.data_seconds = 0.0
+        self.interval_start = self.clock()
+
+    def should_log(self, step: int) -> bool:
+        """True at step 1, at every `metrics.log_freq`-th and at the last."""
+        return step == 1 or step % self.log_freq == 0 or step == self.total_steps
+
+    def record_step(self, *, tokens: int, data_seconds: float) -> None:
+        """Count one optimizer step: input tokens of ALL ranks, and the seconds waited for data."""
+        self.step += 1
+        self.steps += 1
+        self.tokens += tokens
+        self.data_seconds += data_seconds
+        if self.progress:
+            self.progress.update(self.step)
+
+    def log(
+        self,
+        step: int,
+        *,
+        global_avg_loss: float,
+        global_max_loss: float,
+        global_total_loss: float,
+        head_losses: Sequence[float],
+        head_accuracies: Sequence[float],
+        head_scales: Sequence[float],
+        grad_norm: float,
+        lr: float,
+        n_tokens_seen: int,
+        extra_metrics: Mapping[str, float] | None = None,
+    ) -> None:
+        """Report the steps recorded since the last call.
+
+        Losses are means over valid targets of all ranks, in nats: `global_avg_loss` of head 1, the
+        next token, comparable with a run without MTP; `global_max_loss` the largest of the ranks';
+        `global_total_loss` the weighted sum that is minimised. Accuracies are fractions of 1. Head
+        lists run from head 1 to head n. `n_tokens_seen` counts the whole run, all ranks.
+        """
+        elapsed = max(self.clock() - self.interval_start, 1e-9)
+        steps = max(self.steps, 1)
+        memory = self.memory.peak()
+        tps = self.tokens / elapsed / self.world_size
+        metrics = {
+            "loss_metrics/global_avg_loss": global_avg_loss,
+            "loss_metrics/global_max_loss": global_max_loss,
+            "loss_metrics/global_total_loss": global_total_loss,
+            **head_metrics("loss_metrics", head_losses, head_accuracies),
+            **{f"mtp/head_{k}_scale": scale for k, scale in enumerate(head_scales, 1)},
+            "grad_norm": grad_norm,
+            "lr": lr,
+            "n_tokens_seen": n_tokens_seen,
+            **self._throughput(tps),
+            "time_metrics/end_to_end(s)": elapsed / steps,
+            "time_metrics/data_loading(s)": self.data_seconds / steps,
+            "time_metrics/data_loading(%)": 100 * self.data_seconds / elapsed,
+            **memory_metrics(memory),
+            **(extra_metrics or {}),
+        }
+        self._write(metrics, step)
+        seconds_left = elapsed / steps * (self.total_steps - step)
+        self._print_step(step, metrics, list(head_losses), memory, seconds_left)
+        self._start_interval()
+        self.memory.reset()
+
+    def log_validation(
+        self,
+        step: int,
+        *,
+        head_losses: Sequence[float],
+        head_accuracies: Sequence[float],
+        tokens: int,
+        elapsed: float,
+    ) -> None:
+        """Report held-out losses: means over valid targets of all ranks, head 1 to head n, in nats.
+
+        `tokens` are the input tokens of all ranks, `elapsed` the seconds that validation took; they
+        are taken out of the training interval, whose throughput goes on unharmed.
+        """
+        self.interval_start += elapsed
+        memory = self.memory.peak()
+        tps = tokens / max(elapsed, 1e-9) / self.world_size
+        metrics = {
+            "loss": head_losses[0],
+            "throughput(tps)": tps,
+            **memory_metrics(memory, counters=False),
+        }
+        metrics = {f"validation_metrics/{tag}": value for tag, value in metrics.items()}
+        metrics.update(head_metrics("validation_metrics", head_losses, head_accuracies))
+        self._write(metrics, step)
+        parts = {
+            "step": f"validate step: {step:2}",
+            "loss": f"loss: {head_losses[0]:7.4f}",
+            "heads": format_heads(head_losses),
+            "tflops": "accuracy: " + " ".join(f"{100 * a:.1f}%" for a in head_accuracies),
+            "tps": f"tps: {round(tps):,}",
+        }
+        logger.info(self._paint(parts))
+        self.memory.reset()
+
+    def close(self) -> None:
+        """Flush and close the backends and remove the progress bar; may be called twice."""
+        if self.progress:
+            self.progress.close()
+        for backend in self.backends:
+            backend.close()
+        self.backends, self.progress = [], None
+
+    def _throughput(self, tps: float) -> dict[str, float]:
+        """Per device: tokens/s, model TFLOP/s and, where a peak is known, their share of it."""
+        rate = self.flops_per_token * tps
+        metrics = {"throughput(tps)": tps, "tflops": rate / 1e12}
+        if self.peak_flops:
+            metrics["mfu(%)"] = 100 * rate / self.peak_flops
+        return metrics
+
+    def _write(self, metrics: Mapping[str, float], step: int) -> None:
+        for backend in self.backends:
+            backend.log(metrics, step)
+
+    def _print_step(
+        self,
+        step: int,
+        metrics: Mapping[str, float],
+        head_losses: list[float],
+        memory: MemoryStats,
+        seconds_left: float,
+    ) -> None:
+        tps, tflops, mfu = metrics["throughput(tps)"], metrics["tflops"], metrics.get("mfu(%)")
+        eta = str(timedelta(seconds=round(seconds_left)))
+        parts = {
+            "step": f"step: {step:2}",
+            "loss": f"loss: {metrics['loss_metrics/global_avg_loss']:7.4f}",
+            "heads": format_heads(head_losses),
+            "grad_norm": f"grad_norm: {metrics['grad_norm']:7.4f}",
+            "memory": f"memory: {memory.max_reserved_gib:5.2f}GiB({memory.max_reserved_pct:.2f}%)",
+            "tps": f"tps: {round(tps):,}",
+            "tflops": f"tflops: {tflops:,.2f}",
+            "mfu": "" if mfu is None else f"mfu: {mfu:.2f}%",
+            "data": f"data: {metrics['time_metrics/data_loading(%)']:.1f}%",
+            "eta": f"eta: {eta}",
+        }
+        logger.info(self._paint(parts))
+        if self.progress:
+            loss = metrics["loss_metrics/global_avg_loss"]
+            self.progress.update(step, f"loss {loss:.4f}  {round(tps):,} tok/s  eta {eta}")
+
+    def _paint(self, parts: Mapping[str, str]) -> str:
+        """The non-empty parts on one line, each in its colour."""
+        if not self.color:
+            return "  ".join(text for text in parts.values() if text)
+        painted = [COLORS.get(name, RESET) + text for name, text in parts.items() if text]
+        return "  ".join(painted) + RESET
+
+
+def head_metrics(
+    section: str, losses: Sequence[float], accuracies: Sequence[float]
+) -> dict[str, float]:
+    """`{section}/mtp_head_{k}_loss` and `_accuracy` for k = 1..n."""
+    metrics = {f"{section}/mtp_head_{k}_loss": loss for k, loss in enumerate(losses, 1)}
+    for k, accuracy in enumerate(accuracies, 1):
+        metrics[f"{section}/mtp_head_{k}_accuracy"] = accuracy
+    return metrics
+
+
+def memory_metrics(memory: MemoryStats, *, counters: bool = True) -> dict[str, float]:
+    """TorchTitan's memory tags."""
+    values = asdict(memory)
+    tags = {
+        "memory/max_active(GiB)": "max_active_gib",
+        "memory/max_active(%)": "max_active_pct",
+        "memory/max_reserved(GiB)": "max_reserved_gib",
+        "memory/max_reserved(%)": "max_reserved_pct",
+    }
+    if counters:
+        tags |= {f"memory/{name}": name for name in ("num_alloc_retries", "num_ooms")}
+    return {tag: values[name] for tag, name in tags.items()}
+
+
+def format_heads(head_losses: Sequence[float]) -> str:
+    """Losses of heads 2..n; head 1's is the line's `loss`. Empty without further heads."""
+    if len(head_losses) < 2:
+        return ""
+    name = "head 2" if len(head_losses) == 2 else f"heads 2-{len(head_losses)}"
+    return f"{name}: " + " ".join(f"{loss:.4f}" for loss in head_losses[1:])
