@@ -1,0 +1,162 @@
+"""A lane: an endless sequence of documents as one stream of tokens, cut into windows."""
+
+from collections import deque
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from torchtitan_mtp.data.document import Document, Source
+from torchtitan_mtp.data.order import shuffled
+from torchtitan_mtp.data.targets import PADDING
+from torchtitan_mtp.data.tokenizer import Tokenizer
+
+Position = dict[str, Any]
+
+
+class Walk(Protocol):
+    """A lane's documents in reading order."""
+
+    def __next__(self) -> Document: ...
+
+    def position(self) -> Position:
+        """Plain data that names the place before the next document; has "epoch"."""
+        ...
+
+    def seek(self, position: Position) -> None: ...
+
+
+class ShuffledWalk:
+    """Documents of a random-access source, again and again, in a new order each epoch."""
+
+    def __init__(self, source: Source, documents: np.ndarray, seed: int, lane: int) -> None:
+        self._source = source
+        self._documents = documents
+        self._seed = seed
+        self._lane = lane
+        self.seek({"epoch": 0, "index": 0})
+
+    def position(self) -> Position:
+        return {"epoch": self._epoch, "index": self._index}
+
+    def seek(self, position: Position) -> None:
+        self._epoch = int(position["epoch"])
+        self._index = int(position["index"])
+        self._order = shuffled(self._documents, self._seed, self._lane, self._epoch)
+
+    def __next__(self) -> Document:
+        document = self._source[int(self._order[self._index])]
+        self._index += 1
+        if self._index == len(self._order):
+            self.seek({"epoch": self._epoch + 1, "index": 0})
+        return document
+
+
+class OncePass:
+    """Documents of a random-access source, once, in their order."""
+
+    def __init__(self, source: Source, documents: np.ndarray) -> None:
+        self._source = source
+        self._documents = documents
+        self._index = 0
+
+    def position(self) -> Position:
+        return {"epoch": 0, "index": self._index}
+
+    def seek(self, position: Position) -> None:
+        self._index = int(position["index"])
+
+    def __next__(self) -> Document:
+        if self._index == len(self._documents):
+            raise StopIteration
+        document = self._source[int(self._documents[self._index])]
+        self._index += 1
+        return document
+
+
+class LaneWindow(NamedTuple):
+    """One row of a `Window`: tokens, doc_ids int64 and may_be_target bool, each [S+n]."""
+
+    tokens: np.ndarray
+    doc_ids: np.ndarray
+    may_be_target: np.ndarray
+
+
+class _Open(NamedTuple):
+    """A document that the next window begins in, or that it looked ahead into."""
+
+    tokens: np.ndarray  # bos, prompt, text, eos
+    first_target: int  # tokens before it are bos and prompt
+    position: Position
+
+
+class Lane:
+    """Windows of S+n tokens, a new one every S tokens of the stream.
+
+    Each document is bos + tokens + eos. The n tokens of lookahead are read again by the next
+    window, so every token after the stream's first is the target of head 1 exactly once.
+    """
+
+    def __init__(self, walk: Walk, tokenizer: Tokenizer) -> None:
+        self._walk = walk
+        self._tokenizer = tokenizer
+        self._open: deque[_Open] = deque()
+        self._offset = 0  # of the next window, in the first open document
+        self._held = 0  # open tokens from there on
+
+    def position(self) -> Position:
+        """Where the next window begins, as plain data: the document and the token in it."""
+        document = self._open[0].position if self._open else self._walk.position()
+        return {**document, "offset": self._offset}
+
+    def seek(self, position: Position) -> None:
+        self._walk.seek(position)
+        self._open.clear()
+        self._offset = int(position["offset"])
+        self._held = -self._offset
+
+    def next_window(self, seq_len: int, lookahead: int) -> LaneWindow | None:
+        """The next window; at the end of a finite walk padded, then None."""
+        width = seq_len + lookahead
+        while self._held < width and self._open_next():
+            pass
+        if self._held < 2:  # a token without a next one: nothing to predict
+            return None
+        window = self._cut(width)
+        self._advance(seq_len)
+        return window
+
+    def _open_next(self) -> bool:
+        position = self._walk.position()
+        try:
+            document = next(self._walk)  # type: ignore[call-overload]
+        except StopIteration:
+            return False
+        encode = self._tokenizer.encode
+        prompt = encode(document.prompt) if document.prompt else np.empty(0, np.int32)
+        bos, eos = [self._tokenizer.bos_id], [self._tokenizer.eos_id]
+        tokens = np.concatenate([bos, prompt, encode(document.text), eos], dtype=np.int32)
+        self._open.append(_Open(tokens, 1 + len(prompt) if document.prompt else 0, position))
+        self._held += len(tokens)
+        return True
+
+    def _cut(self, width: int) -> LaneWindow:
+        tokens = np.zeros(width, np.int64)
+        doc_ids = np.full(width, PADDING, np.int64)
+        may_be_target = np.zeros(width, np.bool_)
+        filled, start = 0, self._offset
+        for doc_id, document in enumerate(self._open):
+            if filled == width:
+                break
+            piece = document.tokens[start : start + width - filled]
+            end = filled + len(piece)
+            tokens[filled:end] = piece
+            doc_ids[filled:end] = doc_id
+            may_be_target[filled + max(0, document.first_target - start) : end] = True
+            filled, start = end, 0
+        return LaneWindow(tokens, doc_ids, may_be_target)
+
+    def _advance(self, count: int) -> None:
+        self._offset += count
+        self._held -= count
+        while self._open and self._offset >= len(self._open[0].tokens):
+            self._offset -= len(self._open.popleft().tokens)

@@ -1,0 +1,287 @@
+"""Windows of tokens for every data rank, in one global order that no world size changes.
+
+The token stream of a run is V lanes, V fixed when the run begins. Document i of the split belongs
+to lane i mod V; a lane reads its documents in an order shuffled anew each epoch, and cuts what it
+reads into windows (lanes.py). Window g of the run is the next window of lane g mod V, and a step
+whose global batch is B windows trains on windows t*B .. (t+1)*B - 1.
+
+Data rank r of R, where R divides V, makes the windows with g mod R = r, which come from the lanes
+with l mod R = r: no rank reads another's documents. The position of a run is V, the next g, and for
+each lane its document and token: a few hundred bytes, exact at any window, and the same whatever R
+was, so a run continues on any R that divides V with the same global batches.
+"""
+
+import logging
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+from torchtitan_mtp.data.document import Source, StreamSource
+from torchtitan_mtp.data.lanes import Lane, LaneWindow, OncePass, ShuffledWalk
+from torchtitan_mtp.data.order import split_documents
+from torchtitan_mtp.data.prefetch import Prefetcher
+from torchtitan_mtp.data.targets import PADDING, Window
+from torchtitan_mtp.data.tokenizer import Tokenizer
+from torchtitan_mtp.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+NUM_LANES = 64  # divisible by every power of two up to it: most numbers of data ranks
+STATE_VERSION = 1
+
+State = dict[str, Any]
+
+
+class DataLoader:
+    """Windows [local_batch_size, S+n] for one data rank.
+
+    Args:
+        source: the documents.
+        tokenizer: makes their tokens.
+        seq_len: S, tokens of input in a window.
+        num_future_tokens: n, tokens of lookahead.
+        local_batch_size: windows in a micro-batch of this rank.
+        dp_rank: this data rank; ranks that share their data (tensor, context) pass the same.
+        dp_world: number of data ranks.
+        seed: of the order of documents and of the split.
+        split: "train", "validation" (the documents held out) or "all"; see `split_documents`.
+        validation_fraction: share of documents held out, in [0, 1).
+        infinite: True: epoch after epoch. False: iterating makes one pass over the split in its
+            own order, the same windows whatever the world size; every rank yields the same number
+            of micro-batches, the last filled with padding.
+        prefetch: windows kept ready by a background thread (infinite only); 0 for no thread.
+
+    Raises:
+        UserError: fewer documents than data ranks, or no document to hold out.
+    """
+
+    def __init__(
+        self,
+        source: Source | StreamSource,
+        tokenizer: Tokenizer,
+        seq_len: int,
+        num_future_tokens: int,
+        local_batch_size: int,
+        dp_rank: int = 0,
+        dp_world: int = 1,
+        *,
+        seed: int = 0,
+        split: str = "train",
+        validation_fraction: float = 0.05,
+        infinite: bool = True,
+        prefetch: int = 2,
+    ) -> None:
+        if seq_len < 1 or num_future_tokens < 1 or local_batch_size < 1:
+            raise ValueError("seq_len, num_future_tokens and local_batch_size must be positive")
+        if not 0 <= dp_rank < dp_world:
+            raise ValueError(f"data rank {dp_rank} of {dp_world}")
+        self._source = source
+        self._tokenizer = tokenizer
+        self._seq_len = seq_len
+        self._lookahead = num_future_tokens
+        self._batch_size = local_batch_size
+        self._rank = dp_rank
+        self._world = dp_world
+        self._seed = seed
+        self._infinite = infinite
+        self._depth = prefetch
+        self._prefetcher: Prefetcher[tuple[Window, State]] | None = None
+        self._documents = split_documents(
+            len(source), split, validation_fraction, seed, source.name
+        )
+        # What a state must agree with for its positions to mean the same documents and tokens.
+        self._identity = {
+            "source": source.fingerprint,
+            "tokenizer": tokenizer.fingerprint,
+            "seed": seed,
+            "split": split,
+            "validation_fraction": validation_fraction,
+        }
+        if infinite:
+            self._set_lanes(default_num_lanes(len(self._documents), dp_world, source.name))
+            self._next_window = dp_rank
+            self._state = self._snapshot()
+
+    def next_window(self) -> Window:
+        """The next micro-batch of this rank (infinite loaders)."""
+        if not self._infinite:
+            raise RuntimeError("a finite loader is iterated, not drawn from")
+        if self._depth == 0:
+            window, self._state = self._produce()
+            return window
+        if self._prefetcher is None:
+            self._prefetcher = Prefetcher(self._produce, self._depth)
+        window, self._state = self._prefetcher.get()
+        return window
+
+    def __iter__(self) -> Iterator[Window]:
+        if not self._infinite:
+            yield from self._one_pass()
+        while self._infinite:
+            yield self.next_window()
+
+    @property
+    def epoch(self) -> int:
+        """Times this rank has been through all its documents, as of the last window handed out."""
+        return min(lane["epoch"] for lane in self._state["lanes"].values())
+
+    def state_dict(self) -> State:
+        """Plain data: the position after the last window handed out (not the last prefetched), for
+        this rank's lanes. `merge_states` makes the run's out of all ranks'."""
+        return {**self._state, "lanes": dict(self._state["lanes"])}
+
+    def load_state_dict(self, state: State) -> None:
+        """Continue from a merged state, on any number of data ranks that divides its lanes.
+
+        Raises:
+            UserError: the state is of other data, or its lanes can't be dealt to these ranks.
+        """
+        self._check_state(state)
+        self.close()
+        self._set_lanes(state["num_lanes"])
+        for number, lane in self._lanes.items():
+            lane.seek(state["lanes"][str(number)])
+        start = state["next_window"]
+        self._next_window = (
+            start + (self._rank - start) % self._world
+        )  # this rank's first from there
+        self._state = self._snapshot()
+
+    def close(self) -> None:
+        """Stop the background thread. The loader can go on: it starts again where it was."""
+        if self._prefetcher is not None:
+            self._prefetcher.close()
+            self._prefetcher = None
+            self._restore(self._state)
+
+    def _set_lanes(self, num_lanes: int) -> None:
+        self._num_lanes = num_lanes
+        self._lanes = {
+            lane: Lane(
+                ShuffledWalk(self._source, self._documents[lane::num_lanes], self._seed, lane),
+                self._tokenizer,
+            )
+            for lane in range(self._rank, num_lanes, self._world)
+        }
+
+    def _restore(self, state: State) -> None:
+        for number, lane in self._lanes.items():
+            lane.seek(state["lanes"][str(number)])
+        self._next_window = state["next_window"]
+
+    def _snapshot(self) -> State:
+        return {
+            "version": STATE_VERSION,
+            **self._identity,
+            "num_lanes": self._num_lanes,
+            "next_window": self._next_window,
+            "lanes": {str(number): lane.position() for number, lane in self._lanes.items()},
+        }
+
+    def _produce(self) -> tuple[Window, State]:
+        rows = []
+        for _ in range(self._batch_size):
+            lane = self._lanes[self._next_window % self._num_lanes]
+            row = lane.next_window(self._seq_len, self._lookahead)
+            assert row is not None, "an endless lane has ended"
+            rows.append(row)
+            self._next_window += self._world
+        return _stack(rows), self._snapshot()
+
+    def _one_pass(self) -> Iterator[Window]:
+        # Every rank reads and encodes the whole split, as one lane, and keeps its share: how many
+        # windows there are is known to all of them at the same point, without communication.
+        lane = Lane(OncePass(self._source, self._documents), self._tokenizer)
+        rows: list[LaneWindow] = []
+        number = 0
+        while (row := lane.next_window(self._seq_len, self._lookahead)) is not None:
+            if number % self._world == self._rank:
+                rows.append(row)
+            number += 1
+            if number % (self._world * self._batch_size) == 0:
+                yield _stack(rows)
+                rows = []
+        if number % (self._world * self._batch_size):
+            width = self._seq_len + self._lookahead
+            padding = LaneWindow(
+                np.zeros(width, np.int64),
+                np.full(width, PADDING),
+                np.zeros(width, np.bool_),
+            )
+            yield _stack(rows + [padding] * (self._batch_size - len(rows)))
+
+    def _check_state(self, state: State) -> None:
+        reset = "; put it back, or start the data anew with --checkpoint.exclude_from_loading dataloader"
+        for key, mine in self._identity.items():
+            if state.get(key) != mine:
+                raise UserError(
+                    f"dataset {self._source.name}: the checkpoint's data position has {key}"
+                    f" {state.get(key)!r}, this run has {mine!r}{reset}"
+                )
+        lanes = state["num_lanes"]
+        if lanes % self._world:
+            allowed = [r for r in range(1, lanes + 1) if lanes % r == 0]
+            raise UserError(
+                f"dataset {self._source.name}: the checkpoint's data is in {lanes} lanes, which"
+                f" can't be dealt to {self._world} data ranks; resume on one of {allowed}"
+            )
+        absent = [x for x in range(self._rank, lanes, self._world) if str(x) not in state["lanes"]]
+        if absent:
+            raise UserError(
+                f"dataset {self._source.name}: the checkpoint's data position lacks lane"
+                f" {absent[0]} of {lanes}: it was saved by one data rank alone{reset}"
+            )
+
+
+def default_num_lanes(num_documents: int, dp_world: int, name: str) -> int:
+    """V for a new run: NUM_LANES where the ranks divide it and documents fill it, else the largest
+    multiple of `dp_world` that is at most max(NUM_LANES, dp_world) and the number of documents.
+
+    Raises:
+        UserError: fewer documents than data ranks.
+    """
+    if num_documents < dp_world:
+        raise UserError(
+            f"dataset {name}: {num_documents} documents for {dp_world} data ranks; every rank needs"
+            " at least one: give more documents or fewer ranks"
+        )
+    most = min(max(NUM_LANES, dp_world), num_documents)
+    return most // dp_world * dp_world
+
+
+def merge_states(states: Iterable[State]) -> State:
+    """One state of the whole run out of every data rank's, taken after the same step.
+
+    The next window of the run is the least of the ranks' next ones.
+
+    Raises:
+        ValueError: no state, or states of different runs.
+    """
+    states = list(states)
+    if not states:
+        raise ValueError("no loader state to merge")
+    own = ("next_window", "lanes")
+    shared = {key: value for key, value in states[0].items() if key not in own}
+    lanes: State = {}
+    for state in states:
+        if {key: value for key, value in state.items() if key not in own} != shared:
+            raise ValueError("loader states of different runs can't be merged")
+        lanes.update(state["lanes"])
+    return {
+        **shared,
+        "next_window": min(state["next_window"] for state in states),
+        "lanes": dict(sorted(lanes.items(), key=lambda item: int(item[0]))),
+    }
+
+
+def _stack(rows: list[LaneWindow]) -> Window:
+    """Rows [S+n] to a window [B, S+n]; the mask only where something is masked."""
+    tokens, doc_ids, may_be_target = (np.stack(x) for x in zip(*rows, strict=True))
+    masked = not (may_be_target | (doc_ids == PADDING)).all()
+    return Window(
+        torch.from_numpy(tokens),
+        torch.from_numpy(doc_ids),
+        torch.from_numpy(may_be_target) if masked else None,
+    )
