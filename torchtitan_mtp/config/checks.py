@@ -1,0 +1,152 @@
+"""Configurations that can't be, whatever the model, the data and the machine."""
+
+from collections.abc import Collection
+
+from torchtitan_mtp.config.job_config import JobConfig
+from torchtitan_mtp.config.setting import Option, options
+from torchtitan_mtp.config.values import show
+from torchtitan_mtp.errors import UserError
+
+
+def check(config: JobConfig, given: Collection[str] = ()) -> None:
+    """Raises a UserError for the first thing in `config` that can't be.
+
+    `given` holds the dotted names of the keys that the user wrote, as far as they are known.
+    """
+    try:
+        for option in options(JobConfig).values():
+            if not option.is_table:
+                _check_key(option, option.get(config))
+        _check_batch(config)
+        _check_profiling(config)
+        _check_checkpointing(config)
+        _check_float8(config)
+        if "mtp" in config.model.converters:
+            _check_mtp(config)
+        else:
+            _check_mtp_is_meant(config, given)
+    except UserError as error:
+        file = config.job.config_file
+        raise UserError(f"{error} (config file: {file})" if file else str(error)) from None
+
+
+def _check_key(option: Option, value: object) -> None:
+    """One key alone: supported, and inside its range."""
+    rule = option.rule
+    if rule.unsupported and value != option.default:
+        raise UserError(
+            f"{option.name} = {show(value)}: this TorchTitan key is not supported here yet and has "
+            f"to stay at its default {show(option.default)}; {rule.unsupported}"
+        )
+    for item in value if isinstance(value, list) else [value]:
+        if expected := rule.range_error(item):
+            raise UserError(f"{option.name} = {show(value)}: expected {expected}")
+    if isinstance(value, list) and option.name in ("model.converters", "compile.components"):
+        if len(set(value)) < len(value):
+            raise UserError(f"{option.name} = {show(value)}: an entry is there twice; remove one")
+
+
+def _check_batch(config: JobConfig) -> None:
+    local, total = config.training.local_batch_size, config.training.global_batch_size
+    if total != -1 and total % local:
+        raise UserError(
+            f"training.global_batch_size = {total}: expected -1 or a multiple of "
+            f"training.local_batch_size = {local}"
+        )
+
+
+def _check_profiling(config: JobConfig) -> None:
+    profiling = config.profiling
+    cycle = profiling.profiler_warmup + profiling.profiler_active
+    if profiling.enable_profiling and profiling.profile_freq < cycle:
+        raise UserError(
+            f"profiling.profile_freq = {profiling.profile_freq}: expected at least "
+            f"profiler_warmup + profiler_active = {cycle}"
+        )
+
+
+def _check_checkpointing(config: JobConfig) -> None:
+    if config.checkpoint.create_seed_checkpoint and not config.checkpoint.enable:
+        raise UserError(
+            "checkpoint.create_seed_checkpoint = true: needs checkpoint.enable = true to save"
+        )
+    every = config.activation_checkpoint.selective_ac_option
+    if every != "op" and not (every.isdecimal() and int(every) >= 1):
+        raise UserError(
+            f"activation_checkpoint.selective_ac_option = {show(every)}: expected \"op\" or a "
+            'positive number in quotes, such as "2"'
+        )
+
+
+def _check_float8(config: JobConfig) -> None:
+    if "quantize.linear.float8" not in config.model.converters:
+        return
+    float8 = config.quantize.linear.float8
+    if float8.enable_fsdp_float8_all_gather and float8.recipe_name not in (None, "tensorwise"):
+        raise UserError(
+            "quantize.linear.float8.enable_fsdp_float8_all_gather = true: needs recipe_name = "
+            f'"tensorwise", found {show(float8.recipe_name)}'
+        )
+    if float8.emulate and config.compile.enable:
+        raise UserError(
+            "quantize.linear.float8.emulate = true: torch.compile can't compile the emulation; "
+            "set compile.enable = false"
+        )
+
+
+def _check_mtp_is_meant(config: JobConfig, given: Collection[str]) -> None:
+    """Keys of [mtp] without the converter would silently train without heads."""
+    changed = [name for name in given if name.startswith("mtp.")]
+    changed += [
+        option.name
+        for option in options(type(config.mtp), ("mtp",)).values()
+        if option.get(config) != option.default
+    ]
+    if config.mtp.train == "heads":
+        changed.insert(0, "mtp.train")
+    elif config.mtp.num_future_tokens == 1:
+        return  # plain next-token prediction either way
+    if changed:
+        raise UserError(
+            f'{changed[0]} is set but model.converters = {show(config.model.converters)} lacks '
+            '"mtp"; add it, or remove [mtp]'
+        )
+
+
+def _check_mtp(config: JobConfig) -> None:
+    mtp, n = config.mtp, config.mtp.num_future_tokens
+    if n > config.training.seq_len:
+        raise UserError(
+            f"mtp.num_future_tokens = {n}: expected at most training.seq_len = "
+            f"{config.training.seq_len}"
+        )
+    if config.validation.enable and n > config.validation.seq_len:
+        raise UserError(
+            f"mtp.num_future_tokens = {n}: expected at most validation.seq_len = "
+            f"{config.validation.seq_len}"
+        )
+    if mtp.heads == "sequential" and mtp.engine == "sequential":
+        raise UserError(
+            'mtp.engine = "sequential": takes parallel heads only, since each sequential head needs '
+            'the output of the one before; set mtp.engine = "joint" or mtp.heads = "parallel"'
+        )
+    if mtp.share_weights and mtp.heads != "sequential":
+        raise UserError(
+            'mtp.share_weights = true: needs mtp.heads = "sequential", since parallel heads with '
+            "the same weights on the same input would predict the same token"
+        )
+    if mtp.match_parameters and mtp.heads != "parallel":
+        raise UserError(
+            'mtp.match_parameters = true: needs mtp.heads = "parallel", whose heads have the size '
+            "of the layers that they replace"
+        )
+    if mtp.loss_weights and len(mtp.loss_weights) != n - 1:
+        raise UserError(
+            f"mtp.loss_weights has {len(mtp.loss_weights)} entries: expected none, or "
+            f"num_future_tokens - 1 = {n - 1}, one for each of heads 2..{n}"
+        )
+    if mtp.train == "heads" and n == 1:
+        raise UserError(
+            'mtp.train = "heads": needs mtp.num_future_tokens of at least 2, found 1, which has no '
+            "heads beside the frozen model"
+        )

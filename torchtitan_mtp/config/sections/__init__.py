@@ -1,0 +1,1 @@
+"""The dataclasses of every table, grouped by what they are about."""

@@ -1,0 +1,77 @@
+"""The table about saving and loading."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torchtitan_mtp.config.setting import setting
+
+
+@dataclass
+class Checkpoint:
+    """Checkpoints of torch.distributed.checkpoint in {job.dump_folder}/{folder}/step-N."""
+
+    enable: bool = setting(False, renamed_from=("checkpoint.enable_checkpoint",))
+    """Save checkpoints, and resume from the latest one at the start."""
+
+    enable_ft_dataloader_checkpoints: bool = True
+    """No effect while fault_tolerance.enable is false."""
+
+    folder: str = "checkpoint"
+    """Folder of the checkpoints, below job.dump_folder."""
+
+    interval: int = setting(500, at_least=1)
+    """Steps from one save to the next."""
+
+    initial_load_path: str | None = None
+    """step-N folder to start from while this run has no checkpoint of its own."""
+
+    initial_load_model_only: bool = setting(
+        True, renamed_from=("checkpoint.initial_load_model_weights_only",)
+    )
+    """Load only the weights from initial_load_path; if false, also optimizer, schedule and data
+    position."""
+
+    initial_load_in_hf: bool = setting(
+        False, unsupported="convert the weights with scripts/import_checkpoint.py first"
+    )
+    """Read initial_load_path in Hugging Face's format."""
+
+    initial_load_in_hf_quantized: bool = setting(
+        False, unsupported="convert the weights with scripts/import_checkpoint.py first"
+    )
+    """Read initial_load_path in Hugging Face's format with quantized weights."""
+
+    last_save_model_only: bool = setting(
+        True,
+        renamed_from=("checkpoint.last_save_model_weights_only", "checkpoint.model_weights_only"),
+    )
+    """Save only the weights at the last step; if false, a checkpoint to resume from."""
+
+    last_save_in_hf: bool = setting(
+        False, unsupported="run scripts/export_checkpoint.py after the training"
+    )
+    """Save the last step in Hugging Face's format."""
+
+    export_dtype: Literal["float16", "bfloat16", "float32"] = "float32"
+    """Type of the weights in a last save of the model only."""
+
+    async_mode: Literal["disabled", "async", "async_with_pinned_mem"] = "disabled"
+    """Whether training waits for a save, or goes on while it is written."""
+
+    keep_latest_k: int = setting(10, at_least=0)
+    """Checkpoints kept; older ones are deleted. 0: keep all."""
+
+    load_step: int = setting(-1, at_least=0, special=(-1,))
+    """Step to resume from; -1: the latest."""
+
+    exclude_from_loading: list[str] = setting([])
+    """Parts not to load: "optimizer", "lr_scheduler", "dataloader", "train_state"."""
+
+    enable_first_step_checkpoint: bool = False
+    """Save after the first step too, to see early that saving works."""
+
+    create_seed_checkpoint: bool = False
+    """Save the initial weights as step 0 and exit; for one process."""
+
+    load_only: bool = False
+    """Load but never save."""

@@ -1,0 +1,84 @@
+"""Tables about multi-token prediction and its loss."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torchtitan_mtp.config.setting import setting
+
+
+@dataclass
+class MTP:
+    """The heads that predict further tokens; in effect when model.converters contains "mtp"."""
+
+    heads: Literal["parallel", "sequential"] = "parallel"
+    """"parallel": one block a head on the shared trunk (Gloeckle et al. 2024, arXiv 2404.19737);
+    "sequential": a causal chain of modules after the model (DeepSeek-V3, arXiv 2412.19437)."""
+
+    num_future_tokens: int = setting(4, at_least=1)
+    """Future tokens that each position predicts (n); head 1 is the next-token head, so 1 is plain
+    next-token prediction."""
+
+    loss_scale: float = setting(1.0, at_least=0)
+    """Factor of the loss of heads 2..n; head 1 always counts once."""
+
+    loss_reduction: Literal["sum", "mean"] = "sum"
+    """How the losses of heads 2..n are combined: their sum (Meta) or their mean (DeepSeek)."""
+
+    loss_weights: list[float] = setting([], at_least=0)
+    """Weight of each of heads 2..n within the reduction; empty: all 1."""
+
+    loss_scale_schedule: Literal["constant", "linear", "step"] = "constant"
+    """loss_scale over the run: constant, a line to loss_scale_final, or one step down to it."""
+
+    loss_scale_final: float = setting(0.1, at_least=0)
+    """loss_scale at the end of a "linear" or after the step of a "step" schedule."""
+
+    loss_scale_boundary: float = setting(0.67, at_least=0, at_most=1)
+    """Fraction of training.steps after which a "step" schedule drops."""
+
+    curriculum: Literal["none", "forward", "reverse"] = "none"
+    """Heads trained over the run: all; one more at a time from 1 to n ("forward"); or one fewer at
+    a time from n to 1 ("reverse")."""
+
+    curriculum_fraction: float = setting(1.0, above=0, at_most=1)
+    """Fraction of training.steps that the curriculum takes."""
+
+    engine: Literal["joint", "sequential"] = "joint"
+    """"joint": one backward for all heads; "sequential": head by head, with memory flat in n.
+    The same gradients; "sequential" takes parallel heads only."""
+
+    share_weights: bool = False
+    """Apply one sequential module n - 1 times instead of training n - 1 modules."""
+
+    match_parameters: bool = False
+    """Take one layer off the trunk for every parallel head that is added, so that the model has as
+    many parameters as without heads."""
+
+    init: Literal["random", "copy_last_layer"] = "random"
+    """Where the weights of new heads start: at random, or as copies of the trunk's last layer."""
+
+    train: Literal["all", "heads"] = "all"
+    """Train the whole model, or heads 2..n with the trunk frozen."""
+
+    detach_trunk: bool = False
+    """Keep the gradients of heads 2..n out of the trunk."""
+
+
+@dataclass
+class Loss:
+    """The linear cross-entropy that every head goes through."""
+
+    backend: Literal["chunked"] = "chunked"
+    """Implementation: "chunked" holds the logits of one chunk of one head at a time."""
+
+    chunk_rows: int | None = setting(None, at_least=1)
+    """Tokens of one chunk; None: chosen from the sizes."""
+
+    z_loss: float = setting(0.0, at_least=0)
+    """Factor of the squared log-partition, which keeps logits small (PaLM, arXiv 2204.02311)."""
+
+    softcap: float | None = setting(None, above=0)
+    """Logits become softcap * tanh(logits / softcap) (Gemma 2, arXiv 2408.00118)."""
+
+    label_smoothing: float = setting(0.0, at_least=0, below=1)
+    """Share of each target that is spread evenly over the vocabulary."""

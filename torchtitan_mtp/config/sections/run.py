@@ -1,0 +1,192 @@
+"""Tables about the run itself: where it writes, what it logs, how its processes talk."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torchtitan_mtp.config.setting import setting
+
+
+@dataclass
+class Job:
+    """The run as a whole."""
+
+    config_file: str | None = None
+    """TOML file to read the configuration from."""
+
+    dump_folder: str = "./outputs"
+    """Folder that receives everything the run writes."""
+
+    description: str = "default job"
+    """What this run is for; printed at the start."""
+
+    print_config: bool = setting(False, renamed_from=("job.print_args",))
+    """Print the resolved configuration before training."""
+
+    debug: bool = False
+    """Show the traceback of errors that are otherwise reported in one line."""
+
+    save_config_file: str | None = setting(None, unsupported="use --job.print_config")
+    """File below dump_folder to save the configuration to."""
+
+    custom_config_module: str = setting(
+        "", unsupported="add the keys to the dataclasses in torchtitan_mtp/config/sections"
+    )
+    """Python module that extends the configuration."""
+
+
+@dataclass
+class Profiling:
+    """Traces of torch.profiler and snapshots of accelerator memory."""
+
+    enable_profiling: bool = False
+    """Record torch.profiler traces."""
+
+    save_traces_folder: str = "profile_traces"
+    """Folder of the traces, below job.dump_folder."""
+
+    profile_freq: int = setting(10, at_least=1)
+    """Steps from one trace to the next; at least profiler_warmup + profiler_active."""
+
+    profiler_active: int = setting(1, at_least=1)
+    """Steps recorded in each trace."""
+
+    profiler_warmup: int = setting(3, at_least=0)
+    """Steps before each recording during which the profiler runs and its data are dropped."""
+
+    enable_memory_snapshot: bool = False
+    """Record the history of accelerator memory allocations."""
+
+    save_memory_snapshot_folder: str = "memory_snapshot"
+    """Folder of the memory snapshots, below job.dump_folder."""
+
+
+@dataclass
+class Metrics:
+    """What is logged during training, and where to."""
+
+    log_freq: int = setting(10, at_least=1)
+    """Steps from one log line (and TensorBoard point) to the next."""
+
+    enable_tensorboard: bool = False
+    """Write TensorBoard event files."""
+
+    disable_color_printing: bool = False
+    """Print log lines without colours."""
+
+    save_tb_folder: str = "tb"
+    """Folder of the TensorBoard event files, below job.dump_folder."""
+
+    save_for_all_ranks: bool = False
+    """Write the event files of every rank, each in its own folder, instead of rank 0's alone."""
+
+    enable_wandb: bool = setting(
+        False, unsupported="use metrics.enable_tensorboard, which Weights & Biases can import"
+    )
+    """Log to Weights & Biases."""
+
+
+@dataclass
+class Comm:
+    """Communication between processes."""
+
+    init_timeout_seconds: int = setting(300, at_least=1)
+    """Timeout of a collective until the first training step is done, in seconds."""
+
+    train_timeout_seconds: int = setting(100, at_least=1)
+    """Timeout of a collective after the first training step, in seconds."""
+
+    trace_buf_size: int = setting(20000, at_least=0)
+    """Entries in the ring buffer of NCCL's flight recorder; 0 turns it off."""
+
+    save_traces_folder: str = "comm_traces"
+    """Folder of the flight recorder's traces, below job.dump_folder."""
+
+    save_traces_file_prefix: str = "rank_"
+    """Start of the names of the flight recorder's files."""
+
+    mode: Literal["default"] = setting(
+        "default",
+        unsupported_values={
+            "fake_backend": "every run here communicates; use one process for a dry run",
+            "local_tensor": "every run here communicates; use several gloo processes on one CPU",
+        },
+    )
+    """How processes communicate; only TorchTitan's "default" exists here."""
+
+
+@dataclass
+class MemoryEstimation:
+    """TorchTitan's estimate of memory without training; not available here."""
+
+    enable: bool = setting(False, unsupported="run a few steps and read the memory metrics")
+    """Estimate memory instead of training."""
+
+    disable_fake_mode: bool = False
+    """No effect while memory_estimation.enable is false."""
+
+
+@dataclass
+class FaultTolerance:
+    """TorchFT; not available here. The other keys have no effect while `enable` is false."""
+
+    enable: bool = setting(False, unsupported="resume from a checkpoint after a failure")
+    """Train with TorchFT's fault-tolerant replicas."""
+
+    process_group: str = "gloo"
+    """No effect while fault_tolerance.enable is false."""
+
+    process_group_timeout_ms: int = 10000
+    """No effect while fault_tolerance.enable is false."""
+
+    replica_id: int = 0
+    """No effect while fault_tolerance.enable is false."""
+
+    group_size: int = 0
+    """No effect while fault_tolerance.enable is false."""
+
+    min_replica_size: int = 1
+    """No effect while fault_tolerance.enable is false."""
+
+    semi_sync_method: str | None = None
+    """No effect while fault_tolerance.enable is false."""
+
+    sync_steps: int = 5
+    """No effect while fault_tolerance.enable is false."""
+
+    should_quantize: bool = False
+    """No effect while fault_tolerance.enable is false."""
+
+    fragment_sync_delay: int = 0
+    """No effect while fault_tolerance.enable is false."""
+
+    fragment_update_alpha: float = 0.0
+    """No effect while fault_tolerance.enable is false."""
+
+    module_fqns_per_model_fragment: list[list[str]] = setting([])
+    """No effect while fault_tolerance.enable is false."""
+
+    num_fragments: int = 1
+    """No effect while fault_tolerance.enable is false."""
+
+
+@dataclass
+class Experimental:
+    """TorchTitan's hooks for code outside of it; not available here."""
+
+    custom_import: str = setting("", unsupported="import the package from your own entry point")
+    """Python module to import before training."""
+
+    custom_args_module: str = setting(
+        "", unsupported="add the keys to the dataclasses in torchtitan_mtp/config/sections"
+    )
+    """TorchTitan's earlier name of job.custom_config_module."""
+
+
+@dataclass
+class Debug:
+    """TorchTitan v0.2.1 moved seed and determinism here from [training]; both places are read."""
+
+    deterministic_warn_only: bool = setting(
+        False, unsupported="set training.deterministic or leave it unset"
+    )
+    """Warn where an operation has no deterministic implementation, instead of failing."""

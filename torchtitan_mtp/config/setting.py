@@ -1,0 +1,131 @@
+"""One configuration key: its default and the rules that belong to it.
+
+A key is one dataclass field. What else there is to know about it (range, support, other names) is
+written in the same place, so that the reader, the checks, the help and docs/config.md all read
+one source.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from dataclasses import fields as dataclass_fields
+from typing import Any, get_type_hints
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What a value of a key has to satisfy, and under which other names the key is known."""
+
+    at_least: float | None = None
+    above: float | None = None
+    at_most: float | None = None
+    below: float | None = None
+
+    special: tuple[float, ...] = ()
+    """Values outside the range that have a meaning of their own, such as -1 for "all"."""
+
+    unsupported: str = ""
+    """Set for a TorchTitan key that has to keep its default here: what to do instead."""
+
+    unsupported_values: Mapping[str, str] = field(default_factory=dict)
+    """TorchTitan's values that are not taken here, each with what to do instead."""
+
+    also_spelled: Mapping[str, str] = field(default_factory=dict)
+    """Other spellings of a value, each with the one that the program sees."""
+
+    also_named: tuple[str, ...] = ()
+    """Dotted names of the same key in other TorchTitan v0.2 releases; accepted."""
+
+    renamed_from: tuple[str, ...] = ()
+    """Dotted names of the key (or table) in TorchTitan v0.1; refused, naming the new place."""
+
+    def range_error(self, value: object) -> str:
+        """The range as text if a number lies outside of it, else an empty string."""
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            return ""
+        if value in self.special:
+            return ""
+        inside = (
+            # NaN fails every comparison; an infinity is meant only where it is a special value.
+            float("-inf") < value < float("inf")
+            and (self.at_least is None or value >= self.at_least)
+            and (self.above is None or value > self.above)
+            and (self.at_most is None or value <= self.at_most)
+            and (self.below is None or value < self.below)
+        )
+        return "" if inside else self.range_text() or "a finite number"
+
+    def range_text(self) -> str:
+        """The allowed range in words, for messages and docs; empty without limits."""
+        words = {
+            "at least": self.at_least,
+            "above": self.above,
+            "at most": self.at_most,
+            "below": self.below,
+        }
+        text = " and ".join(f"{word} {limit:g}" for word, limit in words.items() if limit is not None)
+        alternatives = [f"{value:g}" for value in self.special]
+        return " or ".join([*alternatives, text]) if text else ""
+
+
+NO_RULE = Rule()
+
+
+def setting(default: Any, **rule: Any) -> Any:
+    """A dataclass field with a `Rule`; a list default is copied for each instance."""
+    metadata = {"rule": Rule(**rule)}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    if isinstance(default, type):
+        return field(default_factory=default, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class Option:
+    """One key with its place in the tree of tables."""
+
+    path: tuple[str, ...]
+    """Attribute names from the root, e.g. ("training", "steps")."""
+
+    type: Any
+    default: Any
+    rule: Rule
+
+    is_table: bool = False
+    """True for a table that holds further keys."""
+
+    @property
+    def name(self) -> str:
+        """The dotted name: TOML's table and key, and the command line's option."""
+        return ".".join(self.path)
+
+    def get(self, config: Any) -> Any:
+        """This key's value in `config`."""
+        for part in self.path:
+            config = getattr(config, part)
+        return config
+
+    def set(self, config: Any, value: Any) -> None:
+        """Sets this key in `config` in place."""
+        for part in self.path[:-1]:
+            config = getattr(config, part)
+        setattr(config, self.path[-1], value)
+
+
+def options(config_class: Any, path: tuple[str, ...] = ()) -> dict[str, Option]:
+    """Every table and key below a dataclass, by dotted name, in the order of declaration."""
+    found: dict[str, Option] = {}
+    hints = get_type_hints(config_class)
+    defaults = config_class()
+    for entry in dataclass_fields(config_class):
+        option = Option(
+            path=(*path, entry.name),
+            type=hints[entry.name],
+            default=getattr(defaults, entry.name),
+            rule=entry.metadata.get("rule", NO_RULE),
+            is_table=hasattr(hints[entry.name], "__dataclass_fields__"),
+        )
+        found[option.name] = option
+        if option.is_table:
+            found |= options(option.type, option.path)
+    return found

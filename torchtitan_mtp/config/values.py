@@ -1,0 +1,111 @@
+"""Values against types: what a key may hold, and how a word of the command line becomes it."""
+
+import json
+import types
+from typing import Any, Literal, Union, get_args, get_origin
+
+from torchtitan_mtp.config.setting import Option
+from torchtitan_mtp.errors import UserError
+
+
+def accept(option: Option, value: Any, where: str) -> Any:
+    """`value` as the option's type.
+
+    `where` names the place of the value in a message, e.g. "run.toml: training.steps".
+
+    Raises:
+        UserError: the value is of another type, not among the allowed ones, or not supported.
+    """
+    value = _respell(option, value)
+    for item in value if isinstance(value, list) else [value]:
+        if isinstance(item, str) and item in option.rule.unsupported_values:
+            instead = option.rule.unsupported_values[item]
+            raise UserError(f"{where}: {show(item)} is not supported here; {instead}")
+    try:
+        return _convert(value, option.type)
+    except TypeError as mismatch:
+        raise UserError(f"{where}: expected {mismatch}, found {_describe(value)}") from None
+
+
+def from_text(text: str, expected: Any) -> Any:
+    """A command line's word as a TOML value of the expected type, or as it is if it can't be one.
+
+    Lists are comma-separated; `None` is taken where the type allows it.
+    """
+    expected, optional = _without_none(expected)
+    if optional and text.lower() == "none":
+        return None
+    if get_origin(expected) is list:
+        return [from_text(item.strip(), get_args(expected)[0]) for item in text.split(",") if item]
+    if expected is bool:
+        return {"true": True, "false": False}.get(text.lower(), text)
+    try:
+        return expected(text) if expected in (int, float) else text
+    except ValueError:
+        return text
+
+
+def type_text(expected: Any) -> str:
+    """A type in words, e.g. `a list of strings`."""
+    expected, _ = _without_none(expected)
+    if get_origin(expected) is Literal:
+        return "one of " + ", ".join(show(choice) for choice in get_args(expected))
+    if get_origin(expected) is list:
+        (item,) = get_args(expected)
+        if get_origin(item) is Literal:
+            return "a list with any of " + ", ".join(show(choice) for choice in get_args(item))
+        if get_origin(item) is list:
+            return "a list of lists of strings"
+        return {str: "a list of strings", float: "a list of numbers"}[item]
+    return {bool: "true or false", int: "an integer", float: "a number", str: "a string"}[expected]
+
+
+def show(value: Any) -> str:
+    """A value as TOML writes it, on one line and cut to a readable length."""
+    text = json.dumps(value, default=str)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _respell(option: Option, value: Any) -> Any:
+    spellings = option.rule.also_spelled
+    if isinstance(value, list):
+        return [spellings.get(item, item) if isinstance(item, str) else item for item in value]
+    return spellings.get(value, value) if isinstance(value, str) else value
+
+
+def _convert(value: Any, expected: Any) -> Any:
+    """`value` as `expected`; TypeError with the expected type in words."""
+    bare, optional = _without_none(expected)
+    if value is None and optional:
+        return None
+    if get_origin(bare) is list and isinstance(value, list):
+        try:
+            return [_convert(item, get_args(bare)[0]) for item in value]
+        except TypeError:
+            raise TypeError(type_text(bare)) from None
+    if get_origin(bare) is Literal:
+        if isinstance(value, str) and value in get_args(bare):
+            return value
+    # `type(...) is` and not isinstance: Python's bool is an int.
+    elif bare is float and type(value) in (int, float):
+        try:
+            return float(value)
+        except OverflowError:
+            pass
+    elif type(value) is bare:
+        return value
+    raise TypeError(type_text(bare))
+
+
+def _without_none(expected: Any) -> tuple[Any, bool]:
+    """(X, True) for `X | None`, else (the type, False)."""
+    if get_origin(expected) in (Union, types.UnionType):
+        (bare,) = (choice for choice in get_args(expected) if choice is not type(None))
+        return bare, True
+    return expected, False
+
+
+def _describe(value: Any) -> str:
+    names = {bool: "boolean", int: "integer", float: "number", str: "string", list: "list"}
+    kind = "table" if isinstance(value, dict) else names.get(type(value), type(value).__name__)
+    return f"{show(value)} ({kind})"
