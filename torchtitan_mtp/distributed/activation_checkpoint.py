@@ -1,0 +1,77 @@
+"""Activation checkpointing of blocks: full, every k-th block, or by operation."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
+
+from torchtitan_mtp.config import ActivationCheckpoint
+from torchtitan_mtp.models.transformer import Transformer
+
+# Worth keeping: attention, and every second matrix product; the rest is cheap to compute again.
+_ATTENTION = (
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch._higher_order_ops.flex_attention,
+)
+_PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten._scaled_mm.default)
+
+
+def _selective_contexts() -> Any:
+    seen = {True: 0, False: 0}  # products so far, in the recomputation and in the forward
+
+    def policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        if op in _PRODUCTS:
+            seen[context.is_recompute] += 1
+            if seen[context.is_recompute] % 2 == 0:
+                return CheckpointPolicy.PREFER_RECOMPUTE
+            return CheckpointPolicy.MUST_SAVE
+        if op in _ATTENTION:
+            return CheckpointPolicy.MUST_SAVE
+        return CheckpointPolicy.PREFER_RECOMPUTE
+
+    return create_selective_checkpoint_contexts(policy)
+
+
+def apply_activation_checkpointing(model: Transformer, config: ActivationCheckpoint) -> None:
+    """Make blocks recompute their activations in the backward, heads' blocks included.
+
+    `mode = "selective"` with `selective_ac_option = "op"` keeps attention and every second matrix
+    product; with a number k, every k-th block is checkpointed whole. Parameter names stay.
+    """
+    if config.mode == "none":
+        return
+    by_op = config.mode == "selective" and config.selective_ac_option == "op"
+    every = 1
+    if config.mode == "selective" and not by_op:
+        every = int(config.selective_ac_option)
+    for i, block in enumerate(model.blocks()):
+        if i % every == 0:
+            _checkpoint_block(block, by_op, config.early_stop)
+
+
+def _checkpoint_block(block: nn.Module, by_op: bool, early_stop: bool) -> None:
+    forward = block.forward
+    # The forward has no randomness: there is no generator state to keep and restore.
+    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+    options["early_stop"] = early_stop
+    if by_op:
+        options["context_fn"] = _selective_contexts
+
+    @functools.wraps(forward)
+    def checkpointed(*args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():  # decoding: nothing is kept, and caches must not run twice
+            return forward(*args, **kwargs)
+        return checkpoint(forward, *args, **options, **kwargs)
+
+    block.forward = checkpointed  # type: ignore[method-assign]

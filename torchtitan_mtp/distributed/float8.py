@@ -1,0 +1,45 @@
+"""torchao's float8 training for every linear layer but `output`."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from torchtitan_mtp.config import Float8Linear
+from torchtitan_mtp.errors import UserError
+
+
+def convert_to_float8(model: nn.Module, float8: Float8Linear) -> None:
+    """Swap `nn.Linear` for torchao's `Float8Linear`, in place, on the meta device.
+
+    Left alone: `output` (its projection runs inside the loss), layers whose name holds an entry of
+    `filter_fqns`, and layers whose sides are not multiples of 16 (float8 products need that).
+    Hardware without float8 products needs `emulate`; a CPU always emulates.
+    """
+    try:
+        from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+    except ImportError as error:
+        raise UserError(
+            f'model.converters names "quantize.linear.float8", which needs torchao: {error}'
+        ) from None
+    has_units = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 9)
+    if torch.cuda.is_available() and not has_units and not float8.emulate:
+        raise UserError(
+            "quantize.linear.float8: this GPU has no float8 products (compute capability 8.9 or "
+            "later); set quantize.linear.float8.emulate = true to test on it"
+        )
+    emulate = float8.emulate or not has_units
+    if float8.recipe_name in ("rowwise", "rowwise_with_gw_hp"):
+        config = Float8LinearConfig.from_recipe_name(float8.recipe_name)
+        object.__setattr__(config, "emulate", emulate)  # the config class is frozen
+    else:
+        config = Float8LinearConfig(
+            enable_fsdp_float8_all_gather=float8.enable_fsdp_float8_all_gather, emulate=emulate
+        )
+
+    def wanted(module: nn.Module, name: str) -> bool:
+        if not isinstance(module, nn.Linear) or any(f in name for f in float8.filter_fqns):
+            return False
+        return name != "output" and module.in_features % 16 == module.out_features % 16 == 0
+
+    convert_to_float8_training(model, config=config, module_filter_fn=wanted)

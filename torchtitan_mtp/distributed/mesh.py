@@ -1,0 +1,77 @@
+"""Process group and device mesh: which rank holds which shard and reads which data."""
+
+from __future__ import annotations
+
+import os
+import socket
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from torchtitan_mtp.config import Parallelism
+from torchtitan_mtp.errors import UserError
+
+
+@dataclass(frozen=True)
+class World:
+    """The ranks of this job. Every rank is a data rank: it reads its own part of the batch."""
+
+    rank: int
+    size: int
+    device: torch.device
+    mesh: DeviceMesh  # ("dp_replicate", "dp_shard")
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank speaks for all."""
+        return self.rank == 0
+
+
+def data_degrees(parallelism: Parallelism, world_size: int) -> tuple[int, int]:
+    """(replicate, shard) degrees, -1 resolved. Error: they do not multiply to the world size."""
+    replicate = parallelism.data_parallel_replicate_degree
+    shard = parallelism.data_parallel_shard_degree
+    if shard == -1 and replicate > 0 and world_size % replicate == 0:
+        shard = world_size // replicate
+    if replicate < 1 or shard < 1 or replicate * shard != world_size:
+        raise UserError(
+            f"parallelism.data_parallel_replicate_degree = {replicate} times "
+            f"data_parallel_shard_degree = {shard} must be the number of ranks, {world_size}; "
+            "set the shard degree to -1 for what is left, or change the number of ranks"
+        )
+    return replicate, shard
+
+
+def local_device() -> torch.device:
+    """This rank's GPU, or the CPU where there is none."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
+def init_world(parallelism: Parallelism, timeout_seconds: int) -> World:
+    """Join the job that torchrun started, or start one of a single rank."""
+    if "RANK" not in os.environ:
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="localhost")
+        with socket.socket() as probe:
+            probe.bind(("localhost", 0))
+            os.environ["MASTER_PORT"] = str(probe.getsockname()[1])
+    device = local_device()
+    degrees = data_degrees(parallelism, int(os.environ["WORLD_SIZE"]))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
+    mesh = init_device_mesh(device.type, degrees, mesh_dim_names=("dp_replicate", "dp_shard"))
+    return World(dist.get_rank(), dist.get_world_size(), device, mesh)
+
+
+def all_reduce(tensor: torch.Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> torch.Tensor:
+    """Reduce over all ranks in place, and return it; a single process has nothing to do."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(tensor, op=op)
+    return tensor

@@ -1,0 +1,96 @@
+"""From a model on the meta device to one that trains on this job's ranks, in one readable order."""
+
+from __future__ import annotations
+
+import torch
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+
+from torchtitan_mtp.config import JobConfig
+from torchtitan_mtp.distributed.activation_checkpoint import apply_activation_checkpointing
+from torchtitan_mtp.distributed.mesh import World
+from torchtitan_mtp.models.init import init_weights
+from torchtitan_mtp.models.transformer import Transformer
+
+
+def parallelize(
+    model: Transformer, config: JobConfig, world: World, param_dtype: torch.dtype, seed: int
+) -> Transformer:
+    """Checkpointing, compilation and FSDP2 for every block alike; then memory and weights.
+
+    The model comes from the meta device with its converters applied (heads, float8). It returns
+    materialised, sharded and initialised.
+    """
+    apply_activation_checkpointing(model, config.activation_checkpoint)
+    if config.compile.enable and "model" in config.compile.components:
+        for block in model.blocks():
+            block.compile(backend=config.compile.backend, fullgraph=True)
+    apply_fsdp(model, config, world, param_dtype)
+    model.to_empty(device="cpu" if config.training.enable_cpu_offload else world.device)
+    if config.training.enable_cpu_offload:
+        model.rope_cos, model.rope_sin = (
+            t.to(world.device) for t in (model.rope_cos, model.rope_sin)
+        )
+    init_weights(model, seed)
+    return model
+
+
+def apply_fsdp(
+    model: Transformer, config: JobConfig, world: World, param_dtype: torch.dtype
+) -> None:
+    """Shard parameters over `dp_shard`, replicate over `dp_replicate` (FSDP2, HSDP, or replication).
+
+    One rank takes the same way: its shard is the whole parameter, its mixed precision FSDP2's.
+
+    Units: every block (trunk's and heads'), the embedding, the final norm and `output`. Tied
+    embeddings stay with the root, which keeps them gathered from the first use to the last.
+    """
+    policy = MixedPrecisionPolicy(
+        param_dtype=param_dtype,
+        reduce_dtype=getattr(torch, config.training.mixed_precision_reduce),
+        cast_forward_inputs=False,  # angles and head scales stay float32
+    )
+    offload = {"offload_policy": CPUOffloadPolicy()} if config.training.enable_cpu_offload else {}
+    reshard = _reshard_after_forward(config)
+    blocks = list(model.blocks())
+    one_after_another = config.mtp.engine == "sequential" and model.mtp is not None
+    for i, block in enumerate(blocks):
+        # What the backward needs first is not worth freeing: the last block, and with the
+        # sequential engine every head, whose backward follows its forward at once.
+        is_head = one_after_another and i >= len(model.layers) - 1
+        at_once = is_head or i == len(blocks) - 1
+        fully_shard(
+            block,
+            mesh=world.mesh,
+            mp_policy=policy,
+            reshard_after_forward=reshard and not at_once,
+            **offload,
+        )
+    if not model.args.tied_embeddings:
+        fully_shard(
+            model.tok_embeddings,
+            mesh=world.mesh,
+            mp_policy=policy,
+            reshard_after_forward=reshard,
+            **offload,
+        )
+        fully_shard(
+            model.output,
+            mesh=world.mesh,
+            mp_policy=policy,
+            reshard_after_forward=False,
+            **offload,
+        )
+    fully_shard(
+        model.norm, mesh=world.mesh, mp_policy=policy, reshard_after_forward=False, **offload
+    )
+    fully_shard(model, mesh=world.mesh, mp_policy=policy, reshard_after_forward=False, **offload)
+    for module in model.modules():
+        if hasattr(module, "set_gradient_divide_factor"):
+            # The loss is normalised by global counts: gradients are summed, not averaged.
+            module.set_gradient_divide_factor(1.0)
+
+
+def _reshard_after_forward(config: JobConfig) -> bool:
+    choice = config.parallelism.fsdp_reshard_after_forward
+    # "default" is "always" without pipeline parallelism.
+    return choice != "never"

@@ -1,0 +1,48 @@
+"""Initialisation that depends on the seed and a parameter's name, and on nothing else.
+
+Each parameter has a random stream of its own, so a run starts from the same weights on any number
+of ranks, and adding heads to a model leaves its trunk's weights as they were. The price is that
+every rank draws whole parameters, one at a time, and keeps its shard.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from torchtitan_mtp.models.transformer import Transformer
+
+
+def _seed_of(seed: int, name: str) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:7], "big")
+
+
+@torch.no_grad()
+def _assign(param: Tensor, value: Tensor) -> None:
+    if isinstance(param, DTensor):
+        # Every rank holds the same value: slice it, without communication.
+        value = distribute_tensor(value, param.device_mesh, param.placements, src_data_rank=None)
+    param.copy_(value)
+
+
+@torch.no_grad()
+def init_weights(model: Transformer, seed: int) -> None:
+    """Fill parameters and buffers of a materialised (also sharded) model in place.
+
+    Norm scales are one; every matrix is a normal of `model.init_std(name)`, cut at three standard
+    deviations (the embedding is not cut).
+    """
+    model.init_buffers()
+    for name, param in model.named_parameters():
+        value = torch.empty(param.shape, dtype=torch.float32, device=param.device)
+        if param.ndim == 1:
+            nn.init.ones_(value)
+        else:
+            std = model.init_std(name)
+            generator = torch.Generator(param.device).manual_seed(_seed_of(seed, name))
+            cut = 100.0 if name == "tok_embeddings.weight" else 3.0
+            nn.init.trunc_normal_(value, 0.0, std, -cut * std, cut * std, generator=generator)
+        _assign(param, value.to(param.dtype))

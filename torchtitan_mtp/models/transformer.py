@@ -1,0 +1,201 @@
+"""A decoder-only transformer with TorchTitan's names and one slot, `mtp`, for more heads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from torchtitan_mtp.data.targets import Batch
+from torchtitan_mtp.models.args import ModelArgs
+from torchtitan_mtp.models.attention import (
+    Attention,
+    AttentionContext,
+    KVCache,
+    document_mask,
+    rope_tables,
+)
+from torchtitan_mtp.ops import LossOutput, linear_cross_entropy
+from torchtitan_mtp.ops.head_by_head import HeadByHeadLoss
+
+
+class RMSNorm(nn.RMSNorm):
+    """Zhang and Sennrich 2019, arXiv 1910.07467."""
+
+    def forward(self, x: Tensor, detach: bool = False) -> Tensor:
+        """Normalise x [..., D]; `detach` keeps the gradient of this use from the scale."""
+        weight = self.weight.detach() if detach else self.weight
+        return F.rms_norm(x, self.normalized_shape, weight, self.eps)
+
+
+class FeedForward(nn.Module):
+    """SwiGLU (Shazeer 2020, arXiv 2002.05202): w2(silu(w1 x) * w3 x)."""
+
+    def __init__(self, args: ModelArgs) -> None:
+        super().__init__()
+        self.w1 = nn.Linear(args.dim, args.ffn_dim, bias=False)
+        self.w2 = nn.Linear(args.ffn_dim, args.dim, bias=False)
+        self.w3 = nn.Linear(args.dim, args.ffn_dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, S, D] -> [B, S, D]."""
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+
+class TransformerBlock(nn.Module):
+    """Pre-norm attention and feed-forward, each added to the residual stream.
+
+    `depth` (0-based) sets the scale of its two output projections at initialisation.
+    """
+
+    def __init__(self, args: ModelArgs, depth: int) -> None:
+        super().__init__()
+        self.depth = depth
+        self.attention = Attention(args)
+        self.feed_forward = FeedForward(args)
+        self.attention_norm = RMSNorm(args.dim, eps=args.norm_eps)
+        self.ffn_norm = RMSNorm(args.dim, eps=args.norm_eps)
+
+    def forward(self, x: Tensor, context: AttentionContext, cache: KVCache | None = None) -> Tensor:
+        """x [B, S, D] -> [B, S, D]."""
+        x = x + self.attention(self.attention_norm(x), context, cache)
+        return x + self.feed_forward(self.ffn_norm(x))
+
+    def init_std(self, name: str) -> float:
+        """Standard deviation of the weight `name` at initialisation."""
+        if name in ("attention.wo.weight", "feed_forward.w2.weight", "feed_forward.w3.weight"):
+            return 0.02 / (2 * (self.depth + 1)) ** 0.5
+        return 0.02
+
+
+class Unembedding(nn.Linear):
+    """The shared `output` projection: logits to decode with, the loss to train with.
+
+    The loss is computed here because FSDP2 loses the gradient of a weight that is used outside the
+    forward of the module that owns it.
+    """
+
+    def __init__(self, args: ModelArgs) -> None:
+        assert args.vocab_size is not None
+        super().__init__(args.dim, args.vocab_size, bias=False)
+
+    def forward(  # type: ignore[override]
+        self,
+        hiddens: Tensor | Sequence[Tensor],
+        labels: Tensor | None = None,
+        head_scales: Tensor | None = None,
+        detach: bool = False,
+        head_loss: HeadByHeadLoss | None = None,
+        **options: Any,
+    ) -> Tensor | LossOutput:
+        """Logits [..., V] of one tensor [..., D]; with labels [B, S, n] the loss of n heads.
+
+        hiddens: n tensors [B, S, D]; head_scales [n]; options of `linear_cross_entropy`. `detach`
+        keeps the gradient from the weight. With `head_loss`, the loss of one head alone: hiddens
+        [B, S, D], labels [B, S], head_scales [], and options of that object's call.
+        """
+        weight = self.weight.detach() if detach else self.weight
+        if labels is None:
+            assert isinstance(hiddens, Tensor)
+            return F.linear(hiddens, weight)
+        labels = labels.flatten(0, 1)  # [N, n] or [N], N = B * S
+        if head_loss is not None:
+            assert isinstance(hiddens, Tensor) and head_scales is not None
+            return head_loss(hiddens.flatten(0, 1), weight, labels, head_scales, **options)
+        flat = [h.flatten(0, 1) for h in hiddens]  # n of [N, D]
+        return linear_cross_entropy(flat, weight, labels, head_scales, **options)
+
+
+class Transformer(nn.Module):
+    """Llama-style decoder. Its parameters keep TorchTitan's names whatever `mtp` holds.
+
+    `mtp` is the slot of the multi-token-prediction transform: None, or a module that turns the
+    embedded batch into the hidden states of all n heads (see `torchtitan_mtp.mtp`).
+    """
+
+    def __init__(self, args: ModelArgs) -> None:
+        super().__init__()
+        assert args.vocab_size is not None, "the vocabulary's size must be known here"
+        self.args = args
+        self.tok_embeddings = nn.Embedding(args.vocab_size, args.dim)
+        self.layers = nn.ModuleDict(
+            {str(i): TransformerBlock(args, depth=i) for i in range(args.n_layers)}
+        )
+        self.norm = RMSNorm(args.dim, eps=args.norm_eps)
+        self.output = Unembedding(args)
+        self.tie_weights()
+        self.mtp: Any = None
+        for name, table in zip(("rope_cos", "rope_sin"), rope_tables(args, "meta"), strict=True):
+            self.register_buffer(name, table, persistent=False)
+
+    def tie_weights(self) -> None:
+        """Make `output` and `tok_embeddings` one parameter where the flavor ties them."""
+        if self.args.tied_embeddings:
+            self.output.weight = self.tok_embeddings.weight
+
+    def named_blocks(self) -> Iterator[tuple[str, nn.Module]]:
+        """Every block with its name, the trunk's first: what AC, compile and FSDP2 wrap."""
+        for i, block in self.layers.items():
+            yield f"layers.{i}", block
+        if self.mtp is not None:
+            for i, head in enumerate(self.mtp.heads):
+                yield f"mtp.heads.{i}", head
+
+    def blocks(self) -> Iterator[nn.Module]:
+        """Every transformer block, trunk's and heads'."""
+        return (block for _, block in self.named_blocks())
+
+    def context(self, batch: Batch) -> AttentionContext:
+        """Rotary angles and attention mask of a batch."""
+        packed = self.args.attn_mask_type == "block_causal"
+        return AttentionContext(
+            self.rope_cos[batch.positions].unsqueeze(2),  # [B, S, 1, hd/2]
+            self.rope_sin[batch.positions].unsqueeze(2),
+            document_mask(batch.doc_ids) if packed else None,
+        )
+
+    def encode(
+        self, batch: Batch, n_layers: int | None = None, embedded: Tensor | None = None
+    ) -> tuple[Tensor, AttentionContext]:
+        """Embed a batch and run its first `n_layers` blocks (all by default): [B, S, D].
+
+        embedded: the tokens' embeddings [B, S, D] where the caller has them.
+        """
+        context = self.context(batch)
+        x = self.tok_embeddings(batch.tokens) if embedded is None else embedded
+        for block in list(self.layers.values())[:n_layers]:
+            x = block(x, context)
+        return x, context
+
+    def forward(self, batch: Batch, heads: bool = True) -> Any:
+        """The hidden states of the n heads: a list of n tensors [B, S, D], each normalised.
+
+        With `heads = False`, what `mtp.trunk` gives: the state on which the heads stand, for an
+        engine that runs them itself.
+        """
+        if self.mtp is None:
+            return [self.norm(self.encode(batch)[0])]
+        return self.mtp(self, batch) if heads else self.mtp.trunk(self, batch)
+
+    def init_std(self, name: str) -> float:
+        """Standard deviation of the parameter `name` at initialisation (TorchTitan's scheme)."""
+        for prefix, block in self.named_blocks():
+            if name.startswith(f"{prefix}."):
+                return block.init_std(name.removeprefix(f"{prefix}."))  # type: ignore[operator]
+        if name == "output.weight" or self.args.tied_embeddings:
+            return self.args.dim**-0.5
+        return 1.0
+
+    def init_buffers(self) -> None:
+        """Fill the rotary tables, on the device that the buffers are on."""
+        device = self.rope_cos.device
+        self.rope_cos, self.rope_sin = rope_tables(self.args, device)
+
+
+def build_model(args: ModelArgs) -> Transformer:
+    """A model on the meta device: shapes only, no memory."""
+    with torch.device("meta"):
+        return Transformer(args)

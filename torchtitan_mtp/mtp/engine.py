@@ -1,0 +1,154 @@
+"""The two ways to run n heads forward and backward; one result.
+
+`joint` is ordinary autograd: all hidden states, one loss, one backward. It suits every model.
+
+`sequential` is the algorithm of Gloeckle et al. 2024, figure 2, for parallel heads. The trunk runs
+once; then each head runs forward, through the loss and backward before the next one starts, and
+leaves its gradient in the trunk's state; at the end the trunk's backward runs once:
+
+    z = trunk(x)
+    for k in n..1:  backward(loss_k(head_k(z.detach())));  dz += gradient of z
+    z.backward(dz)
+
+So only one head's activations are alive at a time and memory does not grow with n, with nothing
+computed twice.
+
+Under FSDP2 the n + 1 backwards have to look like one. FSDP2 ends every backward by reducing and
+resharding what is unsharded, which would take `output`, `norm` and the root's own parameters from
+under the later heads. `_hold` keeps these gathered, and their gradients local, until their last
+use: `output` is gathered once and its gradient reduced once, whatever n is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+
+from torchtitan_mtp.data.targets import Batch
+from torchtitan_mtp.models.transformer import Transformer
+from torchtitan_mtp.mtp.heads import ParallelHeads
+from torchtitan_mtp.ops import LossOptions, LossOutput
+from torchtitan_mtp.ops.head_by_head import HeadByHeadLoss
+
+LossArguments = dict[str, Any]
+
+
+def forward_loss(
+    model: Transformer, batch: Batch, head_scales: Tensor, loss: LossArguments
+) -> LossOutput:
+    """The loss of all heads, with its graph where gradients are on.
+
+    loss: keyword arguments of `linear_cross_entropy`.
+    """
+    hiddens = model(batch)
+    if not (model.mtp is not None and model.mtp.detach_trunk):
+        return model.output(hiddens, batch.labels, head_scales, **loss)
+    first = model.output(hiddens[:1], batch.labels[..., :1], head_scales[:1], **loss)
+    rest = model.output(hiddens[1:], batch.labels[..., 1:], head_scales[1:], detach=True, **loss)
+    return LossOutput(
+        first.loss + rest.loss, *(torch.cat(pair) for pair in zip(first[1:], rest[1:], strict=True))
+    )
+
+
+def joint(
+    model: Transformer,
+    batch: Batch,
+    head_scales: Tensor,
+    loss: LossArguments,
+    last_micro_batch: bool = True,
+) -> LossOutput:
+    """Forward and backward of one micro-batch in one graph; gradients add to `.grad`.
+
+    `last_micro_batch`: whether gradients are reduced over the ranks now.
+    """
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(last_micro_batch)
+        model.set_is_last_backward(last_micro_batch)
+    out = forward_loss(model, batch, head_scales, loss)
+    out.loss.backward()
+    return _detached(out)
+
+
+def sequential(
+    model: Transformer,
+    batch: Batch,
+    head_scales: Tensor,
+    loss: LossArguments,
+    last_micro_batch: bool = True,
+) -> LossOutput:
+    """As `joint`, head by head. A model without parallel heads has no heads to take in turn."""
+    if not isinstance(model.mtp, ParallelHeads):
+        return joint(model, batch, head_scales, loss, last_micro_batch)
+    z, context = model(batch, heads=False)  # [B, S, D]
+    dz = torch.zeros_like(z, dtype=torch.promote_types(z.dtype, torch.float32))
+    options = {name: value for name, value in loss.items() if name != "backend"}
+    head_loss = HeadByHeadLoss(LossOptions(**options))
+    outputs: list[LossOutput | None] = [None] * model.mtp.num_future_tokens
+    order = _order(model, z)
+    _hold(model, True, last_micro_batch)
+    for k in order:
+        if k == order[-1]:
+            _hold(model, False, last_micro_batch, whole_model=not z.requires_grad)
+        leaf = z.detach().requires_grad_(z.requires_grad)
+        hidden = model.mtp.hidden(model, k, leaf, context)
+        labels, aside = batch.labels[..., k - 1], model.mtp.detach_trunk and k > 1
+        out = model.output(
+            hidden, labels, head_scales[k - 1], aside, head_loss=head_loss, last=k == order[-1]
+        )
+        if out.loss.requires_grad:
+            out.loss.backward()
+        if leaf.grad is not None:
+            dz += leaf.grad
+        outputs[k - 1] = _detached(out)
+    if z.requires_grad:
+        _hold(model, False, last_micro_batch, whole_model=True)
+        z.backward(dz.to(z.dtype))
+    return _stacked(outputs)
+
+
+def _order(model: Transformer, z: Tensor) -> list[int]:
+    """Heads in the order they run: the last one is the last to need `norm` and `output`."""
+    extra = list(range(model.mtp.num_future_tokens, 1, -1))
+    # A frozen trunk's head 1 has no backward; with a trunk that trains, head 1 comes last because
+    # it is the only one whose gradient reaches `norm` and `output` under detach_trunk.
+    return [*extra, 1] if z.requires_grad else [1, *extra]
+
+
+def _hold(model: Transformer, held: bool, reduce: bool, whole_model: bool = False) -> None:
+    """FSDP2: keep shared parameters gathered and their gradients local, or let them go.
+
+    reduce: whether this micro-batch reduces gradients at all. Holding concerns `norm`, `output` and
+    the root's own parameters; letting go concerns the first two, and with `whole_model` the root
+    and the end of the backward as well.
+    """
+    if not isinstance(model, FSDPModule):
+        return
+    units = [m for m in (model.norm, model.output) if isinstance(m, FSDPModule)]
+    if held:
+        model.set_requires_gradient_sync(reduce)
+    if held or whole_model:
+        units.append(model)
+        model.set_is_last_backward(reduce and not held)
+    for unit in units:
+        unit.set_requires_gradient_sync(reduce and not held, recurse=False)
+        unit.set_reshard_after_backward(not held, recurse=False)
+
+
+def _detached(out: LossOutput) -> LossOutput:
+    return out._replace(loss=out.loss.detach())
+
+
+def _stacked(outputs: list[LossOutput | None]) -> LossOutput:
+    """n outputs of one head -> one of n heads."""
+    heads = [out for out in outputs if out is not None]
+    losses, *statistics = (torch.stack(parts) for parts in zip(*heads, strict=True))
+    return LossOutput(losses.sum(), *statistics)
+
+
+Engine = Callable[[Transformer, Batch, Tensor, LossArguments, bool], LossOutput]
+
+engines: dict[str, Engine] = {"joint": joint, "sequential": sequential}

@@ -1,0 +1,129 @@
+"""The two head families: how hidden states for t+1 .. t+n come out of one trunk.
+
+Parallel heads (Gloeckle et al. 2024, arXiv 2404.19737, section 2): with z the trunk's state,
+
+    h_k = norm(block_k(z)),  k = 1..n;          block_1 is the model's own last layer.
+
+Sequential heads (DeepSeek-V3, arXiv 2412.19437, section 2.2, equations 21 to 23): h_1 is the whole
+ordinary model, after its final norm, and for k = 2..n
+
+    h_k = norm_k(block_k(M_k [enorm_k(emb(t[i+k-1])) ; hnorm_k(h_{k-1})])).
+
+Both share the embedding, the unembedding and the rotary positions with the trunk. Head k at
+position i predicts t[i+k]; head 1 is next-token prediction.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torchtitan_mtp.data.targets import Batch
+from torchtitan_mtp.models.attention import AttentionContext, KVCache
+from torchtitan_mtp.models.transformer import RMSNorm, Transformer
+
+
+class ParallelHeads(nn.Module):
+    """Heads 2..n beside the model's last layer, which is head 1."""
+
+    family = "parallel"
+
+    def __init__(self, model: Transformer, num_future_tokens: int, detach_trunk: bool) -> None:
+        super().__init__()
+        last = last_layer(model)
+        self.num_future_tokens = num_future_tokens
+        self.detach_trunk = detach_trunk
+        self.heads = nn.ModuleList(copy.deepcopy(last) for _ in range(num_future_tokens - 1))
+
+    def trunk(self, model: Transformer, batch: Batch) -> tuple[Tensor, AttentionContext]:
+        """The state z [B, S, D] under all heads, and the attention context they share."""
+        return model.encode(batch, n_layers=len(model.layers) - 1)
+
+    def head_blocks(self, model: Transformer) -> list[nn.Module]:
+        """The blocks of heads 1..n."""
+        return [last_layer(model), *self.heads]
+
+    def hidden(
+        self, model: Transformer, k: int, z: Tensor, context: AttentionContext, cache: Any = None
+    ) -> Tensor:
+        """Head k's hidden state [B, S, D] from the trunk's z [B, S, D]."""
+        aside = self.detach_trunk and k > 1
+        block = self.head_blocks(model)[k - 1]
+        return model.norm(block(z.detach() if aside else z, context, cache), detach=aside)
+
+    def forward(self, model: Transformer, batch: Batch) -> list[Tensor]:
+        """n hidden states [B, S, D]."""
+        z, context = self.trunk(model, batch)
+        return [self.hidden(model, k, z, context) for k in range(1, self.num_future_tokens + 1)]
+
+
+class SequentialHead(nn.Module):
+    """One MTP module: the next hidden state from the previous one and the token in between."""
+
+    def __init__(self, model: Transformer) -> None:
+        super().__init__()
+        dim, eps = model.args.dim, model.args.norm_eps
+        self.enorm = RMSNorm(dim, eps=eps)
+        self.hnorm = RMSNorm(dim, eps=eps)
+        self.eh_proj = nn.Linear(2 * dim, dim, bias=False)
+        self.block = copy.deepcopy(last_layer(model))
+        self.norm = RMSNorm(dim, eps=eps)
+
+    def forward(
+        self, h: Tensor, emb: Tensor, context: AttentionContext, cache: KVCache | None = None
+    ) -> Tensor:
+        """h (normalised), emb [B, S, D] -> [B, S, D], normalised."""
+        x = self.eh_proj(torch.cat((self.enorm(emb), self.hnorm(h)), dim=-1))  # [B, S, 2D] -> D
+        return self.norm(self.block(x, context, cache))
+
+    def init_std(self, name: str) -> float:
+        """Standard deviation of the weight `name` at initialisation: its block's, else 0.02."""
+        return self.block.init_std(name.removeprefix("block."))  # type: ignore[operator]
+
+
+class SequentialHeads(nn.Module):
+    """A chain of modules behind the whole model; with `share_weights` one module, n - 1 times."""
+
+    family = "sequential"
+
+    def __init__(
+        self, model: Transformer, num_future_tokens: int, detach_trunk: bool, share_weights: bool
+    ) -> None:
+        super().__init__()
+        self.num_future_tokens = num_future_tokens
+        self.detach_trunk = detach_trunk
+        modules = 1 if share_weights else num_future_tokens - 1
+        self.heads = nn.ModuleList(SequentialHead(model) for _ in range(modules))
+
+    def module(self, k: int) -> nn.Module:
+        """The module that computes h_k, k = 2..n."""
+        return self.heads[min(k - 2, len(self.heads) - 1)]
+
+    def forward(self, model: Transformer, batch: Batch) -> list[Tensor]:
+        """n hidden states [B, S, D]."""
+        # One lookup for all n tokens of a position: one gather and one gradient of the embedding.
+        tokens = torch.cat((batch.tokens.unsqueeze(0), batch.future_tokens.movedim(-1, 0)))
+        x, *future = model.tok_embeddings(tokens).unbind(0)  # n of [B, S, D]
+        h, context = model.encode(batch, embedded=x)
+        hiddens = [model.norm(h)]
+        h = hiddens[0]
+        if self.detach_trunk:
+            h, future = h.detach(), [e.detach() for e in future]
+        for k, emb in enumerate(future, start=2):
+            h = self.module(k)(h, emb, context)
+            hiddens.append(h)
+        return hiddens
+
+
+def last_layer(model: Transformer) -> nn.Module:
+    """The trunk's last block."""
+    return model.layers[str(len(model.layers) - 1)]
+
+
+def head_parameters(model: Transformer) -> Iterator[tuple[str, nn.Parameter]]:
+    """Name and parameter of everything that is not the trunk."""
+    return ((n, p) for n, p in model.named_parameters() if n.startswith("mtp."))

@@ -1,0 +1,56 @@
+"""What the heads' losses weigh: scale, reduction, schedule, curriculum, normalisation.
+
+    total = CE_1 + scale(step) * reduce_{k>=2} weight_k * CE_k,    CE_k = loss_sum_k / valid_k
+
+with reduce = sum (Gloeckle et al. 2024, equation 2) or mean (DeepSeek-V3, equation 25), and
+valid_k the number of head k's targets over all ranks and micro-batches of the step.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from torchtitan_mtp.config import MTP
+
+
+def loss_scale(mtp: MTP, step: int, steps: int) -> float:
+    """The weight of heads 2..n together at `step` (1-based) of `steps`."""
+    start, end = mtp.loss_scale, mtp.loss_scale_final
+    if mtp.loss_scale_schedule == "linear":
+        return start + (end - start) * (step - 1) / max(steps - 1, 1)
+    if mtp.loss_scale_schedule == "step":  # DeepSeek-V3, section 4.2: 0.3, then 0.1
+        return start if step <= mtp.loss_scale_boundary * steps else end
+    return start
+
+
+def active_heads(mtp: MTP, step: int, steps: int) -> int:
+    """How many of the n heads count at `step` (1-based): arXiv 2505.22757, section 3.
+
+    The first `curriculum_fraction` of the run is n equal stages; forward adds a head with each,
+    reverse takes one away.
+    """
+    n = mtp.num_future_tokens
+    if mtp.curriculum == "none":
+        return n
+    stage = min(n, 1 + int(n * (step - 1) / max(1.0, mtp.curriculum_fraction * steps)))
+    return stage if mtp.curriculum == "forward" else n + 1 - stage
+
+
+def head_weights(mtp: MTP, step: int, steps: int) -> list[float]:
+    """Weights of CE_1..CE_n in the total at `step` (1-based) of `steps`."""
+    n, active = mtp.num_future_tokens, active_heads(mtp, step, steps)
+    weights = list(mtp.loss_weights) or [1.0] * (n - 1)
+    scale = loss_scale(mtp, step, steps)
+    if mtp.loss_reduction == "mean" and active > 1:
+        scale /= active - 1
+    return [1.0] + [scale * w if k <= active else 0.0 for k, w in enumerate(weights, start=2)]
+
+
+def head_scales(weights: list[float], valid: Tensor) -> Tensor:
+    """Factors of the loss sums [n] float32: weight_k / valid_k, and 0 for a head without targets.
+
+    valid: int64 [n], global counts, on any device.
+    """
+    weight = torch.tensor(weights, dtype=torch.float64, device=valid.device)
+    return torch.where(valid > 0, weight / valid.clamp(min=1), 0.0).float()

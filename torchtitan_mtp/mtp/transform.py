@@ -1,0 +1,72 @@
+"""The model transform: a next-token model in, a model of n future tokens out."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from torchtitan_mtp.config import MTP
+from torchtitan_mtp.errors import UserError
+from torchtitan_mtp.models.transformer import Transformer
+from torchtitan_mtp.mtp.heads import (
+    ParallelHeads,
+    SequentialHead,
+    SequentialHeads,
+    head_parameters,
+    last_layer,
+)
+
+
+def add_heads(model: Transformer, mtp: MTP) -> Transformer:
+    """Attach the heads of the `[mtp]` table to a model on the meta device, in place.
+
+    Nothing is attached for n = 1, which is plain next-token training. The trunk's parameter names
+    never change. Errors: `match_parameters` with fewer layers than heads.
+    """
+    n = mtp.num_future_tokens
+    if n == 1:
+        return model
+    if mtp.heads == "sequential":
+        model.mtp = SequentialHeads(model, n, mtp.detach_trunk, mtp.share_weights)
+    else:
+        if mtp.match_parameters:
+            _give_up_layers(model, n - 1)
+        model.mtp = ParallelHeads(model, n, mtp.detach_trunk)
+    if mtp.train == "heads":
+        for name, param in model.named_parameters():
+            param.requires_grad_(name.startswith("mtp."))
+    return model
+
+
+def _give_up_layers(model: Transformer, count: int) -> None:
+    # Gloeckle et al. 2024, section 3: n - 1 layers leave the trunk so that the total stays.
+    layers = len(model.layers)
+    if count >= layers:
+        raise UserError(
+            f"mtp.match_parameters: a model of {layers} layers cannot give {count} of them to "
+            f"{count + 1} heads; lower mtp.num_future_tokens or take a deeper flavor"
+        )
+    for i in range(layers - count, layers):
+        del model.layers[str(i)]
+
+
+@torch.no_grad()
+def copy_last_layer(model: Transformer, heads: list[int] | None = None) -> None:
+    """Start heads from the trunk's last block, and their output norm from the final norm.
+
+    heads: indices into `mtp.heads`, all by default. A sequential head's projection and input norms
+    keep their own initialisation.
+    """
+    last = dict(last_layer(model).named_parameters())
+    for i, head in enumerate(model.mtp.heads):
+        if heads is not None and i not in heads:
+            continue
+        block: nn.Module = head
+        if isinstance(head, SequentialHead):
+            block = head.block
+            head.norm.weight.copy_(model.norm.weight)
+        for name, param in block.named_parameters():
+            param.copy_(last[name])
+
+
+__all__ = ["add_heads", "copy_last_layer", "head_parameters"]
