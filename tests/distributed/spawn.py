@@ -1,0 +1,113 @@
+"""Run a function on several gloo ranks, each a process of its own, from inside a test."""
+
+import os
+import pickle
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+def run_ranks(
+    world_size: int, fn: Callable[..., Any], *args: Any, timeout: float = 120
+) -> list[Any]:
+    """Call `fn(rank, *args)` on every rank of a new gloo group and return what the ranks returned.
+
+    fn must be importable (the top level of a test file), args and results picklable; tensors come
+    back as copies. Each rank has one thread, and torchrun's variables in its environment.
+
+    Raises RuntimeError with the traceback of the rank that failed first, and TimeoutError when the
+    ranks take longer than `timeout` seconds. No process outlives the call.
+    """
+    deadline = time.monotonic() + timeout
+    # The store lives here, as torchrun's does, so the port is taken from the start and no other
+    # process can have it before rank 0 does.
+    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    context = mp.get_context("spawn")
+    processes, connections = [], []
+    try:
+        for rank in range(world_size):
+            receiver, sender = context.Pipe(duplex=False)
+            process = context.Process(
+                target=_rank_main,
+                args=(rank, world_size, store.port, timeout, sender, fn, args),
+                daemon=True,
+            )
+            process.start()
+            sender.close()  # the rank holds the other copy: its death then reads as end of file
+            processes.append(process)
+            connections.append(receiver)
+        return _collect(connections, processes, deadline)
+    finally:
+        for process in processes:
+            process.kill()
+        for process in processes:
+            process.join()
+
+
+def _collect(connections: list[Connection], processes: list[Any], deadline: float) -> list[Any]:
+    """Wait for one message from every rank; raise at the first failure."""
+    results: dict[int, Any] = {}
+    waiting = {connection: rank for rank, connection in enumerate(connections)}
+    while waiting:
+        ready = wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
+        if not ready:
+            raise TimeoutError(f"no answer in time from ranks {sorted(waiting.values())}")
+        failures: list[tuple[float, str]] = []
+        for connection in ready:
+            assert isinstance(connection, Connection)
+            rank = waiting.pop(connection)
+            try:
+                when, error, result = pickle.loads(connection.recv_bytes())
+            except EOFError:
+                processes[rank].join(5)
+                code = processes[rank].exitcode
+                failures.append((time.monotonic(), f"rank {rank} died with exit code {code}"))
+                continue
+            if error:
+                failures.append((when, f"rank {rank} failed:\n{error}"))
+            results[rank] = result
+        if failures:  # a rank that fails takes others with it: the first is the one to show
+            raise RuntimeError(min(failures)[1])
+    return [results[rank] for rank in sorted(results)]
+
+
+def _rank_main(
+    rank: int,
+    world_size: int,
+    port: int,
+    timeout: float,
+    sender: Connection,
+    fn: Callable[..., Any],
+    args: tuple[Any, ...],
+) -> None:
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        LOCAL_WORLD_SIZE=str(world_size),
+        MASTER_ADDR="localhost",
+        MASTER_PORT=str(port),
+        TORCHELASTIC_USE_AGENT_STORE="True",  # join the store of the parent, start none
+    )
+    torch.set_num_threads(1)
+    error, result = None, None
+    try:
+        dist.init_process_group("gloo", timeout=timedelta(seconds=timeout))
+        result = fn(rank, *args)
+        # Plain pickle copies tensors; multiprocessing's would share memory that dies with the rank.
+        message = pickle.dumps((time.monotonic(), None, result))
+        dist.barrier()  # no rank leaves while another still talks to it
+        dist.destroy_process_group()
+    except BaseException:
+        error = traceback.format_exc()
+        message = pickle.dumps((time.monotonic(), error, None))
+    sender.send_bytes(message)
+    sender.close()
+    os._exit(1 if error else 0)  # a broken group can hang in its destructors
