@@ -41,9 +41,8 @@ def _check_key(option: Option, value: object) -> None:
     for item in value if isinstance(value, list) else [value]:
         if expected := rule.range_error(item):
             raise UserError(f"{option.name} = {show(value)}: expected {expected}")
-    if isinstance(value, list) and option.name in ("model.converters", "compile.components"):
-        if len(set(value)) < len(value):
-            raise UserError(f"{option.name} = {show(value)}: an entry is there twice; remove one")
+    if rule.distinct and isinstance(value, list) and len(set(value)) < len(value):
+        raise UserError(f"{option.name} = {show(value)}: an entry is there twice; remove one")
 
 
 def _check_batch(config: JobConfig) -> None:
@@ -73,7 +72,7 @@ def _check_checkpointing(config: JobConfig) -> None:
     every = config.activation_checkpoint.selective_ac_option
     if every != "op" and not (every.isdecimal() and int(every) >= 1):
         raise UserError(
-            f"activation_checkpoint.selective_ac_option = {show(every)}: expected \"op\" or a "
+            f'activation_checkpoint.selective_ac_option = {show(every)}: expected "op" or a '
             'positive number in quotes, such as "2"'
         )
 
@@ -108,7 +107,7 @@ def _check_mtp_is_meant(config: JobConfig, given: Collection[str]) -> None:
         return  # plain next-token prediction either way
     if changed:
         raise UserError(
-            f'{changed[0]} is set but model.converters = {show(config.model.converters)} lacks '
+            f"{changed[0]} is set but model.converters = {show(config.model.converters)} lacks "
             '"mtp"; add it, or remove [mtp]'
         )
 
@@ -127,8 +126,8 @@ def _check_mtp(config: JobConfig) -> None:
         )
     if mtp.heads == "sequential" and mtp.engine == "sequential":
         raise UserError(
-            'mtp.engine = "sequential": takes parallel heads only, since each sequential head needs '
-            'the output of the one before; set mtp.engine = "joint" or mtp.heads = "parallel"'
+            'mtp.engine = "sequential": takes parallel heads only, since sequential ones need the '
+            'head before them; set mtp.engine = "joint" or mtp.heads = "parallel"'
         )
     if mtp.share_weights and mtp.heads != "sequential":
         raise UserError(

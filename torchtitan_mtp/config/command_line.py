@@ -18,8 +18,8 @@ BOOLEAN_WORDS = ("true", "false")
 def read_command_line(argv: list[str], options: dict[str, Option]) -> dict[str, object]:
     """The values that a command line gives, checked for name and type, by dotted name of the key.
 
-    Takes `--a.b value`, `--a.b=value`, `-` for `_`, `--a.flag`, `--a.no_flag`, `--a.flag false`, and
-    comma-separated lists. Of an option given twice the last one counts.
+    Takes `--a.b value`, `--a.b=value`, `-` for `_`, comma-separated lists, and for booleans
+    `--a.flag`, `--a.no_flag`, `--a.flag false`. Of an option given twice the last one counts.
 
     Raises:
         UserError: an option is unknown or lacks its value; a value is of the wrong type.

@@ -1,6 +1,6 @@
 """The whole configuration of a run: one attribute for each table of the TOML file."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torchtitan_mtp.config.sections.checkpoint import Checkpoint
 from torchtitan_mtp.config.sections.mtp import MTP, Loss
@@ -23,69 +23,68 @@ from torchtitan_mtp.config.sections.training import (
     Training,
     Validation,
 )
-from torchtitan_mtp.config.setting import setting
 
 
 @dataclass
 class JobConfig:
     """Every table. Names, types and defaults are TorchTitan v0.2's where it has the key."""
 
-    job: Job = setting(Job)
+    job: Job = field(default_factory=Job)
     """The run as a whole."""
 
-    model: Model = setting(Model)
+    model: Model = field(default_factory=Model)
     """The model and what is done to it."""
 
-    mtp: MTP = setting(MTP)
+    mtp: MTP = field(default_factory=MTP)
     """Multi-token prediction."""
 
-    loss: Loss = setting(Loss)
+    loss: Loss = field(default_factory=Loss)
     """The linear cross-entropy."""
 
-    training: Training = setting(Training)
+    training: Training = field(default_factory=Training)
     """Data, batch, length and precision."""
 
-    optimizer: Optimizer = setting(Optimizer)
+    optimizer: Optimizer = field(default_factory=Optimizer)
     """How a gradient changes the weights."""
 
-    lr_scheduler: LRScheduler = setting(LRScheduler)
+    lr_scheduler: LRScheduler = field(default_factory=LRScheduler)
     """Learning rate over the run."""
 
-    validation: Validation = setting(Validation)
+    validation: Validation = field(default_factory=Validation)
     """Loss on held-out documents."""
 
-    checkpoint: Checkpoint = setting(Checkpoint)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
     """Saving and loading."""
 
-    metrics: Metrics = setting(Metrics)
+    metrics: Metrics = field(default_factory=Metrics)
     """What is logged."""
 
-    parallelism: Parallelism = setting(Parallelism)
+    parallelism: Parallelism = field(default_factory=Parallelism)
     """How ranks share the work."""
 
-    activation_checkpoint: ActivationCheckpoint = setting(ActivationCheckpoint)
+    activation_checkpoint: ActivationCheckpoint = field(default_factory=ActivationCheckpoint)
     """What is recomputed in the backward."""
 
-    compile: Compile = setting(Compile)
+    compile: Compile = field(default_factory=Compile)
     """torch.compile."""
 
-    quantize: Quantize = setting(Quantize)
+    quantize: Quantize = field(default_factory=Quantize)
     """Training in 8 bits."""
 
-    profiling: Profiling = setting(Profiling)
+    profiling: Profiling = field(default_factory=Profiling)
     """Traces and memory snapshots."""
 
-    comm: Comm = setting(Comm)
+    comm: Comm = field(default_factory=Comm)
     """Communication between processes."""
 
-    debug: Debug = setting(Debug)
+    debug: Debug = field(default_factory=Debug)
     """TorchTitan v0.2.1's other place for seed and determinism."""
 
-    memory_estimation: MemoryEstimation = setting(MemoryEstimation)
+    memory_estimation: MemoryEstimation = field(default_factory=MemoryEstimation)
     """Not available here."""
 
-    fault_tolerance: FaultTolerance = setting(FaultTolerance)
+    fault_tolerance: FaultTolerance = field(default_factory=FaultTolerance)
     """Not available here."""
 
-    experimental: Experimental = setting(Experimental)
+    experimental: Experimental = field(default_factory=Experimental)
     """Not available here."""

@@ -23,6 +23,9 @@ class Rule:
     special: tuple[float, ...] = ()
     """Values outside the range that have a meaning of their own, such as -1 for "all"."""
 
+    distinct: bool = False
+    """Set for a list whose entries have to differ."""
+
     unsupported: str = ""
     """Set for a TorchTitan key that has to keep its default here: what to do instead."""
 
@@ -55,29 +58,25 @@ class Rule:
         return "" if inside else self.range_text() or "a finite number"
 
     def range_text(self) -> str:
-        """The allowed range in words, for messages and docs; empty without limits."""
-        words = {
-            "at least": self.at_least,
-            "above": self.above,
-            "at most": self.at_most,
-            "below": self.below,
-        }
-        text = " and ".join(f"{word} {limit:g}" for word, limit in words.items() if limit is not None)
-        alternatives = [f"{value:g}" for value in self.special]
-        return " or ".join([*alternatives, text]) if text else ""
+        """The allowed range, such as "-1 or >= 1"; empty without limits."""
+        limits = {">=": self.at_least, ">": self.above, "<=": self.at_most, "<": self.below}
+        text = " and ".join(
+            f"{sign} {limit:g}" for sign, limit in limits.items() if limit is not None
+        )
+        return " or ".join([*(f"{value:g}" for value in self.special), text]) if text else ""
 
 
 NO_RULE = Rule()
 
 
-def setting(default: Any, **rule: Any) -> Any:
-    """A dataclass field with a `Rule`; a list default is copied for each instance."""
-    metadata = {"rule": Rule(**rule)}
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)
-    if isinstance(default, type):
-        return field(default_factory=default, metadata=metadata)
-    return field(default=default, metadata=metadata)
+def rule(**rules: Any) -> dict[str, Rule]:
+    """Metadata for `dataclasses.field`: the `Rule` of the key."""
+    return {"rule": Rule(**rules)}
+
+
+def setting(default: Any, **rules: Any) -> Any:
+    """A dataclass field with an immutable default and a `Rule`."""
+    return field(default=default, metadata=rule(**rules))
 
 
 @dataclass(frozen=True)

@@ -1,16 +1,18 @@
 """The table about saving and loading."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
-from torchtitan_mtp.config.setting import setting
+from torchtitan_mtp.config.setting import rule, setting
 
 
 @dataclass
 class Checkpoint:
     """Checkpoints of torch.distributed.checkpoint in {job.dump_folder}/{folder}/step-N."""
 
-    enable: bool = setting(False, renamed_from=("checkpoint.enable_checkpoint",))
+    enable: bool = field(
+        default_factory=False, metadata=rule(renamed_from=("checkpoint.enable_checkpoint",))
+    )
     """Save checkpoints, and resume from the latest one at the start."""
 
     enable_ft_dataloader_checkpoints: bool = True
@@ -64,7 +66,7 @@ class Checkpoint:
     load_step: int = setting(-1, at_least=0, special=(-1,))
     """Step to resume from; -1: the latest."""
 
-    exclude_from_loading: list[str] = setting([])
+    exclude_from_loading: list[str] = field(default_factory=list)
     """Parts not to load: "optimizer", "lr_scheduler", "dataloader", "train_state"."""
 
     enable_first_step_checkpoint: bool = False

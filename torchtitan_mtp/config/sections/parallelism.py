@@ -1,9 +1,9 @@
 """Tables about how the model is spread over ranks and what its blocks keep or recompute."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
-from torchtitan_mtp.config.setting import setting
+from torchtitan_mtp.config.setting import rule, setting
 
 
 @dataclass
@@ -71,8 +71,8 @@ class Parallelism:
     expert_parallel_comm_backend: Literal["standard", "deepep"] = "standard"
     """No effect while expert_parallel_degree is 1."""
 
-    module_fqns_per_model_part: list[list[str]] | None = setting(
-        None, unsupported="there is no pipeline parallelism"
+    module_fqns_per_model_part: list[list[str]] | None = field(
+        default=None, metadata=rule(unsupported="there is no pipeline parallelism")
     )
     """Modules of each pipeline stage."""
 
@@ -121,7 +121,9 @@ class ActivationCheckpoint:
     """"op": keep the results of costly operations in every block; a number: recompute every
     so-many-th block in full."""
 
-    per_op_sac_force_recompute_mm_shapes_by_fqns: list[str] = setting(["moe.router.gate"])
+    per_op_sac_force_recompute_mm_shapes_by_fqns: list[str] = field(
+        default_factory=lambda: ["moe.router.gate"]
+    )
     """Linear layers whose products are recomputed even with "op"."""
 
     early_stop: bool = False
@@ -152,7 +154,9 @@ class Compile:
     enable: bool = setting(False, renamed_from=("training.compile",))
     """Compile the components."""
 
-    components: list[Literal["model", "loss"]] = setting(["model", "loss"])
+    components: list[Literal["model", "loss"]] = field(
+        default_factory=lambda: ["model", "loss"], metadata=rule(distinct=True)
+    )
     """What is compiled: each transformer block, the loss."""
 
     backend: str = "inductor"

@@ -1,9 +1,9 @@
 """Tables about training in 8 bits; in effect when model.converters names them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
-from torchtitan_mtp.config.setting import setting
+from torchtitan_mtp.config.setting import rule
 
 
 @dataclass
@@ -20,7 +20,7 @@ class Float8Linear:
     recipe_name: Literal["tensorwise", "rowwise", "rowwise_with_gw_hp"] | None = None
     """torchao's recipe for the scales; None: tensorwise."""
 
-    filter_fqns: list[str] = setting([])
+    filter_fqns: list[str] = field(default_factory=list)
     """Layers whose name contains one of these stay as they are; so do all with a side that 16
     does not divide."""
 
@@ -38,7 +38,7 @@ class MXLinear:
     recipe_name: str = "mxfp8_cublas"
     """No effect."""
 
-    filter_fqns: list[str] = setting(["output"])
+    filter_fqns: list[str] = field(default_factory=lambda: ["output"])
     """No effect."""
 
 
@@ -46,7 +46,7 @@ class MXLinear:
 class Float8GroupedMM:
     """Float8 expert layers; the converter is not supported, so that these keys have no effect."""
 
-    fqns: list[str] = setting([])
+    fqns: list[str] = field(default_factory=list)
     """No effect."""
 
 
@@ -57,7 +57,7 @@ class MXGroupedMM:
     recipe_name: Literal["mxfp8"] = "mxfp8"
     """No effect."""
 
-    fqns: list[str] = setting([])
+    fqns: list[str] = field(default_factory=list)
     """No effect."""
 
 
@@ -65,10 +65,12 @@ class MXGroupedMM:
 class QuantizedLinear:
     """Linear layers."""
 
-    float8: Float8Linear = setting(Float8Linear, renamed_from=("float8",))
+    float8: Float8Linear = field(
+        default_factory=Float8Linear, metadata=rule(renamed_from=("float8",))
+    )
     """Linear layers in float8."""
 
-    mx: MXLinear = setting(MXLinear, renamed_from=("mx",))
+    mx: MXLinear = field(default_factory=MXLinear, metadata=rule(renamed_from=("mx",)))
     """Linear layers in MXFP8."""
 
 
@@ -76,10 +78,10 @@ class QuantizedLinear:
 class QuantizedGroupedMM:
     """Expert layers."""
 
-    float8: Float8GroupedMM = setting(Float8GroupedMM)
+    float8: Float8GroupedMM = field(default_factory=Float8GroupedMM)
     """Expert layers in float8."""
 
-    mx: MXGroupedMM = setting(MXGroupedMM)
+    mx: MXGroupedMM = field(default_factory=MXGroupedMM)
     """Expert layers in MXFP8."""
 
 
@@ -87,8 +89,8 @@ class QuantizedGroupedMM:
 class Quantize:
     """Training in 8 bits."""
 
-    linear: QuantizedLinear = setting(QuantizedLinear)
+    linear: QuantizedLinear = field(default_factory=QuantizedLinear)
     """Linear layers."""
 
-    grouped_mm: QuantizedGroupedMM = setting(QuantizedGroupedMM)
+    grouped_mm: QuantizedGroupedMM = field(default_factory=QuantizedGroupedMM)
     """Expert layers."""

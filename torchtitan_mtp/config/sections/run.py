@@ -1,9 +1,9 @@
 """Tables about the run itself: where it writes, what it logs, how its processes talk."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
-from torchtitan_mtp.config.setting import setting
+from torchtitan_mtp.config.setting import rule, setting
 
 
 @dataclass
@@ -19,7 +19,9 @@ class Job:
     description: str = "default job"
     """What this run is for; printed at the start."""
 
-    print_config: bool = setting(False, renamed_from=("job.print_args",))
+    print_config: bool = field(
+        default_factory=False, metadata=rule(renamed_from=("job.print_args",))
+    )
     """Print the resolved configuration before training."""
 
     debug: bool = False
@@ -162,7 +164,7 @@ class FaultTolerance:
     fragment_update_alpha: float = 0.0
     """No effect while fault_tolerance.enable is false."""
 
-    module_fqns_per_model_fragment: list[list[str]] = setting([])
+    module_fqns_per_model_fragment: list[list[str]] = field(default_factory=list)
     """No effect while fault_tolerance.enable is false."""
 
     num_fragments: int = 1

@@ -1,10 +1,10 @@
 """Tables about what is trained, on what data, and how the weights are updated."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import inf
 from typing import Literal
 
-from torchtitan_mtp.config.setting import setting
+from torchtitan_mtp.config.setting import rule, setting
 
 
 @dataclass
@@ -26,15 +26,18 @@ class Model:
     attn_mask_type: Literal["causal", "block_causal"] = "causal"
     """Whether a token sees all earlier tokens, or only those of its own document."""
 
-    converters: list[Literal["mtp", "quantize.linear.float8"]] = setting(
-        [],
-        also_spelled={"float8": "quantize.linear.float8"},
-        unsupported_values={
-            "mx": "use quantize.linear.float8",
-            "quantize.linear.mx": "use quantize.linear.float8",
-            "quantize.grouped_mm.float8": "there are no expert layers to quantize",
-            "quantize.grouped_mm.mx": "there are no expert layers to quantize",
-        },
+    converters: list[Literal["mtp", "quantize.linear.float8"]] = field(
+        default_factory=list,
+        metadata=rule(
+            distinct=True,
+            also_spelled={"float8": "quantize.linear.float8"},
+            unsupported_values={
+                "mx": "use quantize.linear.float8",
+                "quantize.linear.mx": "use quantize.linear.float8",
+                "quantize.grouped_mm.float8": "there are no expert layers to quantize",
+                "quantize.grouped_mm.mx": "there are no expert layers to quantize",
+            },
+        ),
     )
     """Changes applied to the model, in order: "mtp" adds the heads of [mtp],
     "quantize.linear.float8" (or "float8") trains its linear layers in float8."""
@@ -176,7 +179,7 @@ class Training:
     )
     """Send the same number of tokens to every expert."""
 
-    dataloader: DataLoader = setting(DataLoader)
+    dataloader: DataLoader = field(default_factory=DataLoader)
     """TorchTitan's loader processes."""
 
 
@@ -205,5 +208,5 @@ class Validation:
     steps: int = setting(-1, at_least=1, special=(-1,))
     """Batches of one validation on each rank; -1: all of the validation data."""
 
-    dataloader: DataLoader = setting(DataLoader)
+    dataloader: DataLoader = field(default_factory=DataLoader)
     """TorchTitan's loader processes."""
