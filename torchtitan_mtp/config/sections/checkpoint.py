@@ -3,16 +3,14 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from torchtitan_mtp.config.setting import rule, setting
+from torchtitan_mtp.config.setting import setting
 
 
 @dataclass
 class Checkpoint:
     """Checkpoints of torch.distributed.checkpoint in {job.dump_folder}/{folder}/step-N."""
 
-    enable: bool = field(
-        default_factory=False, metadata=rule(renamed_from=("checkpoint.enable_checkpoint",))
-    )
+    enable: bool = setting(False, renamed_from=("checkpoint.enable_checkpoint",))
     """Save checkpoints, and resume from the latest one at the start."""
 
     enable_ft_dataloader_checkpoints: bool = True

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from torchtitan_mtp.config.setting import rule, setting
+from torchtitan_mtp.config.setting import setting
 
 
 @dataclass
@@ -19,9 +19,7 @@ class Job:
     description: str = "default job"
     """What this run is for; printed at the start."""
 
-    print_config: bool = field(
-        default_factory=False, metadata=rule(renamed_from=("job.print_args",))
-    )
+    print_config: bool = setting(False, renamed_from=("job.print_args",))
     """Print the resolved configuration before training."""
 
     debug: bool = False
@@ -81,10 +79,8 @@ class Metrics:
     save_for_all_ranks: bool = False
     """Write the event files of every rank, each in its own folder, instead of rank 0's alone."""
 
-    enable_wandb: bool = setting(
-        False, unsupported="use metrics.enable_tensorboard, which Weights & Biases can import"
-    )
-    """Log to Weights & Biases."""
+    enable_wandb: bool = False
+    """Log to Weights & Biases; needs the package wandb."""
 
 
 @dataclass
