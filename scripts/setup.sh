@@ -1,10 +1,9 @@
 # To be sourced by bash: `source scripts/setup.sh [core|dev]` sets PYTHON to a Python that runs this
 # checkout, and makes .venv where there is none that does. dev adds what the tests need.
 #
-# .venv if it is there; else python3 if it has all that is needed; else a new .venv, which sees
-# python3's own packages when a new enough torch is among them. What is installed and new enough is
-# kept; what is missing comes at the version of constraints.txt. A stamp, written last, makes the
-# next call quick and an interrupted one start again where it stopped.
+# .venv if it is there; else python3 if it has all that is needed; else a new .venv. What is
+# installed and new enough is kept; what is missing comes at the version of constraints.txt. A stamp,
+# written last, makes the next call quick and lets an interrupted one go on where it stopped.
 
 _setup_error() {
     echo "error: $*" >&2
@@ -26,7 +25,7 @@ _setup_check_version() { # python
     version=$("$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])') ||
         { _setup_error "$1 does not run: mend or remove it, then run again"; return; }
     [[ ${version%%.*} -gt 3 || ( ${version%%.*} -eq 3 && ${version#*.} -ge 10 ) ]] ||
-        _setup_error "$1 is Python $version; torchtitan_mtp needs 3.10 or newer: put one first in PATH"
+        _setup_error "$1 is Python $version; torchtitan_mtp needs 3.10 or newer first in PATH"
 }
 
 _setup_announce() { # requirement lines
@@ -36,24 +35,31 @@ _setup_announce() { # requirement lines
     echo "installing $torch$(wc -w <<<"$names" | tr -d ' ') packages into .venv (once)" >&2
 }
 
+# A new .venv. Where python3 has a new enough torch, system-wide, in a container or in a virtual
+# environment of its own, .venv sees python3's packages, so that this torch is the one in use.
+_setup_create_venv() { # root group
+    local venv=$1/.venv missing outer=''
+    missing=$(python3 "$1/scripts/missing_requirements.py" "$2" 2>/dev/null) || missing=torch==
+    grep -q '^torch==' <<<"$missing" ||
+        outer=$(python3 -c 'import sys; print("\n".join(p for p in sys.path if p.endswith("-packages")))')
+    python3 -m venv --without-pip "$venv" >&2 || return
+    [[ -z $outer ]] || echo "$outer" >"$(echo "$venv"/lib/python*/site-packages)/outer.pth"
+}
+
 _setup_install() { # root group
-    local root=$1 group=$2 venv=$1/.venv missing see_system=()
-    if [[ ! -x $venv/bin/python ]]; then
-        missing=$(python3 "$root/scripts/missing_requirements.py" "$group" 2>/dev/null) || missing=torch==
-        grep -q '^torch==' <<<"$missing" || see_system=(--system-site-packages)
-        python3 -m venv ${see_system[@]+"${see_system[@]}"} "$venv" >&2 ||
-            { _setup_error "python3 -m venv $venv failed: see above"; return; }
-    fi
+    local root=$1 group=$2 venv=$1/.venv missing
+    [[ -x $venv/bin/python ]] || _setup_create_venv "$root" "$group" ||
+        { _setup_error "python3 -m venv $venv failed: see above"; return; }
     local pip=("$venv/bin/python" -m pip --disable-pip-version-check)
-    "${pip[@]}" --version >/dev/null 2>&1 || "$venv/bin/python" -m ensurepip >/dev/null ||
-        { _setup_error "$venv has no pip: see above"; return; }
+    "${pip[@]}" --version >/dev/null 2>&1 || "$venv/bin/python" -m ensurepip >/dev/null 2>&1 ||
+        { _setup_error "no pip for $venv: install python3-venv or ensurepip, then run again"; return; }
     missing=$("$venv/bin/python" "$root/scripts/missing_requirements.py" "$group") || return
     if [[ -n $missing ]]; then
         _setup_announce "$missing"
-        "${pip[@]}" install -q -r <(echo "$missing") >&2 ||
+        "${pip[@]}" install -qq -r <(echo "$missing") >&2 ||
             { _setup_error "pip could not install into $venv: see above, then run again"; return; }
     fi
-    "${pip[@]}" install -q --no-deps -e "$root" >&2 ||
+    "${pip[@]}" install -qq --no-deps -e "$root" >&2 ||
         { _setup_error "pip could not install $root into $venv: see above, then run again"; return; }
     _setup_inputs "$root" >"$venv/setup-core"
     [[ $group == core ]] || _setup_inputs "$root" >"$venv/setup-$group"
