@@ -122,9 +122,10 @@ class ActivationCheckpoint:
     so-many-th block in full."""
 
     per_op_sac_force_recompute_mm_shapes_by_fqns: list[str] = field(
-        default_factory=lambda: ["moe.router.gate"]
+        default_factory=lambda: ["moe.router.gate"],
+        metadata=rule(unsupported="every second product is recomputed, whatever its layer"),
     )
-    """Linear layers whose products are recomputed even with "op"."""
+    """Linear layers whose products are recomputed, with "op"."""
 
     early_stop: bool = False
     """Stop a recomputation as soon as all that is needed is there."""
