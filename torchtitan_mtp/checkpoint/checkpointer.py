@@ -1,0 +1,336 @@
+"""Save and resume a run: when, what and in which order. How, is in the files beside this one."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+import torch.nn as nn
+from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+
+from torchtitan_mtp.checkpoint import folders
+from torchtitan_mtp.checkpoint import state as states_of
+from torchtitan_mtp.checkpoint.load import (
+    HEADS,
+    LoadReport,
+    Opened,
+    excluded,
+    first_failure,
+    load_opened_weights,
+    open_checkpoint,
+    stored_model_names,
+)
+from torchtitan_mtp.checkpoint.manifest import FULL, MODEL_ONLY, Manifest, hash_files
+from torchtitan_mtp.checkpoint.ranks import Ranks
+from torchtitan_mtp.checkpoint.resume import Stateful, restore
+from torchtitan_mtp.checkpoint.state import OPTIMIZER, RNG
+from torchtitan_mtp.errors import UserError
+
+if TYPE_CHECKING:
+    from torchtitan_mtp.config.sections.checkpoint import Checkpoint
+
+logger = logging.getLogger(__name__)
+
+
+class Checkpointer:
+    """Checkpoints of one run in `{dump_folder}/{config.folder}/step-N`. Made by all ranks together.
+
+    Args:
+        config: the [checkpoint] table.
+        dump_folder: job.dump_folder.
+        model: materialized, parallelized (DTensors) or plain.
+        optimizer: over some or all of the model's parameters; None saves and loads none.
+        extra: what else resumes, by name ("lr_scheduler", "dataloader", "train_state", ...). Every
+            `state_dict()` is plain data (or tensors), the same on all ranks.
+
+    Attributes:
+        load_report: what the last `load` left out; None before, and when nothing was loaded.
+
+    Raises:
+        UserError: keep_latest_k = 1.
+    """
+
+    def __init__(
+        self,
+        config: Checkpoint,
+        dump_folder: str | os.PathLike[str],
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | None = None,
+        extra: Mapping[str, Stateful] | None = None,
+    ) -> None:
+        if config.keep_latest_k == 1:
+            raise UserError(
+                "checkpoint.keep_latest_k = 1, expected 0 (keep all) or at least 2, so that one "
+                "damaged checkpoint is not the end of the run"
+            )
+        self.config = config
+        self.folder = Path(dump_folder) / config.folder
+        self.model = model
+        self.optimizer = optimizer
+        self.extra = dict(extra or {})
+        self.load_report: LoadReport | None = None
+        self._ranks = Ranks(own_group=config.enable)
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: Future[None] | None = None
+        self._pinned: DefaultStager | None = None
+
+    # ---- saving ----
+
+    def should_save(self, step: int, last: bool = False) -> bool:
+        """Whether `save(step, last)` saves: each interval, the last step, the first when asked."""
+        config = self.config
+        if not config.enable or config.load_only:
+            return False
+        first = step == 1 and config.enable_first_step_checkpoint
+        return last or first or (step > 0 and step % config.interval == 0)
+
+    def save(self, step: int, last: bool = False, *, force: bool = False) -> bool:
+        """Save after `step` steps, if it is due; all ranks call it together.
+
+        The last save is model-only in `export_dtype` where `last_save_model_only` says so; step 0
+        (a seed) holds the weights only; all others are full. Waits for an earlier background save.
+
+        Args:
+            step: optimizer steps done.
+            last: the run ends here as configured.
+            force: save a full checkpoint now, due or not (a run that is being stopped).
+
+        Returns:
+            False when nothing was due, or when step-N is whole already.
+
+        Raises:
+            UserError: on every rank: no space, a failed write (now or in the background).
+        """
+        enabled = self.config.enable and not self.config.load_only
+        if not (enabled and force) and not self.should_save(step, last):
+            return False
+        self.wait()
+        export = last and self.config.last_save_model_only and not force
+        kind = MODEL_ONLY if export or step == 0 else FULL
+        if not self._ranks.first(lambda: self._wanted(step, kind)):
+            return False
+        states = self._states(kind, export)
+        total = states_of.total_bytes(states)
+        self._ranks.first(lambda: folders.start_writing(self.folder, step, total))
+        if last or force or self.config.async_mode == "disabled":
+            self._write(states, step, kind)
+        else:
+            self._pending = self._writer.submit(self._write, self._stage(states), step, kind)
+        return True
+
+    def _wanted(self, step: int, kind: str) -> bool:
+        """Whether step-N is still to be written (rank 0)."""
+        path = folders.step_folder(self.folder, step)
+        found = folders.whole_kind(path)
+        if found is None or (found == MODEL_ONLY and kind == FULL):
+            return True
+        logger.info("%s is there already (%s): not saved again", path, found)
+        return False
+
+    def _states(self, kind: str, export: bool) -> dict[str, Any]:
+        """What goes into a checkpoint, under its names there."""
+        states: dict[str, Any] = states_of.model_state(self.model)
+        if kind == MODEL_ONLY:
+            dtype = getattr(torch, self.config.export_dtype)
+            return states_of.cast_floating(states, dtype) if export else states
+        if self.optimizer is not None:
+            states |= states_of.optimizer_state(self.model, self.optimizer)
+        states |= {name: item.state_dict() for name, item in self.extra.items()}
+        states[f"{RNG}.rank{self._ranks.rank}"] = states_of.rng_state()
+        for name, value in states.items():
+            if not isinstance(value, torch.Tensor):
+                states_of.check_plain(name, value)
+        return states
+
+    def _stage(self, states: dict[str, Any]) -> dict[str, Any]:
+        """A copy of `states` in CPU memory that training does not touch."""
+        if self.config.async_mode == "async_with_pinned_mem" and torch.cuda.is_available():
+            if self._pinned is None:  # its buffers are kept from save to save
+                self._pinned = DefaultStager(StagingOptions(True, False, False, True))
+            return self._pinned.stage(states)
+        stager = DefaultStager(StagingOptions(False, False, False, False))
+        staged = stager.stage(states)
+        stager.close()
+        return staged
+
+    def _write(self, states: dict[str, Any], step: int, kind: str) -> None:
+        """Write step-N and put it in place; in the background of training or not."""
+        start = time.perf_counter()
+        ranks, folder = self._ranks, self.folder
+        tmp = folders.tmp_folder(folder, step)
+        try:
+            with states_of.quiet():
+                dcp.save(
+                    states,
+                    storage_writer=FileSystemWriter(tmp),
+                    planner=DefaultSavePlanner(
+                        flatten_state_dict=False, flatten_sharded_tensors=False
+                    ),
+                    process_group=ranks.group,
+                    no_dist=not ranks.distributed,
+                )
+            # Each rank hashes what it wrote, from the page cache.
+            own = [tmp / ".metadata"] if ranks.rank == 0 else []
+            own += sorted(tmp.glob(f"__{ranks.rank}_*.distcp"))
+            written = ranks.gather(ranks.together(lambda: hash_files(own)))
+            files = {name: entry for part in written for name, entry in part.items()}
+            manifest = Manifest(step, kind, ranks.world_size, files)
+            final = ranks.first(lambda: folders.finish_writing(folder, manifest))
+        except (CheckpointException, UserError, OSError) as error:
+            if ranks.rank == 0:
+                folders.discard_writing(folder, step)
+            cause = first_failure(error) if isinstance(error, CheckpointException) else error
+            raise UserError(f"{tmp}: can't be saved: {cause}") from error
+        logger.info(
+            "saved %s (%s, %.1f MB, %.1f s)",
+            final,
+            kind,
+            manifest.total_bytes / 1e6,
+            time.perf_counter() - start,
+        )
+        ranks.first(lambda: folders.remove_old(folder, self.config.keep_latest_k, step))
+
+    def wait(self) -> None:
+        """Wait for a background save to be in place.
+
+        Raises:
+            UserError: it failed.
+        """
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def close(self) -> None:
+        """Wait for a background save and give back its memory and thread.
+
+        Raises:
+            UserError: the background save failed.
+        """
+        try:
+            self.wait()
+        finally:
+            self._writer.shutdown()
+            if self._pinned is not None:
+                self._pinned.close()
+                self._pinned = None
+
+    # ---- loading ----
+
+    def load(self, step: int = -1) -> int | None:
+        """Resume the run, or start it from `initial_load_path`; all ranks call it together.
+
+        Args:
+            step: the step to load; -1 means `config.load_step`, and where that is -1 too, the
+                newest full checkpoint. Model-only ones are never resumed from by themselves.
+
+        Returns:
+            The step resumed at; 0 when only weights were loaded from this run's own folder (a
+            seed, or a model-only step asked for); None when there was nothing to resume from
+            (after an initial load of weights, too).
+
+        Raises:
+            UserError: on every rank: no such step, a damaged file, or states that do not match.
+        """
+        if not self.config.enable:
+            if self.config.initial_load_path:
+                logger.warning("checkpoint.initial_load_path is ignored: checkpoint.enable = false")
+            return None
+        self.wait()
+        step = self.config.load_step if step == -1 else step
+        found = self._ranks.first(lambda: self._choose(step))
+        if found is not None:
+            path, kind = found
+            if self.config.initial_load_path:
+                logger.info("checkpoint.initial_load_path is ignored: resuming from %s", path)
+            return self._resume(path) if kind == FULL else self._start_from(path)
+        if not self.config.initial_load_path:
+            return None
+        given = self.config.initial_load_path
+        path = self._ranks.first(lambda: folders.find_checkpoint(given))
+        if not self.config.initial_load_model_only:
+            return self._resume(path)
+        self._load_weights(open_checkpoint(path, self._ranks), HEADS)
+        return None
+
+    def _choose(self, step: int) -> tuple[Path, str] | None:
+        """The checkpoint of this run's folder to load, and its kind (rank 0)."""
+        folders.warn_about_leftovers(self.folder)
+        finished = folders.finished_steps(self.folder)
+        if step != -1:
+            path = folders.step_folder(self.folder, step)
+            if step not in finished:
+                raise UserError(
+                    f"{path}: not there (checkpoint.load_step = {step}); finished steps: "
+                    f"{', '.join(map(str, finished)) or 'none'}"
+                )
+            if newer := [other for other in finished if other > step]:
+                logger.warning(
+                    "step-%d is loaded while later steps (up to step-%d) stay in %s: a save at one "
+                    "of them is skipped, and the next start resumes from the latest; move them "
+                    "away, or set checkpoint.folder, to continue from here",
+                    *(step, newer[-1], self.folder),
+                )
+            return path, folders.kind_of(path)
+        full = folders.latest_full_step(self.folder)
+        newest = finished[-1] if finished else None
+        if newest is not None and newest != full and newest > 0:
+            logger.warning(
+                "step-%d holds the model only and can't be resumed: %s",
+                newest,
+                "starting anew" if full is None else f"resuming at step {full}",
+            )
+        chosen = 0 if full is None and 0 in finished else full
+        if chosen is None:
+            return None
+        return folders.step_folder(self.folder, chosen), MODEL_ONLY if full is None else FULL
+
+    def _start_from(self, path: Path) -> int:
+        """Weights only, from this run's own folder: a seed, or a model-only step asked for."""
+        logger.warning("%s holds the model only: training starts at step 0 with it", path)
+        self._load_weights(open_checkpoint(path, self._ranks), ())
+        return 0
+
+    def _load_weights(self, opened: Opened, allowed: Sequence[str], exact: bool = False) -> None:
+        exclude = self.config.exclude_from_loading
+        self._check_exclude(opened, exclude)
+        self.load_report = load_opened_weights(
+            opened,
+            self.model,
+            self._ranks,
+            allow_missing=allowed,
+            allow_unexpected=allowed,
+            exclude=exclude,
+            exact_dtype=exact,
+        )
+
+    def _check_exclude(self, opened: Opened, exclude: Sequence[str]) -> None:
+        """Every entry of exclude_from_loading means something, here or in the checkpoint."""
+        states = {"model", OPTIMIZER, RNG, "lr_scheduler", "dataloader", "train_state", *self.extra}
+        names = [*states_of.model_state(self.model), *stored_model_names(opened)]
+        for entry in exclude:
+            if entry not in states and not any(excluded(name, (entry,)) for name in names):
+                raise UserError(
+                    f"checkpoint.exclude_from_loading names {entry!r}, expected one of "
+                    f"{', '.join(sorted(states))}, or (the beginning of) a parameter's name"
+                )
+
+    def _resume(self, path: Path) -> int:
+        """Everything, from a full checkpoint; returns its step."""
+        opened = open_checkpoint(path, self._ranks)
+        self._load_weights(opened, (), exact=True)
+        exclude = self.config.exclude_from_loading
+        extra = {name: item for name, item in self.extra.items() if name not in exclude}
+        optimizer = None if OPTIMIZER in exclude else self.optimizer
+        restore(opened, self.model, optimizer, extra, self._ranks, rng=RNG not in exclude)
+        step = opened.manifest.step if opened.manifest else int(path.name.rpartition("-")[2])
+        logger.info("resumed %s at step %d", path, step)
+        return step

@@ -1,0 +1,207 @@
+"""Where checkpoints lie: `step-N` folders that are whole or absent, never in between.
+
+A checkpoint is written as `step-N.tmp`, finished (manifest last), flushed to disk and renamed, so
+that a death at any moment leaves either no `step-N` or a whole one. Nothing ever writes into an
+existing `step-N`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import shutil
+from pathlib import Path
+
+from torchtitan_mtp.checkpoint.manifest import (
+    FULL,
+    MODEL_ONLY,
+    Manifest,
+    check_sizes,
+    read_manifest,
+    write_manifest,
+)
+from torchtitan_mtp.checkpoint.metadata import read_metadata
+from torchtitan_mtp.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+_STEP = re.compile(r"^step-(\d+)$")
+_FREE_SPACE_MARGIN = 1.02  # file headers and metadata beside the tensors
+
+
+def step_folder(folder: Path, step: int) -> Path:
+    return folder / f"step-{step}"
+
+
+def tmp_folder(folder: Path, step: int) -> Path:
+    return folder / f"step-{step}.tmp"
+
+
+def finished_steps(folder: Path) -> list[int]:
+    """The steps whose saving was finished, ascending; content is not looked at."""
+    if not folder.is_dir():
+        return []
+    found = ((_STEP.match(entry.name), entry) for entry in folder.iterdir() if entry.is_dir())
+    return sorted(int(match[1]) for match, entry in found if match and _finished(entry))
+
+
+def _finished(path: Path) -> bool:
+    return (path / ".metadata").is_file() or (path / "manifest.json").is_file()
+
+
+def warn_about_leftovers(folder: Path) -> None:
+    """Name the folders of interrupted saves, which are ignored."""
+    if not folder.is_dir():
+        return
+    for entry in sorted(folder.iterdir()):
+        if entry.name.endswith(".tmp") and _STEP.match(entry.name.removesuffix(".tmp")):
+            logger.warning("%s: left by an interrupted save, ignored", entry)
+        elif _STEP.match(entry.name) and entry.is_dir() and not _finished(entry):
+            logger.warning("%s: neither .metadata nor manifest: not finished, ignored", entry)
+
+
+def kind_of(path: Path) -> str:
+    """ "full" or "model_only": what the manifest says, or what the metadata holds.
+
+    Raises:
+        UserError: a file of the checkpoint is missing or has the wrong size.
+    """
+    manifest = read_manifest(path)
+    if manifest is not None:
+        check_sizes(path, manifest)
+        return manifest.kind
+    names = read_metadata(path).state_dict_metadata
+    return FULL if any(name.startswith("optimizer.") for name in names) else MODEL_ONLY
+
+
+def whole_kind(path: Path) -> str | None:
+    """`kind_of`, or None where the checkpoint is damaged or not there at all."""
+    try:
+        return kind_of(path)
+    except UserError:
+        return None
+
+
+def latest_full_step(folder: Path) -> int | None:
+    """The newest finished step that training can resume from. A damaged one raises, never skips.
+
+    Raises:
+        UserError: the newest candidate is damaged.
+    """
+    for step in reversed(finished_steps(folder)):
+        if kind_of(step_folder(folder, step)) == FULL:
+            return step
+    return None
+
+
+def start_writing(folder: Path, step: int, total_bytes: int) -> None:
+    """Make the empty `step-N.tmp`, after checking that `total_bytes` fit on the disk.
+
+    Raises:
+        UserError: not enough free space, or the folder can't be made.
+    """
+    tmp = tmp_folder(folder, step)
+    try:
+        if tmp.exists():
+            logger.warning("%s: left by an interrupted save, removed", tmp)
+            shutil.rmtree(tmp)
+        folder.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(folder).free
+        needed = int(total_bytes * _FREE_SPACE_MARGIN)
+        if free < needed:
+            raise UserError(
+                f"{folder}: step-{step} needs {needed:,} bytes, {free:,} are free; make room, "
+                "lower checkpoint.keep_latest_k or set checkpoint.folder to another disk"
+            )
+        tmp.mkdir()
+    except OSError as error:
+        raise UserError(f"{tmp}: can't be made: {error}; check job.dump_folder") from error
+
+
+def finish_writing(folder: Path, manifest: Manifest) -> Path:
+    """Write the manifest into `step-N.tmp`, flush it and rename it to `step-N`.
+
+    What lies at `step-N` already (a model-only checkpoint that a full one replaces, a damaged one)
+    is kept beside it as `step-N.model_only` or `step-N.damaged`.
+    """
+    tmp, final = tmp_folder(folder, manifest.step), step_folder(folder, manifest.step)
+    write_manifest(tmp, manifest)
+    _sync_folder(tmp)
+    if final.exists():
+        aside = final.with_name(f"{final.name}.{whole_kind(final) or 'damaged'}")
+        if aside.exists():
+            raise UserError(f"{aside}: in the way of keeping the old {final.name}; move it away")
+        final.rename(aside)
+        logger.warning("%s: was there already, kept as %s", final, aside.name)
+    tmp.rename(final)
+    _sync_folder(folder)
+    return final
+
+
+def _sync_folder(path: Path) -> None:
+    """Make the folder's entries (new names, renames) survive a power loss."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def discard_writing(folder: Path, step: int) -> None:
+    """Remove what a failed save wrote."""
+    shutil.rmtree(tmp_folder(folder, step), ignore_errors=True)
+
+
+def steps_to_remove(kinds: dict[int, str], keep: int, written: int) -> list[int]:
+    """The steps beyond the newest `keep`, sparing the last full one and the one just written.
+
+    Args:
+        kinds: step -> kind of the whole checkpoints; others neither count nor are removed.
+        keep: 0 keeps all.
+    """
+    if keep == 0:
+        return []
+    steps = sorted(kinds)
+    full = [step for step in steps if kinds[step] == FULL]
+    spared = {*steps[-keep:], *full[-1:], written}
+    return [step for step in steps if step not in spared]
+
+
+def remove_old(folder: Path, keep: int, written: int) -> None:
+    """Apply `checkpoint.keep_latest_k` after `step-{written}` has been finished."""
+    kinds = {step: whole_kind(step_folder(folder, step)) for step in finished_steps(folder)}
+    whole = {step: kind for step, kind in kinds.items() if kind is not None}
+    for step in steps_to_remove(whole, keep, written):
+        tmp = tmp_folder(folder, step)
+        shutil.rmtree(tmp, ignore_errors=True)
+        step_folder(folder, step).rename(tmp)  # a death while removing leaves a .tmp, no half step
+        shutil.rmtree(tmp, ignore_errors=True)
+        logger.info("removed step-%d (checkpoint.keep_latest_k = %d)", step, keep)
+
+
+def find_checkpoint(path: str | os.PathLike[str]) -> Path:
+    """The checkpoint that `path` means.
+
+    Args:
+        path: a `step-N` folder (or any DCP folder), a folder of `step-N` folders, or a run's dump
+            folder. Of several steps the latest finished one is meant, model-only ones included.
+
+    Raises:
+        UserError: there is none, or a dump folder holds several folders of checkpoints.
+    """
+    given = Path(path)
+    if not given.is_dir():
+        raise UserError(f"{given}: no such folder; expected a checkpoint or a run's folder")
+    if _finished(given):
+        return given
+    if steps := finished_steps(given):
+        return step_folder(given, steps[-1])
+    inside = sorted(entry for entry in given.iterdir() if entry.is_dir() and finished_steps(entry))
+    named = [entry for entry in inside if entry.name == "checkpoint"] or inside
+    if len(named) > 1:
+        names = ", ".join(entry.name for entry in named)
+        raise UserError(f"{given}: several folders of checkpoints ({names}); name one of them")
+    if not named:
+        raise UserError(f"{given}: no finished checkpoint in it (a step-N folder with .metadata)")
+    return step_folder(named[0], finished_steps(named[0])[-1])

@@ -1,0 +1,336 @@
+"""Load weights from a DCP folder into a model that need not match it head for head.
+
+The trunk must match exactly, name by name and shape by shape; multi-token-prediction heads may be
+missing (they keep their init) or too many (they are dropped). Either way the report names them.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+import torch.nn as nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+
+from torchtitan_mtp.checkpoint.folders import find_checkpoint
+from torchtitan_mtp.checkpoint.manifest import (
+    Manifest,
+    check_checksums,
+    check_sizes,
+    read_manifest,
+)
+from torchtitan_mtp.checkpoint.metadata import SafeLoadPlanner, SafeReader, read_metadata
+from torchtitan_mtp.checkpoint.ranks import Ranks
+from torchtitan_mtp.checkpoint.state import model_state, quiet
+from torchtitan_mtp.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+HEADS = ("mtp.",)
+# What lies beside the model in a full checkpoint, here and in TorchTitan's.
+_OTHER_STATES = {"optimizer", "lr_scheduler", "dataloader", "train_state", "rng"}
+# Rotary tables that old TorchTitan checkpoints hold; they are computed, not learned.
+_COMPUTED = {"freqs_cis"}
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What a partial load left out, by parameter name.
+
+    missing: in the model, not in the checkpoint: they keep their init.
+    unexpected: in the checkpoint, not in the model: dropped.
+    cast: floating tensors that were widened to the model's dtype, exactly.
+    """
+
+    missing: tuple[str, ...] = ()
+    unexpected: tuple[str, ...] = ()
+    cast: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A checkpoint whose files were verified. `manifest` is None where other tools wrote it."""
+
+    path: Path
+    metadata: Metadata
+    manifest: Manifest | None
+
+    @property
+    def stored(self) -> dict[str, Any]:
+        return self.metadata.state_dict_metadata
+
+
+def open_checkpoint(path: Path, ranks: Ranks) -> Opened:
+    """Verify the files of a checkpoint, each rank its share, and read its metadata.
+
+    Raises:
+        UserError: on every rank, naming the file that is missing, truncated or altered.
+    """
+
+    def verify() -> Opened:
+        manifest = read_manifest(path)
+        if manifest is not None:
+            check_sizes(path, manifest)
+            check_checksums(path, manifest, ranks.rank, ranks.world_size)
+        return Opened(path, read_metadata(path), manifest)
+
+    opened = ranks.together(verify)
+    if opened.manifest is None:
+        logger.warning("%s: no manifest.json, so its content can't be verified", path)
+    return opened
+
+
+def read_states(opened: Opened, states: dict[str, Any], ranks: Ranks) -> None:
+    """Read the entries of flat `states` from the checkpoint: tensors in place, objects replaced.
+
+    Raises:
+        UserError: a file can't be read.
+    """
+    try:
+        with quiet():
+            dcp.load(
+                states,
+                storage_reader=SafeReader(opened.path, opened.metadata),
+                planner=SafeLoadPlanner(),
+                process_group=ranks.group,
+                no_dist=not ranks.distributed,
+            )
+    except CheckpointException as error:
+        cause = first_failure(error)
+        raise UserError(f"{opened.path}: can't be read: {cause}") from error
+
+
+def first_failure(error: CheckpointException) -> str:
+    """One line for the first rank's failure in DCP's collection of tracebacks."""
+    failure = next(iter(error.failures.values()))[0]
+    return f"{type(failure).__name__}: {failure}".splitlines()[0]
+
+
+def excluded(name: str, exclude: Iterable[str]) -> bool:
+    """Whether `checkpoint.exclude_from_loading` names this entry or a parent of it."""
+    return any(name == entry or name.startswith(f"{entry}.") for entry in exclude)
+
+
+def names_line(names: Sequence[str], most: int = 3) -> str:
+    """The count and the first few names, for one log line."""
+    more = ", ..." if len(names) > most else ""
+    return f"{len(names)} ({', '.join(names[:most])}{more})"
+
+
+def stored_model_names(opened: Opened) -> dict[str, str]:
+    """Parameter name -> key in the checkpoint, for every model tensor that it holds."""
+    keys = [
+        key
+        for key, entry in opened.stored.items()
+        if isinstance(entry, TensorStorageMetadata)
+        and key.split(".")[0] not in _OTHER_STATES
+        and key not in _COMPUTED
+    ]
+    # TorchTitan before v0.1 nested the model under "model."
+    nested = bool(keys) and all(key.startswith("model.") for key in keys)
+    return {key.removeprefix("model.") if nested else key: key for key in keys}
+
+
+def load_model_weights(
+    path: str | os.PathLike[str],
+    model: nn.Module,
+    *,
+    allow_missing_prefixes: Sequence[str] = HEADS,
+    allow_unexpected_prefixes: Sequence[str] = HEADS,
+    exclude: Sequence[str] = (),
+    allow_cast: bool = False,
+    ranks: Ranks | None = None,
+) -> LoadReport:
+    """Load a checkpoint's weights into `model`, in place, from any number of ranks into any other.
+
+    Args:
+        path: what `find_checkpoint` understands: a step, a folder of steps, a run.
+        model: materialized; sharded (DTensors) where a process group exists, or plain.
+        allow_missing_prefixes: parameters of the model that the checkpoint may lack.
+        allow_unexpected_prefixes: parameters of the checkpoint that the model may lack.
+        exclude: names, or parents of names, not to load ("model" is all of them).
+        allow_cast: round to a narrower dtype where the model has one; widening is always allowed.
+        ranks: the ranks that load together; all of the default group when left out.
+
+    Raises:
+        UserError: damaged files; a parameter missing or unexpected beyond what is allowed; a
+            head that is there in part; another shape or a dtype that would lose precision.
+    """
+    ranks = ranks or Ranks()
+    opened = open_checkpoint(ranks.first(lambda: find_checkpoint(path)), ranks)
+    return load_opened_weights(
+        opened,
+        model,
+        ranks,
+        allow_missing=allow_missing_prefixes,
+        allow_unexpected=allow_unexpected_prefixes,
+        exclude=exclude,
+        allow_cast=allow_cast,
+    )
+
+
+def load_opened_weights(
+    opened: Opened,
+    model: nn.Module,
+    ranks: Ranks,
+    *,
+    allow_missing: Sequence[str] = (),
+    allow_unexpected: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    allow_cast: bool = False,
+    exact_dtype: bool = False,
+) -> LoadReport:
+    """`load_model_weights` of a checkpoint that is open; strict where nothing is allowed."""
+    if "model" in exclude:
+        return LoadReport()
+    current = model_state(model)
+    stored = stored_model_names(opened)
+    wanted = {name: t for name, t in current.items() if not excluded(name, exclude)}
+    offered = {name for name in stored if not excluded(name, exclude)}
+    aliases = _aliases(wanted)
+    missing = [n for n in wanted if n not in offered and aliases[n].isdisjoint(offered)]
+    unexpected = sorted(offered - wanted.keys())
+    _check_names(opened.path, missing, unexpected, offered, allow_missing, allow_unexpected)
+    names = [name for name in wanted if name in offered]
+    cast = [
+        name
+        for name in names
+        if check_entry(
+            opened, stored[name], wanted[name], allow_cast=allow_cast, exact_dtype=exact_dtype
+        )
+    ]
+    _read_tensors(opened, {stored[name]: wanted[name] for name in names}, aliases, stored, ranks)
+    report = LoadReport(tuple(missing), tuple(unexpected), tuple(cast))
+    _log_report(opened.path, report)
+    return report
+
+
+def _aliases(state: dict[str, torch.Tensor]) -> dict[str, set[str]]:
+    """Name -> all names of the same storage (tied weights have several)."""
+    by_storage: dict[tuple[int, torch.Size], set[str]] = {}
+    place = {name: (_address(tensor), tensor.shape) for name, tensor in state.items()}
+    for name, where in place.items():
+        by_storage.setdefault(where, set()).add(name)
+    return {n: by_storage[where] if where[0] else {n} for n, where in place.items()}
+
+
+def _address(tensor: torch.Tensor) -> int:
+    local = getattr(tensor, "_local_tensor", tensor)
+    return local.data_ptr() if local.numel() else 0
+
+
+def _unit(name: str) -> str:
+    """What is loaded whole or not at all: one head (`mtp.heads.K`), or a parameter."""
+    parts = name.split(".")
+    return ".".join(parts[:3]) if parts[:2] == ["mtp", "heads"] else name
+
+
+def _check_names(
+    path: Path,
+    missing: Sequence[str],
+    unexpected: Sequence[str],
+    offered: set[str],
+    allow_missing: Sequence[str],
+    allow_unexpected: Sequence[str],
+) -> None:
+    absent = [name for name in missing if not name.startswith(tuple(allow_missing))]
+    if absent:
+        raise UserError(
+            f"{path}: lacks {names_line(absent)} of the model; choose the model that it was saved "
+            "from, or name them in checkpoint.exclude_from_loading"
+        )
+    extra = [name for name in unexpected if not name.startswith(tuple(allow_unexpected))]
+    if extra:
+        raise UserError(
+            f"{path}: holds {names_line(extra)}, which the model has not; choose the model that it "
+            "was saved from, or name them in checkpoint.exclude_from_loading"
+        )
+    loaded_units = {_unit(name) for name in offered - set(unexpected)}
+    partial = [name for name in (*missing, *unexpected) if _unit(name) in loaded_units]
+    if partial:
+        raise UserError(
+            f"{path}: head {_unit(partial[0])} is of another kind: {names_line(partial)} differ; "
+            "set mtp.heads as it was saved, or put mtp into checkpoint.exclude_from_loading"
+        )
+
+
+def check_entry(
+    opened: Opened,
+    key: str,
+    expected: torch.Tensor,
+    *,
+    allow_cast: bool = False,
+    exact_dtype: bool = False,
+) -> bool:
+    """Compare one stored tensor with the one it is to fill; return whether it will be cast.
+
+    Raises:
+        UserError: not a tensor, another shape, or a dtype that is not allowed.
+    """
+    entry = opened.stored[key]
+    if not isinstance(entry, TensorStorageMetadata):
+        raise UserError(f"{opened.path}: {key} is not a tensor, expected {tuple(expected.shape)}")
+    if entry.size != expected.shape:
+        raise UserError(
+            f"{opened.path}: {key} has shape {tuple(entry.size)}, the model expects "
+            f"{tuple(expected.shape)}; choose the model that it was saved from"
+        )
+    found = entry.properties.dtype
+    if found == expected.dtype:
+        return False
+    floating = found.is_floating_point and expected.dtype.is_floating_point
+    widening = floating and torch.promote_types(found, expected.dtype) == expected.dtype
+    if exact_dtype or not (widening or (allow_cast and floating)):
+        raise UserError(
+            f"{opened.path}: {key} is {found}, the model expects {expected.dtype}; set "
+            "training.dtype as it was saved"
+        )
+    return True
+
+
+def _read_tensors(
+    opened: Opened,
+    targets: dict[str, torch.Tensor],
+    aliases: dict[str, set[str]],
+    stored: dict[str, str],
+    ranks: Ranks,
+) -> None:
+    """Fill the targets (by key in the checkpoint); tied names that differ there are an error."""
+    second: dict[str, str] = {}  # key of a tied name -> key that fills the shared tensor
+    for name, key in stored.items():
+        tied = [stored[n] for n in aliases.get(name, ()) if stored.get(n) in targets]
+        if key in targets and key != (first := min(tied)):
+            second[key] = first
+    states: dict[str, Any] = {
+        key: torch.empty_like(tensor) if key in second else tensor
+        for key, tensor in targets.items()
+    }
+    read_states(opened, states, ranks)
+    for key, first in second.items():
+        same = torch.equal(_local(states[key]), _local(states[first]))
+        if not all(ranks.gather(same)):
+            raise UserError(
+                f"{opened.path}: {key} and {first} differ, but the model ties them; choose a model "
+                "without tied embeddings"
+            )
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    return getattr(tensor, "_local_tensor", tensor)
+
+
+def _log_report(path: Path, report: LoadReport) -> None:
+    logger.info("loaded weights from %s", path)
+    if report.missing:
+        logger.info("not in the checkpoint, keep their init: %s", names_line(report.missing))
+    if report.unexpected:
+        logger.info("not in the model, dropped: %s", names_line(report.unexpected))
+    if report.cast:
+        logger.info("cast to the model's dtype: %s", names_line(report.cast))

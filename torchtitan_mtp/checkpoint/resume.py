@@ -1,0 +1,96 @@
+"""Restore what a full checkpoint holds beside the weights, so that training goes on exactly."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import torch
+import torch.nn as nn
+
+from torchtitan_mtp.checkpoint import state as states_of
+from torchtitan_mtp.checkpoint.load import Opened, check_entry, names_line, read_states
+from torchtitan_mtp.checkpoint.ranks import Ranks
+from torchtitan_mtp.checkpoint.state import OPTIMIZER, RNG, is_moment, parameter_of
+from torchtitan_mtp.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+
+class Stateful(Protocol):
+    """Anything with state to resume: a scheduler, a loader, the trainer's counters."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any], /) -> Any: ...
+
+
+def restore(
+    opened: Opened,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None,
+    extra: Mapping[str, Stateful],
+    ranks: Ranks,
+    *,
+    rng: bool = True,
+) -> None:
+    """Load optimizer, `extra` and random number generators from an open full checkpoint.
+
+    Generators are per rank: with another number of ranks they start anew, and a log line says so.
+
+    Raises:
+        UserError: a state is absent, or the optimizers differ.
+    """
+    if absent := [name for name in extra if name not in opened.stored]:
+        raise UserError(
+            f"{opened.path}: holds no {', '.join(absent)}: not a full checkpoint of this program; "
+            "start from it with checkpoint.initial_load_path in a new folder"
+        )
+    states: dict[str, Any] = dict.fromkeys(extra)
+    moments = {} if optimizer is None else _optimizer_targets(opened, model, optimizer)
+    rng_key = f"{RNG}.rank{ranks.rank}"
+    if rng and opened.manifest is not None and opened.manifest.world_size == ranks.world_size:
+        states[rng_key] = None
+    elif rng:
+        logger.info("random number generators start anew: saved by another number of ranks")
+    states |= moments
+    read_states(opened, states, ranks)
+    if optimizer is not None:
+        states_of.set_optimizer_state(model, optimizer, {key: states[key] for key in moments})
+    for name, item in extra.items():
+        item.load_state_dict(states[name])
+    if rng_key in states:
+        states_of.set_rng_state(states[rng_key])
+
+
+def _optimizer_targets(
+    opened: Opened, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> dict[str, Any]:
+    """What to read the stored optimizer state into.
+
+    Parameters that were never stepped have no state there. Hyperparameters that only one side
+    knows (another version of torch) keep their present value.
+    """
+    stored = {key for key in opened.stored if key.startswith(f"{OPTIMIZER}.")}
+    current = states_of.empty_optimizer_state(model, optimizer)
+    ours, theirs = set(map(parameter_of, current)), set(map(parameter_of, stored))
+    if differing := sorted(ours ^ theirs):
+        raise UserError(
+            f"{opened.path}: only one of its optimizer and the run's has {names_line(differing)}; "
+            "resume with the same [mtp] and [optimizer], or put optimizer into "
+            "checkpoint.exclude_from_loading"
+        )
+    stepped = {parameter_of(key) for key in stored if is_moment(key)}
+    expected = {key for key in current if is_moment(key) and parameter_of(key) in stepped}
+    found = {key for key in stored if is_moment(key)}
+    if differing := sorted(expected ^ found):
+        raise UserError(
+            f"{opened.path}: only one of its optimizer and the run's has {names_line(differing)}; "
+            "set optimizer.name as it was saved"
+        )
+    for key in expected:
+        if isinstance(current[key], torch.Tensor):
+            check_entry(opened, key, current[key], exact_dtype=True)
+    known = {key for key in current if not is_moment(key) and key in stored}
+    return {key: current[key] for key in sorted(expected | known)}

@@ -1,0 +1,188 @@
+"""What a checkpoint holds: flat names to tensors, and a few plain objects.
+
+Model parameters lie at the top level under their own names, as in TorchTitan; optimizer state
+lies under `optimizer.` by parameter name, so that it reshards to any number of ranks.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import random
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.tensor import DTensor
+
+logger = logging.getLogger(__name__)
+
+OPTIMIZER = "optimizer"
+RNG = "rng"
+_WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
+_FLATTENED = StateDictOptions(flatten_optimizer_state_dict=True)
+
+
+def model_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The model's parameters and persistent buffers by name; they share the model's storage.
+
+    Names carry no trace of compile or activation checkpointing. Tied weights appear under every
+    name they have.
+    """
+    return {_plain_name(k): _plain(v) for k, v in get_model_state_dict(model).items()}
+
+
+def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Flat optimizer state: `optimizer.state.NAME.exp_avg`, `optimizer.param_groups.NAME.lr`.
+
+    Parameters that were never stepped have no state in it.
+    """
+    # Asked for the state of an optimizer that has none, torch invents one by a step with zero
+    # gradients, whose `step` is then 1 and not 0.
+    fresh = not optimizer.state
+    state = get_optimizer_state_dict(model, optimizer, options=_FLATTENED)
+    if fresh:
+        optimizer.state.clear()
+        state = {key: value for key, value in state.items() if not key.startswith("state.")}
+    return {f"{OPTIMIZER}.{_plain_name(k)}": _plain(v) for k, v in state.items()}
+
+
+def empty_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """`optimizer_state` as it will be once every parameter was stepped: what to load into.
+
+    Discards the optimizer's present state and the model's gradients.
+    """
+    optimizer.zero_grad(set_to_none=True)
+    optimizer.state.clear()
+    with warnings.catch_warnings():  # the invented step is not one that a scheduler must follow
+        warnings.simplefilter("ignore")
+        state = get_optimizer_state_dict(model, optimizer, options=_FLATTENED)
+    return {f"{OPTIMIZER}.{_plain_name(k)}": _plain(v) for k, v in state.items()}
+
+
+def set_optimizer_state(
+    model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]
+) -> None:
+    """Put a loaded `optimizer_state` back; parameters without any in it start anew."""
+    stepped = {parameter_of(key) for key in state if is_moment(key)}
+    unstepped = [p for name, p in model.named_parameters() if _plain_name(name) not in stepped]
+    for parameter in unstepped:
+        optimizer.state.pop(parameter, None)
+    flat = {key.removeprefix(f"{OPTIMIZER}."): value for key, value in state.items()}
+    set_optimizer_state_dict(model, optimizer, flat, options=_FLATTENED)
+    for parameter in unstepped:  # torch has put empty state there
+        optimizer.state.pop(parameter, None)
+
+
+def parameter_of(key: str) -> str:
+    """The parameter of a flat optimizer key: `optimizer.state.NAME.exp_avg` -> NAME."""
+    return key.split(".", 2)[2].rpartition(".")[0]
+
+
+def is_moment(key: str) -> bool:
+    """Whether a flat optimizer key is per-parameter state (not a hyperparameter)."""
+    return key.startswith(f"{OPTIMIZER}.state.")
+
+
+def _plain_name(name: str) -> str:
+    for wrapper in _WRAPPERS:
+        name = name.replace(wrapper, "")
+    return name
+
+
+def _plain(value: Any) -> Any:
+    """A tensor without torchao's float8 all-gather wrapper, sharing storage; else the value.
+
+    Wrapped, it would be written as that class, and read back only where torchao is.
+    """
+    local = value.to_local() if isinstance(value, DTensor) else value
+    inner = getattr(local, "_tensor", None)
+    if not isinstance(local, torch.Tensor) or not isinstance(inner, torch.Tensor):
+        return value
+    if not isinstance(value, DTensor):
+        return inner.detach()
+    return DTensor.from_local(
+        inner.detach(),
+        value.device_mesh,
+        value.placements,
+        run_check=False,
+        shape=value.shape,
+        stride=value.stride(),
+    )
+
+
+def total_bytes(state: dict[str, Any]) -> int:
+    """Bytes of all tensors of `state`, each counted once over all ranks (global shapes)."""
+    tensors = (value for value in state.values() if isinstance(value, torch.Tensor))
+    return sum(math.prod(tensor.shape) * tensor.element_size() for tensor in tensors)
+
+
+def cast_floating(state: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Floating tensors of `state` in `dtype`, others as they are."""
+    return {k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items()}
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without DCP's warning that one process alone is one process alone."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*single process.*")
+        yield
+
+
+def check_plain(name: str, value: Any) -> None:
+    """Refuse what could be saved but not be loaded again safely.
+
+    Raises:
+        TypeError: `value` is not made of None, bool, int, float, str, lists, tuples, dicts and
+            tensors.
+    """
+    if isinstance(value, dict):
+        for key, item in value.items():
+            check_plain(f"{name}.{key}", item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            check_plain(f"{name}[]", item)
+    elif type(value) not in (type(None), bool, int, float, str, torch.Tensor):
+        raise TypeError(
+            f"{name}: {type(value).__name__} can't go into a checkpoint, plain data can"
+        )
+
+
+def rng_state() -> dict[str, Any]:
+    """This rank's random number generators: torch's on CPU and CUDA, Python's and numpy's."""
+    state: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    if (numpy := _numpy()) is not None:
+        name, keys, *rest = numpy.random.get_state()
+        state["numpy"] = (name, [int(key) for key in keys], *rest)
+    return state
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    """Put `rng_state` back; generators that are not here, or were not there, keep their state."""
+    torch.set_rng_state(state["torch"])
+    random.setstate(state["python"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+    if "numpy" in state and (numpy := _numpy()) is not None:
+        name, keys, *rest = state["numpy"]
+        numpy.random.set_state((name, numpy.array(keys, dtype=numpy.uint32), *rest))
+
+
+def _numpy() -> Any:
+    try:
+        import numpy
+    except ImportError:  # torch does without it
+        return None
+    return numpy
