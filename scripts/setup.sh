@@ -51,7 +51,7 @@ _setup_install() { # root group
     [[ -x $venv/bin/python ]] || _setup_create_venv "$root" "$group" ||
         { _setup_error "python3 -m venv $venv failed: see above"; return; }
     local pip=("$venv/bin/python" -m pip --disable-pip-version-check)
-    "${pip[@]}" --version >/dev/null 2>&1 || "$venv/bin/python" -m ensurepip >/dev/null 2>&1 ||
+    "${pip[@]}" --version >/dev/null 2>&1 || "$venv/bin/python" -m ensurepip --default-pip >/dev/null 2>&1 ||
         { _setup_error "no pip for $venv: install python3-venv or ensurepip, then run again"; return; }
     missing=$("$venv/bin/python" "$root/scripts/missing_requirements.py" "$group") || return
     if [[ -n $missing ]]; then
