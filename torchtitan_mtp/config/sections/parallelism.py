@@ -138,8 +138,8 @@ class ActivationCheckpoint:
     )
     """Draw time against memory over memory budgets."""
 
-    preserve_rng_state: bool = setting(True, unsupported="the models have no random operations")
-    """Restore the random state for a recomputation."""
+    preserve_rng_state: bool = True
+    """No effect: nothing random is recomputed."""
 
     determinism_check: str = setting("default", unsupported="leave it unset")
     """How a recomputation is compared with the first computation."""

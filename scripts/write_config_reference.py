@@ -1,0 +1,113 @@
+"""Writes docs/config.md from the dataclasses of the configuration.
+
+python scripts/write_config_reference.py            write it
+python scripts/write_config_reference.py --check    exit with 1 if it is out of date
+"""
+
+import argparse
+import ast
+import inspect
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+from torchtitan_mtp.config import JobConfig
+from torchtitan_mtp.config.setting import Option, options
+from torchtitan_mtp.config.values import show, type_text
+
+REFERENCE = Path(__file__).resolve().parents[1] / "docs" / "config.md"
+
+INTRODUCTION = """\
+# Configuration
+
+<!-- Written by scripts/write_config_reference.py from torchtitan_mtp/config: change it there. -->
+
+A run is described by one TOML file and, over it, the command line:
+
+    ./run_train.sh --job.config_file train_configs/mtp_8b.toml --training.steps 1000
+
+The command line wins over the file, the file over the defaults below. Options are spelled
+`--table.key value` or `--table.key=value`, with `-` or `_`; booleans `--compile.enable` and
+`--checkpoint.no_initial_load_model_only`; lists with commas, `--model.converters mtp,float8`.
+`--help` prints every option, `--job.print_config` the configuration as it was understood.
+
+Names, types and defaults are those of TorchTitan v0.2 wherever it has the key, so that its TOML
+files run unchanged. Its keys that are not supported here have to stay at their defaults; anything
+else stops with a line that names the key. So does a key that is unknown, of the wrong type or out
+of range, with the nearest right name.
+"""
+
+
+def field_docs(config_class: Any) -> dict[str, str]:
+    """The docstring under each field of a dataclass, on one line.
+
+    Raises:
+        ValueError: a field has no docstring.
+    """
+    tree = ast.parse(textwrap.dedent(inspect.getsource(config_class)))
+    (definition,) = tree.body
+    assert isinstance(definition, ast.ClassDef)
+    docs = {}
+    for statement, following in zip(definition.body, [*definition.body[1:], None], strict=True):
+        if not (isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name)):
+            continue
+        name = statement.target.id
+        if not (
+            isinstance(following, ast.Expr)
+            and isinstance(following.value, ast.Constant)
+            and isinstance(following.value.value, str)
+        ):
+            raise ValueError(f"{config_class.__name__}.{name} has no docstring under it")
+        docs[name] = " ".join(following.value.value.split())
+    return docs
+
+
+def reference() -> str:
+    """The text of docs/config.md."""
+    known = options(JobConfig)
+    lines = [INTRODUCTION]
+    for table in known.values():
+        keys = [o for o in known.values() if o.path[:-1] == table.path and not o.is_table]
+        if table.is_table and keys:
+            docs = field_docs(table.type)
+            lines += [f"## [{table.name}]", "", inspect.getdoc(table.type) or "", ""]
+            lines += ["| key | type | default | meaning |", "| --- | --- | --- | --- |"]
+            lines += [_row(option, docs[option.path[-1]]) for option in keys]
+            lines += [""]
+    return "\n".join(lines)
+
+
+def _row(option: Option, doc: str) -> str:
+    rule = option.rule
+    kind = type_text(option.type)
+    if limits := rule.range_text():
+        kind += f" {limits}"
+    default = "none" if option.default is None else f"`{show(option.default)}`"
+    if rule.unsupported:
+        doc += f" Not supported here yet: {rule.unsupported}."
+    for value, instead in rule.unsupported_values.items():
+        doc += f" `{show(value)}` is not supported here: {instead}."
+    if rule.also_named:
+        doc += " Also read as " + ", ".join(f"`{name}`" for name in rule.also_named) + "."
+    cells = [f"`{option.path[-1]}`", kind, default, doc]
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--check", action="store_true", help="only compare; 1 if out of date")
+    text = reference()
+    if parser.parse_args().check:
+        if not REFERENCE.exists() or REFERENCE.read_text(encoding="utf-8") != text:
+            print(f"{REFERENCE}: out of date; run python scripts/write_config_reference.py")
+            return 1
+        return 0
+    REFERENCE.parent.mkdir(exist_ok=True)
+    REFERENCE.write_text(text, encoding="utf-8")
+    print(f"wrote {REFERENCE}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
