@@ -1,8 +1,8 @@
 """How low a head's loss could be if it saw nothing but one token: the bar an MTP head must pass.
 
 The skip-bigram entropy H(t[i+k] | t[i]) of a text, from the text's own pair counts, is the least
-cross-entropy that any predictor can reach on that text from t[i] alone (the counts are fitted to the
-very text that they are measured on, so no trained table of bigrams does better). A head k whose
+cross-entropy that any predictor can reach on that text from t[i] alone: the counts are fitted to
+the very text that they are measured on, so no trained table of bigrams does better. A head k whose
 held-out loss is below it has used more of the context than the current token.
 """
 
@@ -60,7 +60,7 @@ def _entropy(symbols: np.ndarray) -> float:
 def comparison_table(
     losses: Sequence[float], accuracies: Sequence[float], entropies: TextEntropies
 ) -> str:
-    """Plain text: for each head its held-out loss beside the entropy of the text given one token."""
+    """Plain text: each head's held-out loss beside the text's entropy given one token."""
     header = f"{'head':>4}  {'predicts':>8}  {'held-out loss':>13}  {'H(t[i+k]|t[i])':>14}  "
     lines = [header + f"{'below':>5}  {'accuracy':>8}"]
     rows = zip(losses, entropies.skip_bigram, accuracies, strict=True)

@@ -68,22 +68,29 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     return known
 
 
-def measure_matmul_rate(dtype: torch.dtype, *, budget: float = 0.4) -> float:
-    """FLOP/s of a square matrix product on this CPU with the threads that this process has.
+def measure_matmul_rate(dtype: torch.dtype, *, budget: float = 0.3) -> float:
+    """FLOP/s of square matrix products on this CPU: one thread's, times the threads torch uses.
 
-    Takes about `budget` seconds, however slow: a small product tells how large the measured one may
-    be (a CPU without bfloat16 units is several hundred times slower in it than in float32).
+    One thread, because several wait for one another wherever the cores are shared, and then say
+    more about the neighbours than about `dtype`. The size doubles, up to 1024, as long as the next
+    product is sure to fit into `budget` seconds (a CPU without bfloat16 units is fifty times slower
+    in it than in float32); the largest is repeated for `budget` seconds, and the best time counts.
     """
-    size = 128
-    _time_matmul(size, dtype)  # sets up threads and kernels
-    rate = 2 * size**3 / _time_matmul(size, dtype)
-    while size < 1024 and 3 * 2 * (2 * size) ** 3 / rate < budget:
-        size *= 2
-    deadline = time.perf_counter() + budget
-    best = _time_matmul(size, dtype)
-    while time.perf_counter() + best < deadline:
-        best = min(best, _time_matmul(size, dtype))
-    return 2 * size**3 / best
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        size = 128
+        _time_matmul(size, dtype)  # sets up the kernels
+        best = _time_matmul(size, dtype)
+        while size < 1024 and 8 * best < budget:
+            size *= 2
+            best = _time_matmul(size, dtype)
+        deadline = time.perf_counter() + budget
+        while time.perf_counter() + best < deadline:
+            best = min(best, _time_matmul(size, dtype))
+    finally:
+        torch.set_num_threads(threads)
+    return threads * 2 * size**3 / best
 
 
 def _time_matmul(size: int, dtype: torch.dtype) -> float:

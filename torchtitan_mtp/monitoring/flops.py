@@ -6,18 +6,22 @@ weight in its two products (scores and values), each 2 * S * width a token forwa
 causal query sees half of them on average. So, with the PaLM paper's appendix B (arXiv 2204.02311)
 and nanoGPT's `estimate_mfu`, whose 12 * L * H * Q * T becomes 6 by causality:
 
-    flops per token = 6 * matmul parameters + 6 * S * sum over attention layers of (n_heads * head_dim)
+    flops per token = 6 * matmul parameters + 6 * S * sum over attentions of (n_heads * head_dim)
 
 What MTP changes is how often a parameter multiplies: `output` once per head, n times in all; a
-shared head module n - 1 times. Embedding look-ups, norms, softmax and the optimizer are left out,
-as there; recomputation is not counted, for it is not work that the model needs.
+shared head module n - 1 times. A frozen trunk costs its forward only, and where heads leave the
+trunk alone (frozen or detached) their use of `output` lacks the gradient of its weight: 4 for 6.
+Embedding look-ups, norms, softmax and the optimizer are left out, as there; recomputation is not
+counted, for it is not work that the model needs.
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any
 
 from torch import nn
+
+from torchtitan_mtp.models.transformer import Transformer
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,8 @@ class ModelFlops:
         head_attention: sum of n_heads * head_dim over these heads' attention layers.
         output_params: weights of the unembedding, D * V.
         num_heads: n, the applications of `output` to one token.
+        trunk_trained: whether head 1 trains the trunk and `output`.
+        detached: whether heads 2..n train nothing but themselves.
     """
 
     trunk_params: int
@@ -39,19 +45,22 @@ class ModelFlops:
     head_attention: int
     output_params: int
     num_heads: int
+    trunk_trained: bool = True
+    detached: bool = False
 
 
-def count_model_flops(model: nn.Module, num_future_tokens: int = 1) -> ModelFlops:
-    """Read the shapes of a `Transformer` (attributes `layers`, `output`, `mtp`), sharded or not.
+def count_model_flops(model: Transformer) -> ModelFlops:
+    """Read the shapes of `model`, on any device (meta included), sharded or not.
 
-    `num_future_tokens` is n. Where `mtp.heads` holds fewer than n - 1 modules (weights shared), each
-    counts as often as it is applied.
+    Where its `mtp` holds fewer than n - 1 modules (weights shared), each counts as often as it is
+    applied. Frozen parameters are told by `requires_grad`.
     """
-    output = model.output
-    heads = list(model.mtp.heads) if getattr(model, "mtp", None) is not None else []
+    output, mtp = model.output, model.mtp
     trunk_params, trunk_attention = _count(model.layers.values(), skip=output)
+    trained = any(p.requires_grad for p in model.layers.parameters())
+    heads = [] if mtp is None else list(mtp.heads)
     head_params, head_attention = _count(heads, skip=output)
-    applications = (num_future_tokens - 1) // len(heads) if heads else 0
+    applications = (mtp.num_future_tokens - 1) // len(heads) if heads else 0
     return ModelFlops(
         trunk_params=trunk_params,
         trunk_attention=trunk_attention,
@@ -59,34 +68,30 @@ def count_model_flops(model: nn.Module, num_future_tokens: int = 1) -> ModelFlop
         head_attention=head_attention * applications,
         output_params=output.weight.numel(),
         num_heads=1 + len(heads) * applications,
+        trunk_trained=trained,
+        detached=not trained or (mtp is not None and mtp.detach_trunk),
     )
 
 
-def _count(parts: Iterable[nn.Module], skip: nn.Module) -> tuple[int, int]:
+def _count(parts: Iterable[Any], skip: nn.Module) -> tuple[int, int]:
     """Linear weights and attention widths in `parts`, without the shared module `skip`."""
     params = attention = 0
     for part in parts:
         for module in part.modules():
             if isinstance(module, nn.Linear) and module is not skip:
                 params += module.weight.numel()
-            inner = getattr(module, "attention", None)
-            if isinstance(inner, nn.Module):
+            inner = module._modules.get("attention")
+            if inner is not None:
                 attention += inner.n_heads * inner.head_dim
     return params, attention
 
 
-def forward_backward_flops_per_token(
-    shapes: ModelFlops, seq_len: int, *, train: Literal["all", "heads"] = "all"
-) -> int:
-    """FLOPs of one token's forward and backward, without recomputation (formula above).
-
-    With `train="heads"` the trunk and `output` are frozen: the trunk runs forward only (2 instead of
-    6), and so does `output` for head 1; for heads 2..n it has the gradient of its input but none
-    of its weight (4).
-    """
+def forward_backward_flops_per_token(shapes: ModelFlops, seq_len: int) -> int:
+    """FLOPs of one token's forward and backward, without recomputation (formula above)."""
+    n = shapes.num_heads
     trunk = 2 * shapes.trunk_params + 2 * seq_len * shapes.trunk_attention  # forward
     heads = 2 * shapes.head_params + 2 * seq_len * shapes.head_attention
     output = 2 * shapes.output_params
-    if train == "heads":
-        return trunk + 3 * heads + output + 2 * output * (shapes.num_heads - 1)
-    return 3 * (trunk + heads + output * shapes.num_heads)
+    first = 3 if shapes.trunk_trained else 1  # head 1: forward; gradients of input and weight
+    others = 2 if shapes.detached else 3
+    return first * (trunk + output) + 3 * heads + others * output * (n - 1)

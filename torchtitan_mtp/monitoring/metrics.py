@@ -1,4 +1,4 @@
-"""What a run reports: one line in the log and one set of tags a logged step (docs/monitoring.md)."""
+"""What a run reports at a logged step: a line in the log and a set of tags (docs/monitoring.md)."""
 
 import logging
 import time

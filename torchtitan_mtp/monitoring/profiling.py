@@ -43,7 +43,8 @@ def profile_steps(
 ) -> Iterator[Steppable]:
     """Write `{save_traces_folder}/iteration_{step}/rank{R}_trace.json` (Chrome's format).
 
-    In dump_folder. Of every `profile_freq` steps the last `profiler_active` are recorded, after `profiler_warmup`.
+    In dump_folder. Of every `profile_freq` steps the last `profiler_active` are recorded, after
+    `profiler_warmup` steps that are run and dropped.
     Raises UserError when these two do not fit into it.
     """
     profiling = config.profiling
@@ -104,7 +105,8 @@ def snapshot_memory(
 ) -> Iterator[Steppable]:
     """Write `{save_memory_snapshot_folder}/iteration_{step}/rank{R}_memory_snapshot.pickle`.
 
-    In dump_folder, and also when CUDA runs out of memory (`iteration_{step}_exit`); the error goes on its way.
+    In dump_folder; also when CUDA runs out of memory (`iteration_{step}_exit`), and that error goes
+    on its way.
     Raises UserError where there is no CUDA device.
     """
     profiling = config.profiling

@@ -41,8 +41,9 @@ class ProgressBar:
 
     def update(self, step: int, status: str | None = None) -> None:
         if self.progress is not None:
-            fields = {} if status is None else {"status": status}
-            self.progress.update(self.task, completed=step, **fields)
+            self.progress.update(self.task, completed=step)
+            if status is not None:
+                self.progress.update(self.task, status=status)
 
     def close(self) -> None:
         if self.progress is not None:

@@ -1,0 +1,102 @@
+"""Peak rates, precision and memory of the device."""
+
+import logging
+import time
+
+import pytest
+import torch
+
+from torchtitan_mtp.monitoring import device as device_module
+from torchtitan_mtp.monitoring.device import (
+    GIB,
+    MemoryMonitor,
+    measure_matmul_rate,
+    peak_flops,
+    peak_flops_by_name,
+    resolve_auto_dtype,
+)
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("name", "teraflops"),
+    [
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H100 NVL", 835),
+        ("NVIDIA H200", 989),
+        ("NVIDIA GH200 480GB", 989),
+        ("NVIDIA B200", 2250),
+        ("NVIDIA GB200", 2500),
+        ("NVIDIA L40S", 362),
+        ("NVIDIA L4", 121),
+        ("AMD Instinct MI300X", 1307),
+    ],
+)
+def test_peak_by_device_name(name: str, teraflops: float) -> None:
+    assert peak_flops_by_name(name) == teraflops * 1e12
+
+
+@pytest.mark.parametrize("name", ["NVIDIA RTX A1000", "NVIDIA T4", "Imaginary GPU"])
+def test_an_unknown_device_has_no_peak(name: str) -> None:
+    assert peak_flops_by_name(name) is None
+
+
+def test_an_unknown_device_is_logged_by_name(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Imaginary GPU")
+    monkeypatch.setattr(logging.getLogger("torchtitan_mtp"), "propagate", True)
+    assert peak_flops(torch.device("cuda"), torch.bfloat16) is None
+    assert caplog.messages == ["no peak FLOP/s known for 'Imaginary GPU': MFU is not shown"]
+
+
+def test_matmul_rate_is_plausible_quick_and_leaves_the_threads() -> None:
+    threads, start = torch.get_num_threads(), time.perf_counter()
+    rate = measure_matmul_rate(torch.float32, budget=0.1)
+    assert 1e8 < rate < 1e14
+    assert time.perf_counter() - start < 2
+    assert torch.get_num_threads() == threads
+
+
+def test_matmul_rate_counts_two_flops_per_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a pretended CPU of 1 GFLOP/s a thread, whatever the size."""
+    monkeypatch.setattr(device_module, "_time_matmul", lambda size, dtype: 2 * size**3 / 1e9)
+    rate = measure_matmul_rate(torch.float32, budget=0.01)
+    assert rate == pytest.approx(1e9 * torch.get_num_threads())
+
+
+@pytest.mark.parametrize("faster", [torch.bfloat16, torch.float32])
+def test_auto_precision_is_the_faster_on_a_cpu(
+    monkeypatch: pytest.MonkeyPatch, faster: torch.dtype
+) -> None:
+    rates = {torch.bfloat16: 1e9, torch.float32: 1e9}
+    rates[faster] = 2e9
+    monkeypatch.setattr(device_module, "measure_matmul_rate", rates.__getitem__)
+    assert resolve_auto_dtype(CPU) == faster
+
+
+@pytest.mark.parametrize(("native", "expected"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_auto_precision_on_cuda(
+    monkeypatch: pytest.MonkeyPatch, native: bool, expected: torch.dtype
+) -> None:
+    def supported(including_emulation: bool) -> bool:
+        return native or including_emulation
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
+    assert resolve_auto_dtype(torch.device("cuda")) == expected
+
+
+def test_cpu_memory_is_the_peak_resident_set() -> None:
+    monitor = MemoryMonitor(CPU)
+    before = monitor.peak()
+    block = torch.ones(GIB // 4 // 4)  # a quarter GiB, every page touched
+    del block
+    after = monitor.peak()
+    assert after.max_reserved_gib >= before.max_reserved_gib
+    assert after.max_reserved_gib > 0.25
+    assert after.max_active_gib == after.max_reserved_gib
+    assert 0 < after.max_active_pct < 100
+    assert (after.num_alloc_retries, after.num_ooms) == (0, 0)

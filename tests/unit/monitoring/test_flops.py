@@ -1,0 +1,118 @@
+"""FLOPs by formula against FLOPs counted while a naive model runs."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from torchtitan_mtp.config.sections.mtp import MTP
+from torchtitan_mtp.data.targets import Batch
+from torchtitan_mtp.models.args import ModelArgs
+from torchtitan_mtp.models.transformer import Transformer
+from torchtitan_mtp.monitoring.flops import (
+    ModelFlops,
+    count_model_flops,
+    forward_backward_flops_per_token,
+)
+from torchtitan_mtp.mtp.transform import add_heads
+
+B, S, V, D, LAYERS = 2, 16, 48, 32, 3
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Products this small only wait for further threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def build(mtp: MTP) -> Transformer:
+    args = ModelArgs(
+        dim=D, n_layers=LAYERS, n_heads=4, n_kv_heads=2, vocab_size=V, multiple_of=16, max_seq_len=S
+    )
+    return add_heads(Transformer(args), mtp)
+
+
+def counted_flops_per_token(model: Transformer, n: int) -> float:
+    """One naive step under PyTorch's counter, which counts the products that really run."""
+    batch = Batch(
+        tokens=torch.zeros(B, S, dtype=torch.long),
+        future_tokens=torch.zeros(B, S, n - 1, dtype=torch.long),
+        labels=torch.zeros(B, S, n, dtype=torch.long),
+        positions=torch.arange(S).expand(B, S),
+        doc_ids=torch.zeros(B, S, dtype=torch.long),
+    )
+    detached = model.mtp is not None and model.mtp.detach_trunk
+    counter = FlopCounterMode(display=False)
+    with sdpa_kernel(SDPBackend.MATH), counter:
+        loss = torch.zeros(())
+        for k, h in enumerate(model(batch)):
+            weight = model.output.weight.detach() if detached and k else model.output.weight
+            loss = loss + F.cross_entropy(
+                F.linear(h, weight).flatten(0, 1), batch.labels[..., k].flatten()
+            )
+        loss.backward()
+    return counter.get_total_flops() / (B * S)
+
+
+@pytest.mark.parametrize(
+    "mtp",
+    [
+        MTP(num_future_tokens=1),
+        MTP(num_future_tokens=4),
+        MTP(num_future_tokens=3, heads="sequential"),
+        MTP(num_future_tokens=4, heads="sequential", share_weights=True),
+        MTP(num_future_tokens=3, match_parameters=True),
+        MTP(num_future_tokens=3, train="heads"),
+        MTP(num_future_tokens=3, heads="sequential", train="heads"),
+        MTP(num_future_tokens=3, detach_trunk=True),
+    ],
+    ids=lambda m: f"{m.heads}-{m.num_future_tokens}-{m.train}-{m.share_weights}-{m.detach_trunk}",
+)
+def test_formula_equals_the_flop_counter(mtp: MTP) -> None:
+    with torch.device("meta"):
+        model = build(mtp)
+    model.to_empty(device="cpu").init_buffers()
+    shapes = count_model_flops(model)
+    # The counter sees unmasked attention, S keys for every query, where the formula has S / 2.
+    forward_halves = 3 if shapes.trunk_trained else 1
+    masked_half = 2 * S * (forward_halves * shapes.trunk_attention + 3 * shapes.head_attention)
+    expected = forward_backward_flops_per_token(shapes, S) + masked_half
+    assert counted_flops_per_token(model, mtp.num_future_tokens) == expected
+
+
+def test_shapes_by_hand() -> None:
+    shapes = count_model_flops(build(MTP(num_future_tokens=3, heads="sequential")))
+    ffn = build(MTP(num_future_tokens=1)).layers["0"].feed_forward.w1.out_features
+    block = 2 * D * D + 2 * D * (D // 2) + 3 * D * ffn  # wq, wo; wk, wv of half the heads; w1..3
+    assert shapes == ModelFlops(
+        trunk_params=LAYERS * block,
+        trunk_attention=LAYERS * D,
+        head_params=2 * (block + 2 * D * D),
+        head_attention=2 * D,
+        output_params=D * V,
+        num_heads=3,
+    )
+
+
+def test_plain_model_is_six_per_parameter_and_causal_attention() -> None:
+    shapes = ModelFlops(1000, 64, 0, 0, 200, num_heads=1)
+    assert forward_backward_flops_per_token(shapes, 128) == 6 * 1200 + 6 * 128 * 64
+
+
+def test_output_multiplies_once_per_head() -> None:
+    one, four = (
+        forward_backward_flops_per_token(ModelFlops(1000, 0, 0, 0, 200, n), 8) for n in (1, 4)
+    )
+    assert four - one == 6 * 3 * 200
+
+
+def test_a_model_on_the_meta_device_counts_the_same() -> None:
+    with torch.device("meta"):
+        meta = build(MTP(num_future_tokens=4))
+    assert count_model_flops(meta) == count_model_flops(build(MTP(num_future_tokens=4)))

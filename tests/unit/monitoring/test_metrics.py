@@ -1,0 +1,281 @@
+"""What MetricsProcessor writes and prints, read back."""
+
+import logging
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from torchtitan_mtp.config import JobConfig
+from torchtitan_mtp.errors import UserError
+from torchtitan_mtp.monitoring.metrics import MetricsProcessor
+
+CPU = torch.device("cpu")
+TORCHTITAN_TAGS = {
+    "loss_metrics/global_avg_loss",
+    "loss_metrics/global_max_loss",
+    "grad_norm",
+    "lr",
+    "n_tokens_seen",
+    "throughput(tps)",
+    "tflops",
+    "mfu(%)",
+    "time_metrics/end_to_end(s)",
+    "time_metrics/data_loading(s)",
+    "time_metrics/data_loading(%)",
+    "memory/max_active(GiB)",
+    "memory/max_active(%)",
+    "memory/max_reserved(GiB)",
+    "memory/max_reserved(%)",
+    "memory/num_alloc_retries",
+    "memory/num_ooms",
+}
+OUR_TAGS = {
+    "loss_metrics/global_total_loss",
+    *(f"loss_metrics/mtp_head_{k}_{what}" for k in (1, 2, 3) for what in ("loss", "accuracy")),
+    *(f"mtp/head_{k}_scale" for k in (1, 2, 3)),
+}
+LOSSES = dict(
+    global_avg_loss=2.5,
+    global_max_loss=2.75,
+    global_total_loss=9.0,
+    head_losses=[2.5, 3.0, 3.5],
+    head_accuracies=[0.5, 0.25, 0.125],
+    head_scales=[1.0, 0.5, 0.25],
+    grad_norm=1.5,
+    lr=0.001,
+)
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> JobConfig:
+    config = JobConfig()
+    config.job.dump_folder = str(tmp_path)
+    config.metrics.enable_tensorboard = True
+    config.metrics.log_freq = 10
+    config.training.steps = 25
+    return config
+
+
+@pytest.fixture
+def log(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
+    """The package's log, whether or not an earlier test has set it up not to propagate."""
+    logger = logging.getLogger("torchtitan_mtp")
+    level = logger.level
+    logger.addHandler(caplog.handler)
+    logger.setLevel(logging.INFO)
+    yield caplog
+    logger.removeHandler(caplog.handler)
+    logger.setLevel(level)
+
+
+def processor(config: JobConfig, clock: Clock, **options: object) -> MetricsProcessor:
+    defaults = dict(device=CPU, flops_per_token=1e6, peak_flops=1e9, clock=clock)
+    return MetricsProcessor(config, **{**defaults, **options})  # type: ignore[arg-type]
+
+
+def read_events(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    (file,) = folder.rglob("events.*")
+    events = EventAccumulator(str(file)).Reload()
+    return {
+        tag: [(event.step, event.value) for event in events.Scalars(tag)]
+        for tag in events.Tags()["scalars"]
+    }
+
+
+def test_tags_and_values_in_the_event_file(config: JobConfig, clock: Clock, tmp_path: Path) -> None:
+    metrics = processor(config, clock)
+    for _ in range(10):
+        metrics.record_step(tokens=100, data_seconds=0.05)
+    clock.now += 2.0
+    metrics.log(10, **LOSSES, n_tokens_seen=1000)  # type: ignore[arg-type]
+    metrics.close()
+    events = read_events(tmp_path)
+    assert set(events) == TORCHTITAN_TAGS | OUR_TAGS
+    expected = {
+        "loss_metrics/global_avg_loss": 2.5,
+        "loss_metrics/global_max_loss": 2.75,
+        "loss_metrics/global_total_loss": 9.0,
+        "loss_metrics/mtp_head_1_loss": 2.5,
+        "loss_metrics/mtp_head_3_loss": 3.5,
+        "loss_metrics/mtp_head_2_accuracy": 0.25,
+        "mtp/head_3_scale": 0.25,
+        "throughput(tps)": 500.0,  # 1000 tokens in 2 s
+        "tflops": 500.0 * 1e6 / 1e12,
+        "mfu(%)": 50.0,  # 500 tokens/s * 1e6 FLOPs of 1e9 FLOP/s
+        "time_metrics/end_to_end(s)": 0.2,
+        "time_metrics/data_loading(s)": 0.05,
+        "time_metrics/data_loading(%)": 25.0,
+        "n_tokens_seen": 1000.0,
+    }
+    for tag, value in expected.items():
+        assert events[tag] == [(10, pytest.approx(value))], tag
+    assert 0 < events["memory/max_reserved(GiB)"][0][1] < 1000
+    assert 0 < events["memory/max_reserved(%)"][0][1] < 100
+
+
+def test_first_interval_counts_its_one_step(
+    config: JobConfig, clock: Clock, tmp_path: Path
+) -> None:
+    metrics = processor(config, clock, world_size=4)
+    for step in range(1, 11):
+        metrics.record_step(tokens=800, data_seconds=0.0)
+        clock.now += 2.0 if step == 1 else 1.0
+        if metrics.should_log(step):
+            metrics.log(step, **LOSSES, n_tokens_seen=800 * step)  # type: ignore[arg-type]
+    metrics.close()
+    events = read_events(tmp_path)
+    assert events["time_metrics/end_to_end(s)"] == [(1, 2.0), (10, 1.0)]
+    assert events["throughput(tps)"] == [(1, 100.0), (10, 200.0)]  # a device: a fourth of all
+
+
+def test_steps_to_log(config: JobConfig, clock: Clock) -> None:
+    config.metrics.enable_tensorboard = False
+    metrics = processor(config, clock)
+    assert [step for step in range(1, 26) if metrics.should_log(step)] == [1, 10, 20, 25]
+
+
+def test_validation_tags_and_its_time_outside_of_training(
+    config: JobConfig, clock: Clock, tmp_path: Path
+) -> None:
+    metrics = processor(config, clock)
+    metrics.record_step(tokens=1000, data_seconds=0.0)
+    clock.now += 1.0
+    clock.now += 30.0  # validation
+    metrics.log_validation(
+        5, head_losses=[2.0, 2.5], head_accuracies=[0.5, 0.25], tokens=600, elapsed=30.0
+    )
+    metrics.log(6, **LOSSES, n_tokens_seen=1000)  # type: ignore[arg-type]
+    metrics.close()
+    events = read_events(tmp_path)
+    assert events["throughput(tps)"] == [(6, 1000.0)]
+    validation = {tag: v[0][1] for tag, v in events.items() if tag.startswith("validation_")}
+    memory = {tag for tag in validation if "memory" in tag}
+    assert memory == {
+        f"validation_metrics/memory/max_{what}({unit})"
+        for what in ("active", "reserved")
+        for unit in ("GiB", "%")
+    }
+    assert {tag: value for tag, value in validation.items() if tag not in memory} == {
+        "validation_metrics/loss": 2.0,
+        "validation_metrics/throughput(tps)": 20.0,
+        "validation_metrics/mtp_head_1_loss": 2.0,
+        "validation_metrics/mtp_head_2_loss": 2.5,
+        "validation_metrics/mtp_head_1_accuracy": 0.5,
+        "validation_metrics/mtp_head_2_accuracy": 0.25,
+    }
+
+
+def test_without_a_peak_there_is_no_mfu(
+    config: JobConfig, clock: Clock, tmp_path: Path, log: pytest.LogCaptureFixture
+) -> None:
+    metrics = processor(config, clock, peak_flops=None)
+    metrics.record_step(tokens=1, data_seconds=0.0)
+    clock.now += 1
+    metrics.log(1, **LOSSES, n_tokens_seen=1)  # type: ignore[arg-type]
+    metrics.close()
+    assert set(read_events(tmp_path)) == (TORCHTITAN_TAGS | OUR_TAGS) - {"mfu(%)"}
+    assert "mfu" not in log.messages[-1]
+
+
+def test_console_line_is_plain_and_complete(
+    config: JobConfig, clock: Clock, log: pytest.LogCaptureFixture
+) -> None:
+    metrics = processor(config, clock)
+    for _ in range(10):
+        metrics.record_step(tokens=100, data_seconds=0.05)
+    clock.now += 2.0
+    metrics.log(10, **LOSSES, n_tokens_seen=1000)  # type: ignore[arg-type]
+    metrics.close()
+    line = re.sub(r"memory: +[\d.]+GiB\([\d.]+%\)", "memory: M", log.messages[-1])
+    assert line == (
+        "step: 10  loss:  2.5000  heads 2-3: 3.0000 3.5000  grad_norm:  1.5000  memory: M  "
+        "tps: 500  tflops: 0.00  mfu: 50.00%  data: 25.0%  eta: 0:00:03"
+    )
+
+
+def test_console_line_of_a_plain_model_names_no_heads(
+    config: JobConfig, clock: Clock, log: pytest.LogCaptureFixture
+) -> None:
+    metrics = processor(config, clock)
+    one = {**LOSSES, "head_losses": [2.5], "head_accuracies": [0.5], "head_scales": [1.0]}
+    metrics.log(1, **one, n_tokens_seen=1)  # type: ignore[arg-type]
+    metrics.close()
+    assert "head" not in log.messages[-1]
+
+
+def test_colours_only_on_a_terminal_that_wants_them(
+    config: JobConfig,
+    clock: Clock,
+    log: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    for disabled in (False, True):
+        config.metrics.disable_color_printing = disabled
+        metrics = processor(config, clock, rank=1)  # no progress bar on rank 1
+        metrics.log(1, **LOSSES, n_tokens_seen=1)  # type: ignore[arg-type]
+        assert ("\033[" in log.messages[-1]) is not disabled
+
+
+def test_folder_is_the_start_minute_and_rank_0_writes_alone(
+    config: JobConfig, clock: Clock, tmp_path: Path
+) -> None:
+    config.metrics.save_tb_folder = "events"
+    for rank in (0, 1):
+        processor(config, clock, rank=rank, world_size=2).close()
+    (file,) = (f for f in tmp_path.rglob("*") if f.is_file())
+    assert re.fullmatch(r"events/\d{8}-\d{4}/events\..*", str(file.relative_to(tmp_path)))
+
+
+def test_all_ranks_write_when_asked(config: JobConfig, clock: Clock, tmp_path: Path) -> None:
+    config.metrics.save_for_all_ranks = True
+    for rank in (0, 1):
+        processor(config, clock, rank=rank, world_size=2).close()
+    folders = {f.parent.name for f in tmp_path.rglob("events.*")}
+    assert folders == {"rank_0", "rank_1"}
+
+
+def test_nothing_is_written_by_default(config: JobConfig, clock: Clock, tmp_path: Path) -> None:
+    config.metrics.enable_tensorboard = False
+    processor(config, clock).close()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("key", "module", "package"),
+    [
+        ("enable_wandb", "wandb", "wandb"),
+        ("enable_tensorboard", "torch.utils.tensorboard", "tensorboard"),
+    ],
+)
+def test_a_missing_package_is_named(
+    config: JobConfig,
+    clock: Clock,
+    monkeypatch: pytest.MonkeyPatch,
+    key: str,
+    module: str,
+    package: str,
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)  # import fails
+    config.metrics.enable_tensorboard = False
+    setattr(config.metrics, key, True)
+    with pytest.raises(UserError, match=f"metrics.{key} = true: .*pip install {package}"):
+        processor(config, clock)

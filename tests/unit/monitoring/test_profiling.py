@@ -1,0 +1,88 @@
+"""Traces and snapshots at the steps that were asked for."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from torchtitan_mtp.config import JobConfig
+from torchtitan_mtp.errors import UserError
+from torchtitan_mtp.monitoring import profiling
+from torchtitan_mtp.monitoring.profiling import profile_steps, snapshot_memory
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> JobConfig:
+    config = JobConfig()
+    config.job.dump_folder = str(tmp_path)
+    config.profiling.profile_freq = 3
+    config.profiling.profiler_warmup = 1
+    config.profiling.profiler_active = 1
+    return config
+
+
+def test_off_writes_nothing(config: JobConfig, tmp_path: Path) -> None:
+    options = dict(device=CPU)
+    with profile_steps(config, **options) as profiler, snapshot_memory(config, **options) as memory:
+        for _ in range(4):
+            profiler.step()
+            memory.step()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_trace_of_the_steps_of_the_run(config: JobConfig, tmp_path: Path) -> None:
+    config.profiling.enable_profiling = True
+    config.profiling.save_traces_folder = "traces"
+    with profile_steps(config, device=CPU, rank=2, start_step=30) as profiler:
+        for _ in range(3):
+            torch.ones(8, 8) @ torch.ones(8, 8)
+            profiler.step()
+    (path,) = tmp_path.rglob("*.json")
+    assert str(path.relative_to(tmp_path)) == "traces/iteration_33/rank2_trace.json"
+    names = [event.get("name") for event in json.loads(path.read_text())["traceEvents"]]
+    assert names.count("aten::mm") == 1  # one step of three
+
+
+def test_cycle_must_hold_warmup_and_active_steps(config: JobConfig) -> None:
+    config.profiling.enable_profiling = True
+    config.profiling.profiler_warmup = 3
+    with (
+        pytest.raises(UserError, match=r"profiling.profile_freq = 3: .*at least .* 3 \+ 1"),
+        profile_steps(config, device=CPU),
+    ):
+        pass
+
+
+def test_memory_snapshot_needs_cuda(config: JobConfig) -> None:
+    config.profiling.enable_memory_snapshot = True
+    with (
+        pytest.raises(UserError, match=r"profiling.enable_memory_snapshot = true: .*CUDA.*on cpu"),
+        snapshot_memory(config, device=CPU),
+    ):
+        pass
+
+
+def test_snapshots_every_freq_steps_and_when_memory_runs_out(
+    config: JobConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recording = []
+    monkeypatch.setattr(
+        torch.cuda.memory, "_record_memory_history", lambda **kwargs: recording.append(kwargs)
+    )
+    monkeypatch.setattr(torch.cuda.memory, "_snapshot", lambda: {"segments": []})
+    config.profiling.enable_memory_snapshot = True
+    with (
+        pytest.raises(torch.OutOfMemoryError),
+        snapshot_memory(config, device=torch.device("cuda")) as memory,
+    ):
+        for _ in range(4):
+            memory.step()
+        raise torch.OutOfMemoryError("no more")
+    assert sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*.pickle")) == [
+        "memory_snapshot/iteration_3/rank0_memory_snapshot.pickle",
+        "memory_snapshot/iteration_4_exit/rank0_memory_snapshot.pickle",
+    ]
+    assert recording == [{"max_entries": profiling.SNAPSHOT_MAX_ENTRIES}, {"enabled": None}]
