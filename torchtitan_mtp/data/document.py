@@ -1,7 +1,6 @@
 """What a source is: documents in a fixed order."""
 
-from collections.abc import Iterator
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 
 class Document(NamedTuple):
@@ -16,39 +15,68 @@ class Document(NamedTuple):
     prompt: str = ""
 
 
+def document_of(record: Any, text_field: str) -> Document | None:
+    """The document of a record {text_field: TEXT} or {"prompt": TEXT, "completion": TEXT}; None if
+    it is neither."""
+    if not isinstance(record, dict):
+        return None
+    if text_field in record:
+        prompt, text = "", record[text_field]
+    else:
+        prompt, text = record.get("prompt"), record.get("completion")
+    if not isinstance(text, str) or not isinstance(prompt, str):
+        return None
+    return Document(_valid(text), _valid(prompt))
+
+
+def _valid(text: str) -> str:
+    # JSON can spell half a surrogate pair, which no encoding can write: "?" instead.
+    return text.encode("utf-8", errors="replace").decode("utf-8")
+
+
 class Source(Protocol):
     """Documents that can be read in any order, the same at every run.
 
     Attributes:
-        fingerprint: equal for two sources with the same documents in the same order.
         name: for messages.
+        fingerprint: equal for two sources with the same documents in the same order.
     """
 
-    fingerprint: str
     name: str
+    fingerprint: str
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Document: ...
 
 
+@runtime_checkable
 class StreamSource(Protocol):
-    """Documents that can only be read in sequence, dealt to lanes."""
+    """Documents that can only be read one after another.
 
-    fingerprint: str
+    Attributes:
+        name: for messages.
+        fingerprint: equal for two sources with the same documents in the same order.
+        num_shards: parts that can be read independently of one another.
+    """
+
     name: str
+    fingerprint: str
+    num_shards: int
 
     def open_lane(self, lane: int, num_lanes: int, state: Any = None) -> "DocumentStream":
-        """This lane's share of the documents from its start, or from where `state` was taken."""
+        """One lane's share of the documents, from its start or from where `state` was taken. The
+        shares of all lanes are disjoint and together all documents."""
         ...
 
 
 class DocumentStream(Protocol):
-    """A lane's documents in order, once. `state()` is JSON-like and names the place before the
-    next document."""
+    """Documents in order, once."""
 
-    def __iter__(self) -> Iterator[Document]: ...
+    def __iter__(self) -> "DocumentStream": ...
 
     def __next__(self) -> Document: ...
 
-    def state(self) -> Any: ...
+    def state(self) -> Any:
+        """Plain data that names the place before the next document."""
+        ...

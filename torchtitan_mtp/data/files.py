@@ -9,84 +9,92 @@ from torchtitan_mtp.errors import UserError
 
 WHOLE_HASH_BYTES = 1 << 30  # corpora up to this size are hashed in full
 SAMPLE_BYTES = 64 << 10  # of each file of a larger corpus: this much at both ends
+_STEP = 1 << 20
 
 
-def file_size(path: Path) -> int:
-    """Size in bytes. Raises UserError where the file can't be read."""
-    try:
-        with open(path, "rb") as f:
-            return os.fstat(f.fileno()).st_size
-    except OSError as e:
-        raise UserError(f"data {path}: can't be read: {e.strerror}") from e
+class DataFile:
+    """The bytes of one file, which must stay as they were when this object was made.
 
+    Reads, not a memory map: a file cut short while it is mapped kills the process with SIGBUS,
+    where a short read can be reported. The file is opened anew for each read, so a corpus of any
+    number of files holds no descriptors.
 
-def read_span(path: Path, start: int, stop: int, size: int) -> bytes:
-    """Bytes start..stop-1 of a file that had `size` bytes when it was indexed.
-
-    A read, not a memory map: a file cut short while mapped kills the process with SIGBUS, a short
-    read can be reported.
-
-    Raises:
-        UserError: the file can't be read any more, or its size has changed.
+    Args:
+        path: what is read.
+        shown: how messages call it (a compressed file's own name, where `path` is its contents).
     """
-    try:
-        fd = os.open(path, os.O_RDONLY)
-    except OSError as e:
-        raise UserError(f"data {path}: can't be read: {e.strerror}") from e
-    try:
-        now = os.fstat(fd).st_size
+
+    def __init__(self, path: Path, shown: Path | None = None) -> None:
+        self.path = path
+        self.shown = shown or path
+        try:
+            with open(path, "rb") as f:
+                self.size = os.fstat(f.fileno()).st_size
+        except OSError as e:
+            raise self._unreadable(e) from e
+
+    def read(self, start: int, stop: int) -> bytes:
+        """Bytes start..stop-1. Raises UserError if they can't be read or the size has changed."""
+        try:
+            fd = os.open(self.path, os.O_RDONLY)
+        except OSError as e:
+            raise self._unreadable(e) from e
         data = bytearray()
-        while len(data) < stop - start:
-            piece = os.pread(fd, stop - start - len(data), start + len(data))
-            if not piece:
-                break
-            data += piece
-    except OSError as e:
-        raise UserError(f"data {path}: can't be read: {e.strerror}") from e
-    finally:
-        os.close(fd)
-    if now != size or len(data) != stop - start:
-        raise UserError(
-            f"data {path}: {size} bytes when the run began, {now} now; put the file back and"
-            " resume, and never change a corpus under a run"
-        )
-    return bytes(data)
+        try:
+            now = os.fstat(fd).st_size
+            while len(data) < stop - start:
+                piece = os.pread(fd, stop - start - len(data), start + len(data))
+                if not piece:
+                    break
+                data += piece
+        except OSError as e:
+            raise self._unreadable(e) from e
+        finally:
+            os.close(fd)
+        if now != self.size or len(data) != stop - start:
+            raise UserError(
+                f"data {self.shown}: {self.size} bytes when the run began, {now} now; put the file"
+                " back and resume; a corpus must not change under a run"
+            )
+        return bytes(data)
+
+    def decode(self, data: bytes, start: int) -> str:
+        """Text of bytes read at `start`. Raises UserError naming the line if it is not UTF-8."""
+        try:
+            return data.decode("utf-8")
+        except UnicodeDecodeError as e:
+            raise UserError(
+                f"data {self.shown}:{self.line_number(start + e.start)}: byte"
+                f" {data[e.start]:#04x} is not UTF-8; convert the file (iconv -t utf-8) or leave"
+                " it out"
+            ) from e
+
+    def line_number(self, offset: int) -> int:
+        """1-based number of the line that the byte at `offset` is in (for messages: it reads the
+        file up to there)."""
+        steps = range(0, offset, _STEP)
+        return 1 + sum(self.read(i, min(i + _STEP, offset)).count(b"\n") for i in steps)
+
+    def _unreadable(self, error: OSError) -> UserError:
+        return UserError(f"data {self.shown}: can't be read: {error.strerror}")
 
 
-def decode_span(path: Path, start: int, data: bytes) -> str:
-    """UTF-8 text of bytes read at `start`. Raises UserError naming file and line."""
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as e:
-        line = line_number(path, start + e.start)
-        raise UserError(
-            f"data {path}:{line}: byte {e.object[e.start]:#04x} is not UTF-8; convert the file"
-            " (iconv -t utf-8) or leave it out"
-        ) from e
-
-
-def line_number(path: Path, offset: int) -> int:
-    """1-based number of the line that holds the byte at `offset` (for error messages)."""
-    with open(path, "rb") as f:
-        return f.read(offset).count(b"\n") + 1
-
-
-def fingerprint_files(root: Path, files: Sequence[Path]) -> str:
+def fingerprint_files(root: Path, paths: Sequence[Path]) -> str:
     """Identity of an ordered list of files: names relative to `root`, sizes and contents.
 
     SHA-256 of every byte up to WHOLE_HASH_BYTES in all; of a larger corpus, of both ends
     (SAMPLE_BYTES each) of every file. No times: a copied corpus is the same corpus.
     """
-    sizes = [file_size(file) for file in files]
-    whole = sum(sizes) <= WHOLE_HASH_BYTES
+    files = [DataFile(path) for path in paths]
+    whole = sum(file.size for file in files) <= WHOLE_HASH_BYTES
     digest = hashlib.sha256()
-    for file, size in zip(files, sizes, strict=True):
-        name = os.path.relpath(file, root).replace(os.sep, "/")
-        digest.update(f"{name}\0{size}\0".encode("utf-8", errors="surrogateescape"))
-        step = max(1 << 20, SAMPLE_BYTES)
-        spans = [(i, min(i + step, size)) for i in range(0, size, step)]
-        if not whole and size > 2 * SAMPLE_BYTES:
-            spans = [(0, SAMPLE_BYTES), (size - SAMPLE_BYTES, size)]
+    for file in files:
+        name = os.path.relpath(file.path, root).replace(os.sep, "/")
+        digest.update(f"{name}\0{file.size}\0".encode("utf-8", errors="surrogateescape"))
+        if whole or file.size <= 2 * SAMPLE_BYTES:
+            spans = [(i, min(i + _STEP, file.size)) for i in range(0, file.size, _STEP)]
+        else:
+            spans = [(0, SAMPLE_BYTES), (file.size - SAMPLE_BYTES, file.size)]
         for start, stop in spans:
-            digest.update(read_span(file, start, stop, size))
+            digest.update(file.read(start, stop))
     return digest.hexdigest()

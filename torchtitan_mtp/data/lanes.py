@@ -1,14 +1,16 @@
-"""A lane: an endless sequence of documents as one stream of tokens, cut into windows."""
+"""A lane: a sequence of documents as one stream of tokens, cut into windows."""
 
 from collections import deque
+from collections.abc import Iterator
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from torchtitan_mtp.data.document import Document, Source
+from torchtitan_mtp.data.document import Document, DocumentStream, Source, StreamSource
 from torchtitan_mtp.data.order import shuffled
 from torchtitan_mtp.data.targets import PADDING
 from torchtitan_mtp.data.tokenizer import Tokenizer
+from torchtitan_mtp.errors import UserError
 
 Position = dict[str, Any]
 
@@ -51,26 +53,56 @@ class ShuffledWalk:
         return document
 
 
-class OncePass:
-    """Documents of a random-access source, once, in their order."""
+class StreamWalk:
+    """A lane's share of a sequential source, again and again, in its own order."""
 
-    def __init__(self, source: Source, documents: np.ndarray) -> None:
+    def __init__(self, source: StreamSource, lane: int, num_lanes: int) -> None:
         self._source = source
-        self._documents = documents
-        self._index = 0
+        self._lane = lane
+        self._num_lanes = num_lanes
+        self._epoch = 0
+        # Opened when first read: opening may ask the network.
+        self._stream: DocumentStream | None = None
+        self._resume_at: Any = None
 
     def position(self) -> Position:
-        return {"epoch": 0, "index": self._index}
+        place = self._resume_at if self._stream is None else self._stream.state()
+        return {"epoch": self._epoch, "stream": place}
 
     def seek(self, position: Position) -> None:
-        self._index = int(position["index"])
+        self._epoch = int(position["epoch"])
+        self._stream = None
+        self._resume_at = position["stream"]
 
     def __next__(self) -> Document:
-        if self._index == len(self._documents):
-            raise StopIteration
-        document = self._source[int(self._documents[self._index])]
-        self._index += 1
-        return document
+        for _ in range(2):  # at the end, once more from the start
+            if self._stream is None:
+                open_lane = self._source.open_lane
+                self._stream = open_lane(self._lane, self._num_lanes, self._resume_at)
+            try:
+                return next(self._stream)
+            except StopIteration:
+                self.seek({"epoch": self._epoch + 1, "stream": None})
+        raise UserError(
+            f"dataset {self._source.name}: lane {self._lane} of {self._num_lanes} has no documents;"
+            " use fewer data ranks, or a dataset with more documents"
+        )
+
+
+class OncePass:
+    """Given documents, once."""
+
+    def __init__(self, documents: Iterator[Document]) -> None:
+        self._documents = documents
+
+    def position(self) -> Position:
+        return {}  # a pass is not resumed
+
+    def seek(self, position: Position) -> None:
+        raise NotImplementedError
+
+    def __next__(self) -> Document:
+        return next(self._documents)
 
 
 class LaneWindow(NamedTuple):
@@ -128,7 +160,7 @@ class Lane:
     def _open_next(self) -> bool:
         position = self._walk.position()
         try:
-            document = next(self._walk)  # type: ignore[call-overload]
+            document = self._walk.__next__()
         except StopIteration:
             return False
         encode = self._tokenizer.encode

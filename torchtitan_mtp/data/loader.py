@@ -11,22 +11,19 @@ each lane its document and token: a few hundred bytes, exact at any window, and 
 was, so a run continues on any R that divides V with the same global batches.
 """
 
-import logging
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
 import torch
 
-from torchtitan_mtp.data.document import Source, StreamSource
-from torchtitan_mtp.data.lanes import Lane, LaneWindow, OncePass, ShuffledWalk
+from torchtitan_mtp.data.document import Document, Source, StreamSource
+from torchtitan_mtp.data.lanes import Lane, LaneWindow, OncePass, ShuffledWalk, StreamWalk, Walk
 from torchtitan_mtp.data.order import split_documents
 from torchtitan_mtp.data.prefetch import Prefetcher
 from torchtitan_mtp.data.targets import PADDING, Window
 from torchtitan_mtp.data.tokenizer import Tokenizer
 from torchtitan_mtp.errors import UserError
-
-logger = logging.getLogger(__name__)
 
 NUM_LANES = 64  # divisible by every power of two up to it: most numbers of data ranks
 STATE_VERSION = 1
@@ -88,9 +85,12 @@ class DataLoader:
         self._infinite = infinite
         self._depth = prefetch
         self._prefetcher: Prefetcher[tuple[Window, State]] | None = None
-        self._documents = split_documents(
-            len(source), split, validation_fraction, seed, source.name
-        )
+        if isinstance(source, StreamSource):
+            _check_stream_split(source, split)
+        else:
+            self._documents = split_documents(
+                len(source), split, validation_fraction, seed, source.name
+            )
         # What a state must agree with for its positions to mean the same documents and tokens.
         self._identity = {
             "source": source.fingerprint,
@@ -100,7 +100,7 @@ class DataLoader:
             "validation_fraction": validation_fraction,
         }
         if infinite:
-            self._set_lanes(default_num_lanes(len(self._documents), dp_world, source.name))
+            self._set_lanes(self._default_num_lanes())
             self._next_window = dp_rank
             self._state = self._snapshot()
 
@@ -159,12 +159,20 @@ class DataLoader:
     def _set_lanes(self, num_lanes: int) -> None:
         self._num_lanes = num_lanes
         self._lanes = {
-            lane: Lane(
-                ShuffledWalk(self._source, self._documents[lane::num_lanes], self._seed, lane),
-                self._tokenizer,
-            )
+            lane: Lane(self._walk(lane), self._tokenizer)
             for lane in range(self._rank, num_lanes, self._world)
         }
+
+    def _default_num_lanes(self) -> int:
+        if isinstance(self._source, StreamSource):
+            return stream_num_lanes(self._source.num_shards, self._world)
+        return default_num_lanes(len(self._documents), self._world, self._source.name)
+
+    def _walk(self, lane: int) -> Walk:
+        if isinstance(self._source, StreamSource):
+            return StreamWalk(self._source, lane, self._num_lanes)
+        documents = self._documents[lane :: self._num_lanes]
+        return ShuffledWalk(self._source, documents, self._seed, lane)
 
     def _restore(self, state: State) -> None:
         for number, lane in self._lanes.items():
@@ -193,7 +201,13 @@ class DataLoader:
     def _one_pass(self) -> Iterator[Window]:
         # Every rank reads and encodes the whole split, as one lane, and keeps its share: how many
         # windows there are is known to all of them at the same point, without communication.
-        lane = Lane(OncePass(self._source, self._documents), self._tokenizer)
+        source = self._source
+        documents: Iterator[Document] = (
+            iter(source.open_lane(0, 1))
+            if isinstance(source, StreamSource)
+            else (source[int(i)] for i in self._documents)
+        )
+        lane = Lane(OncePass(documents), self._tokenizer)
         rows: list[LaneWindow] = []
         number = 0
         while (row := lane.next_window(self._seq_len, self._lookahead)) is not None:
@@ -249,6 +263,20 @@ def default_num_lanes(num_documents: int, dp_world: int, name: str) -> int:
         )
     most = min(max(NUM_LANES, dp_world), num_documents)
     return most // dp_world * dp_world
+
+
+def stream_num_lanes(num_shards: int, dp_world: int) -> int:
+    """V for a new run on a sequential source: by its parts as by documents; where it has fewer
+    parts than there are ranks, a lane a rank, each reading everything for its share."""
+    return dp_world if num_shards < dp_world else default_num_lanes(num_shards, dp_world, "")
+
+
+def _check_stream_split(source: StreamSource, split: str) -> None:
+    if split == "validation":
+        raise UserError(
+            f"dataset {source.name}: nothing can be held out of a stream; give validation.dataset"
+            " another one (c4_validation for c4), or turn validation.enable off"
+        )
 
 
 def merge_states(states: Iterable[State]) -> State:

@@ -41,7 +41,7 @@ class Prefetcher(Generic[T]):
             item: T | Exception
             try:
                 item = self._produce()
-            except Exception as e:  # noqa: BLE001 - handed to the consumer, who can act on it
+            except Exception as e:  # handed to the consumer, who can act on it
                 item = e
             while not self._closing.is_set():
                 try:

@@ -1,9 +1,7 @@
 """Plain text files as documents."""
 
-from pathlib import Path
-
 from torchtitan_mtp.data.document import Document
-from torchtitan_mtp.data.files import decode_span, file_size, read_span
+from torchtitan_mtp.data.files import DataFile
 
 MAX_CHARACTERS = 64 << 10
 
@@ -16,42 +14,40 @@ class TextFile:
     is no document.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.size = file_size(path)
+    def __init__(self, file: DataFile) -> None:
+        self._file = file
         # Document d is bytes cuts[d]..cuts[d+1]-1. Few bytes hold no more characters.
-        self.cuts = [0, self.size] if self.size <= MAX_CHARACTERS else _cut(path, self.size)
+        small = file.size <= MAX_CHARACTERS
+        self._cuts = ([0, file.size] if file.size else [0]) if small else _cut(file)
 
     def __len__(self) -> int:
-        return len(self.cuts) - 1 if self.size else 0
+        return len(self._cuts) - 1
 
     def __getitem__(self, index: int) -> Document:
-        start, stop = self.cuts[index], self.cuts[index + 1]
-        return Document(decode_span(self.path, start, read_span(self.path, start, stop, self.size)))
+        start, stop = self._cuts[index], self._cuts[index + 1]
+        return Document(self._file.decode(self._file.read(start, stop), start))
 
 
-def _cut(path: Path, size: int) -> list[int]:
+def _cut(file: DataFile) -> list[int]:
     cuts = [0]
-    while cuts[-1] < size:
+    while cuts[-1] < file.size:
         start = cuts[-1]
-        # A character takes 1 to 4 bytes.
-        data = read_span(path, start, min(start + 4 * MAX_CHARACTERS, size), size)
-        if start + len(data) < size:
-            data = data[: _whole_characters(data)]
-        text = decode_span(path, start, data)
-        if len(text) > MAX_CHARACTERS or start + len(data) < size:
+        # A character takes 1 to 4 bytes, so this holds 64 Ki of them or reaches the file's end.
+        data = file.read(start, min(start + 4 * MAX_CHARACTERS, file.size))
+        at_end = start + len(data) == file.size
+        text = file.decode(data if at_end else _whole_characters(data), start)
+        if len(text) > MAX_CHARACTERS or not at_end:
             text = text[:MAX_CHARACTERS]
-            line_end = text.rfind("\n") + 1
-            text = text[: line_end or MAX_CHARACTERS]
+            text = text[: text.rfind("\n") + 1] or text
         cuts.append(start + len(text.encode("utf-8")))
     return cuts
 
 
-def _whole_characters(data: bytes) -> int:
-    """Length of `data` without a character cut in two at its end."""
-    for back in range(1, min(4, len(data)) + 1):
+def _whole_characters(data: bytes) -> bytes:
+    """`data` without the character that its end cuts in two, if it does."""
+    for back in range(1, 4):
         byte = data[-back]
-        if byte & 0xC0 != 0x80:  # the character's first byte
+        if byte & 0xC0 != 0x80:  # the first byte of a character, which tells its length
             length = 1 if byte < 0x80 else 2 if byte < 0xE0 else 3 if byte < 0xF0 else 4
-            return len(data) - back if length > back else len(data)
-    return len(data)
+            return data[:-back] if length > back else data
+    return data

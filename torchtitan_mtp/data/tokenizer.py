@@ -1,4 +1,4 @@
-"""Tokenizers: bytes, tiktoken's file format (Llama 3's included) and Hugging Face's tokenizer.json."""
+"""Tokenizers: bytes, tiktoken's files (Llama 3's is one) and Hugging Face's tokenizer.json."""
 
 import base64
 import binascii
@@ -14,7 +14,7 @@ import numpy as np
 from torchtitan_mtp.errors import UserError
 
 LLAMA3_RANKS = 128_000
-# How Llama 3 (and scripts/train_tokenizer.py) cuts text before merging; from Meta's llama3/tokenizer.py.
+# How Llama 3 (Meta's llama3/tokenizer.py) and scripts/train_tokenizer.py cut text before merging.
 LLAMA3_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"

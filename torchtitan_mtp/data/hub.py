@@ -1,0 +1,120 @@
+"""Datasets of the Hugging Face hub, streamed."""
+
+from typing import Any, NamedTuple
+
+from torchtitan_mtp.data.document import Document, document_of
+from torchtitan_mtp.errors import UserError
+
+
+class HubDataset(NamedTuple):
+    path: str
+    config: str | None
+    split: str
+
+
+DATASETS = {
+    "c4": HubDataset("allenai/c4", "en", "train"),
+    "c4_validation": HubDataset("allenai/c4", "en", "validation"),
+    "fineweb": HubDataset("HuggingFaceFW/fineweb", "default", "train"),
+}
+
+
+class HubStream:
+    """A `datasets.IterableDataset` as a source: sequential, in the order it is published.
+
+    Args:
+        name: of DATASETS, or "org/name" (its default configuration, split "train").
+        text_field: of a record, what holds its text.
+        dataset: an object like datasets.IterableDataset to read instead of the hub's.
+
+    Raises:
+        UserError: `datasets` not installed, no network, no such dataset.
+    """
+
+    def __init__(self, name: str, text_field: str = "text", dataset: Any = None) -> None:
+        self.name = name
+        self._text_field = text_field
+        wanted = DATASETS.get(name, HubDataset(name, None, "train"))
+        self._dataset = _load(name, wanted) if dataset is None else dataset
+        self.num_shards = int(self._dataset.num_shards)
+        self.fingerprint = ":".join(
+            ["hub", wanted.path, str(wanted.config), wanted.split, text_field]
+        )
+
+    def open_lane(self, lane: int, num_lanes: int, state: Any = None) -> "HubLane":
+        """Whole files where there is one for each lane; else every `num_lanes`-th record."""
+        if num_lanes <= self.num_shards:
+            records = self._dataset.shard(num_shards=num_lanes, index=lane)
+            return HubLane(self.name, self._text_field, records, 0, 1, state)
+        records = self._dataset.shard(num_shards=1, index=0)  # its own copy: it keeps its place
+        return HubLane(self.name, self._text_field, records, lane, num_lanes, state)
+
+
+class HubLane:
+    """Records number first, first + step, ... of an IterableDataset."""
+
+    def __init__(
+        self, name: str, text_field: str, records: Any, first: int, step: int, state: Any
+    ) -> None:
+        self._name = name
+        self._text_field = text_field
+        self._records = records
+        self._first = first
+        self._step = step
+        self._number = 0  # of the next record
+        if state is not None:
+            self._number = state["number"]
+            records.load_state_dict(state["records"])
+        self._iterator = iter(records)
+
+    def state(self) -> Any:
+        return {"number": self._number, "records": self._records.state_dict()}
+
+    def __iter__(self) -> "HubLane":
+        return self
+
+    def __next__(self) -> Document:
+        record = self._next_record()
+        while (self._number - 1) % self._step != self._first:
+            record = self._next_record()
+        document = document_of(record, self._text_field)
+        if document is None:
+            raise UserError(
+                f"dataset {self._name}: expected records with a string {self._text_field!r}, or"
+                f" strings 'prompt' and 'completion'; found {sorted(record)}"
+            )
+        return document
+
+    def _next_record(self) -> Any:
+        try:
+            record = next(self._iterator)
+        except StopIteration:
+            raise
+        except Exception as e:  # whatever the dataset's reader and the network raise
+            raise UserError(
+                f"dataset {self._name}: reading record {self._number} failed: {_line(e)}; resume"
+                " from the last checkpoint, or download the files and give training.dataset_path"
+            ) from e
+        self._number += 1
+        return record
+
+
+def _load(name: str, wanted: HubDataset) -> Any:
+    try:
+        from datasets import load_dataset
+    except ImportError as e:
+        raise UserError(
+            f"dataset {name}: streaming it needs the datasets package: pip install datasets; or"
+            " give training.dataset_path local files"
+        ) from e
+    try:
+        return load_dataset(wanted.path, name=wanted.config, split=wanted.split, streaming=True)
+    except Exception as e:  # its errors have no common type
+        raise UserError(
+            f"dataset {name}: can't open {wanted.path} on the hub: {_line(e)}; check the name and"
+            " the network, or give training.dataset_path local files"
+        ) from e
+
+
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
