@@ -26,6 +26,7 @@ def parallelize(
             block.compile(backend=config.compile.backend, fullgraph=True)
     apply_fsdp(model, config, world, param_dtype)
     model.to_empty(device="cpu" if config.training.enable_cpu_offload else world.device)
+    model.tie_weights()
     if config.training.enable_cpu_offload:
         model.rope_cos, model.rope_sin = (
             t.to(world.device) for t in (model.rope_cos, model.rope_sin)

@@ -195,7 +195,7 @@ class Transformer(nn.Module):
         self.rope_cos, self.rope_sin = rope_tables(self.args, device)
 
 
-def build_model(args: ModelArgs) -> Transformer:
-    """A model on the meta device: shapes only, no memory."""
+def build_model(args: ModelArgs, dtype: torch.dtype = torch.float32) -> Transformer:
+    """A model on the meta device, with parameters of `dtype`: shapes only, no memory."""
     with torch.device("meta"):
-        return Transformer(args)
+        return Transformer(args).to(dtype)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
-from torch import nn
 
 from torchtitan_mtp.config import MTP
 from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.models.transformer import Transformer
 from torchtitan_mtp.mtp.heads import (
     ParallelHeads,
-    SequentialHead,
     SequentialHeads,
     head_parameters,
     last_layer,
@@ -51,22 +51,18 @@ def _give_up_layers(model: Transformer, count: int) -> None:
 
 
 @torch.no_grad()
-def copy_last_layer(model: Transformer, heads: list[int] | None = None) -> None:
+def copy_last_layer(model: Transformer, names: Collection[str] | None = None) -> None:
     """Start heads from the trunk's last block, and their output norm from the final norm.
 
-    heads: indices into `mtp.heads`, all by default. A sequential head's projection and input norms
-    keep their own initialisation.
+    names: the parameters to set, all of the heads' by default. A sequential head's projection and
+    input norms have no counterpart in the trunk and keep their own initialisation.
     """
     last = dict(last_layer(model).named_parameters())
-    for i, head in enumerate(model.mtp.heads):
-        if heads is not None and i not in heads:
-            continue
-        block: nn.Module = head
-        if isinstance(head, SequentialHead):
-            block = head.block
-            head.norm.weight.copy_(model.norm.weight)
-        for name, param in block.named_parameters():
-            param.copy_(last[name])
+    for name, param in head_parameters(model):
+        inner = name.split(".", 3)[3].removeprefix("block.")  # mtp.heads.{i}.[block.]inner
+        source = model.norm.weight if inner == "norm.weight" else last.get(inner)
+        if source is not None and (names is None or name in names):
+            param.copy_(source)
 
 
 __all__ = ["add_heads", "copy_last_layer", "head_parameters"]

@@ -1,0 +1,67 @@
+"""The optimizer and its warmup-stable-decay schedule."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from torchtitan_mtp.config import LRScheduler, Optimizer
+
+logger = logging.getLogger(__name__)
+
+
+def build_optimizer(parameters: Iterable[nn.Parameter], config: Optimizer) -> torch.optim.Optimizer:
+    """Adam or AdamW over the parameters that train."""
+    kinds = {"Adam": torch.optim.Adam, "AdamW": torch.optim.AdamW}
+    return kinds[config.name](
+        [p for p in parameters if p.requires_grad],
+        lr=config.lr,
+        betas=(config.beta1, config.beta2),
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        fused=config.implementation == "fused",
+        foreach=config.implementation == "foreach",
+    )
+
+
+def lr_factor(config: LRScheduler, steps: int, step: int) -> float:
+    """Learning rate at `step` (0-based) of `steps`, as a fraction of `optimizer.lr`.
+
+    Linear warmup, a plateau, then decay to `min_lr_factor` over the last `decay_ratio` of the run;
+    without a ratio the decay begins where the warmup ends. As TorchTitan's: the decay aims at one
+    step past the end, so that the last step still learns.
+    """
+    warmup = min(config.warmup_steps, steps)
+    decay = steps - warmup
+    if config.decay_ratio is not None:
+        decay = min(round(steps * config.decay_ratio), decay)
+    decay_start = steps + 1 - decay
+    if step < warmup:
+        return (step + 1) / (warmup + 1) if warmup == steps else (step + 1) / warmup
+    if step < decay_start or decay == 0:
+        return 1.0
+    progress = (step + 1 - decay_start) / decay
+    shape = {
+        "linear": 1 - progress,
+        "sqrt": 1 - math.sqrt(progress),
+        "cosine": 0.5 * (1 + math.cos(math.pi * progress)),
+    }[config.decay_type]
+    return config.min_lr_factor + (1 - config.min_lr_factor) * shape
+
+
+def build_scheduler(
+    optimizer: torch.optim.Optimizer, config: LRScheduler, steps: int
+) -> LambdaLR:
+    """Step it once after every optimizer step."""
+    if config.warmup_steps > steps:
+        logger.warning(
+            "lr_scheduler.warmup_steps = %d is more than training.steps = %d: the run is all warmup",
+            config.warmup_steps,
+            steps,
+        )
+    return LambdaLR(optimizer, lambda step: lr_factor(config, steps, step))

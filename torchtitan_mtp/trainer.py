@@ -1,0 +1,410 @@
+"""Build everything a run needs, then: step, log, evaluate, save."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from torchtitan_mtp.checkpoint import Checkpointer
+from torchtitan_mtp.config import JobConfig, to_toml
+from torchtitan_mtp.data.loader import DataLoader, merge_states
+from torchtitan_mtp.data.sources import build_source
+from torchtitan_mtp.data.targets import IGNORE, Batch, make_batch
+from torchtitan_mtp.data.tokenizer import Tokenizer, build_tokenizer
+from torchtitan_mtp.distributed.float8 import convert_to_float8
+from torchtitan_mtp.distributed.mesh import all_reduce, init_world
+from torchtitan_mtp.distributed.parallelize import parallelize
+from torchtitan_mtp.errors import UserError
+from torchtitan_mtp.models.args import ModelArgs
+from torchtitan_mtp.models.flavors import model_args
+from torchtitan_mtp.models.transformer import Transformer, build_model
+from torchtitan_mtp.monitoring.device import peak_flops, resolve_auto_dtype
+from torchtitan_mtp.monitoring.flops import count_model_flops, forward_backward_flops_per_token
+from torchtitan_mtp.monitoring.gc import GarbageCollection
+from torchtitan_mtp.monitoring.metrics import MetricsProcessor
+from torchtitan_mtp.monitoring.profiling import profile_steps, snapshot_memory
+from torchtitan_mtp.mtp import (
+    add_heads,
+    copy_last_layer,
+    engines,
+    forward_loss,
+    head_scales,
+    head_weights,
+)
+from torchtitan_mtp.optimizer import build_optimizer, build_scheduler
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class TrainState:
+    """Where a run is: optimizer steps done, input tokens seen by all ranks."""
+
+    step: int = 0
+    tokens: int = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        return asdict(self)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from `state_dict`."""
+        self.step, self.tokens = state["step"], state["tokens"]
+
+
+class LoaderState:
+    """The loader's position as one state of the whole run."""
+
+    def __init__(self, loader: DataLoader) -> None:
+        self.loader = loader
+
+    def state_dict(self) -> dict[str, Any]:
+        """Every rank's lanes; all ranks call it together."""
+        states: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(states, self.loader.state_dict())
+        return merge_states(states)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from `state_dict`, on any number of ranks that divides the lanes."""
+        self.loader.load_state_dict(state)
+
+
+class StepLosses:
+    """Sums over the micro-batches of a step on this rank, kept on the device."""
+
+    def __init__(self, n: int, device: torch.device) -> None:
+        self.loss_sum = torch.zeros(n, dtype=torch.float64, device=device)
+        self.correct = torch.zeros(n, dtype=torch.float64, device=device)
+        self.valid = torch.zeros(n, dtype=torch.float64, device=device)
+        self.total = torch.zeros((), dtype=torch.float64, device=device)
+
+    def add(self, loss: Tensor, loss_sum: Tensor, valid: Tensor, correct: Tensor) -> None:
+        """Add one micro-batch's `LossOutput`."""
+        self.total += loss.detach()
+        self.loss_sum += loss_sum
+        self.valid += valid
+        self.correct += correct
+
+    def reduce(self) -> dict[str, Any]:
+        """Means over all ranks: `losses`, `accuracies` (n each), `total`, `max_loss` of head 1."""
+        max_loss = all_reduce(self.loss_sum[0] / self.valid[0].clamp(min=1), dist.ReduceOp.MAX)
+        sums = all_reduce(torch.stack((self.loss_sum, self.correct, self.valid)))
+        count = sums[2].clamp(min=1)
+        return {
+            "losses": (sums[0] / count).tolist(),
+            "accuracies": (sums[1] / count).tolist(),
+            "total": all_reduce(self.total).item(),
+            "max_loss": max_loss.item(),
+        }
+
+
+class Trainer:
+    """One run: `Trainer(config).train()`, then `close()`."""
+
+    def __init__(self, config: JobConfig) -> None:
+        self.config = config
+        training = config.training
+        self.world = init_world(config.parallelism, config.comm.init_timeout_seconds)
+        self.device = self.world.device
+        self.seed = _agree_on_seed(training.seed)
+        set_determinism(training.deterministic, self.seed)
+        self.tokenizer = build_tokenizer(config.model.hf_assets_path)
+        self.n = config.mtp.num_future_tokens if "mtp" in config.model.converters else 1
+        config.mtp.num_future_tokens = self.n
+        self.args = shape_of_model(config, self.tokenizer)
+        self.accumulation = micro_batches_per_step(config, self.world.size)
+        self.loader, self.validation = self._build_data()
+
+        dtype = training.mixed_precision_param
+        self.param_dtype = (
+            resolve_auto_dtype(self.device) if dtype == "auto" else getattr(torch, dtype)
+        )
+        self.model = self._build_model()
+        self.loss_arguments = loss_arguments(config)
+        self.engine = engines[config.mtp.engine]
+        self.optimizer = build_optimizer(self.model.parameters(), config.optimizer)
+        self.scheduler = build_scheduler(self.optimizer, config.lr_scheduler, training.steps)
+        self.state = TrainState()
+        self.checkpointer = Checkpointer(
+            config.checkpoint,
+            config.job.dump_folder,
+            self.model,
+            self.optimizer,
+            {
+                "lr_scheduler": self.scheduler,
+                "dataloader": LoaderState(self.loader),
+                "train_state": self.state,
+            },
+        )
+        self._start()
+        flops = count_model_flops(self.model)
+        self.metrics = MetricsProcessor(
+            config,
+            device=self.device,
+            flops_per_token=forward_backward_flops_per_token(flops, training.seq_len),
+            peak_flops=peak_flops(self.device, self.param_dtype),
+            rank=self.world.rank,
+            world_size=self.world.size,
+            start_step=self.state.step,
+        )
+        self.gc = GarbageCollection(
+            training.gc_freq, debug=training.gc_debug, rank=self.world.rank
+        )
+
+    # ---------------------------------------------------------------- build
+
+    def _build_data(self) -> tuple[DataLoader, DataLoader | None]:
+        training, validation = self.config.training, self.config.validation
+        source = build_source(training.dataset, training.dataset_path)
+        held_out = validation.enable and not validation.dataset and not validation.dataset_path
+        ranks = {"dp_rank": self.world.rank, "dp_world": self.world.size, "seed": self.seed}
+        fraction = {"validation_fraction": training.validation_fraction}
+        loader = DataLoader(
+            source,
+            self.tokenizer,
+            training.seq_len,
+            self.n,
+            training.local_batch_size,
+            split="train" if held_out else "all",
+            **ranks,
+            **fraction,
+        )
+        if not validation.enable:
+            return loader, None
+        if not held_out:
+            source = build_source(validation.dataset, validation.dataset_path)
+        return loader, DataLoader(
+            source,
+            self.tokenizer,
+            validation.seq_len,
+            self.n,
+            validation.local_batch_size,
+            split="validation" if held_out else "all",
+            infinite=False,
+            **ranks,
+            **fraction,
+        )
+
+    def _build_model(self) -> Transformer:
+        config = self.config
+        model = build_model(self.args, getattr(torch, config.training.dtype))
+        add_heads(model, config.mtp)
+        if "quantize.linear.float8" in config.model.converters:
+            convert_to_float8(model, config.quantize.linear.float8)
+        if config.model.print_after_conversion:
+            logger.info("model after conversion:\n%s", model)
+        model = parallelize(model, config, self.world, self.param_dtype, self.seed)
+        heads = sum(p.numel() for name, p in model.named_parameters() if name.startswith("mtp."))
+        total = sum(p.numel() for p in model.parameters())
+        logger.info(
+            "%s %s: %s parameters, of which %s in heads 2..%d; %s compute",
+            config.model.name,
+            config.model.flavor,
+            f"{total:,}",
+            f"{heads:,}",
+            self.n,
+            str(self.param_dtype).removeprefix("torch."),
+        )
+        return model
+
+    def _start(self) -> None:
+        """Resume, or load what the run starts from; heads that were not loaded get their start."""
+        resumed = self.checkpointer.load()
+        if resumed is None and self.config.mtp.init == "copy_last_layer" and self.model.mtp:
+            report = self.checkpointer.load_report
+            copy_last_layer(self.model, None if report is None else report.missing)
+        if self.world.is_main:
+            folder = Path(self.config.job.dump_folder)
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "config.toml").write_text(to_toml(self.config))
+
+    # ---------------------------------------------------------------- train
+
+    def train(self) -> None:
+        """From the step the run is at to `training.steps`."""
+        config, steps = self.config, self.config.training.steps
+        profiling = {
+            "device": self.device,
+            "rank": self.world.rank,
+            "start_step": self.state.step,
+        }
+        if self.state.step >= steps:
+            logger.info(
+                "nothing left to train: step %d of training.steps = %d is done in %s; raise the "
+                "steps or choose another job.dump_folder",
+                self.state.step,
+                steps,
+                config.job.dump_folder,
+            )
+        with (
+            profile_steps(config, **profiling) as profiler,
+            snapshot_memory(config, **profiling) as memory,
+        ):
+            while self.state.step < steps:
+                self.train_step()
+                step = self.state.step
+                self.gc.run(step)
+                if self.validation and (step % config.validation.freq == 0 or step == steps):
+                    self.evaluate()
+                self.checkpointer.save(step, last=step == steps)
+                profiler.step()
+                memory.step()
+
+    def train_step(self) -> None:
+        """One optimizer step over `accumulation` micro-batches on every rank."""
+        state, config = self.state, self.config
+        begin = time.perf_counter()
+        batches = [make_batch(self.loader.next_window(), self.n) for _ in range(self.accumulation)]
+        data_seconds = time.perf_counter() - begin
+
+        # Labels are data: every head's targets are counted over the whole step beforehand.
+        valid = torch.stack([(b.labels != IGNORE).sum((0, 1)) for b in batches]).sum(0)  # [n]
+        valid = all_reduce(valid.to(self.device, non_blocking=True))
+        weights = head_weights(config.mtp, state.step + 1, config.training.steps)
+        scales = head_scales(weights, valid)
+        losses = StepLosses(self.n, self.device)
+        for i, batch in enumerate(batches):
+            batch = Batch(*(t.to(self.device, non_blocking=True) for t in batch))
+            last = i == len(batches) - 1
+            losses.add(*self.engine(self.model, batch, scales, self.loss_arguments, last))
+
+        grad_norm = clip_gradients(self.model, config.training.max_norm)
+        lr = self.scheduler.get_last_lr()[0]
+        self.optimizer.step()
+        self.scheduler.step()
+        self.optimizer.zero_grad()
+
+        state.step += 1
+        tokens = self.world.size * sum(b.tokens.numel() for b in batches)
+        state.tokens += tokens
+        self.metrics.record_step(tokens=tokens, data_seconds=data_seconds)
+        if self.metrics.should_log(state.step):
+            self._log(losses, grad_norm, lr, weights)
+
+    def _log(
+        self, step_losses: StepLosses, grad_norm: Tensor, lr: float, weights: list[float]
+    ) -> None:
+        reduced, norm, step = step_losses.reduce(), grad_norm.item(), self.state.step
+        if not math.isfinite(norm) or not math.isfinite(reduced["total"]):
+            raise UserError(
+                f"step {step}: loss {reduced['total']}, gradient norm {norm} are not finite; "
+                "stopped without saving: resume from the last checkpoint with a lower optimizer.lr"
+            )
+        self.metrics.log(
+            step,
+            global_avg_loss=reduced["losses"][0],
+            global_max_loss=reduced["max_loss"],
+            global_total_loss=reduced["total"],
+            head_losses=reduced["losses"],
+            head_accuracies=reduced["accuracies"],
+            head_scales=weights,
+            grad_norm=norm,
+            lr=lr,
+            n_tokens_seen=self.state.tokens,
+        )
+
+    # ---------------------------------------------------------------- evaluate
+
+    @torch.no_grad()
+    def evaluate(self) -> list[float]:
+        """Held-out loss of every head (nats a token, over all ranks), logged with accuracies."""
+        assert self.validation is not None
+        begin, steps, tokens = time.perf_counter(), self.config.validation.steps, 0
+        losses = StepLosses(self.n, self.device)
+        ones = torch.ones(self.n, device=self.device)
+        for i, window in enumerate(self.validation):
+            if i == steps:
+                break
+            batch = Batch(*(t.to(self.device) for t in make_batch(window, self.n)))
+            losses.add(*forward_loss(self.model, batch, ones, self.loss_arguments))
+            tokens += batch.tokens.numel() * self.world.size
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # a forward without backward leaves parameters gathered
+        reduced = losses.reduce()
+        self.metrics.log_validation(
+            self.state.step,
+            head_losses=reduced["losses"],
+            head_accuracies=reduced["accuracies"],
+            tokens=tokens,
+            elapsed=time.perf_counter() - begin,
+        )
+        return reduced["losses"]
+
+    def close(self) -> None:
+        """Wait for what is being written, stop threads, leave the process group."""
+        self.checkpointer.close()
+        self.metrics.close()
+        self.loader.close()
+        self.gc.close()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def clip_gradients(model: Transformer, max_norm: float) -> Tensor:
+    """Scale all gradients so that their global norm is at most `max_norm`; the norm before."""
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm, foreach=True)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def shape_of_model(config: JobConfig, tokenizer: Tokenizer) -> ModelArgs:
+    """The flavor's shape with this run's lengths and vocabulary.
+
+    Error: a vocabulary smaller than the tokenizer's ids.
+    """
+    args = model_args(config.model.name, config.model.flavor)
+    # Where nothing fixes the vocabulary, the tokenizer's rounded up: odd sizes are slow.
+    vocab = config.model.vocab_size or args.vocab_size or 64 * -(-tokenizer.vocab_size // 64)
+    if vocab < tokenizer.vocab_size:
+        raise UserError(
+            f"model.flavor = {config.model.flavor!r} has a vocabulary of {vocab}, but the tokenizer "
+            f"{config.model.hf_assets_path!r} makes ids up to {tokenizer.vocab_size - 1}; set "
+            f"model.vocab_size to at least {tokenizer.vocab_size}"
+        )
+    longest = max(config.training.seq_len, config.validation.seq_len)
+    return replace(
+        args, vocab_size=vocab, max_seq_len=longest, attn_mask_type=config.model.attn_mask_type
+    )
+
+
+def micro_batches_per_step(config: JobConfig, data_ranks: int) -> int:
+    """Gradient accumulation steps. Error: the global batch is not a multiple of one pass."""
+    local, whole = config.training.local_batch_size, config.training.global_batch_size
+    if whole == -1:
+        return 1
+    if whole % (local * data_ranks):
+        raise UserError(
+            f"training.global_batch_size = {whole} is not a multiple of local_batch_size = {local} "
+            f"times {data_ranks} data ranks; try {-(-whole // (local * data_ranks)) * local * data_ranks}"
+        )
+    return whole // (local * data_ranks)
+
+
+def loss_arguments(config: JobConfig) -> dict[str, Any]:
+    """Keyword arguments of `linear_cross_entropy`: the [loss] table."""
+    return asdict(config.loss)
+
+
+def set_determinism(deterministic: bool, seed: int) -> None:
+    """Seed this process, and with `deterministic` refuse operations that vary from run to run."""
+    torch.manual_seed(seed)
+    if deterministic:
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+
+
+def _agree_on_seed(seed: int | None) -> int:
+    """The configured seed, or one that rank 0 draws for all."""
+    drawn = [torch.seed() % 2**31 if seed is None else seed]
+    dist.broadcast_object_list(drawn, src=0)
+    return drawn[0]
