@@ -8,13 +8,17 @@ import gc
 import logging
 import time
 
+import torch
+
 from torchtitan_mtp.errors import UserError
 
 logger = logging.getLogger(__name__)
 
 
 class GarbageCollection:
-    """Collects every `gc_freq` steps; with `debug` fully at every step, with a report of cycles.
+    """Collects every `gc_freq` steps; with `debug` fully at every step.
+
+    `debug` on CUDA also reports reference cycles that hold its memory.
 
     Raises UserError when `gc_freq` is not positive.
     """
@@ -28,7 +32,7 @@ class GarbageCollection:
         self.debug = debug
         gc.disable()
         self._collect("at start", generation=1)
-        if debug and rank == 0:
+        if debug and rank == 0 and torch.cuda.is_available():  # it reads CUDA's allocator
             from torch.utils.viz._cycles import warn_tensor_cycles
 
             warn_tensor_cycles()

@@ -23,7 +23,7 @@ COLORS = {
     "grad_norm": "\033[38;2;180;60;0m",
     "memory": "\033[38;2;54;234;195m",
     "tps": "\033[34m",
-    "tflops": "\033[36m",
+    "accuracy": "\033[36m",
     "mfu": "\033[35m",
 }
 RESET = "\033[39m"
@@ -167,7 +167,7 @@ class MetricsProcessor:
             "step": f"validate step: {step:2}",
             "loss": f"loss: {head_losses[0]:7.4f}",
             "heads": format_heads(head_losses),
-            "tflops": "accuracy: " + " ".join(f"{100 * a:.1f}%" for a in head_accuracies),
+            "accuracy": "accuracy: " + " ".join(f"{100 * a:.1f}%" for a in head_accuracies),
             "tps": f"tps: {round(tps):,}",
         }
         logger.info(self._paint(parts))
@@ -210,8 +210,7 @@ class MetricsProcessor:
             "grad_norm": f"grad_norm: {metrics['grad_norm']:7.4f}",
             "memory": f"memory: {memory.max_reserved_gib:5.2f}GiB({memory.max_reserved_pct:.2f}%)",
             "tps": f"tps: {round(tps):,}",
-            "tflops": f"tflops: {tflops:,.2f}",
-            "mfu": "" if mfu is None else f"mfu: {mfu:.2f}%",
+            "mfu": f"tflops: {tflops:,.2f}" if mfu is None else f"mfu: {mfu:.2f}%",
             "data": f"data: {metrics['time_metrics/data_loading(%)']:.1f}%",
             "eta": f"eta: {eta}",
         }

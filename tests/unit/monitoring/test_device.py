@@ -78,6 +78,17 @@ def test_auto_precision_is_the_faster_on_a_cpu(
     assert resolve_auto_dtype(CPU) == faster
 
 
+def test_auto_precision_is_rank_0s_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    def from_rank_0(objects: list[object], src: int) -> None:
+        objects[src] = torch.bfloat16
+
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
+    monkeypatch.setattr(torch.distributed, "broadcast_object_list", from_rank_0)
+    monkeypatch.setattr(device_module, "measure_matmul_rate", None)  # rank 1 measures nothing
+    assert resolve_auto_dtype(CPU) == torch.bfloat16
+
+
 @pytest.mark.parametrize(("native", "expected"), [(True, torch.bfloat16), (False, torch.float32)])
 def test_auto_precision_on_cuda(
     monkeypatch: pytest.MonkeyPatch, native: bool, expected: torch.dtype

@@ -40,7 +40,7 @@ def test_collects_every_freq_steps() -> None:
 
 
 def test_debug_collects_at_every_step() -> None:
-    collection = GarbageCollection(50, debug=True, rank=1)
+    collection = GarbageCollection(50, debug=True)
     assert steps_until_collected(collection, 3) == 1
 
 
@@ -51,5 +51,5 @@ def test_close_gives_collection_back() -> None:
 
 
 def test_a_freq_below_one_is_named() -> None:
-    with pytest.raises(UserError, match="training.gc_freq = 0: expected a positive"):
+    with pytest.raises(UserError, match=r"training\.gc_freq = 0: expected a positive"):
         GarbageCollection(0)

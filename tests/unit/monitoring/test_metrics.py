@@ -5,6 +5,8 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from torchtitan_mtp.config import JobConfig
 from torchtitan_mtp.errors import UserError
+from torchtitan_mtp.monitoring.backends import metrics_folder
 from torchtitan_mtp.monitoring.metrics import MetricsProcessor
 
 CPU = torch.device("cpu")
@@ -192,7 +195,7 @@ def test_without_a_peak_there_is_no_mfu(
     metrics.log(1, **LOSSES, n_tokens_seen=1)  # type: ignore[arg-type]
     metrics.close()
     assert set(read_events(tmp_path)) == (TORCHTITAN_TAGS | OUR_TAGS) - {"mfu(%)"}
-    assert "mfu" not in log.messages[-1]
+    assert "mfu" not in log.messages[-1] and "tflops: 0.00" in log.messages[-1]
 
 
 def test_console_line_is_plain_and_complete(
@@ -207,7 +210,7 @@ def test_console_line_is_plain_and_complete(
     line = re.sub(r"memory: +[\d.]+GiB\([\d.]+%\)", "memory: M", log.messages[-1])
     assert line == (
         "step: 10  loss:  2.5000  heads 2-3: 3.0000 3.5000  grad_norm:  1.5000  memory: M  "
-        "tps: 500  tflops: 0.00  mfu: 50.00%  data: 25.0%  eta: 0:00:03"
+        "tps: 500  mfu: 50.00%  data: 25.0%  eta: 0:00:03"
     )
 
 
@@ -251,6 +254,36 @@ def test_all_ranks_write_when_asked(config: JobConfig, clock: Clock, tmp_path: P
         processor(config, clock, rank=rank, world_size=2).close()
     folders = {f.parent.name for f in tmp_path.rglob("events.*")}
     assert folders == {"rank_0", "rank_1"}
+
+
+def test_all_ranks_share_the_start_of_rank_0(
+    config: JobConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def from_rank_0(objects: list[str], src: int) -> None:
+        objects[src] = "20250102-0304"
+
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "broadcast_object_list", from_rank_0)
+    config.job.dump_folder = "out"
+    config.metrics.save_for_all_ranks = True
+    assert metrics_folder(config, rank=1) == "out/tb/20250102-0304/rank_1"
+
+
+def test_wandb_gets_the_config_and_the_same_tags(
+    config: JobConfig, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = SimpleNamespace(logged={}, closed=False)
+    run.log = lambda metrics, step: run.logged.update({step: metrics})
+    run.finish = lambda: setattr(run, "closed", True)
+    started: dict[str, Any] = {}
+    wandb = SimpleNamespace(init=lambda **kwargs: started.update(kwargs) or run)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    config.metrics.enable_tensorboard, config.metrics.enable_wandb = False, True
+    metrics = processor(config, clock)
+    metrics.log(1, **LOSSES, n_tokens_seen=1)  # type: ignore[arg-type]
+    metrics.close()
+    assert started["config"]["training"]["steps"] == 25
+    assert set(run.logged[1]) == TORCHTITAN_TAGS | OUR_TAGS and run.closed
 
 
 def test_nothing_is_written_by_default(config: JobConfig, clock: Clock, tmp_path: Path) -> None:
