@@ -68,7 +68,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     return known
 
 
-def measure_matmul_rate(dtype: torch.dtype, *, budget: float = 0.3) -> float:
+def measure_matmul_rate(dtype: torch.dtype, *, budget: float = 0.15) -> float:
     """FLOP/s of square matrix products on this CPU: one thread's, times the threads torch uses.
 
     One thread, because several wait for one another wherever the cores are shared, and then say
