@@ -11,23 +11,19 @@ from torchtitan_mtp.errors import UserError
 def check(config: JobConfig, given: Collection[str] = ()) -> None:
     """Raises a UserError for the first thing in `config` that can't be.
 
-    `given` holds the dotted names of the keys that the user wrote, as far as they are known.
+    `given` holds the dotted names of the tables and keys that the user wrote, where that is known.
     """
-    try:
-        for option in options(JobConfig).values():
-            if not option.is_table:
-                _check_key(option, option.get(config))
-        _check_batch(config)
-        _check_profiling(config)
-        _check_checkpointing(config)
-        _check_float8(config)
-        if "mtp" in config.model.converters:
-            _check_mtp(config)
-        else:
-            _check_mtp_is_meant(config, given)
-    except UserError as error:
-        file = config.job.config_file
-        raise UserError(f"{error} (config file: {file})" if file else str(error)) from None
+    for option in options(JobConfig).values():
+        if not option.is_table:
+            _check_key(option, option.get(config))
+    _check_batch(config)
+    _check_profiling(config)
+    _check_checkpointing(config)
+    _check_float8(config)
+    if "mtp" in config.model.converters:
+        _check_mtp(config)
+    else:
+        _check_mtp_is_meant(config, given)
 
 
 def _check_key(option: Option, value: object) -> None:
@@ -95,19 +91,21 @@ def _check_float8(config: JobConfig) -> None:
 
 def _check_mtp_is_meant(config: JobConfig, given: Collection[str]) -> None:
     """Keys of [mtp] without the converter would silently train without heads."""
-    changed = [name for name in given if name.startswith("mtp.")]
-    changed += [
+    written = [name for name in given if name.startswith("mtp.")]
+    written += [
         option.name
         for option in options(type(config.mtp), ("mtp",)).values()
         if option.get(config) != option.default
     ]
+    if "mtp" in given:
+        written.append("[mtp]")
     if config.mtp.train == "heads":
-        changed.insert(0, "mtp.train")
+        written.insert(0, "mtp.train")
     elif config.mtp.num_future_tokens == 1:
         return  # plain next-token prediction either way
-    if changed:
+    if written:
         raise UserError(
-            f"{changed[0]} is set but model.converters = {show(config.model.converters)} lacks "
+            f"{written[0]} is set but model.converters = {show(config.model.converters)} lacks "
             '"mtp"; add it, or remove [mtp]'
         )
 

@@ -9,6 +9,8 @@ from torchtitan_mtp.config.command_line import print_help, read_command_line
 from torchtitan_mtp.config.job_config import JobConfig
 from torchtitan_mtp.config.setting import options
 from torchtitan_mtp.config.toml_reader import read_toml
+from torchtitan_mtp.config.values import printable
+from torchtitan_mtp.errors import UserError
 
 
 def parse_args(argv: list[str]) -> JobConfig:
@@ -25,7 +27,7 @@ def parse_args(argv: list[str]) -> JobConfig:
     from_command_line = read_command_line(argv, known)
     config_file = from_command_line.get("job.config_file")
     from_file = read_toml(str(config_file), known) if config_file is not None else {}
-    return _build(JobConfig(), from_file | from_command_line)
+    return _build(JobConfig(), from_file | from_command_line, config_file)
 
 
 def load_toml(path: str | Path, base: JobConfig | None = None) -> JobConfig:
@@ -35,12 +37,18 @@ def load_toml(path: str | Path, base: JobConfig | None = None) -> JobConfig:
         UserError: anything in the file that is not as it has to be.
     """
     start = JobConfig() if base is None else copy.deepcopy(base)
-    return _build(start, read_toml(path, options(JobConfig)))
+    return _build(start, read_toml(path, options(JobConfig)), path)
 
 
-def _build(config: JobConfig, given: dict[str, Any]) -> JobConfig:
+def _build(config: JobConfig, given: dict[str, Any], file: object) -> JobConfig:
+    """`config` with the given values; a combination that can't be is refused, naming the file."""
     known = options(JobConfig)
     for name, value in given.items():
-        known[name].set(config, value)
-    check(config, given.keys())
+        if not known[name].is_table:
+            known[name].set(config, value)
+    try:
+        check(config, given.keys())
+    except UserError as error:
+        suffix = "" if file is None else f" (config file: {printable(file)})"
+        raise UserError(f"{error}{suffix}") from None
     return config

@@ -3,6 +3,7 @@
 from difflib import get_close_matches
 
 from torchtitan_mtp.config.setting import Option
+from torchtitan_mtp.config.values import printable
 from torchtitan_mtp.errors import UserError
 
 
@@ -20,7 +21,7 @@ def find(name: str, options: dict[str, Option], where: str, kind: str, prefix: s
     for option in options.values():
         if name in option.rule.also_named:
             return option
-    found = f"{where}unknown {kind} {prefix}{_printable(name)}"
+    found = f"{where}unknown {kind} {prefix}{printable(name)}"
     if new_name := _new_name(name, options):
         raise UserError(f"{found}; TorchTitan v0.2 renamed it to {prefix}{new_name}")
     if nearest := _nearest(name, options):
@@ -48,7 +49,3 @@ def _nearest(name: str, options: dict[str, Option]) -> str:
         if matches := get_close_matches(name, candidates, n=1, cutoff=cutoff):
             return matches[0]
     return ""
-
-
-def _printable(name: str) -> str:
-    return name if name.isprintable() else ascii(name)

@@ -7,7 +7,7 @@ from typing import Any
 
 from torchtitan_mtp.config.names import find
 from torchtitan_mtp.config.setting import Option
-from torchtitan_mtp.config.values import accept
+from torchtitan_mtp.config.values import accept, printable
 from torchtitan_mtp.errors import UserError
 
 if sys.version_info >= (3, 11):
@@ -19,55 +19,60 @@ else:
 def read_toml(path: str | Path, options: dict[str, Option]) -> dict[str, Any]:
     """The values that a TOML file gives, checked for name and type, by dotted name of the key.
 
+    Tables are in it too, as empty dictionaries: a bare `[mtp]` means something.
+
     Raises:
         UserError: the file can't be read or is not TOML; a table or key is unknown or given twice;
             a value is of the wrong type.
     """
     tables = _load(path)
+    where = f"{printable(path)}: "
     given: dict[str, Any] = {}
     written_as: dict[str, str] = {}
-    for name, value in _keys(tables, (), options, f"{path}: "):
-        option = find(name, options, f"{path}: ", "key")
+    for name, value in _keys(tables, (), options, where):
+        option = find(name, options, where, "key")
+        if option.is_table:
+            given[name] = {}
+            continue
         if option.name in given:
             both = f"{written_as[option.name]} and {name}"
-            raise UserError(f"{path}: {both} are two names of one key; keep one of them")
-        given[option.name] = accept(option, value, f"{path}: {name}")
+            raise UserError(f"{where}{both} are two names of one key; keep one of them")
+        given[option.name] = accept(option, value, f"{where}{name}")
         written_as[option.name] = name
     return given
 
 
 def _load(path: str | Path) -> dict[str, Any]:
+    where = printable(path)
     try:
         with open(path, "rb") as file:
             return tomllib.load(file)
     except tomllib.TOMLDecodeError as error:
-        raise UserError(f"{path}: not valid TOML: {error}") from None
+        raise UserError(f"{where}: not valid TOML: {error}") from None
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text (byte {error.start})") from None
+        raise UserError(f"{where}: not UTF-8 text (byte {error.start})") from None
     except RecursionError:
-        raise UserError(f"{path}: not valid TOML: nested too deeply") from None
+        raise UserError(f"{where}: not valid TOML: nested too deeply") from None
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file; check the path of the config file") from None
+        raise UserError(f"{where}: no such file; check the path of the config file") from None
     except (OSError, ValueError) as error:
         # ValueError: a path with a NUL byte, or an integer of thousands of digits.
         reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{path!s}: can't be read: {reason}") from None
+        raise UserError(f"{where}: can't be read: {reason}") from None
 
 
 def _keys(
     table: dict[str, Any], path: tuple[str, ...], options: dict[str, Option], where: str
 ) -> Iterator[tuple[str, Any]]:
-    """Dotted name and value of every key below a table; empty tables are checked by name."""
+    """Dotted name and value of every table and key below a table."""
     for key, value in table.items():
         name = ".".join((*path, key))
         option = options.get(name)
-        if not isinstance(value, dict):
-            if option is not None and option.is_table:
-                raise UserError(f"{where}[{name}] is a table, found a value; write [{name}]")
-            yield name, value
-        elif option is not None and not option.is_table:
-            yield name, value  # a table where a value belongs: refused with its type
-        else:
-            if option is None:
-                find(name, options, where, "table")
+        yields_keys = isinstance(value, dict) and (option is None or option.is_table)
+        if yields_keys and option is None:
+            find(name, options, where, "table")
+        if option is not None and option.is_table and not yields_keys:
+            raise UserError(f"{where}[{name}] is a table, found a value; write [{name}]")
+        yield name, value
+        if yields_keys:
             yield from _keys(value, (*path, key), options, where)

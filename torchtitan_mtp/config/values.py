@@ -66,6 +66,12 @@ def show(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
+def printable(name: object) -> str:
+    """A name or path for a message, escaped where it would break the line."""
+    text = str(name)
+    return text if text.isprintable() else ascii(text)
+
+
 def _respell(option: Option, value: Any) -> Any:
     spellings = option.rule.also_spelled
     if isinstance(value, list):

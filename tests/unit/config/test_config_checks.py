@@ -1,0 +1,259 @@
+"""Configurations that can't be, each refused in one line that says why."""
+
+import json
+
+import pytest
+
+from torchtitan_mtp.config import JobConfig, check, load_toml, parse_args
+from torchtitan_mtp.config.setting import options
+from torchtitan_mtp.errors import UserError
+
+MTP = ["--model.converters", "mtp"]
+
+
+def refusal(*argv: str) -> str:
+    with pytest.raises(UserError) as caught:
+        parse_args(list(argv))
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+UNSUPPORTED = [
+    "parallelism.tensor_parallel_degree=2",
+    "parallelism.context_parallel_degree=2",
+    "parallelism.pipeline_parallel_degree=2",
+    "parallelism.expert_parallel_degree=2",
+    "parallelism.expert_tensor_parallel_degree=2",
+    "parallelism.enable_async_tensor_parallel=true",
+    "parallelism.enable_compiled_autograd=true",
+    "optimizer.early_step_in_backward=true",
+    "fault_tolerance.enable=true",
+    "memory_estimation.enable=true",
+    "job.custom_config_module=x",
+    "experimental.custom_import=x",
+    "checkpoint.initial_load_in_hf=true",
+    "checkpoint.initial_load_in_hf_quantized=true",
+    "checkpoint.last_save_in_hf=true",
+    "training.dataloader.num_workers=2",
+]
+
+
+@pytest.mark.parametrize("setting", UNSUPPORTED)
+def test_an_unsupported_key_fails_by_name(setting):
+    name = setting.partition("=")[0]
+    message = refusal(f"--{setting}")
+    assert message.startswith(f"{name} = ")
+    assert "not supported here yet" in message
+
+
+@pytest.mark.parametrize("setting", UNSUPPORTED)
+def test_an_unsupported_key_may_state_its_default(setting, tmp_path):
+    option = options(JobConfig)[setting.partition("=")[0]]
+    value = json.dumps(option.default)
+    path = tmp_path / "run.toml"
+    path.write_text(f"[{'.'.join(option.path[:-1])}]\n{option.path[-1]} = {value}\n")
+    assert load_toml(path) == JobConfig()
+
+
+def test_modules_of_pipeline_stages_are_refused(tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_text('[parallelism]\nmodule_fqns_per_model_part = [["tok_embeddings"], ["norm"]]\n')
+    with pytest.raises(UserError, match=r"^parallelism.module_fqns_per_model_part = .* not supp"):
+        load_toml(path)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "activation_checkpoint.mode=memory_budget",
+        "comm.mode=local_tensor",
+        "model.converters=quantize.linear.mx",
+        "model.converters=mtp,quantize.grouped_mm.float8",
+    ],
+)
+def test_an_unsupported_value_fails_by_name(setting):
+    name, _, value = setting.partition("=")
+    assert refusal(f"--{setting}").startswith(
+        f'--{name}: "{value.split(",")[-1]}" is not supported'
+    )
+
+
+@pytest.mark.parametrize(
+    ("setting", "expected"),
+    [
+        ("training.local_batch_size=0", ">= 1"),
+        ("training.global_batch_size=0", "-1 or >= 1"),
+        ("training.global_batch_size=-2", "-1 or >= 1"),
+        ("training.seq_len=0", ">= 1"),
+        ("training.steps=0", ">= 1"),
+        ("training.validation_fraction=0", "> 0 and < 1"),
+        ("training.validation_fraction=1", "> 0 and < 1"),
+        ("training.max_norm=0", "inf or > 0"),
+        ("training.max_norm=nan", "inf or > 0"),
+        ("optimizer.lr=0", "> 0"),
+        ("optimizer.lr=nan", "> 0"),
+        ("optimizer.lr=inf", "> 0"),
+        ("optimizer.beta1=1", ">= 0 and < 1"),
+        ("lr_scheduler.warmup_steps=-1", ">= 0"),
+        ("lr_scheduler.decay_ratio=1.5", ">= 0 and <= 1"),
+        ("parallelism.data_parallel_shard_degree=0", "-1 or >= 1"),
+        ("checkpoint.load_step=-2", "-1 or >= 0"),
+        ("validation.steps=0", "-1 or >= 1"),
+        ("metrics.log_freq=0", ">= 1"),
+        ("loss.softcap=0", "> 0"),
+        ("loss.label_smoothing=1", ">= 0 and < 1"),
+        ("mtp.num_future_tokens=0", ">= 1"),
+        ("mtp.loss_weights=1,-1,1", ">= 0"),
+        ("mtp.loss_scale=-1", ">= 0"),
+        ("mtp.loss_scale_boundary=1.1", ">= 0 and <= 1"),
+        ("mtp.curriculum_fraction=0", "> 0 and <= 1"),
+    ],
+)
+def test_a_number_out_of_range(setting, expected):
+    name = setting.partition("=")[0]
+    message = refusal(*MTP, f"--{setting}")
+    assert message.startswith(f"{name} = ")
+    assert message.endswith(f": expected {expected}")
+
+
+def test_an_infinite_norm_means_no_clipping():
+    assert parse_args(["--training.max_norm=inf"]).training.max_norm == float("inf")
+
+
+def test_every_number_of_an_option_in_use_has_a_range_that_its_default_is_in():
+    for option in options(JobConfig).values():
+        if type(option.default) in (int, float):
+            assert option.rule.range_error(option.default) == "", option.name
+
+
+@pytest.mark.parametrize(
+    ("argv", "start"),
+    [
+        (
+            ["--mtp.num_future_tokens=9", "--training.seq_len=8"],
+            "mtp.num_future_tokens = 9: expected at most training.seq_len = 8",
+        ),
+        (
+            ["--mtp.num_future_tokens=9", "--validation.enable", "--validation.seq_len=8"],
+            "mtp.num_future_tokens = 9: expected at most validation.seq_len = 8",
+        ),
+        (
+            ["--mtp.heads=sequential", "--mtp.engine=sequential"],
+            'mtp.engine = "sequential": takes parallel heads only, since',
+        ),
+        (["--mtp.share_weights"], 'mtp.share_weights = true: needs mtp.heads = "sequential"'),
+        (
+            ["--mtp.match_parameters", "--mtp.heads=sequential"],
+            'mtp.match_parameters = true: needs mtp.heads = "parallel"',
+        ),
+        (
+            ["--mtp.loss_weights=1,2"],
+            "mtp.loss_weights has 2 entries: expected none, or num_future_tokens - 1 = 3",
+        ),
+        (
+            ["--mtp.train=heads", "--mtp.num_future_tokens=1"],
+            'mtp.train = "heads": needs mtp.num_future_tokens of at least 2, found 1',
+        ),
+    ],
+)
+def test_combinations_of_mtp(argv, start):
+    assert refusal(*MTP, *argv).startswith(start)
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--mtp.engine=sequential"],
+        ["--mtp.heads=sequential", "--mtp.share_weights"],
+        ["--mtp.match_parameters"],
+        ["--mtp.loss_weights=1,2,3"],
+        ["--mtp.num_future_tokens=1"],
+        ["--mtp.num_future_tokens=8", "--training.seq_len=8"],
+        ["--mtp.train=heads", "--mtp.init=copy_last_layer"],
+    ],
+)
+def test_combinations_of_mtp_that_are_fine(argv):
+    assert parse_args([*MTP, *argv]).model.converters == ["mtp"]
+
+
+@pytest.mark.parametrize(
+    "text", ['[mtp]\nheads = "parallel"\n', "[mtp]\nnum_future_tokens = 4\n", "[mtp]"]
+)
+def test_a_table_without_its_converter_is_refused_even_at_its_defaults(tmp_path, text):
+    path = tmp_path / "run.toml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=r'^(mtp\.\w+|\[mtp\]) is set but .* lacks "mtp"; add it'):
+        load_toml(path)
+    assert parse_args(["--job.config_file", str(path), *MTP]).model.converters == ["mtp"]
+
+
+def test_mtp_without_its_converter_on_the_command_line_and_in_python():
+    assert "lacks" in refusal("--mtp.num_future_tokens=2")
+    assert refusal("--mtp.train=heads", "--mtp.num_future_tokens=1").startswith("mtp.train is set")
+    config = JobConfig()
+    config.mtp.num_future_tokens = 2
+    with pytest.raises(UserError, match=r"^mtp\.num_future_tokens is set"):
+        check(config)
+
+
+def test_one_future_token_needs_no_converter():
+    config = parse_args(["--mtp.num_future_tokens=1", "--mtp.heads=sequential"])
+    assert config.model.converters == []
+
+
+@pytest.mark.parametrize(
+    "setting", ["model.converters=mtp,mtp", "model.converters=float8,quantize.linear.float8"]
+)
+def test_a_converter_twice(setting):
+    assert refusal(f"--{setting}").endswith("an entry is there twice; remove one")
+
+
+def test_float8():
+    float8 = ["--model.converters=float8", "--quantize.linear.float8.enable_fsdp_float8_all_gather"]
+    assert parse_args([*float8, "--quantize.linear.float8.recipe_name=tensorwise"])
+    assert parse_args(float8)
+    message = refusal(*float8, "--quantize.linear.float8.recipe_name=rowwise")
+    assert message.endswith('needs recipe_name = "tensorwise", found "rowwise"')
+    emulated = ["--model.converters=float8", "--quantize.linear.float8.emulate"]
+    assert "torch.compile" in refusal(*emulated, "--compile.enable")
+    assert parse_args(emulated)
+
+
+@pytest.mark.parametrize(
+    ("argv", "start"),
+    [
+        (
+            ["--training.global_batch_size=12"],
+            "training.global_batch_size = 12: expected -1 or a multiple of "
+            "training.local_batch_size = 8",
+        ),
+        (
+            ["--profiling.enable_profiling", "--profiling.profile_freq=3"],
+            "profiling.profile_freq = 3: expected at least profiler_warmup + profiler_active = 4",
+        ),
+        (
+            ["--checkpoint.create_seed_checkpoint"],
+            "checkpoint.create_seed_checkpoint = true: needs",
+        ),
+        (
+            ["--activation_checkpoint.selective_ac_option=0"],
+            'activation_checkpoint.selective_ac_option = "0": expected "op" or a positive number',
+        ),
+        (
+            ["--compile.components=model,optimizer"],
+            '--compile.components: expected a list with any of "model", "loss", found',
+        ),
+    ],
+)
+def test_other_combinations(argv, start):
+    assert refusal(*argv).startswith(start)
+
+
+def test_a_refused_combination_names_the_file(tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_text("[training]\nsteps = 0\n")
+    message = refusal("--job.config_file", str(path))
+    assert message == f"training.steps = 0: expected >= 1 (config file: {path})"
+    with pytest.raises(UserError, match=r"^training\.steps = 0: expected >= 1 \(config file: "):
+        load_toml(path)

@@ -1,0 +1,270 @@
+"""TOML files: precedence, types, names, and one line for whatever is wrong."""
+
+import copy
+from pathlib import Path
+
+import pytest
+
+from torchtitan_mtp.config import JobConfig, load_toml, parse_args, to_toml
+from torchtitan_mtp.config.setting import options
+from torchtitan_mtp.errors import UserError
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Writes a run.toml and gives its path."""
+
+    def write_text(text: str | bytes) -> Path:
+        path = tmp_path / "run.toml"
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        return path
+
+    return write_text
+
+
+def refusal(path: Path) -> str:
+    """The message of a file that is refused: one line that names the file."""
+    with pytest.raises(UserError) as caught:
+        load_toml(path)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message.replace(str(path), "run.toml")
+
+
+def test_defaults_are_torchtitans():
+    config = JobConfig()
+    assert config.training.local_batch_size == 8
+    assert config.training.global_batch_size == -1
+    assert config.training.seq_len == 2048
+    assert config.training.mixed_precision_param == "bfloat16"
+    assert config.optimizer.lr == 8e-4
+    assert (config.optimizer.beta1, config.optimizer.beta2) == (0.9, 0.95)
+    assert config.lr_scheduler.warmup_steps == 200
+    assert config.lr_scheduler.decay_ratio is None
+    assert config.checkpoint.keep_latest_k == 10
+    assert config.checkpoint.last_save_model_only is True
+    assert config.activation_checkpoint.selective_ac_option == "2"
+    assert config.compile.components == ["model", "loss"]
+    assert config.parallelism.data_parallel_shard_degree == -1
+    assert config.profiling.profiler_warmup == 3
+    assert config.comm.train_timeout_seconds == 100
+
+
+def test_values_of_a_file_replace_defaults_and_no_others(write):
+    path = write(
+        '[training]\nsteps = 7\nmax_norm = 2\n[compile]\ncomponents = ["loss"]\n'
+        '[quantize.linear.float8]\nrecipe_name = "rowwise"\nfilter_fqns = ["output", "wq"]\n'
+    )
+    expected = JobConfig()
+    expected.training.steps = 7
+    expected.training.max_norm = 2.0
+    expected.compile.components = ["loss"]
+    expected.quantize.linear.float8.recipe_name = "rowwise"
+    expected.quantize.linear.float8.filter_fqns = ["output", "wq"]
+    config = load_toml(path)
+    assert config == expected
+    assert type(config.training.max_norm) is float
+
+
+def test_default_lists_are_not_shared():
+    JobConfig().compile.components.append("x")
+    assert JobConfig().compile.components == ["model", "loss"]
+
+
+def test_a_file_is_read_over_a_base_that_stays_as_it_is(write):
+    base = JobConfig()
+    base.training.steps, base.training.seq_len = 3, 64
+    before = copy.deepcopy(base)
+    config = load_toml(write("[training]\nsteps = 7\n"), base)
+    assert (config.training.steps, config.training.seq_len) == (7, 64)
+    assert base == before
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (
+            "[training]\nseq_length = 3\n",
+            "run.toml: unknown key training.seq_length; did you mean training.seq_len?",
+        ),
+        (
+            "[trainning]\nsteps = 3\n",
+            "run.toml: unknown table trainning; did you mean training?",
+        ),
+        (
+            "[training]\nlr = 3e-4\n",
+            "run.toml: unknown key training.lr; did you mean optimizer.lr?",
+        ),
+        ("[mpt]\nheads = 'parallel'\n", "run.toml: unknown table mpt; did you mean mtp?"),
+        (
+            "[mtp]\nnum_future_token = 3\n",
+            "run.toml: unknown key mtp.num_future_token; did you mean mtp.num_future_tokens?",
+        ),
+        ("steps = 3\n", "run.toml: unknown key steps; did you mean "),
+        ("[zzz.qqq]\n", "run.toml: unknown table zzz; docs/config.md lists all tables"),
+        ('["a\\nb"]\n', "run.toml: unknown table 'a\\nb'; docs/config.md lists all tables"),
+    ],
+)
+def test_an_unknown_name_gets_the_nearest_right_one(write, text, expected):
+    assert refusal(write(text)).startswith(expected)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (
+            "[training]\nsteps = '5'",
+            'training.steps: expected an integer, found "5" (string)',
+        ),
+        ("[training]\nsteps = 5.0", "training.steps: expected an integer, found 5.0 (number)"),
+        ("[training]\nsteps = true", "training.steps: expected an integer, found true (boolean)"),
+        ("[optimizer]\nlr = true", "optimizer.lr: expected a number, found true (boolean)"),
+        ("[optimizer]\nlr = '1e-3'", 'optimizer.lr: expected a number, found "1e-3" (string)'),
+        ("[compile]\nenable = 1", "compile.enable: expected true or false, found 1 (integer)"),
+        ("[model]\nflavor = 8", "model.flavor: expected a string, found 8 (integer)"),
+        (
+            "[model]\nconverters = 'mtp'",
+            'model.converters: expected a list with any of "mtp", "quantize.linear.float8", '
+            'found "mtp" (string)',
+        ),
+        (
+            "[model]\nconverters = ['mpt']",
+            'model.converters: expected a list with any of "mtp", "quantize.linear.float8", '
+            'found ["mpt"] (list)',
+        ),
+        (
+            "[mtp]\nloss_weights = [1.0, true]",
+            "mtp.loss_weights: expected a list of numbers, found [1.0, true] (list)",
+        ),
+        (
+            "[mtp]\nheads = 'chain'",
+            'mtp.heads: expected one of "parallel", "sequential", found "chain" (string)',
+        ),
+        (
+            "[mtp.heads]\nx = 1",
+            'mtp.heads: expected one of "parallel", "sequential", found {"x": 1} (table)',
+        ),
+        (
+            "[training]\nsteps = 2020-01-01",
+            'training.steps: expected an integer, found "2020-01-01" (date)',
+        ),
+        ("training = 5", "[training] is a table, found a value; write [training]"),
+        ("[[training]]\nsteps = 1", "[training] is a table, found a value; write [training]"),
+    ],
+)
+def test_a_wrong_type_says_what_was_found_and_expected(write, text, expected):
+    assert refusal(write(text)) == f"run.toml: {expected}"
+
+
+def test_a_long_value_is_cut(write):
+    assert len(refusal(write(f"[training]\nsteps = '{'x' * 5000}'"))) < 200
+
+
+def test_malformed_toml_names_file_and_line(write):
+    message = refusal(write("[training]\nsteps = 3\nseq_len == 4\n"))
+    assert message.startswith("run.toml: not valid TOML: ")
+    assert "line 3" in message
+
+
+@pytest.mark.parametrize(
+    "content", [b"\xff\xfe", b"a = " + b"[" * 20_000, b"a = " + b"9" * 5000, b"[training", b"\x00"]
+)
+def test_any_broken_file_is_one_line(write, content):
+    assert refusal(write(content)).startswith("run.toml: ")
+
+
+def test_a_missing_file_and_a_folder(tmp_path):
+    message = refusal(tmp_path / "no.toml")
+    assert message == "run.toml: no such file; check the path of the config file"
+    assert "can't be read: Is a directory" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("[checkpoint]\nenable_checkpoint = true", "checkpoint.enable"),
+        ("[checkpoint]\nlast_save_model_weights_only = true", "checkpoint.last_save_model_only"),
+        (
+            "[checkpoint]\ninitial_load_model_weights_only = true",
+            "checkpoint.initial_load_model_only",
+        ),
+        ("[training]\ncompile = true", "compile.enable"),
+        ("[training]\nbatch_size = 1", "training.local_batch_size"),
+        ("[training]\ntensor_parallel_degree = 1", "parallelism.tensor_parallel_degree"),
+        ("[experimental]\npipeline_parallel_degree = 1", "parallelism.pipeline_parallel_degree"),
+        ("[float8]\nfilter_fqns = []", "quantize.linear.float8"),
+        ("[lr_scheduler]\nlr_min = 0.1", "lr_scheduler.min_lr_factor"),
+        ("[job]\nprint_args = true", "job.print_config"),
+    ],
+)
+def test_a_renamed_key_names_its_new_place(write, old, new):
+    assert refusal(write(old)).endswith(f"; TorchTitan v0.2 renamed it to {new}")
+
+
+def test_renamed_names_are_free():
+    known = options(JobConfig)
+    old_names = [name for option in known.values() for name in option.rule.renamed_from]
+    other_names = [name for option in known.values() for name in option.rule.also_named]
+    assert len(old_names) >= 10
+    assert not set(old_names + other_names) & set(known)
+    assert len(set(old_names + other_names)) == len(old_names + other_names)
+
+
+def test_other_v0_2_names_of_a_key_are_read(write):
+    config = load_toml(write("[debug]\nseed = 5\n[model]\ntokenizer_path = 'tok'\n"))
+    assert config.training.seed == 5
+    assert config.model.hf_assets_path == "tok"
+
+
+def test_two_names_of_one_key_are_refused(write):
+    message = refusal(write("[training]\nseed = 1\n[debug]\nseed = 2\n"))
+    assert (
+        message
+        == "run.toml: training.seed and debug.seed are two names of one key; keep one of them"
+    )
+
+
+def test_float8_is_another_spelling(write):
+    config = load_toml(write("[model]\nconverters = ['mtp', 'float8']\n"))
+    assert config.model.converters == ["mtp", "quantize.linear.float8"]
+
+
+def test_command_line_over_file_over_default(write):
+    path = write("[training]\nsteps = 7\nseq_len = 64\n[compile]\nenable = true\n")
+    config = parse_args(
+        ["--training.steps", "9", "--job.config_file", str(path), "--compile.no_enable"]
+    )
+    assert config.training.steps == 9
+    assert config.training.seq_len == 64
+    assert config.compile.enable is False
+    assert config.training.local_batch_size == 8
+    assert config.job.config_file == str(path)
+
+
+def test_round_trip_of_a_configuration_with_every_kind_of_value(write):
+    config = JobConfig()
+    config.job.description = 'quotes " \\ and \n, tab \t, DEL \x7f, é, 漢, 🙂, \x01'
+    config.job.config_file = "a.toml"
+    config.model.converters = ["mtp", "quantize.linear.float8"]
+    config.mtp.loss_weights = [1.0, 1e-30, 0.1 + 0.2]
+    config.optimizer.lr = 1.2345678901234567e-5
+    config.training.max_norm = float("inf")
+    config.training.seed = 2**63 - 1
+    config.lr_scheduler.decay_ratio = 0.25
+    config.checkpoint.exclude_from_loading = ["optimizer", "a,b"]
+    config.quantize.linear.float8.recipe_name = "rowwise"
+    assert load_toml(write(to_toml(config))) == config
+
+
+def test_round_trip_of_the_defaults(write):
+    text = to_toml(JobConfig())
+    assert load_toml(write(text)) == JobConfig()
+    assert "[training]\n" in text
+    assert "\nsteps = 10000\n" in text
+
+
+def test_none_is_the_default_of_every_key_that_may_be_none():
+    # to_toml leaves None out: only as the default does it come back.
+    for option in options(JobConfig).values():
+        if "None" in str(option.type):
+            assert option.default is None, option.name
