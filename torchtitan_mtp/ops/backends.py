@@ -15,18 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from torchtitan_mtp.errors import UserError
-from torchtitan_mtp.ops.chunked import ChunkedLinearCrossEntropy, LossOptions, accumulation_dtype
+from torchtitan_mtp.ops.chunked import LossOptions, accumulation_dtype, chunked_linear_cross_entropy
 
 Heads = tuple[Tensor, ...]
 Result = tuple[Tensor, Tensor, Tensor, Tensor]
-
-
-@torch.compiler.disable
-def chunked(
-    hiddens: Heads, weight: Tensor, labels: Tensor, head_scales: Tensor, options: LossOptions
-) -> Result:
-    """`ops/chunked.py`: one chunk of one head's logits at a time."""
-    return ChunkedLinearCrossEntropy.apply(weight, labels, head_scales, options, *hiddens)
 
 
 def naive(
@@ -55,19 +47,119 @@ def naive(
     return _result(sums, labels, head_scales, options, torch.stack(correct))
 
 
+def torch_chunked(
+    hiddens: Heads, weight: Tensor, labels: Tensor, head_scales: Tensor, options: LossOptions
+) -> Result:
+    """`torch.nn.functional.linear_cross_entropy` (torch 2.13 on), chunked."""
+    if not hasattr(F, "linear_cross_entropy"):
+        raise UserError(
+            f"linear_cross_entropy: backend 'torch' needs torch >= 2.13, found {torch.__version__}; "
+            "use 'chunked'"
+        )
+    _refuse("torch", options, "z_loss", "softcap", "label_smoothing")
+    chunking = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=options.chunk_rows)
+    sums = [
+        F.linear_cross_entropy(
+            hidden,
+            weight,
+            labels[:, k],
+            reduction="sum",
+            ignore_index=options.ignore_index,
+            options=chunking,
+        )
+        for k, hidden in enumerate(hiddens)
+    ]
+    return _result(sums, labels, head_scales, options)
+
+
+@torch.compiler.disable  # Liger is silently wrong under torch.compile with ignored labels
+def liger(
+    hiddens: Heads, weight: Tensor, labels: Tensor, head_scales: Tensor, options: LossOptions
+) -> Result:
+    """Liger-Kernel's fused linear cross-entropy (Triton), accumulating in float32."""
+    module = _import("liger", "liger_kernel.transformers", "liger-kernel", weight)
+    _refuse("liger", options, "chunk_rows")
+    loss_of = module.LigerFusedLinearCrossEntropyLoss(
+        ignore_index=options.ignore_index,
+        lse_square_scale=options.z_loss,
+        label_smoothing=options.label_smoothing,
+        softcap=options.softcap,
+        reduction="sum",
+        accum_dtype=torch.float32,
+    )
+    sums = [loss_of(weight, hidden, labels[:, k].contiguous()) for k, hidden in enumerate(hiddens)]
+    return _result(sums, labels, head_scales, options)
+
+
+@torch.compiler.disable
+def cce(
+    hiddens: Heads, weight: Tensor, labels: Tensor, head_scales: Tensor, options: LossOptions
+) -> Result:
+    """Apple's cut cross-entropy (Triton), exact: no gradient is filtered out."""
+    module = _import("cce", "cut_cross_entropy", "cut-cross-entropy", weight)
+    _refuse("cce", options, "z_loss", "label_smoothing", "chunk_rows")
+    sums = [
+        module.linear_cross_entropy(
+            hidden.contiguous(),
+            weight,
+            labels[:, k].contiguous(),
+            ignore_index=options.ignore_index,
+            softcap=options.softcap,
+            reduction="sum",
+            filter_eps=None,
+        )
+        for k, hidden in enumerate(hiddens)
+    ]
+    return _result(sums, labels, head_scales, options)
+
+
+def _import(backend: str, module: str, package: str, weight: Tensor) -> Any:
+    """The backend's library, or one line that says what is missing."""
+    if not weight.is_cuda:
+        raise UserError(
+            f"linear_cross_entropy: backend {backend!r} runs on CUDA only, weight is on "
+            f"{weight.device}; use 'chunked'"
+        )
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise UserError(
+            f"linear_cross_entropy: backend {backend!r} needs the package {package} ({error}); "
+            "install it or use 'chunked'"
+        ) from error
+
+
+def _refuse(backend: str, options: LossOptions, *names: str) -> None:
+    """An error for the first of the options `names` that is not at its default."""
+    for name in names:
+        value = getattr(options, name)
+        if value != LossOptions._field_defaults[name]:
+            raise UserError(
+                f"linear_cross_entropy: backend {backend!r} has no {name} (it is {value}); "
+                "use 'chunked'"
+            )
+
+
 def _result(
     sums: list[Tensor],
     labels: Tensor,
     head_scales: Tensor,
     options: LossOptions,
-    correct: Tensor,
+    correct: Tensor | None = None,
 ) -> Result:
-    loss_sum = torch.stack(sums)  # [n]
+    """Result from the heads' loss sums; `correct` is -1 where a backend does not count it."""
+    loss_sum = torch.stack(sums).to(accumulation_dtype(sums[0].dtype))  # [n]
     loss = (loss_sum * head_scales).sum()
-    return loss, loss_sum.detach(), (labels != options.ignore_index).sum(0), correct
+    valid = (labels != options.ignore_index).sum(0)  # [n]
+    if correct is None:
+        correct = torch.full_like(valid, -1)
+    return loss, loss_sum.detach(), valid, correct
 
 
 BACKENDS: dict[str, Callable[[Heads, Tensor, Tensor, Tensor, LossOptions], Result]] = {
-    "chunked": chunked,
+    "chunked": chunked_linear_cross_entropy,
     "naive": naive,
+    "torch": torch_chunked,
+    "liger": liger,
+    "cce": cce,
 }

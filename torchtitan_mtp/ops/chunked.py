@@ -41,6 +41,7 @@ from torch import Tensor
 
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
 _TILE_ROWS = 4096  # rows of the weight that are upcast at a time
+_CPU_CHUNK_ROWS = 512
 
 
 class LossOptions(NamedTuple):
@@ -71,6 +72,7 @@ def head_loss_and_grad(
     *,
     need_d_hidden: bool = True,
     d_weight: Tensor | None = None,
+    mm: torch.dtype | None = None,
 ) -> HeadLoss:
     """Loss of one head and the gradients of ``scale * loss_sum``, outside autograd.
 
@@ -87,9 +89,10 @@ def head_loss_and_grad(
         need_d_hidden: whether to compute the gradient of ``hidden``.
         d_weight: [V, D] in `accumulation_dtype(weight.dtype)`; the weight's gradient is ADDED to
             it. None: it is not computed.
+        mm: dtype of the matrix products; None: `matmul_dtype(hidden)`.
     """
     n_rows, vocab = hidden.shape[0], weight.shape[0]
-    acc, mm = accumulation_dtype(hidden.dtype), matmul_dtype(hidden)
+    acc, mm = accumulation_dtype(hidden.dtype), mm or matmul_dtype(hidden)
     device = hidden.device
     rows = None  # indices of the valid rows, None for all
     if device.type == "cpu":
@@ -111,7 +114,11 @@ def head_loss_and_grad(
     chunk = min(options.chunk_rows or default_chunk_rows(hidden, vocab), max(n_rows, 1))
     buffer = torch.empty(chunk, vocab, dtype=acc, device=device)
     for start in range(0, n_rows, chunk):
-        pick = slice(start, min(start + chunk, n_rows)) if rows is None else rows[start : start + chunk]
+        pick = (
+            slice(start, min(start + chunk, n_rows))
+            if rows is None
+            else rows[start : start + chunk]
+        )
         h = hidden[pick].to(mm)  # [C, D]
         y = labels[pick]  # [C]
         logits = _project(h, weight, buffer[: h.shape[0]])  # [C, V]
@@ -223,7 +230,7 @@ def default_chunk_rows(hidden: Tensor, vocab: int) -> int:
     """
     n_rows, dim = hidden.shape
     if hidden.device.type == "cpu":
-        return 512
+        return _CPU_CHUNK_ROWS
     ratio = -(-vocab // dim)
     rows = -(-n_rows // ratio)
     return max(1024, 1 << (rows - 1).bit_length())
@@ -266,50 +273,129 @@ def _accumulate(d_weight: Tensor, grad: Tensor, h: Tensor) -> None:
             d_weight[v : v + _TILE_ROWS] += grad[:, v : v + _TILE_ROWS].t() @ h
 
 
-class ChunkedLinearCrossEntropy(torch.autograd.Function):
-    """The joint engine's loss: every head in one pass, one buffer for the weight's gradient."""
+def chunked_linear_cross_entropy(
+    hiddens: tuple[Tensor, ...],
+    weight: Tensor,
+    labels: Tensor,
+    head_scales: Tensor,
+    options: LossOptions,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The joint engine's loss: all heads in one pass, one buffer for the weight's gradient.
 
+    Arguments and results are those of `linear_cross_entropy`.
+    """
+    needs_grad = [t.requires_grad and torch.is_grad_enabled() for t in (weight, *hiddens)]
+    mm = matmul_dtype(hiddens[0])
+    return _AllHeads.apply(weight, labels, head_scales, options, mm, needs_grad, *hiddens)
+
+
+class _AllHeads(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, weight, labels, head_scales, options, *hiddens):  # type: ignore[no-untyped-def]
-        need_weight, need_hidden = ctx.needs_input_grad[0], ctx.needs_input_grad[4:]
-        acc = accumulation_dtype(weight.dtype)
-        d_weight = torch.zeros_like(weight, dtype=acc) if need_weight else None
-        heads = [
-            head_loss_and_grad(
-                hidden,
-                weight,
-                labels[:, k],
-                head_scales[k],
-                options,
-                need_d_hidden=need_hidden[k],
-                d_weight=d_weight,
-            )
-            for k, hidden in enumerate(hiddens)
-        ]
-        loss_sum = torch.stack([head.loss_sum for head in heads])
-        valid = torch.stack([head.valid for head in heads])
-        correct = torch.stack([head.correct for head in heads])
+    def forward(ctx, weight, labels, head_scales, options, mm, needs_grad, *hiddens):  # type: ignore[no-untyped-def]
+        run = _all_heads_op if torch.compiler.is_compiling() else _all_heads
+        loss_sum, valid, correct, *gradients = run(
+            list(hiddens), weight, labels, head_scales, mm, needs_grad, *options
+        )
         loss = (loss_sum * head_scales).sum()
         ctx.mark_non_differentiable(loss_sum, valid, correct)
-        ctx.set_materialize_grads(False)
         # Plain attributes: saved tensors would stay referenced and force a copy into `.grad`.
-        ctx.d_weight, ctx.d_hiddens = d_weight, [head.d_hidden for head in heads]
-        ctx.weight_dtype, ctx.used = weight.dtype, False
+        ctx.gradients, ctx.needs_grad, ctx.weight_dtype = gradients, needs_grad, weight.dtype
         return loss, loss_sum, valid, correct
 
     @staticmethod
     def backward(ctx, grad_loss, *_):  # type: ignore[no-untyped-def]
-        if ctx.used:
+        if ctx.gradients is None:
             raise RuntimeError(
-                "linear_cross_entropy: backward ran twice over one forward, whose gradients are "
-                "used up by the first; call it again for a second backward"
+                "linear_cross_entropy: a second backward over one forward, whose gradients the "
+                "first has used up; pass retain_graph=True to the first, or run the op again"
             )
-        ctx.used = True
-        d_weight, d_hiddens = ctx.d_weight, ctx.d_hiddens
-        ctx.d_weight = ctx.d_hiddens = None
-        if grad_loss is None:
-            return (None,) * (4 + len(d_hiddens))
-        if d_weight is not None:
-            d_weight = d_weight.mul_(grad_loss).to(ctx.weight_dtype)
-        d_hiddens = [d if d is None else d.mul_(grad_loss) for d in d_hiddens]
-        return d_weight, None, None, None, *d_hiddens
+        gradients = ctx.gradients
+        if _keeps_graph():
+            gradients = [gradient * grad_loss for gradient in gradients]
+        else:
+            ctx.gradients = None
+            for gradient in gradients:
+                gradient.mul_(grad_loss)
+        if ctx.needs_grad[0]:
+            gradients[0] = gradients[0].to(ctx.weight_dtype)
+        rest = iter(gradients)
+        d_weight, *d_hiddens = (next(rest) if need else None for need in ctx.needs_grad)
+        return d_weight, None, None, None, None, None, *d_hiddens
+
+
+def _keeps_graph() -> bool:
+    """Whether this backward must leave its graph usable (retain_graph, or a compiled graph)."""
+    if torch.compiler.is_compiling():
+        return True
+    return torch._C._autograd._get_current_graph_task_keep_graph()
+
+
+def _all_heads(
+    hiddens: list[Tensor],
+    weight: Tensor,
+    labels: Tensor,
+    head_scales: Tensor,
+    mm: torch.dtype,
+    needs_grad: list[bool],
+    ignore_index: int,
+    z_loss: float,
+    softcap: float | None,
+    label_smoothing: float,
+    chunk_rows: int | None,
+) -> list[Tensor]:
+    """[loss_sum [n], valid [n], correct [n]] and the gradients of those that need one.
+
+    `needs_grad` and the gradients are in the order (weight, *hiddens).
+    """
+    options = LossOptions(ignore_index, z_loss, softcap, label_smoothing, chunk_rows)
+    d_weight = None
+    if needs_grad[0]:
+        d_weight = torch.zeros_like(
+            weight,
+            dtype=accumulation_dtype(weight.dtype),
+            memory_format=torch.contiguous_format,
+        )
+    heads = [
+        head_loss_and_grad(
+            hidden,
+            weight,
+            labels[:, k],
+            head_scales[k],
+            options,
+            need_d_hidden=needs_grad[1 + k],
+            d_weight=d_weight,
+            mm=mm,
+        )
+        for k, hidden in enumerate(hiddens)
+    ]
+    gradients = [d_weight, *(head.d_hidden for head in heads)]
+    return [
+        torch.stack([head.loss_sum for head in heads]),
+        torch.stack([head.valid for head in heads]),
+        torch.stack([head.correct for head in heads]),
+        *(gradient for gradient in gradients if gradient is not None),
+    ]
+
+
+# torch.compile takes this op whole: no graph break, and no trace of its loops.
+_all_heads_op = torch.library.custom_op(
+    "torchtitan_mtp::linear_cross_entropy_heads",
+    _all_heads,
+    mutates_args=(),
+    schema="(Tensor[] hiddens, Tensor weight, Tensor labels, Tensor head_scales, ScalarType mm, "
+    "bool[] needs_grad, int ignore_index, float z_loss, float? softcap, float label_smoothing, "
+    "SymInt? chunk_rows) -> Tensor[]",
+)
+
+
+@_all_heads_op.register_fake
+def _(hiddens, weight, labels, head_scales, mm, needs_grad, *_):  # type: ignore[no-untyped-def]
+    acc, n = accumulation_dtype(weight.dtype), len(hiddens)
+    like = [torch.empty_like(weight, dtype=acc, memory_format=torch.contiguous_format)]
+    like += [torch.empty_like(h, memory_format=torch.contiguous_format) for h in hiddens]
+    return [
+        weight.new_empty(n, dtype=acc),
+        labels.new_empty(n),
+        labels.new_empty(n),
+        *(t for t, need in zip(like, needs_grad, strict=True) if need),
+    ]

@@ -22,7 +22,8 @@ class LossOutput(NamedTuple):
     loss: Tensor  # [] sum_k head_scales[k] * loss_sum[k]; float32 (float64 for float64 inputs)
     loss_sum: Tensor  # [n] sum of each head's token losses over its valid labels, unscaled
     valid: Tensor  # [n] int64, labels that are not ignore_index
-    correct: Tensor  # [n] int64, valid labels whose logit is above every other one of its row
+    # [n] int64, valid labels whose logit is above every other of its row; -1: backend has no count
+    correct: Tensor
 
 
 def linear_cross_entropy(
@@ -133,6 +134,4 @@ def _check_options(options: LossOptions) -> None:
 
 
 def _error(name: str, tensor: Tensor, expected: str) -> UserError:
-    return UserError(
-        f"linear_cross_entropy: {name} is {list(tensor.shape)}; expected {expected}"
-    )
+    return UserError(f"linear_cross_entropy: {name} is {list(tensor.shape)}; expected {expected}")

@@ -1,0 +1,162 @@
+"""`benchmark.py loss`: time and peak memory of linear cross-entropies, and the physical limit."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from benchmarks.loss_peers import PEERS
+from benchmarks.measure import (
+    Measurement,
+    machine,
+    markdown,
+    matmul_flops_per_second,
+    measure,
+    row_of,
+    write_json,
+)
+
+DEFAULT_SIZES = ("4096x512x32768", "4096x512x128256")
+DEFAULT_OPS = ("chunked", "torch", "titan_chunked", "torchtune_chunked", "checkpointed", "naive")
+
+
+def run(
+    sizes: tuple[str, ...] = DEFAULT_SIZES,
+    heads: tuple[int, ...] = (1,),
+    dtypes: tuple[str, ...] = ("float32",),
+    ops: tuple[str, ...] = DEFAULT_OPS,
+    repeats: int = 2,
+    rounds: int = 2,
+    json: Path | None = None,
+    plot: Path | None = None,
+) -> None:
+    """Forward and backward of linear cross-entropy, each case in its own process.
+
+    Args:
+        sizes: rows x width x vocabulary, as NxDxV.
+        heads: numbers of heads that share the unembedding.
+        dtypes: dtypes of hiddens and weight.
+        ops: which implementations (see scripts/benchmarks/loss_peers.py).
+        repeats: timed calls a process; the smallest counts.
+        rounds: processes a case, taken in turn, so that other load falls on all alike.
+        json: file for the figures.
+        plot: PNG file for a bar chart (needs matplotlib).
+    """
+    rows: list[dict[str, Any]] = []
+    for size in sizes:
+        n_rows, dim, vocab = (int(part) for part in size.split("x"))
+        for dtype in dtypes:
+            for n in heads:
+                shape = {"n": n, "n_rows": n_rows, "dim": dim, "vocab": vocab, "dtype": dtype}
+                rows += _compare(shape, ops, repeats, rounds)
+    print(", ".join(f"{key}: {value}" for key, value in machine().items()))
+    print(markdown(rows))
+    command = "python " + shlex.join(sys.argv)
+    if json is not None:
+        write_json(json, command, rows)
+        print(f"wrote {json}")
+    if plot is not None:
+        _plot(rows, plot)
+        print(f"wrote {plot}")
+
+
+def _compare(
+    shape: dict[str, Any], ops: tuple[str, ...], repeats: int, rounds: int
+) -> list[dict[str, Any]]:
+    """All implementations at one shape, then the physical limit."""
+    best: dict[str, Measurement] = {}
+    rates = []
+    dtype = getattr(torch, shape["dtype"])
+    for _ in range(rounds):
+        rates.append(matmul_flops_per_second(_fast_dtype(dtype)))
+        for op in ops:
+            new = measure(prepare, repeats, op=op, **shape)
+            old = best.get(op, new)
+            best[op] = Measurement(
+                min(old.cpu_s, new.cpu_s),
+                min(old.wall_s, new.wall_s),
+                min(old.peak_mib, new.peak_mib),
+            )
+    key = "wall_s" if torch.cuda.is_available() else "cpu_s"
+    limit = _limit(shape, max(rates))
+    rows = []
+    for op, measurement in {**best, "limit": limit}.items():
+        size = f"{shape['n_rows']}x{shape['dim']}x{shape['vocab']}"
+        ratio = getattr(measurement, key) / getattr(limit, key)
+        rows.append(
+            {"size": size, "dtype": shape["dtype"], "heads": shape["n"], "op": op}
+            | row_of(measurement)
+            | {"time / limit": ratio}
+        )
+    return rows
+
+
+def _limit(shape: dict[str, Any], rate: float) -> Measurement:
+    """6 n N D V FLOPs at the measured matmul rate; memory: the gradients themselves."""
+    n, n_rows, dim, vocab = (shape[key] for key in ("n", "n_rows", "dim", "vocab"))
+    seconds = 6 * n * n_rows * dim * vocab / rate
+    wall = seconds if torch.cuda.is_available() else seconds / torch.get_num_threads()
+    item = getattr(torch, shape["dtype"]).itemsize
+    return Measurement(seconds, wall, (vocab * dim + n * n_rows * dim) * item / 2**20)
+
+
+def _fast_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype whose matmul is the limit: float32 on CPUs that only emulate bfloat16."""
+    if torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return dtype
+    return torch.float32
+
+
+def prepare(op: str, n: int, n_rows: int, dim: int, vocab: int, dtype: str) -> Callable[[], None]:
+    """Inputs of a case, and one step of it: forward, backward, gradients dropped."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+
+    def inputs(n_rows: int, vocab: int) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
+        torch.manual_seed(0)
+        kind: dict[str, Any] = {"dtype": getattr(torch, dtype), "device": device}
+        hiddens = [torch.randn(n_rows, dim, **kind).requires_grad_() for _ in range(n)]
+        weight = torch.randn(vocab, dim, **kind).mul_(dim**-0.5).requires_grad_()
+        labels = torch.randint(vocab, (n_rows, n), device=device)
+        return hiddens, weight, labels
+
+    function = PEERS[op]
+    # A small run first starts thread pools and compilers; nothing of it may count as peak memory.
+    function(*inputs(min(n_rows, 1024), min(vocab, 256)))
+    hiddens, weight, labels = inputs(n_rows, vocab)
+
+    def step() -> None:
+        function(hiddens, weight, labels)
+        weight.grad = None
+        for hidden in hiddens:
+            hidden.grad = None
+
+    return step
+
+
+def _plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """One group of bars a shape: time beside peak memory, the limit as a line."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    shapes = list(dict.fromkeys((row["size"], row["dtype"], row["heads"]) for row in rows))
+    figure, axes = plt.subplots(len(shapes), 2, figsize=(11, 3 * len(shapes)), squeeze=False)
+    for shape, pair in zip(shapes, axes, strict=True):
+        cases = [row for row in rows if (row["size"], row["dtype"], row["heads"]) == shape]
+        bars, limit = cases[:-1], cases[-1]
+        time_key = "wall_s" if torch.cuda.is_available() else "cpu_s"
+        for axis, key, label in zip(pair, (time_key, "peak_mib"), ("seconds", "MiB"), strict=True):
+            axis.barh([row["op"] for row in bars], [row[key] for row in bars])
+            axis.axvline(limit[key], color="black", linestyle="--", label="limit")
+            axis.invert_yaxis()
+            axis.set_xlabel(f"{key}, {label}")
+            axis.legend()
+        pair[0].set_title(f"{shape[0]} {shape[1]} heads={shape[2]}")
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=100)

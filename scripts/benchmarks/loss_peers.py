@@ -1,0 +1,85 @@
+"""Other people's linear cross-entropies, rewritten in a few lines to stand beside ours.
+
+Each takes (hiddens: n tensors [N, D], weight [V, D], labels [N, n]) and leaves the gradients of the
+summed loss in `.grad`; labels are all valid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from torchtitan_mtp.ops import linear_cross_entropy
+
+CHUNKS = 8  # TorchTitan's and torchtune's default
+
+
+def _cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(F.linear(hidden, weight).float(), labels, reduction="sum")
+
+
+def _ours(backend: str) -> Callable[[Sequence[Tensor], Tensor, Tensor], None]:
+    def run(hiddens: Sequence[Tensor], weight: Tensor, labels: Tensor) -> None:
+        linear_cross_entropy(hiddens, weight, labels, backend=backend).loss.backward()
+
+    return run
+
+
+def titan_chunked(hiddens: Sequence[Tensor], weight: Tensor, labels: Tensor) -> None:
+    """TorchTitan's ChunkedCELoss: backward of each chunk at once, weight gradient in `.grad`."""
+    for k, hidden in enumerate(hiddens):
+        detached = hidden.detach()
+        grad = torch.empty_like(detached)
+        for h, y, g in zip(
+            detached.chunk(CHUNKS), labels[:, k].chunk(CHUNKS), grad.chunk(CHUNKS), strict=True
+        ):
+            h = h.requires_grad_()
+            _cross_entropy(h, weight, y).backward()
+            g.copy_(h.grad)
+        hidden.backward(grad)
+
+
+def torchtune_chunked(hiddens: Sequence[Tensor], weight: Tensor, labels: Tensor) -> None:
+    """torchtune's LinearCrossEntropyLoss: chunks under one autograd graph."""
+    losses = [
+        _cross_entropy(h, weight, y)
+        for k, hidden in enumerate(hiddens)
+        for h, y in zip(hidden.chunk(CHUNKS), labels[:, k].chunk(CHUNKS), strict=True)
+    ]
+    torch.stack(losses).sum().backward()
+
+
+def checkpointed(hiddens: Sequence[Tensor], weight: Tensor, labels: Tensor) -> None:
+    """Activation checkpointing around 512-row chunks: logits computed twice."""
+    losses = [
+        checkpoint(_cross_entropy, h, weight, y, use_reentrant=False)
+        for k, hidden in enumerate(hiddens)
+        for h, y in zip(hidden.split(512), labels[:, k].split(512), strict=True)
+    ]
+    torch.stack(losses).sum().backward()
+
+
+_compiled_cross_entropy = torch.compile(_cross_entropy)
+
+
+def naive_compiled(hiddens: Sequence[Tensor], weight: Tensor, labels: Tensor) -> None:
+    """Whole logits, pointwise part fused by torch.compile."""
+    losses = [_compiled_cross_entropy(h, weight, labels[:, k]) for k, h in enumerate(hiddens)]
+    torch.stack(losses).sum().backward()
+
+
+PEERS: dict[str, Callable[[Sequence[Tensor], Tensor, Tensor], None]] = {
+    "chunked": _ours("chunked"),
+    "torch": _ours("torch"),
+    "titan_chunked": titan_chunked,
+    "torchtune_chunked": torchtune_chunked,
+    "checkpointed": checkpointed,
+    "naive_compiled": naive_compiled,
+    "naive": _ours("naive"),
+    "liger": _ours("liger"),
+    "cce": _ours("cce"),
+}

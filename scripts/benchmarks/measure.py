@@ -1,0 +1,137 @@
+"""Time and peak memory of one case, measured in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+@dataclass
+class Measurement:
+    """Best of the repeats; memory is the peak above what the inputs take."""
+
+    cpu_s: float  # CPU-seconds of all threads (on CUDA: of the host)
+    wall_s: float
+    peak_mib: float
+
+
+def measure(prepare: Callable[..., Callable[[], None]], repeats: int, **kwargs: Any) -> Measurement:
+    """Measure ``prepare(**kwargs)()`` in a fresh process: one call for memory, then `repeats`.
+
+    Args:
+        prepare: a module-level function that builds the inputs, warms up and returns one step.
+        repeats: timed calls; the smallest time counts, since other load only ever adds.
+        kwargs: what `prepare` takes; picklable.
+
+    Raises:
+        RuntimeError: the case failed; the message is its own.
+    """
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(1) as pool:
+        return pool.apply(_measure_here, (prepare, repeats, kwargs))
+
+
+def _measure_here(
+    prepare: Callable[..., Callable[[], None]], repeats: int, kwargs: dict[str, Any]
+) -> Measurement:
+    step = prepare(**kwargs)
+    peak = _peak_mib(step)
+    cpu, wall = [], []
+    for _ in range(repeats):
+        _synchronize()
+        cpu_start, wall_start = time.process_time(), time.perf_counter()
+        step()
+        _synchronize()
+        cpu.append(time.process_time() - cpu_start)
+        wall.append(time.perf_counter() - wall_start)
+    return Measurement(min(cpu), min(wall), peak)
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _peak_mib(step: Callable[[], None]) -> float:
+    """Peak memory of one step above what is in use before it."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        _synchronize()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    # Linux: writing 5 sets the high-water mark of the resident memory back to its present size.
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _status_kib("VmRSS")
+    step()
+    return (_status_kib("VmHWM") - before) / 2**10
+
+
+def _status_kib(key: str) -> float:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(key + ":"):
+            return float(line.split()[1])
+    raise RuntimeError(f"/proc/self/status has no {key}; memory is measured on Linux or CUDA only")
+
+
+def matmul_flops_per_second(dtype: torch.dtype, size: int = 2048, repeats: int = 5) -> float:
+    """Fastest measured square matmul: FLOPs per CPU-second (per second on CUDA)."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    clock = time.perf_counter if device == "cuda" else time.process_time
+    a = torch.randn(size, size, device=device).to(dtype)
+    best = float("inf")
+    for _ in range(repeats):
+        _synchronize()
+        start = clock()
+        a @ a
+        _synchronize()
+        best = min(best, clock() - start)
+    return 2 * size**3 / best
+
+
+def machine() -> dict[str, str | int]:
+    """What the figures were measured on."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_name()
+    return {
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def _cpu_name() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor()
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """A table with the rows' keys as its head."""
+    keys = list(rows[0])
+    lines = [keys, ["---"] * len(keys), *([_cell(row[key]) for key in keys] for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _cell(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def write_json(path: Path, command: str, rows: list[dict[str, Any]]) -> None:
+    """The rows with command and machine beside them."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"command": command, **machine(), "rows": rows}, indent=1) + "\n")
+
+
+def row_of(measurement: Measurement) -> dict[str, float]:
+    return asdict(measurement)

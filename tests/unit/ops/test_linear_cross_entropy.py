@@ -1,0 +1,404 @@
+"""`linear_cross_entropy` against a reference written here, in float64, float32 and bfloat16."""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from torchtitan_mtp.errors import UserError
+from torchtitan_mtp.ops import (
+    LossOptions,
+    LossOutput,
+    head_loss_and_grad,
+    linear_cross_entropy,
+)
+from torchtitan_mtp.ops.chunked import _CPU_CHUNK_ROWS
+
+IGNORE = -100
+
+
+def make_inputs(n=3, n_rows=37, dim=16, vocab=101, dtype=torch.float64, ignored=0.3, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    hiddens = [
+        torch.randn(n_rows, dim, generator=generator, dtype=torch.float64).to(dtype)
+        for _ in range(n)
+    ]
+    weight = torch.randn(vocab, dim, generator=generator, dtype=torch.float64).to(dtype)
+    labels = torch.randint(vocab, (n_rows, n), generator=generator)
+    labels[torch.rand(n_rows, n, generator=generator) < ignored] = IGNORE
+    return [h.requires_grad_() for h in hiddens], weight.requires_grad_(), labels
+
+
+def reference(hiddens, weight, labels, scales, z_loss=0.0, softcap=None, label_smoothing=0.0):
+    """Token by token from the definition: no shared code with the op."""
+    sums, valid, correct = [], [], []
+    for k, hidden in enumerate(hiddens):
+        rows = [i for i in range(len(labels)) if labels[i, k] != IGNORE]
+        x = hidden @ weight.T
+        if softcap is not None:
+            x = softcap * torch.tanh(x / softcap)
+        total = x.new_zeros(())
+        for i in rows:
+            lse = torch.logsumexp(x[i], 0)
+            total = total + (1 - label_smoothing) * (lse - x[i, labels[i, k]])
+            total = total + label_smoothing * (lse - x[i].mean()) + z_loss * lse**2
+        sums.append(total)
+        valid.append(len(rows))
+        correct.append(sum(int(x[i].argmax() == labels[i, k]) for i in rows))
+    loss = sum(s * total for s, total in zip(scales.tolist(), sums, strict=True))
+    return loss, torch.stack(sums), valid, correct
+
+
+def gradients(loss, hiddens, weight, factor=1.0):
+    return torch.autograd.grad(loss * factor, [*hiddens, weight], allow_unused=True)
+
+
+OPTIONS = [
+    {"z_loss": z, "softcap": cap, "label_smoothing": smoothing}
+    for z, cap, smoothing in itertools.product((0.0, 1e-2), (None, 5.0), (0.0, 0.1))
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("backend", ["chunked", "naive"])
+def test_equals_definition_in_float64(backend, options):
+    hiddens, weight, labels = make_inputs()
+    labels[:3, 0] = (hiddens[0][:3] @ weight.T).argmax(1)  # some correct ones
+    scales = torch.tensor([1.0, 0.3, 0.0])
+    expected = reference(hiddens, weight, labels, scales, **options)
+    got = linear_cross_entropy(
+        hiddens, weight, labels, scales, chunk_rows=8, backend=backend, **options
+    )
+    assert isinstance(got, LossOutput)
+    assert got.loss.dtype == got.loss_sum.dtype == torch.float64
+    assert got.valid.dtype == got.correct.dtype == torch.int64
+    torch.testing.assert_close(got.loss, expected[0], rtol=1e-7, atol=0)  # scales are float32
+    torch.testing.assert_close(got.loss_sum, expected[1], rtol=1e-12, atol=0)
+    assert got.valid.tolist() == expected[2]
+    assert got.correct.tolist() == expected[3] and got.correct[0] >= 3
+    assert not got.loss_sum.requires_grad
+    for a, b in zip(
+        gradients(got.loss, hiddens, weight, -2.5),
+        gradients(expected[0], hiddens, weight, -2.5),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("options", OPTIONS[::3], ids=str)
+def test_float32_close_to_float64(options):
+    hiddens, weight, labels = make_inputs(n=2, n_rows=130, dim=32, vocab=517)
+    scales = torch.tensor([1.0, 0.3])
+    expected = linear_cross_entropy(hiddens, weight, labels, scales, backend="naive", **options)
+    exact = gradients(expected.loss, hiddens, weight)
+    low = [h.detach().float().requires_grad_() for h in hiddens]
+    low_weight = weight.detach().float().requires_grad_()
+    got = linear_cross_entropy(low, low_weight, labels, scales, chunk_rows=48, **options)
+    assert got.loss.dtype == torch.float32
+    torch.testing.assert_close(got.loss.double(), expected.loss, rtol=1e-6, atol=0)
+    for a, b in zip(gradients(got.loss, low, low_weight), exact, strict=True):
+        assert (a.double() - b).norm() <= 1e-6 * b.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_close_to_float64(dtype):
+    hiddens, weight, labels = make_inputs(n=2, n_rows=64, dim=16, vocab=5001, dtype=dtype)
+    with torch.no_grad():
+        weight.mul_(0.25)
+    scales = torch.tensor([1.0, 0.3])
+    exact = [h.detach().double().requires_grad_() for h in hiddens]
+    exact_weight = weight.detach().double().requires_grad_()
+    expected = linear_cross_entropy(exact, exact_weight, labels, scales, backend="naive")
+    got = linear_cross_entropy(hiddens, weight, labels, scales)
+    assert got.loss.dtype == torch.float32
+    torch.testing.assert_close(got.loss.double(), expected.loss, rtol=1e-4, atol=0)
+    for a, b in zip(
+        gradients(got.loss, hiddens, weight),
+        gradients(expected.loss, exact, exact_weight),
+        strict=True,
+    ):
+        assert a.dtype == dtype
+        assert (a.double() - b).norm() <= 3e-3 * b.norm()
+
+
+@pytest.mark.parametrize("n", [1, 2, 4])
+@pytest.mark.parametrize("chunk_rows", [1, 7, 37, 1000, None])
+def test_any_number_of_heads_and_chunk_rows(n, chunk_rows):
+    hiddens, weight, labels = make_inputs(n=n)
+    expected = linear_cross_entropy(hiddens, weight, labels, backend="naive")
+    got = linear_cross_entropy(hiddens, weight, labels, chunk_rows=chunk_rows)
+    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(
+        gradients(got.loss, hiddens, weight), gradients(expected.loss, hiddens, weight)
+    )
+
+
+def test_stacked_hiddens_and_non_contiguous_inputs():
+    hiddens, weight, labels = make_inputs(n=2)
+    expected = linear_cross_entropy(hiddens, weight, labels)
+    exact = gradients(expected.loss, hiddens, weight)
+    stacked = torch.stack(list(hiddens)).detach()  # [n, N, D]
+    stacked = stacked.permute(2, 1, 0).contiguous().permute(2, 1, 0).requires_grad_()
+    weight_t = weight.detach().t().contiguous().t().requires_grad_()  # [V, D], column-major
+    labels_t = labels.t().contiguous().t()
+    got = linear_cross_entropy(stacked, weight_t, labels_t, chunk_rows=5)
+    torch.testing.assert_close(got, expected)
+    d_stacked, d_weight = torch.autograd.grad(got.loss, [stacked, weight_t])
+    torch.testing.assert_close(d_stacked, torch.stack(exact[:2]))
+    torch.testing.assert_close(d_weight, exact[2])
+
+
+@pytest.mark.parametrize("backend", ["chunked", "naive"])
+def test_all_ignored_is_zero_with_zero_gradients(backend):
+    hiddens, weight, labels = make_inputs()
+    labels.fill_(IGNORE)
+    got = linear_cross_entropy(hiddens, weight, labels, z_loss=1e-2, backend=backend)
+    assert got.loss == 0 and got.valid.tolist() == [0, 0, 0] and got.correct.tolist() == [0, 0, 0]
+    for gradient in gradients(got.loss, hiddens, weight):
+        assert torch.equal(gradient, torch.zeros_like(gradient))
+
+
+def test_head_without_valid_labels_and_other_ignore_index():
+    hiddens, weight, labels = make_inputs()
+    labels[:, 1] = IGNORE
+    expected = linear_cross_entropy(hiddens, weight, labels)
+    assert expected.valid[1] == 0 and expected.loss_sum[1] == 0
+    moved = torch.where(labels == IGNORE, 7, torch.where(labels == 7, 8, labels))
+    labels = torch.where(moved == 7, IGNORE, moved)
+    a = linear_cross_entropy(hiddens, weight, moved, ignore_index=7)
+    b = linear_cross_entropy(hiddens, weight, labels)
+    torch.testing.assert_close(a, b)
+    assert gradients(a.loss, hiddens, weight)[1].abs().max() == 0
+
+
+def test_no_rows():
+    hiddens, weight, labels = make_inputs(n_rows=0)
+    got = linear_cross_entropy(hiddens, weight, labels)
+    d_hidden, *_, d_weight = gradients(got.loss, hiddens, weight)
+    assert got.loss == 0 and d_hidden.shape == (0, 16) and d_weight.abs().max() == 0
+
+
+def test_extreme_logits_stay_finite():
+    hiddens, weight, labels = make_inputs(dtype=torch.float32)
+    large = [(h.detach() * 1e4).requires_grad_() for h in hiddens]
+    expected = linear_cross_entropy(large, weight, labels, backend="naive")
+    got = linear_cross_entropy(large, weight, labels)
+    torch.testing.assert_close(got.loss, expected.loss)
+    torch.testing.assert_close(
+        gradients(got.loss, large, weight), gradients(expected.loss, large, weight)
+    )
+
+
+def test_ties_are_not_correct():
+    hiddens, _, labels = make_inputs(n=1, ignored=0)
+    got = linear_cross_entropy(hiddens, torch.zeros(101, 16, dtype=torch.float64), labels)
+    assert got.correct.item() == 0  # an untrained, zero unembedding has no right answers
+
+
+def test_gradcheck():
+    hiddens, weight, labels = make_inputs(n=2, n_rows=5, dim=3, vocab=7)
+    scales = torch.tensor([0.5, 2.0])
+
+    def loss(h0, h1, w):
+        out = linear_cross_entropy(
+            [h0, h1], w, labels, scales, z_loss=0.1, softcap=3.0, label_smoothing=0.1, chunk_rows=2
+        )
+        return out.loss
+
+    assert torch.autograd.gradcheck(loss, (*hiddens, weight))
+
+
+def test_tied_weight_and_two_uses_accumulate():
+    _, weight, labels = make_inputs(n=1)
+    tokens = torch.arange(37) % 101
+
+    def total(backend):
+        hidden = F.embedding(tokens, weight)
+        first = linear_cross_entropy([hidden], weight, labels, backend=backend)
+        second = linear_cross_entropy([hidden.tanh()], weight, labels, z_loss=0.1, backend=backend)
+        return first.loss + 0.5 * second.loss
+
+    expected = torch.autograd.grad(total("naive"), weight)
+    weight.grad = torch.ones_like(weight)  # as accumulation over micro-batches finds it
+    total("chunked").backward()
+    torch.testing.assert_close(weight.grad, expected[0] + 1)
+
+
+def test_frozen_weight_or_hidden_costs_no_gradient():
+    hiddens, weight, labels = make_inputs(n=2)
+    exact = gradients(linear_cross_entropy(hiddens, weight, labels).loss, hiddens, weight)
+    frozen = [hiddens[0], hiddens[1].detach()]
+    loss = linear_cross_entropy(frozen, weight.detach(), labels).loss
+    torch.testing.assert_close(torch.autograd.grad(loss, hiddens[0])[0], exact[0])
+    loss = linear_cross_entropy([h.detach() for h in hiddens], weight, labels).loss
+    torch.testing.assert_close(torch.autograd.grad(loss, weight)[0], exact[2])
+
+
+def test_no_grad_computes_loss_only():
+    hiddens, weight, labels = make_inputs(n=2)
+    expected = linear_cross_entropy(hiddens, weight, labels)
+    with torch.no_grad(), LargestTensor() as largest:
+        got = linear_cross_entropy(hiddens, weight, labels, chunk_rows=8)
+    assert not got.loss.requires_grad
+    chunks = sum(-(-valid // 8) for valid in expected.valid.tolist())
+    assert largest.matmuls == chunks  # the projection, nothing else
+    torch.testing.assert_close(tuple(got), tuple(x.detach() for x in expected))
+
+
+def test_second_backward_needs_retain_graph():
+    hiddens, weight, labels = make_inputs()
+    loss = linear_cross_entropy(hiddens, weight, labels).loss
+    first = torch.autograd.grad(loss, weight, retain_graph=True)
+    second = torch.autograd.grad(loss * 2, weight)
+    torch.testing.assert_close(second[0], 2 * first[0])
+    with pytest.raises(RuntimeError, match="retain_graph=True"):
+        loss.backward()
+
+
+class LargestTensor(TorchDispatchMode):
+    """Records the largest new tensor, and counts matrix products."""
+
+    def __init__(self):
+        super().__init__()
+        self.numel = self.matmuls = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        self.matmuls += name in ("mm", "addmm", "addmm_")
+        seen = {t.untyped_storage().data_ptr() for t in args if isinstance(t, torch.Tensor)}
+        if isinstance(out, torch.Tensor) and out.untyped_storage().data_ptr() not in seen:
+            self.numel = max(self.numel, out.numel())
+        return out
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_never_holds_whole_logits_or_weight_copies(dtype):
+    n_rows, dim, vocab, chunk = 96, 8, 9001, 8
+    hiddens, weight, labels = make_inputs(4, n_rows, dim, vocab, dtype=dtype)
+    with LargestTensor() as largest:
+        linear_cross_entropy(hiddens, weight, labels, chunk_rows=chunk).loss.backward()
+    assert largest.numel == max(vocab * dim, chunk * vocab, n_rows * dim)
+
+
+def test_one_weight_gradient_for_all_heads():
+    """Bytes alive in the op: one [V, D], one chunk of logits, the hiddens' own gradients."""
+    dim, vocab, chunk = 16, 4096, 8
+    peaks = []
+    for n in (1, 4):
+        hiddens, weight, labels = make_inputs(n, 64, dim, vocab, dtype=torch.float32)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with torch.profiler.profile(
+                profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]
+            ) as profile:
+                linear_cross_entropy(hiddens, weight, labels, chunk_rows=chunk).loss.backward()
+        alive = peak = 0
+        for event in profile.profiler.kineto_results.events():
+            if event.name() == "[memory]":
+                alive += event.nbytes()
+                peak = max(peak, alive)
+        peaks.append(peak - 4 * n * 64 * dim)
+    assert peaks[0] >= 4 * vocab * (dim + chunk)
+    assert peaks[1] - peaks[0] <= 4096  # a few scalars a head
+    assert peaks[1] <= 1.1 * 4 * vocab * (dim + chunk)
+
+
+def test_autocast_keeps_weight_gradient_in_float32():
+    hiddens, weight, labels = make_inputs(n=2, dtype=torch.float32)
+    expected = linear_cross_entropy(hiddens, weight, labels)
+    exact = gradients(expected.loss, hiddens, weight)
+    mixed = [hiddens[0], hiddens[1].detach().bfloat16().requires_grad_()]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = linear_cross_entropy(mixed, weight, labels)
+    assert got.loss.dtype == torch.float32
+    torch.testing.assert_close(got.loss, expected.loss, rtol=1e-2, atol=0)
+    for a, b, x in zip(gradients(got.loss, mixed, weight), exact, [*mixed, weight], strict=True):
+        assert a.dtype == x.dtype
+        assert (a.float() - b).norm() <= 2e-2 * b.norm()
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_torch_compile_around_it(backend):
+    hiddens, weight, labels = make_inputs(n=2, dtype=torch.float32)
+
+    def step(h0, h1, w, y):
+        return linear_cross_entropy([h0 * 2, h1], w, y, chunk_rows=8, z_loss=1e-3)
+
+    expected = step(*hiddens, weight, labels)
+    exact = gradients(expected.loss, hiddens, weight)
+    got = torch.compile(step, backend=backend, fullgraph=True)(*hiddens, weight, labels)
+    torch.testing.assert_close(tuple(got), tuple(expected))
+    torch.testing.assert_close(gradients(got.loss, hiddens, weight), exact)
+
+
+def test_head_by_head_with_one_buffer_equals_one_call():
+    hiddens, weight, labels = make_inputs()
+    scales = torch.tensor([1.0, 0.3, 0.2], dtype=torch.float64)
+    options = LossOptions(z_loss=1e-2)
+    expected = linear_cross_entropy(hiddens, weight, labels, scales, z_loss=1e-2)
+    exact = gradients(expected.loss, hiddens, weight)
+    d_weight = torch.zeros_like(weight)
+    with torch.no_grad():
+        heads = [
+            head_loss_and_grad(hidden, weight, labels[:, k], scales[k], options, d_weight=d_weight)
+            for k, hidden in enumerate(hiddens)
+        ]
+    torch.testing.assert_close(torch.stack([h.loss_sum for h in heads]), expected.loss_sum)
+    torch.testing.assert_close([h.d_hidden for h in heads], list(exact[:3]))
+    torch.testing.assert_close(d_weight, exact[3])
+
+
+def test_default_chunk_is_large_enough_for_tests_to_split():
+    hiddens, weight, labels = make_inputs(n=1, n_rows=_CPU_CHUNK_ROWS + 3, ignored=0)
+    expected = linear_cross_entropy(hiddens, weight, labels, backend="naive")
+    torch.testing.assert_close(linear_cross_entropy(hiddens, weight, labels), expected)
+
+
+@pytest.mark.skipif(not hasattr(F, "linear_cross_entropy"), reason="torch < 2.13")
+def test_torch_backend():
+    hiddens, weight, labels = make_inputs(dtype=torch.float32)
+    expected = linear_cross_entropy(hiddens, weight, labels)
+    for rows in (None, 8):
+        got = linear_cross_entropy(hiddens, weight, labels, backend="torch", chunk_rows=rows)
+        torch.testing.assert_close(got[:3], expected[:3])
+        assert got.correct.tolist() == [-1, -1, -1]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hiddens": []}, "hiddens is empty"),
+        ({"hiddens": torch.zeros(37, 16)}, r"hiddens is \[37, 16\]; expected n tensors"),
+        ({"hiddens": [torch.zeros(37, 15)]}, r"hiddens\[0\] is \[37, 15\]; .* \[37, 16\]"),
+        ({"hiddens": [torch.zeros(37, 16).bfloat16()]}, "bfloat16 and weight torch.float32"),
+        ({"weight": torch.zeros(16)}, r"weight is \[16\]"),
+        ({"labels": torch.zeros(37, dtype=torch.int64)}, r"labels is \[37\]; .* \[37, 1\]"),
+        ({"labels": torch.zeros(37, 1)}, "labels is torch.float32"),
+        ({"head_scales": torch.ones(2)}, r"head_scales is \[2\]; expected \[n\] = \[1\]"),
+        ({"backend": "fast"}, "'fast'; expected one of chunked, naive, torch, liger, cce"),
+        ({"backend": "liger"}, "'liger' runs on CUDA only"),
+        ({"backend": "cce"}, "'cce' runs on CUDA only"),
+        ({"softcap": 0.0}, "softcap is 0.0"),
+        ({"label_smoothing": 1.5}, "label_smoothing is 1.5"),
+        ({"z_loss": -1.0}, "z_loss is -1.0"),
+        ({"chunk_rows": 0}, "chunk_rows is 0"),
+    ],
+)
+def test_errors_name_what_is_wrong(change, message):
+    hiddens, weight, labels = make_inputs(n=1, dtype=torch.float32)
+    arguments = {"hiddens": hiddens, "weight": weight, "labels": labels} | change
+    with pytest.raises(UserError, match=message) as error:
+        linear_cross_entropy(**arguments)
+    assert "\n" not in str(error.value)
+
+
+def test_backend_refuses_missing_option():
+    hiddens, weight, labels = make_inputs(n=1, dtype=torch.float32)
+    with pytest.raises(UserError, match="'torch' (has no z_loss|needs torch)"):
+        linear_cross_entropy(hiddens, weight, labels, backend="torch", z_loss=1e-3)
