@@ -8,7 +8,7 @@
 # LOG_RANK     ranks whose output is shown, "0,1" for two (0)
 # CONFIG_FILE  the recipe, unless --job.config_file names one (train_configs/quickstart.toml)
 #
-# The exit code is the trainer's.
+# The exit code is the trainer's; torchrun makes every failure of several processes a 1.
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd -P)
