@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -36,7 +36,7 @@ from torchtitan_mtp.checkpoint.state import OPTIMIZER, RNG
 from torchtitan_mtp.errors import UserError
 
 if TYPE_CHECKING:
-    from torchtitan_mtp.config.sections.checkpoint import Checkpoint
+    from torchtitan_mtp.config import Checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -114,7 +114,7 @@ class Checkpointer:
         if not (enabled and force) and not self.should_save(step, last):
             return False
         self.wait()
-        export = last and self.config.last_save_model_only and not force
+        export = last and step > 0 and self.config.last_save_model_only and not force
         kind = MODEL_ONLY if export or step == 0 else FULL
         if not self._ranks.first(lambda: self._wanted(step, kind)):
             return False
@@ -156,9 +156,9 @@ class Checkpointer:
         if self.config.async_mode == "async_with_pinned_mem" and torch.cuda.is_available():
             if self._pinned is None:  # its buffers are kept from save to save
                 self._pinned = DefaultStager(StagingOptions(True, False, False, True))
-            return self._pinned.stage(states)
+            return cast("dict[str, Any]", self._pinned.stage(states))
         stager = DefaultStager(StagingOptions(False, False, False, False))
-        staged = stager.stage(states)
+        staged = cast("dict[str, Any]", stager.stage(states))
         stager.close()
         return staged
 

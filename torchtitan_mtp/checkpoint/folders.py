@@ -27,6 +27,7 @@ from torchtitan_mtp.errors import UserError
 logger = logging.getLogger(__name__)
 
 _STEP = re.compile(r"^step-(\d+)$")
+_REMOVING = ".removing"
 _FREE_SPACE_MARGIN = 1.02  # file headers and metadata beside the tensors
 
 
@@ -173,11 +174,11 @@ def remove_old(folder: Path, keep: int, written: int) -> None:
     kinds = {step: whole_kind(step_folder(folder, step)) for step in finished_steps(folder)}
     whole = {step: kind for step, kind in kinds.items() if kind is not None}
     for step in steps_to_remove(whole, keep, written):
-        tmp = tmp_folder(folder, step)
-        shutil.rmtree(tmp, ignore_errors=True)
-        step_folder(folder, step).rename(tmp)  # a death while removing leaves a .tmp, no half step
-        shutil.rmtree(tmp, ignore_errors=True)
-        logger.info("removed step-%d (checkpoint.keep_latest_k = %d)", step, keep)
+        path = step_folder(folder, step)
+        path.rename(path.with_name(f"{path.name}{_REMOVING}"))  # dying here leaves no half step
+        logger.info("removing step-%d (checkpoint.keep_latest_k = %d)", step, keep)
+    for removing in folder.glob(f"step-*{_REMOVING}"):  # those of an earlier death, too
+        shutil.rmtree(removing, ignore_errors=True)
 
 
 def find_checkpoint(path: str | os.PathLike[str]) -> Path:

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn as nn
 from torch.distributed.checkpoint.state_dict import (
@@ -75,11 +76,14 @@ def set_optimizer_state(
     """Put a loaded `optimizer_state` back; parameters without any in it start anew."""
     stepped = {parameter_of(key) for key in state if is_moment(key)}
     unstepped = [p for name, p in model.named_parameters() if _plain_name(name) not in stepped]
-    for parameter in unstepped:
-        optimizer.state.pop(parameter, None)
+    if stepped:
+        for parameter in unstepped:
+            optimizer.state.pop(parameter, None)
+    else:  # torch would invent state where there is none at all, and then look for it
+        state = empty_optimizer_state(model, optimizer) | state
     flat = {key.removeprefix(f"{OPTIMIZER}."): value for key, value in state.items()}
     set_optimizer_state_dict(model, optimizer, flat, options=_FLATTENED)
-    for parameter in unstepped:  # torch has put empty state there
+    for parameter in unstepped:
         optimizer.state.pop(parameter, None)
 
 
@@ -160,29 +164,26 @@ def check_plain(name: str, value: Any) -> None:
 
 def rng_state() -> dict[str, Any]:
     """This rank's random number generators: torch's on CPU and CUDA, Python's and numpy's."""
-    state: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
+    name, keys, *rest = np.random.get_state(legacy=True)
+    state: dict[str, Any] = {
+        "torch": torch.get_rng_state(),
+        "python": random.getstate(),
+        "numpy": (
+            name,
+            np.asarray(keys).tolist(),
+            *rest,
+        ),  # a plain list: arrays need numpy's classes to load
+    }
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
-    if (numpy := _numpy()) is not None:
-        name, keys, *rest = numpy.random.get_state()
-        state["numpy"] = (name, [int(key) for key in keys], *rest)
     return state
 
 
 def set_rng_state(state: dict[str, Any]) -> None:
-    """Put `rng_state` back; generators that are not here, or were not there, keep their state."""
+    """Put `rng_state` back; without a GPU, now or then, CUDA's is left as it is."""
     torch.set_rng_state(state["torch"])
     random.setstate(state["python"])
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
-    if "numpy" in state and (numpy := _numpy()) is not None:
-        name, keys, *rest = state["numpy"]
-        numpy.random.set_state((name, numpy.array(keys, dtype=numpy.uint32), *rest))
-
-
-def _numpy() -> Any:
-    try:
-        import numpy
-    except ImportError:  # torch does without it
-        return None
-    return numpy
