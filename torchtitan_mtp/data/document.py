@@ -20,10 +20,9 @@ def document_of(record: Any, text_field: str) -> Document | None:
     it is neither."""
     if not isinstance(record, dict):
         return None
-    if text_field in record:
-        prompt, text = "", record[text_field]
-    else:
-        prompt, text = record.get("prompt"), record.get("completion")
+    plain = text_field in record
+    text = record[text_field] if plain else record.get("completion")
+    prompt = "" if plain else record.get("prompt")
     if not isinstance(text, str) or not isinstance(prompt, str):
         return None
     return Document(_valid(text), _valid(prompt))

@@ -27,6 +27,13 @@ from torchtitan_mtp.errors import UserError
 
 NUM_LANES = 64  # divisible by every power of two up to it: most numbers of data ranks
 STATE_VERSION = 1
+_CAUSES = {
+    "version": "the version of this package",
+    "source": "training.dataset, training.dataset_path and the files as they were",
+    "tokenizer": "model.hf_assets_path and its file as it was",
+    "seed": "training.seed",
+    "held_out": "validation.enable, validation.dataset and training.validation_fraction",
+}
 
 State = dict[str, Any]
 
@@ -82,23 +89,24 @@ class DataLoader:
         self._rank = dp_rank
         self._world = dp_world
         self._seed = seed
-        self._infinite = infinite
         self._depth = prefetch
         self._prefetcher: Prefetcher[tuple[Window, State]] | None = None
+        # What a state must agree with for its positions to mean the same documents and tokens.
+        self._identity: State = {
+            "version": STATE_VERSION,
+            "source": source.fingerprint,
+            "tokenizer": tokenizer.fingerprint,
+            "seed": seed,
+            "held_out": 0.0,
+        }
         if isinstance(source, StreamSource):
             _check_stream_split(source, split)
         else:
             self._documents = split_documents(
                 len(source), split, validation_fraction, seed, source.name
             )
-        # What a state must agree with for its positions to mean the same documents and tokens.
-        self._identity = {
-            "source": source.fingerprint,
-            "tokenizer": tokenizer.fingerprint,
-            "seed": seed,
-            "split": split,
-            "validation_fraction": validation_fraction,
-        }
+            self._identity["held_out"] = validation_fraction if split == "train" else 0.0
+        self._infinite = infinite
         if infinite:
             self._set_lanes(self._default_num_lanes())
             self._next_window = dp_rank
@@ -106,8 +114,7 @@ class DataLoader:
 
     def next_window(self) -> Window:
         """The next micro-batch of this rank (infinite loaders)."""
-        if not self._infinite:
-            raise RuntimeError("a finite loader is iterated, not drawn from")
+        self._check_infinite()
         if self._depth == 0:
             window, self._state = self._produce()
             return window
@@ -125,11 +132,13 @@ class DataLoader:
     @property
     def epoch(self) -> int:
         """Times this rank has been through all its documents, as of the last window handed out."""
+        self._check_infinite()
         return min(lane["epoch"] for lane in self._state["lanes"].values())
 
     def state_dict(self) -> State:
         """Plain data: the position after the last window handed out (not the last prefetched), for
         this rank's lanes. `merge_states` makes the run's out of all ranks'."""
+        self._check_infinite()
         return {**self._state, "lanes": dict(self._state["lanes"])}
 
     def load_state_dict(self, state: State) -> None:
@@ -138,6 +147,7 @@ class DataLoader:
         Raises:
             UserError: the state is of other data, or its lanes can't be dealt to these ranks.
         """
+        self._check_infinite()
         self._check_state(state)
         self.close()
         self._set_lanes(state["num_lanes"])
@@ -155,6 +165,10 @@ class DataLoader:
             self._prefetcher.close()
             self._prefetcher = None
             self._restore(self._state)
+
+    def _check_infinite(self) -> None:
+        if not self._infinite:
+            raise RuntimeError("a finite loader is only iterated: it has no position")
 
     def _set_lanes(self, num_lanes: int) -> None:
         self._num_lanes = num_lanes
@@ -181,7 +195,6 @@ class DataLoader:
 
     def _snapshot(self) -> State:
         return {
-            "version": STATE_VERSION,
             **self._identity,
             "num_lanes": self._num_lanes,
             "next_window": self._next_window,
@@ -227,12 +240,12 @@ class DataLoader:
             yield _stack(rows + [padding] * (self._batch_size - len(rows)))
 
     def _check_state(self, state: State) -> None:
-        reset = "; put it back, or start the data anew with --checkpoint.exclude_from_loading dataloader"
+        anew = ", or start the data anew with --checkpoint.exclude_from_loading dataloader"
         for key, mine in self._identity.items():
             if state.get(key) != mine:
                 raise UserError(
                     f"dataset {self._source.name}: the checkpoint's data position has {key}"
-                    f" {state.get(key)!r}, this run has {mine!r}{reset}"
+                    f" {state.get(key)!r}, this run has {mine!r}: put back {_CAUSES[key]}{anew}"
                 )
         lanes = state["num_lanes"]
         if lanes % self._world:
@@ -245,7 +258,8 @@ class DataLoader:
         if absent:
             raise UserError(
                 f"dataset {self._source.name}: the checkpoint's data position lacks lane"
-                f" {absent[0]} of {lanes}: it was saved by one data rank alone{reset}"
+                f" {absent[0]} of {lanes}, as if one rank alone had saved it: load another"
+                f" checkpoint{anew}"
             )
 
 

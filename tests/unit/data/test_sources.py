@@ -1,0 +1,334 @@
+import gzip
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from torchtitan_mtp.data import compressed, files
+from torchtitan_mtp.data.document import Document
+from torchtitan_mtp.data.sources import build_source
+from torchtitan_mtp.data.text import MAX_CHARACTERS
+from torchtitan_mtp.errors import UserError
+
+RECORDS = [{"text": f"record {i} é"} for i in range(7)]
+
+
+def read(source):
+    return [source[i] for i in range(len(source))]
+
+
+def write_jsonl(path, records=RECORDS):
+    path.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
+    return path
+
+
+def fails(message, *args, **kwargs):
+    """Building the source, or reading it, raises one line that matches."""
+    with pytest.raises(UserError, match=message) as error:
+        read(build_source(*args, **kwargs))
+    assert "\n" not in str(error.value)
+
+
+def test_standard_library():
+    source = build_source("python_stdlib")
+    assert len(source) > 500
+    assert source.fingerprint == build_source("python_stdlib").fingerprint
+    texts = [document.text for document in read(source)]
+    this = Path(os.__file__).read_text(encoding="utf-8")
+    assert this in texts
+    assert all(texts)
+    assert not any("class StringIOTests" in text for text in texts)  # of the tests
+    total = sum(len(text.encode()) for text in texts)
+    assert 5e6 < total < 50e6, total  # without tests and installed packages
+
+
+def test_one_text_file_of_any_suffix(tmp_path):
+    (tmp_path / "LICENSE").write_text("free as in é")
+    assert read(build_source("files", str(tmp_path / "LICENSE"))) == [Document("free as in é")]
+
+
+def test_folder_reads_known_suffixes_in_sorted_order(tmp_path):
+    (tmp_path / "sub").mkdir()
+    for name in ("b.txt", "a.py", "sub/c.md", "image.png", "weights.json", ".gitignore"):
+        (tmp_path / name).write_text(name)
+    (tmp_path / "empty.txt").touch()
+    write_jsonl(tmp_path / "d.jsonl", RECORDS[:1])
+    found = [d.text for d in read(build_source("files", str(tmp_path)))]
+    assert found == ["a.py", "b.txt", "record 0 é", "sub/c.md"]
+
+
+def test_glob(tmp_path):
+    for name in ("b.foo", "a.foo", "c.bar"):
+        (tmp_path / name).write_text(name)
+    source = build_source("c4", str(tmp_path / "**" / "*.foo"))
+    assert [d.text for d in read(source)] == ["a.foo", "b.foo"]
+
+
+@pytest.mark.parametrize("character", ["x", "é", "漢", "🙂"])
+@pytest.mark.parametrize("length", [MAX_CHARACTERS, MAX_CHARACTERS + 1, 3 * MAX_CHARACTERS])
+def test_long_text_is_cut_at_line_ends(tmp_path, character, length):
+    lines = (character * 99 + "\n") * (length // 100 + 1)
+    text = lines[:length]
+    path = tmp_path / "long.txt"
+    path.write_text(text, encoding="utf-8")
+    parts = [d.text for d in read(build_source("files", str(path)))]
+    assert "".join(parts) == text
+    if length == MAX_CHARACTERS:
+        assert len(parts) == 1
+    assert all(len(part) <= MAX_CHARACTERS for part in parts)
+    assert all(part.endswith("\n") for part in parts[:-1])
+    assert all(len(part) > MAX_CHARACTERS - 100 for part in parts[:-1])
+
+
+@pytest.mark.parametrize("character", ["x", "漢", "🙂"])
+def test_a_line_beyond_the_limit_is_cut_within(tmp_path, character):
+    text = "short\n" + character * (2 * MAX_CHARACTERS + 5) + "\nend"
+    path = tmp_path / "long.txt"
+    path.write_text(text, encoding="utf-8")
+    parts = [d.text for d in read(build_source("files", str(path)))]
+    assert "".join(parts) == text
+    assert [len(part) for part in parts[1:3]] == [MAX_CHARACTERS] * 2
+    assert parts[0] == "short\n"
+
+
+def test_jsonl_with_blank_lines_and_no_last_line_end(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"text": "one"}\r\n\n  \n{"text": "two", "id": 3}')
+    assert read(build_source("files", str(path))) == [Document("one"), Document("two")]
+
+
+def test_jsonl_prompt_and_completion_and_other_field(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", [{"prompt": "2+2=", "completion": "4"}])
+    assert read(build_source("files", str(path))) == [Document("4", prompt="2+2=")]
+    path = write_jsonl(tmp_path / "b.jsonl", [{"content": "x", "text": "y"}])
+    assert read(build_source("files", str(path), text_field="content")) == [Document("x")]
+
+
+def test_half_a_surrogate_pair_becomes_a_question_mark(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text(r'{"text": "a\ud800b"}')
+    assert read(build_source("files", str(path))) == [Document("a?b")]
+
+
+def test_long_records_stay_whole(tmp_path):
+    long = "line\n" * MAX_CHARACTERS
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": long}])
+    assert read(build_source("files", str(path))) == [Document(long)]
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+@pytest.mark.parametrize("inner", [".jsonl", ".json"])
+def test_compressed_records(tmp_path, suffix, inner):
+    plain = write_jsonl(tmp_path / f"a{inner}").read_bytes()
+    packed = tmp_path / f"c4-train.00000-of-01024{inner}{suffix}"
+    if suffix == ".gz":
+        packed.write_bytes(gzip.compress(plain))
+    else:
+        import zstandard
+
+        packed.write_bytes(zstandard.compress(plain))
+    (tmp_path / f"a{inner}").unlink()
+    cache = tmp_path / "cache"
+    for _ in range(2):
+        source = build_source("c4", str(tmp_path), cache_dir=str(cache))
+        assert [d.text for d in read(source)] == [r["text"] for r in RECORDS]
+        assert len(list(cache.iterdir())) == 1  # made once, no partial file left
+
+
+def test_damaged_compressed_file(tmp_path):
+    packed = tmp_path / "a.jsonl.gz"
+    whole = gzip.compress(os.urandom(10_000))
+    cache = tmp_path / "cache"
+    for data in (whole[:5000], b"not gzip"):
+        packed.write_bytes(data)
+        fails(r"a\.jsonl\.gz: can't be decompressed", "files", str(packed), cache_dir=str(cache))
+    packed = tmp_path / "a.txt.zst"
+    packed.write_bytes(b"not zstd")
+    fails(r"a\.txt\.zst: can't be decompressed", "files", str(packed), cache_dir=str(cache))
+    assert list(cache.iterdir()) == []
+
+
+def test_default_cache_folder_is_the_users_own(monkeypatch, tmp_path):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    packed = tmp_path / "a.txt.gz"
+    packed.write_bytes(gzip.compress(b"hello"))
+    assert read(build_source("files", str(packed))) == [Document("hello")]
+    folder = tmp_path / f"torchtitan_mtp-{os.getuid()}"
+    assert folder.stat().st_mode & 0o777 == 0o700
+    monkeypatch.setattr(os, "getuid", lambda: 12345)
+    folder.rename(tmp_path / "torchtitan_mtp-12345")
+    fails("belongs to another user", "files", str(packed))
+
+
+def write_parquet(path, columns, row_group_size=3):
+    import pyarrow
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.table(columns), path, row_group_size=row_group_size)
+    return path
+
+
+def test_parquet_row_groups_in_any_order(tmp_path):
+    texts = [f"row {i}" for i in range(20)]
+    path = write_parquet(tmp_path / "a.parquet", {"text": texts, "id": list(range(20))})
+    source = build_source("files", str(path))
+    assert len(source) == 20
+    order = [19, 0, 7, 7, 3, 12, 18, 1, 9, 15]
+    assert [source[i].text for i in order] == [texts[i] for i in order]
+    columns = {"prompt": ["a"], "completion": ["b"]}
+    write_parquet(tmp_path / "b.parquet", columns)
+    assert read(build_source("files", str(tmp_path / "b.parquet"))) == [Document("b", "a")]
+
+
+def test_parquet_errors(tmp_path):
+    path = write_parquet(tmp_path / "a.parquet", {"body": ["x"]})
+    fails(r"a\.parquet: expected a column 'text', .*found \['body'\]", "files", str(path))
+    path = write_parquet(tmp_path / "b.parquet", {"text": ["x", None]})
+    fails(r"b\.parquet: row 2: expected text", "files", str(path))
+    path = tmp_path / "c.parquet"
+    path.write_bytes(b"PAR1 and nothing more")
+    fails(r"c\.parquet: not a readable Parquet file", "files", str(path))
+
+
+def test_parquet_cut_short_under_the_run(tmp_path):
+    path = write_parquet(tmp_path / "a.parquet", {"text": [f"row {i}" for i in range(20)]})
+    source = build_source("files", str(path))
+    os.truncate(path, 100)
+    with pytest.raises(UserError, match="bytes when the run began, 100 now"):
+        source[5]
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+def test_file_cut_short_or_gone_under_the_run(tmp_path, name):
+    path = write_jsonl(tmp_path / name)
+    source = build_source("files", str(path))
+    size = path.stat().st_size
+    os.truncate(path, 10)
+    with pytest.raises(UserError, match=f"{name}: {size} bytes when the run began, 10 now"):
+        source[len(source) - 1]
+    path.unlink()
+    with pytest.raises(UserError, match=f"{name}: can't be read: No such file"):
+        source[0]
+
+
+def test_not_utf8_names_the_line(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"one\ntwo\nna\xefve\n")
+    fails(r"a\.txt:3: byte 0xef is not UTF-8", "files", str(path))
+    path.write_bytes(b"line\n" * 100_000 + b"\xff\n")
+    fails(r"a\.txt:100001: byte 0xff", "files", str(path))
+    path.write_bytes(b"line\n" * 100_000 + b"\xe6\xbc")  # ends within a character
+    fails(r"a\.txt:100001: byte 0xe6", "files", str(path))
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b'{"text": "a}', r"a\.jsonl:4: not JSON"),
+        (b'{"txt": "a"}', r"a\.jsonl:4: expected an object with a string 'text'.*\['txt'\]"),
+        (b'{"text": 5}', r"a\.jsonl:4: expected an object"),
+        (b'{"prompt": "a"}', r"a\.jsonl:4: expected an object"),
+        (b"[1, 2]", r"a\.jsonl:4: expected an object .*found list"),
+        (b'{"text": "\xff"}', r"a\.jsonl:4: byte 0xff is not UTF-8"),
+    ],
+)
+def test_bad_record_names_file_and_line(tmp_path, line, message):
+    good = b'{"text": "x"}\n'
+    (tmp_path / "a.jsonl").write_bytes(good * 2 + b"\n" + line + b"\n" + good)
+    fails(message, "files", str(tmp_path / "a.jsonl"))
+
+
+def test_bad_record_of_a_compressed_file_names_that_file(tmp_path):
+    packed = tmp_path / "a.jsonl.gz"
+    packed.write_bytes(gzip.compress(b"{\n"))
+    fails(r"a\.jsonl\.gz:1: not JSON", "files", str(packed), cache_dir=str(tmp_path / "cache"))
+
+
+def test_nothing_there(tmp_path):
+    fails("no file, folder or glob match at training.dataset_path", "files", str(tmp_path / "x"))
+    fails("no file, folder or glob match", "files", str(tmp_path / "*.txt"))
+    fails(r"no text, \.jsonl or \.parquet file below", "files", str(tmp_path))
+    (tmp_path / "a.txt").touch()
+    fails("no document in 1 file", "files", str(tmp_path))
+
+
+def test_unknown_names():
+    fails("'c4_test' is not a dataset here; give training.dataset_path", "c4_test")
+    fails("'' is not a dataset here", "")
+
+
+def test_missing_packages(tmp_path, monkeypatch):
+    for module in ("pyarrow.parquet", "zstandard", "datasets"):
+        monkeypatch.setitem(sys.modules, module, None)
+    for name, package in (("a.parquet", "pyarrow"), ("a.txt.zst", "zstandard")):
+        (tmp_path / name).write_bytes(b"x")
+        fails(f"reading it needs {package}", "files", str(tmp_path / name))
+    fails("dataset c4: streaming it needs the datasets package", "c4")
+
+
+def test_index_out_of_range(tmp_path):
+    source = build_source("files", str(write_jsonl(tmp_path / "a.jsonl")))
+    for index in (-1, 7):
+        with pytest.raises(IndexError):
+            source[index]
+
+
+def fingerprint(path, **kwargs):
+    return build_source("files", str(path), **kwargs).fingerprint
+
+
+def test_fingerprint_follows_names_and_contents_not_places_and_times(tmp_path):
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        write_jsonl(tmp_path / folder / "a.jsonl", [{"text": "x", "body": "y"}])
+    os.utime(tmp_path / "two" / "a.jsonl", (1, 1))
+    first = fingerprint(tmp_path / "one")
+    assert fingerprint(tmp_path / "two") == first
+    assert fingerprint(tmp_path / "two", text_field="body") != first
+    write_jsonl(tmp_path / "two" / "a.jsonl", [{"text": "z", "body": "y"}])  # same size
+    assert fingerprint(tmp_path / "two") != first
+    (tmp_path / "one" / "a.jsonl").rename(tmp_path / "one" / "b.jsonl")
+    assert fingerprint(tmp_path / "one") != first
+
+
+def test_fingerprint_of_a_large_corpus_samples_both_ends(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "WHOLE_HASH_BYTES", 1000)
+    path = tmp_path / "a.txt"
+    data = bytearray(b"line\n" * 100_000)
+    path.write_bytes(data)
+    first = fingerprint(path)
+    for place, seen in ((0, True), (250_000, False), (499_990, True)):
+        changed = bytearray(data)
+        changed[place] = ord("X")
+        path.write_bytes(changed)
+        assert (fingerprint(path) != first) == seen
+    path.write_bytes(data + b"\n")
+    assert fingerprint(path) != first
+
+
+def test_unreadable_file(tmp_path, monkeypatch):
+    path = tmp_path / "a.txt"
+    path.write_text("x")
+
+    def refuse(*args, **kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    source = build_source("files", str(path))
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(UserError, match=r"a\.txt: can't be read: Permission denied"):
+        source[0]
+
+
+def test_no_room_for_decompressed_contents(tmp_path, monkeypatch):
+    packed = tmp_path / "a.txt.gz"
+    packed.write_bytes(gzip.compress(b"hello"))
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(compressed.shutil, "copyfileobj", full)
+    cache = tmp_path / "cache"
+    fails("No space left on device", "files", str(packed), cache_dir=str(cache))
+    assert list(cache.iterdir()) == []

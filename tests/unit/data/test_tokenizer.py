@@ -1,0 +1,196 @@
+import base64
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from torchtitan_mtp.data.tokenizer import (
+    ByteTokenizer,
+    HFTokenizer,
+    TiktokenTokenizer,
+    build_tokenizer,
+)
+from torchtitan_mtp.errors import UserError
+
+TEXT = "def f(x):\n    return 'naïve 漢字 🙂'  # <|end_of_text|>\n"
+
+
+def rank_lines(tokens):
+    return b"".join(base64.b64encode(t) + b" %d\n" % i for i, t in enumerate(tokens))
+
+
+BYTES = [bytes([i]) for i in range(256)]
+
+
+@pytest.fixture
+def ranks_file(tmp_path):
+    path = tmp_path / "small.tiktoken"
+    path.write_bytes(rank_lines([*BYTES, b"re", b"tu", b"retu", b"rn", b"return", b" return"]))
+    return path
+
+
+@pytest.fixture
+def hf_file(tmp_path):
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|begin_of_text|>", "<|end_of_text|>", "<|done|>"])
+    path = tmp_path / "tokenizer.json"
+    tokenizer.save(str(path))
+    return path
+
+
+def test_byte_ids():
+    tokenizer = build_tokenizer("byte")
+    ids = tokenizer.encode("aé")
+    assert ids.tolist() == [97, 0xC3, 0xA9]
+    assert ids.dtype == np.int32
+    assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id) == (259, 256, 257)
+    assert tokenizer.decode([256, 97, 257, 258]) == "a"
+    assert tokenizer.decode([97, 0xC3]) == "a\ufffd"
+    assert tokenizer.encode("").tolist() == []
+
+
+@given(st.text())
+def test_bytes_round_trip(text):
+    tokenizer = ByteTokenizer()
+    ids = tokenizer.encode(text)
+    assert ids.tolist() == list(text.encode("utf-8", errors="replace"))
+    assert tokenizer.decode(ids.tolist()) == text.encode("utf-8", errors="replace").decode()
+
+
+def test_tiktoken_merges_in_rank_order(ranks_file):
+    tokenizer = TiktokenTokenizer(ranks_file)
+    assert tokenizer.encode("return").tolist() == [260]
+    assert tokenizer.encode("x return").tolist() == [ord("x"), 261]
+    assert tokenizer.encode("tur").tolist() == [257, ord("r")]
+    assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id) == (264, 262, 263)
+
+
+@pytest.mark.parametrize("kind", ["ranks_file", "hf_file"])
+def test_text_that_spells_a_special_token_is_text(kind, request):
+    tokenizer = build_tokenizer(str(request.getfixturevalue(kind)))
+    ids = tokenizer.encode(TEXT)
+    assert tokenizer.decode(ids.tolist()) == TEXT
+    assert not {tokenizer.bos_id, tokenizer.eos_id} & set(ids.tolist())
+    assert ids.dtype == np.int32
+    # special ids and those of a padded vocabulary leave nothing
+    around = [tokenizer.bos_id, *ids.tolist(), tokenizer.eos_id, tokenizer.vocab_size + 7]
+    assert tokenizer.decode(around) == TEXT
+    assert "\ufffd" in tokenizer.decode(tokenizer.encode("é").tolist()[:1])
+
+
+def test_llama3_special_tokens(tmp_path):
+    # 128,000 ranks: the bytes and made-up tokens of two to four bytes
+    tokens = list(BYTES)
+    tokens += [bytes([i, j]) for i in range(256) for j in range(256)]
+    tokens += [bytes([0, 0, i, j]) for i in range(256) for j in range(256)]
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(rank_lines(tokens[:128_000]))
+    tokenizer = build_tokenizer(str(tmp_path))
+    assert tokenizer.vocab_size == 128_256
+    assert (tokenizer.bos_id, tokenizer.eos_id) == (128_000, 128_001)
+    specials = tokenizer._encoding._special_tokens
+    assert specials["<|start_header_id|>"] == 128_006
+    assert specials["<|eot_id|>"] == 128_009
+    assert specials["<|reserved_special_token_250|>"] == 128_255
+
+
+def test_a_changed_file_is_read_anew(ranks_file):
+    before = TiktokenTokenizer(ranks_file)
+    ranks_file.write_bytes(rank_lines([*BYTES, b"et"]))
+    after = TiktokenTokenizer(ranks_file)
+    assert after.encode("return").tolist() == [ord("r"), 256, ord("u"), ord("r"), ord("n")]
+    assert before.fingerprint != after.fingerprint
+
+
+def test_long_runs_of_one_character(ranks_file):
+    tokenizer = TiktokenTokenizer(ranks_file)
+    for text in (" " * 300_000, "a" * 300_000, "\n" * 300_000, " " * 100_000 + "x"):
+        assert tokenizer.decode(tokenizer.encode(text).tolist()) == text
+
+
+def test_hf_bos_and_eos_named_by_the_config(hf_file):
+    plain = HFTokenizer(hf_file)
+    assert (plain.bos_id, plain.eos_id, plain.vocab_size) == (256, 257, 259)
+    config = {"bos_token": None, "eos_token": {"content": "<|done|>"}}
+    (hf_file.parent / "tokenizer_config.json").write_text(json.dumps(config))
+    named = build_tokenizer(str(hf_file.parent))
+    assert (named.bos_id, named.eos_id) == (256, 258)
+    assert named.fingerprint != plain.fingerprint
+
+
+def test_hf_without_a_begin_token_uses_the_end_token(hf_file):
+    data = json.loads(hf_file.read_text())
+    data["added_tokens"] = [t for t in data["added_tokens"] if t["content"] != "<|begin_of_text|>"]
+    hf_file.write_text(json.dumps(data))
+    tokenizer = HFTokenizer(hf_file)
+    assert tokenizer.bos_id == tokenizer.eos_id
+
+
+def test_folder_prefers_ranks_over_json_and_json_over_sentencepiece(hf_file, ranks_file):
+    folder = hf_file.parent
+    assert isinstance(build_tokenizer(str(folder)), TiktokenTokenizer)
+    ranks_file.rename(folder / "tokenizer.model")
+    assert isinstance(build_tokenizer(str(folder)), TiktokenTokenizer)
+    (folder / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>\x15")
+    assert isinstance(build_tokenizer(str(folder)), HFTokenizer)
+    hf_file.unlink()
+    with pytest.raises(UserError, match=r"tokenizer\.model:2: expected a base64 token .*"):
+        build_tokenizer(str(folder))
+
+
+def test_original_folder(tmp_path, ranks_file):
+    folder = tmp_path / "assets" / "original"
+    folder.mkdir(parents=True)
+    ranks_file.rename(folder / "tokenizer.model")
+    assert build_tokenizer(str(tmp_path / "assets")).vocab_size == 264
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "the file is empty"),
+        (rank_lines(BYTES) + b"@@@ 256\n", r":257: expected a base64 token and its rank"),
+        (rank_lines(BYTES) + b"YQ 256\n", r":257: expected a base64 token"),
+        (rank_lines(BYTES) + b"YWI=\n", r":257: expected a base64 token"),
+        (rank_lines(BYTES) + b"YQ== 256\n", r":257: token b'a' has a rank already"),
+        (rank_lines(BYTES) + b"YWI= 300\n", "257 ranks must be 0 to 256"),
+        (rank_lines(BYTES[:-1]), "no token for byte 255"),
+        (b"\x08\x01", r":1: .*SentencePiece"),
+    ],
+)
+def test_malformed_ranks(tmp_path, data, message):
+    path = tmp_path / "bad.tiktoken"
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=message) as error:
+        build_tokenizer(str(path))
+    assert "\n" not in str(error.value)
+    assert str(path) in str(error.value)
+
+
+def test_missing_and_wrong_files(tmp_path, hf_file):
+    with pytest.raises(UserError, match="no such file or folder"):
+        build_tokenizer(str(tmp_path / "nowhere"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="the folder holds none of"):
+        build_tokenizer(str(tmp_path / "empty"))
+    hf_file.write_text("{}")
+    with pytest.raises(UserError, match=r"not a readable tokenizer\.json"):
+        build_tokenizer(str(hf_file))
+
+
+def test_hf_without_an_end_token(hf_file):
+    data = json.loads(hf_file.read_text())
+    data["added_tokens"] = []
+    hf_file.write_text(json.dumps(data))
+    with pytest.raises(UserError, match="no end-of-text token found"):
+        build_tokenizer(str(hf_file))
+    (hf_file.parent / "tokenizer_config.json").write_text("[")
+    with pytest.raises(UserError, match=r"tokenizer_config\.json: not a JSON object"):
+        build_tokenizer(str(hf_file))
