@@ -62,13 +62,17 @@ class HubLane:
         self._first = first
         self._step = step
         self._number = 0  # of the next record
+        # Until a record is drawn, an IterableDataset's own state is not the one it was given.
+        self._loaded: Any = None
         if state is not None:
             self._number = state["number"]
-            records.load_state_dict(state["records"])
+            self._loaded = state["records"]
+            records.load_state_dict(self._loaded)
         self._iterator = iter(records)
 
     def state(self) -> Any:
-        return {"number": self._number, "records": self._records.state_dict()}
+        place = self._records.state_dict() if self._loaded is None else self._loaded
+        return {"number": self._number, "records": place}
 
     def __iter__(self) -> "HubLane":
         return self
@@ -96,6 +100,7 @@ class HubLane:
                 " from the last checkpoint, or download the files and give training.dataset_path"
             ) from e
         self._number += 1
+        self._loaded = None
         return record
 
 

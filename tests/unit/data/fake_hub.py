@@ -3,11 +3,13 @@
 
 class FakeIterableDataset:
     """Shards of records. Like the real one, `state_dict` names the place after the last record
-    that was drawn, and a new iteration starts at the loaded state."""
+    that was drawn, a new iteration starts at the loaded state, and `state_dict` does not show a
+    loaded state before that."""
 
     def __init__(self, shards):
         self._shards = shards
         self._state = {"shard": 0, "record": 0}
+        self._starting = self._state
 
     @property
     def num_shards(self):
@@ -25,11 +27,10 @@ class FakeIterableDataset:
         return dict(self._state)
 
     def load_state_dict(self, state):
-        self._state = dict(state)
+        self._starting = dict(state)
 
     def __iter__(self):
-        first = self._state["shard"]
-        skip = self._state["record"]
+        first, skip = self._starting["shard"], self._starting["record"]
         for shard in range(first, len(self._shards)):
             for record in range(skip, len(self._shards[shard])):
                 self._state = {"shard": shard, "record": record + 1}

@@ -1,0 +1,58 @@
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+
+from torchtitan_mtp.data.tokenizer import build_tokenizer
+
+SCRIPT = Path(__file__).parents[3] / "scripts" / "train_tokenizer.py"
+TEXT = "the cat sat on the mat, then the rat ate the cat's hat 1234 naïve 漢字\n\n    again\n" * 20
+
+
+@pytest.fixture
+def run(monkeypatch):
+    spec = importlib.util.spec_from_file_location("train_tokenizer", SCRIPT)
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments)])
+        script.main()
+
+    return run
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT)
+    return path
+
+
+def test_writes_a_tokenizer_that_reads_back(run, text, tmp_path, capsys):
+    output = tmp_path / "new" / "small.tiktoken"
+    run("--source", text, "--vocab_size", 300, "--output", output)
+    printed = capsys.readouterr().out
+    assert f"wrote {output}: vocabulary 300" in printed
+    tokenizer = build_tokenizer(str(output.parent))
+    assert tokenizer.vocab_size == 300
+    ids = tokenizer.encode(TEXT)
+    assert tokenizer.decode(ids.tolist()) == TEXT
+    assert f"{len(TEXT.encode()) / len(ids):.3f} bytes per token in {len(ids)} tokens" in printed
+    assert len(ids) < len(TEXT.encode()) / 2
+    assert len(tokenizer.encode(" the")) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--vocab_size", 200], "--vocab_size 200: .* at least 258"),
+        (["--vocab_size", 9999], "--vocab_size 9999: the text of .* only makes"),
+        (["--vocab_size", 300, "--source", "c4_test"], "'c4_test' is not a dataset here"),
+        (["--vocab_size", 300, "--output", "/dev/null/x"], "can't be written"),
+    ],
+)
+def test_errors_are_one_line_and_a_status(run, text, tmp_path, arguments, message):
+    with pytest.raises(SystemExit, match=f"^error: .*{message}"):
+        run("--source", text, "--output", tmp_path / "x.tiktoken", *arguments)
