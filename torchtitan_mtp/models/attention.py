@@ -116,7 +116,8 @@ class Attention(nn.Module):
                 k,
                 v,
                 attn_mask=context.mask,
-                is_causal=context.mask is None,
+                # A single query, the newest, sees every key, those in the cache included.
+                is_causal=context.mask is None and q.shape[2] > 1,
                 enable_gqa=grouped,
             )
         return self.wo(out.transpose(1, 2).flatten(-2))

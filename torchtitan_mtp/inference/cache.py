@@ -1,0 +1,115 @@
+"""Keys and values of positions that were computed already, and the positions of a forward.
+
+Every row of a batch has a length of its own, and every tensor here is indexed by position. A query
+sees the keys at positions up to its own and nothing after them. So nothing is ever erased: to take
+rejected drafts back is to let the row's length be what it was; what they left behind lies beyond
+every query until it is overwritten. The padding after a short prompt is left in the same way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from torchtitan_mtp.models.args import ModelArgs
+from torchtitan_mtp.models.attention import AttentionContext, rope_tables
+
+# Picks positions from a tensor [B, max_len, ...] as [B, size, ...], to read or to write.
+Index = tuple[Any, Any]
+
+
+class Span(NamedTuple):
+    """`size` consecutive positions of every row, from `starts[b]` on: what one forward computes.
+
+    where: picks them from a tensor by position. end: the forward attends to keys before this one.
+    context: rotary angles, and which keys each position sees.
+    """
+
+    starts: list[int]
+    size: int
+    where: Index
+    end: int
+    context: AttentionContext
+
+    def columns(self, positions: Sequence[int]) -> list[int]:
+        """Where `positions[b]` lies in row b of the span; 0 for a finished row, left behind it."""
+        return [max(0, p - start) for p, start in zip(positions, self.starts, strict=True)]
+
+
+class Positions:
+    """Makes the spans of a generation: positions 0 .. max_len - 1 of `batch` rows."""
+
+    def __init__(self, args: ModelArgs, batch: int, max_len: int, device: torch.device) -> None:
+        self.batch, self.max_len = batch, max_len
+        # As long as this generation, whatever length the model was trained at.
+        self.cos, self.sin = rope_tables(replace(args, max_seq_len=max_len), device)
+        self.all = torch.arange(max_len, device=device)
+        self.rows = torch.arange(batch, device=device).unsqueeze(1)  # [B, 1]
+
+    def index(self, starts: Sequence[int], size: int) -> Index:
+        """Of the `size` positions from `starts[b]` on in row b."""
+        start = starts[0]
+        if all(s == start for s in starts):  # one row, or rows in step: slices, no gathering
+            return slice(None), slice(start, start + size)
+        first = torch.tensor(starts, device=self.all.device).unsqueeze(1)
+        return self.rows, first + self.all[:size]  # [B, 1], [B, size]
+
+    def span(self, starts: Sequence[int], size: int) -> Span:
+        """What a forward over the positions of `index(starts, size)` needs."""
+        index, end = self.index(starts, size), max(starts) + size
+        positions = self.all[index[1]].view(-1, size)  # [B or 1, size]
+        cos, sin = self.cos[index[1]], self.sin[index[1]]  # [(B,) size, hd/2]
+        # A single query at the end, or all from the start: plain causal attention, and faster.
+        plain = isinstance(index[1], slice) and (size == 1 or index[1].start == 0)
+        mask = None if plain else (self.all[:end] <= positions.unsqueeze(-1)).unsqueeze(1)
+        cos, sin = (table.view(-1, size, 1, table.shape[-1]) for table in (cos, sin))
+        return Span(list(starts), size, index, end, AttentionContext(cos, sin, mask))
+
+
+def shifted(index: Index, by: int) -> Index:
+    """The index of the positions `by` later."""
+    rows, where = index
+    if isinstance(where, slice):
+        return rows, slice(where.start + by, where.stop + by)
+    return rows, where + by
+
+
+class LayerCache:
+    """Keys and values of one `Attention`: [B, KV, max_len, hd] each, allocated once."""
+
+    def __init__(self, attention: Any, positions: Positions) -> None:
+        like = attention.wk.weight
+        heads, width = attention.n_kv_heads, attention.head_dim
+        shape = (positions.batch, heads, positions.max_len, width)
+        # Zeros: a masked key still takes part in the arithmetic, and 0 * NaN is NaN.
+        self.k, self.v = like.new_zeros(shape), like.new_zeros(shape)
+
+    def at(self, span: Span) -> CacheView:
+        """This cache for one forward over `span`: what `Attention.forward` takes."""
+        return CacheView(self, span)
+
+
+class CacheView(NamedTuple):
+    """A `LayerCache` at the positions of one forward."""
+
+    cache: LayerCache
+    span: Span
+
+    def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store k, v [B, KV, size, hd] at the span; all up to its end, [B, KV, end, hd] each."""
+        index, end = self.span.where, self.span.end
+        self.cache.k.transpose(1, 2)[index] = k.transpose(1, 2)
+        self.cache.v.transpose(1, 2)[index] = v.transpose(1, 2)
+        return self.cache.k[:, :, :end], self.cache.v[:, :, :end]
+
+
+def take(x: Tensor, columns: Sequence[int]) -> Tensor:
+    """x [B, size, ...] -> [B, 1, ...]: column `columns[b]` of row b."""
+    first = columns[0]
+    if all(c == first for c in columns):
+        return x[:, first : first + 1]
+    return x[range(len(columns)), list(columns)].unsqueeze(1)

@@ -1,0 +1,69 @@
+"""From a checkpoint and the config.toml of its run to a model that can generate."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from torchtitan_mtp.checkpoint import find_checkpoint, load_model_weights
+from torchtitan_mtp.checkpoint.metadata import read_metadata
+from torchtitan_mtp.config import JobConfig, load_toml
+from torchtitan_mtp.data.tokenizer import Tokenizer, build_tokenizer
+from torchtitan_mtp.errors import UserError
+from torchtitan_mtp.models.flavors import model_args
+from torchtitan_mtp.models.transformer import Transformer, build_model
+from torchtitan_mtp.mtp import add_heads
+
+
+def load_for_inference(
+    path: str | os.PathLike[str],
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Transformer, Tokenizer, JobConfig]:
+    """The model of a checkpoint with its weights and heads, its tokenizer and its run's config.
+
+    path: a step-N folder or a run's folder. dtype: weights are rounded to it where it is narrower.
+
+    Raises:
+        UserError: no checkpoint, none that is whole, no config.toml, or one of another model.
+    """
+    checkpoint = find_checkpoint(path)
+    config = load_toml(_find_config(Path(path), checkpoint))
+    tokenizer = build_tokenizer(config.model.hf_assets_path)
+    args = model_args(config.model.name, config.model.flavor)
+    model = build_model(replace(args, vocab_size=_stored_vocabulary(checkpoint)), dtype)
+    if "mtp" in config.model.converters:
+        add_heads(model, config.mtp)
+    model.to_empty(device=device)
+    model.tie_weights()  # to_empty gives each name memory of its own
+    model.init_buffers()
+    load_model_weights(
+        checkpoint,
+        model,
+        allow_missing_prefixes=(),
+        allow_unexpected_prefixes=() if model.mtp is not None else ("mtp.",),
+        allow_cast=True,
+    )
+    return model.eval().requires_grad_(False), tokenizer, config
+
+
+def _find_config(given: Path, checkpoint: Path) -> Path:
+    """A run writes config.toml into its dump folder, its checkpoints some way below that."""
+    for folder in (given, checkpoint, *checkpoint.resolve().parents[:3]):
+        if (file := folder / "config.toml").is_file():
+            return file
+    raise UserError(
+        f"{checkpoint}: no config.toml in this folder or the three above it; it says which model "
+        "this is: copy it from the run's job.dump_folder"
+    )
+
+
+def _stored_vocabulary(checkpoint: Path) -> int:
+    # The weights say it; the config may leave it to the flavor, or to the tokenizer.
+    entry = read_metadata(checkpoint).state_dict_metadata.get("tok_embeddings.weight")
+    if entry is None or not hasattr(entry, "size"):
+        raise UserError(f"{checkpoint}: no tok_embeddings.weight in it; expected a model's weights")
+    return int(entry.size[0])

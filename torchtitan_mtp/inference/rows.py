@@ -1,0 +1,74 @@
+"""The text of each row as the host sees it: what was accepted, what ends it, what it counted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torchtitan_mtp.inference.stats import Stats
+
+
+def accepted_drafts(drafts: Sequence[int], target: Sequence[int]) -> int:
+    """How many of the drafts, from the first on, are what head 1 chose in their place."""
+    for a, (draft, token) in enumerate(zip(drafts, target, strict=False)):
+        if draft != token:
+            return a
+    return len(drafts)
+
+
+class Rows:
+    """The new tokens of every row, at most `max_new_tokens` each, the last one `eos_id`."""
+
+    def __init__(self, batch: int, max_new_tokens: int, eos_id: int | None, num_draft: int) -> None:
+        self.max_new_tokens, self.eos_id = max_new_tokens, eos_id
+        self.tokens: list[list[int]] = [[] for _ in range(batch)]
+        zeros = [0] * num_draft
+        self.stats = Stats(
+            checked=zeros[:], right=zeros[:], drafted=zeros[:], agreed=zeros[:], first_tokens=batch
+        )
+        self._drafts: list[tuple[int, int, list[int]]] = []  # row, place in its text, drafts
+
+    def left(self) -> int:
+        """How many tokens the row that needs most may still get; 0 when all are finished."""
+        return max(self._left(text) for text in self.tokens)
+
+    def _left(self, text: list[int]) -> int:
+        ended = text and text[-1] == self.eos_id
+        return 0 if ended else self.max_new_tokens - len(text)
+
+    def start(self, target: list[list[int]]) -> None:
+        """Take the first token of every row from head 1's choices after the prompts [B][1]."""
+        self.stats.forwards += 1
+        for text, choices in zip(self.tokens, target, strict=True):
+            text += choices
+
+    def accept(self, fed: list[list[int]], target: list[list[int]]) -> list[int]:
+        """Take what a step yields, and say by how many positions each row has grown.
+
+        fed: [B][1 + count], the last token of the text and the drafts after it. target: [B][1 +
+        count], head 1's choice after each of these.
+        """
+        self.stats.forwards += 1
+        grown = []
+        for row, (text, (_, *drafts), choices) in enumerate(
+            zip(self.tokens, fed, target, strict=True)
+        ):
+            left = self._left(text)
+            if left == 0:
+                grown.append(0)
+                continue
+            accepted = accepted_drafts(drafts, choices)
+            self.stats.count_step(len(drafts), accepted)
+            self._drafts.append((row, len(text), drafts))
+            new = choices[: min(accepted + 1, left)]
+            if self.eos_id in new:
+                new = new[: new.index(self.eos_id) + 1]
+            text += new
+            grown.append(len(new))
+        return grown
+
+    def finish(self) -> tuple[list[list[int]], Stats]:
+        """The texts and the counts."""
+        for row, place, drafts in self._drafts:
+            self.stats.count_drafts(drafts, self.tokens[row][place:])
+        self.stats.tokens = sum(map(len, self.tokens))
+        return self.tokens, self.stats

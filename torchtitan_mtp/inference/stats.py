@@ -1,0 +1,84 @@
+"""What a generation cost, and how often each head was right."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+
+@dataclass
+class Stats:
+    """Counts over all rows of a generation. Lists have one entry a drafting head, 2, 3, ...
+
+    tokens: generated, over all rows. steps: (row, forward) pairs after the prompt's forward, while
+    the row was not finished. forwards: of the trunk, the prompt's included. seconds: of the whole
+    generation, of which `prompt_seconds` until each row's first token.
+
+    checked, right: how often head k's draft was compared with head 1, which is when the drafts of
+    heads 2..k-1 were right, and how often it was right then.
+    drafted, agreed: how often head k drafted a token at all for a place that the text reached in
+    the end, and how often the text has that token there.
+    """
+
+    tokens: int = 0
+    steps: int = 0
+    forwards: int = 0
+    seconds: float = 0.0
+    prompt_seconds: float = 0.0
+    first_tokens: int = 0
+    checked: list[int] = field(default_factory=list)
+    right: list[int] = field(default_factory=list)
+    drafted: list[int] = field(default_factory=list)
+    agreed: list[int] = field(default_factory=list)
+
+    @property
+    def tokens_per_step(self) -> float:
+        """Tokens that a forward yields to a row; 1 without drafts."""
+        return _ratio(self.tokens - self.first_tokens, self.steps)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """After the prompt's forward."""
+        return _ratio(self.tokens - self.first_tokens, self.seconds - self.prompt_seconds)
+
+    @property
+    def conditional(self) -> list[float]:
+        """a_k = P(head k right | heads 2..k-1 right), of heads 2, 3, ..."""
+        return [_ratio(*pair) for pair in zip(self.right, self.checked, strict=True)]
+
+    @property
+    def marginal(self) -> list[float]:
+        """P(head k right), of heads 2, 3, ..., where a step drafted: after a token that head 1
+        had to correct, or after all drafts were right."""
+        return [_ratio(*pair) for pair in zip(self.agreed, self.drafted, strict=True)]
+
+    @property
+    def expected_tokens_per_step(self) -> float:
+        """1 + sum_k prod_{j <= k} a_j: `tokens_per_step`, if no step is cut short."""
+        return expected_tokens_per_step(self.conditional)
+
+    def count_step(self, drafts: int, accepted: int) -> None:
+        """A step of one row that fed `drafts` drafts, of which the first `accepted` were right."""
+        self.steps += 1
+        for j in range(drafts):
+            self.checked[j] += accepted >= j
+            self.right[j] += accepted > j
+
+    def count_drafts(self, drafts: Sequence[int], text: Sequence[int]) -> None:
+        """Compare drafts with what the text has at their places, as far as it goes."""
+        for j, (draft, token) in enumerate(zip(drafts, text, strict=False)):
+            self.drafted[j] += 1
+            self.agreed[j] += draft == token
+
+
+def expected_tokens_per_step(conditional: Sequence[float]) -> float:
+    """1 + sum_k prod_{j <= k} a_j, a_j = P(head j right | heads 2..j-1 right)."""
+    expected = product = 1.0
+    for a in conditional:
+        product *= a
+        expected += product
+    return expected
+
+
+def _ratio(part: float, whole: float) -> float:
+    return part / whole if whole else float("nan")
