@@ -2,8 +2,8 @@
 # checkout, and makes .venv where there is none that does. dev adds what the tests need.
 #
 # .venv if it is there; else python3 if it has all that is needed; else a new .venv. What is
-# installed and new enough is kept; what is missing comes at the version of constraints.txt. A stamp,
-# written last, makes the next call quick and lets an interrupted one go on where it stopped.
+# installed and new enough is kept; what is missing comes at the version of constraints.txt.
+# A stamp, written last, makes the next call quick and an interrupted one go on where it stopped.
 
 _setup_error() {
     echo "error: $*" >&2
