@@ -122,8 +122,9 @@ def generate(
         fed = tokens[span.where]  # [B, 1 + count]: t[p+1] and the drafts
         states = trunk(fed, span)
         target = choose(model.output(states.h), [p + 2 for p in last])  # [B, 1 + count]
-        tokens[shifted(span.where, 1)] = target
         grown = rows.accept(fed.tolist(), target.tolist())
+        # The accepted drafts are there already; after them, head 1's choice replaces a draft.
+        tokens[shifted(span.where, 1)] = target
         last = [p + new for p, new in zip(last, grown, strict=True)]
 
     rows.stats.seconds = time.perf_counter() - begin
