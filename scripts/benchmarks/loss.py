@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from benchmarks.loss_peers import PEERS
 from benchmarks.measure import (
     Measurement,
@@ -21,7 +22,7 @@ from benchmarks.measure import (
 )
 
 DEFAULT_SIZES = ("4096x512x32768", "4096x512x128256")
-DEFAULT_OPS = ("chunked", "torch", "titan_chunked", "torchtune_chunked", "checkpointed", "naive")
+DEFAULT_OPS = ("chunked", "torch_512", "titan_chunked", "checkpointed", "naive")
 
 
 def run(

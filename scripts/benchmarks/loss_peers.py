@@ -22,9 +22,12 @@ def _cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(F.linear(hidden, weight).float(), labels, reduction="sum")
 
 
-def _ours(backend: str) -> Callable[[Sequence[Tensor], Tensor, Tensor], None]:
+def _ours(
+    backend: str, chunk_rows: int | None = None
+) -> Callable[[Sequence[Tensor], Tensor, Tensor], None]:
     def run(hiddens: Sequence[Tensor], weight: Tensor, labels: Tensor) -> None:
-        linear_cross_entropy(hiddens, weight, labels, backend=backend).loss.backward()
+        out = linear_cross_entropy(hiddens, weight, labels, backend=backend, chunk_rows=chunk_rows)
+        out.loss.backward()
 
     return run
 
@@ -39,6 +42,7 @@ def titan_chunked(hiddens: Sequence[Tensor], weight: Tensor, labels: Tensor) -> 
         ):
             h = h.requires_grad_()
             _cross_entropy(h, weight, y).backward()
+            assert h.grad is not None
             g.copy_(h.grad)
         hidden.backward(grad)
 
@@ -74,7 +78,8 @@ def naive_compiled(hiddens: Sequence[Tensor], weight: Tensor, labels: Tensor) ->
 
 PEERS: dict[str, Callable[[Sequence[Tensor], Tensor, Tensor], None]] = {
     "chunked": _ours("chunked"),
-    "torch": _ours("torch"),
+    "torch": _ours("torch"),  # the chunk that torch chooses
+    "torch_512": _ours("torch", 512),
     "titan_chunked": titan_chunked,
     "torchtune_chunked": torchtune_chunked,
     "checkpointed": checkpointed,

@@ -24,11 +24,12 @@ class Measurement:
 
 
 def measure(prepare: Callable[..., Callable[[], None]], repeats: int, **kwargs: Any) -> Measurement:
-    """Measure ``prepare(**kwargs)()`` in a fresh process: one call for memory, then `repeats`.
+    """Measure ``prepare(**kwargs)()`` in a fresh process.
 
     Args:
         prepare: a module-level function that builds the inputs, warms up and returns one step.
-        repeats: timed calls; the smallest time counts, since other load only ever adds.
+        repeats: timed calls; the smallest time counts, since other load only ever adds. Memory
+            is that of the first.
         kwargs: what `prepare` takes; picklable.
 
     Raises:
@@ -43,15 +44,19 @@ def _measure_here(
     prepare: Callable[..., Callable[[], None]], repeats: int, kwargs: dict[str, Any]
 ) -> Measurement:
     step = prepare(**kwargs)
-    peak = _peak_mib(step)
     cpu, wall = [], []
-    for _ in range(repeats):
+
+    def timed_step() -> None:
         _synchronize()
         cpu_start, wall_start = time.process_time(), time.perf_counter()
         step()
         _synchronize()
         cpu.append(time.process_time() - cpu_start)
         wall.append(time.perf_counter() - wall_start)
+
+    peak = _peak_mib(timed_step)
+    for _ in range(repeats - 1):
+        timed_step()
     return Measurement(min(cpu), min(wall), peak)
 
 
@@ -64,10 +69,10 @@ def _peak_mib(step: Callable[[], None]) -> float:
     """Peak memory of one step above what is in use before it."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+        allocated = torch.cuda.memory_allocated()
         step()
         _synchronize()
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
+        return (torch.cuda.max_memory_allocated() - allocated) / 2**20
     # Linux: writing 5 sets the high-water mark of the resident memory back to its present size.
     Path("/proc/self/clear_refs").write_text("5")
     before = _status_kib("VmRSS")

@@ -1,4 +1,4 @@
-"""The backends of `linear_cross_entropy` by name: this project's, plain torch, and other libraries'.
+"""The backends of `linear_cross_entropy` by name: ours, plain torch, other libraries'.
 
 Each takes (hiddens, weight [V, D], labels [N, n], head_scales [n], options) and returns
 (loss, loss_sum [n], valid [n], correct [n]). Only "chunked" and "naive" have every option.
@@ -53,8 +53,8 @@ def torch_chunked(
     """`torch.nn.functional.linear_cross_entropy` (torch 2.13 on), chunked."""
     if not hasattr(F, "linear_cross_entropy"):
         raise UserError(
-            f"linear_cross_entropy: backend 'torch' needs torch >= 2.13, found {torch.__version__}; "
-            "use 'chunked'"
+            "linear_cross_entropy: backend 'torch' needs torch >= 2.13, found "
+            f"{torch.__version__}; use 'chunked'"
         )
     _refuse("torch", options, "z_loss", "softcap", "label_smoothing")
     chunking = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=options.chunk_rows)

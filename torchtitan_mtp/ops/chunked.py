@@ -18,13 +18,13 @@ alive is one fp32 ``dW`` [V, D] for ALL heads, the ``dh`` [N, D] of each head an
 logits [C, V]; the memory does not grow with n but for the ``dh``, which are the heads' own
 gradients. The backward multiplies by grad_output.
 
-Rows never materialise a normalised softmax: with e = exp(logits - max) and s = sum(e),
-``G = (e - s * onehot) / s``, and the division by s, the scale of the head, the z-loss factor and
-the mask of ignored labels are all factors of a ROW. They go to the rows of ``dh`` and ``h``, which
-are [C, D], and not over [C, V].
+The softmax is never normalised: with e = exp(logits - max) and s = sum(e), the gradient is
+``(e - s * onehot) / s``, and the division by s, the scale of the head, the z-loss factor and the
+mask of ignored labels are all factors of a ROW. They go to the rows of ``dh`` and ``h``, which are
+[C, D], and not over [C, V] (in low precision: into the pass that rounds G).
 
 Ignored labels: on the CPU their rows are left out; on other devices, where the number of valid rows
-can't be known without a synchronisation, they're computed and multiplied by 0.
+is not known without a synchronisation, they are computed and multiplied by 0.
 
 Precision. Matrix products run in the dtype of the inputs (under autocast: in autocast's), all else
 in fp32. A CPU without bf16 units multiplies bf16 hundreds of times slower than fp32, so there the
@@ -34,6 +34,7 @@ operands are upcast tile by tile.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -42,6 +43,7 @@ from torch import Tensor
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
 _TILE_ROWS = 4096  # rows of the weight that are upcast at a time
 _CPU_CHUNK_ROWS = 512
+_GPU_MIN_CHUNK_ROWS = 1024
 
 
 class LossOptions(NamedTuple):
@@ -91,53 +93,50 @@ def head_loss_and_grad(
             it. None: it is not computed.
         mm: dtype of the matrix products; None: `matmul_dtype(hidden)`.
     """
-    n_rows, vocab = hidden.shape[0], weight.shape[0]
     acc, mm = accumulation_dtype(hidden.dtype), mm or matmul_dtype(hidden)
-    device = hidden.device
-    rows = None  # indices of the valid rows, None for all
-    if device.type == "cpu":
-        is_valid = labels != options.ignore_index
-        n_valid = int(is_valid.sum())
-        if n_valid < n_rows:
-            rows = is_valid.nonzero().squeeze(1)  # [n_valid]
-        n_rows = n_valid
+    device, vocab = hidden.device, weight.shape[0]
+    need_grad = need_d_hidden or d_weight is not None
+    if weight.dtype != mm and weight.dtype not in _LOW_PRECISION:
+        weight = weight.to(mm)  # autocast: one narrower copy
     loss_sum = torch.zeros((), dtype=acc, device=device)
     valid = torch.zeros((), dtype=torch.int64, device=device)
     correct = torch.zeros((), dtype=torch.int64, device=device)
     d_hidden = None
     if need_d_hidden:
-        d_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format)
-        if rows is not None:
-            d_hidden.zero_()
-    if weight.dtype != mm and weight.dtype not in _LOW_PRECISION:
-        weight = weight.to(mm)  # autocast: one narrower copy
-    chunk = min(options.chunk_rows or default_chunk_rows(hidden, vocab), max(n_rows, 1))
+        d_hidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format)
+    chunk = min(options.chunk_rows or default_chunk_rows(hidden), max(hidden.shape[0], 1))
     buffer = torch.empty(chunk, vocab, dtype=acc, device=device)
-    for start in range(0, n_rows, chunk):
-        pick = (
-            slice(start, min(start + chunk, n_rows))
-            if rows is None
-            else rows[start : start + chunk]
-        )
-        h = hidden[pick].to(mm)  # [C, D]
-        y = labels[pick]  # [C]
+    for rows in _row_chunks(labels, options.ignore_index, chunk):
+        h = hidden[rows].to(mm)  # [C, D]
         logits = _project(h, weight, buffer[: h.shape[0]])  # [C, V]
-        need_grad = need_d_hidden or d_weight is not None
-        part, grad, row_factor = _token_losses(logits, y, options, need_grad)
+        part, grad, factor = _token_losses(logits, labels[rows], options, need_grad)
         loss_sum += part.loss_sum
         valid += part.valid
         correct += part.correct
         if not need_grad:
             continue
         if scale is not None:
-            row_factor = row_factor * scale.to(acc)
-        row_factor = row_factor.unsqueeze(1)  # [C, 1]
-        grad = grad.to(mm)
+            factor = factor * scale.to(acc)  # [C, 1]
+        if mm != acc:  # the pass over [C, V] that rounds applies the factor as well
+            grad = torch.mul(grad, factor, out=torch.empty_like(grad, dtype=mm))
+            factor = torch.ones_like(factor)
         if d_hidden is not None:
-            d_hidden[pick] = (_times_weight(grad, weight, acc) * row_factor).to(hidden.dtype)
+            d_hidden[rows] = (_times_weight(grad, weight) * factor).to(hidden.dtype)
         if d_weight is not None:
-            _accumulate(d_weight, grad, (h * row_factor).to(mm))
+            _accumulate(d_weight, grad, (h * factor).to(mm))
     return HeadLoss(loss_sum, valid, correct, d_hidden)
+
+
+def _row_chunks(labels: Tensor, ignore_index: int, chunk: int) -> Iterator[slice | Tensor]:
+    """Ranges of rows; where some labels are ignored, on the CPU, indices of the valid rows."""
+    n_rows = labels.shape[0]
+    if labels.device.type == "cpu":
+        valid = (labels != ignore_index).nonzero().squeeze(1)  # [n_valid]
+        if len(valid) < n_rows:
+            yield from valid.split(chunk) if len(valid) else ()
+            return
+    for start in range(0, n_rows, chunk):
+        yield slice(start, min(start + chunk, n_rows))
 
 
 class _Part(NamedTuple):
@@ -149,9 +148,9 @@ class _Part(NamedTuple):
 def _token_losses(
     logits: Tensor, labels: Tensor, options: LossOptions, need_grad: bool
 ) -> tuple[_Part, Tensor, Tensor]:
-    """Losses of a chunk, and its logits' gradient as ``row_factor[:, None] * G``.
+    """Losses of a chunk, and its logits' gradient as ``factor * G``, factor [C, 1], G [C, V].
 
-    ``logits`` [C, V] is overwritten (G lives in it). For the loss of a row with label y,
+    ``logits`` [C, V] is overwritten; G lives in it. For the loss of a row with label y,
 
         (1 - a) (lse - x_y) + a (lse - mean(x)) + z lse^2,    lse = logsumexp(x), a = smoothing
 
@@ -161,10 +160,12 @@ def _token_losses(
     """
     vocab, smoothing = logits.shape[1], options.label_smoothing
     is_valid = labels != options.ignore_index  # [C]
-    y = labels.clamp(min=0).masked_fill(~is_valid, 0).unsqueeze(1)  # [C, 1]
+    y = labels.masked_fill(~is_valid, 0).unsqueeze(1)  # [C, 1]
+    slope = None
     if options.softcap is not None:
         logits.div_(options.softcap).tanh_()
-        slope = 1 - logits.square() if need_grad else None  # [C, V]
+        if need_grad:
+            slope = 1 - logits.square()  # [C, V]
         logits.mul_(options.softcap)
     target = logits.gather(1, y)  # [C, 1]
     mean = logits.mean(1, keepdim=True) if smoothing else None
@@ -184,15 +185,15 @@ def _token_losses(
     losses = losses.squeeze(1).masked_fill(~is_valid, 0)  # [C]
     part = _Part(losses.sum(), is_valid.sum(), (correct & is_valid).sum())
     if not need_grad:
-        return part, logits, losses
+        return part, logits, sums
     factor = 1 + 2 * options.z_loss * lse  # [C, 1]
     per_row = sums / factor
     if smoothing:
         exps.sub_(per_row * (smoothing / vocab))
     grad = exps.scatter_add_(1, y, per_row * (smoothing - 1))
-    if options.softcap is not None:
+    if slope is not None:
         grad.mul_(slope)
-    return part, grad, (factor / sums).squeeze(1).masked_fill(~is_valid, 0)
+    return part, grad, (factor / sums).masked_fill_(~is_valid.unsqueeze(1), 0)
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -221,19 +222,17 @@ def _cpu_multiplies(dtype: torch.dtype) -> bool:
     return torch.ops.mkldnn._is_mkldnn_fp16_supported()
 
 
-def default_chunk_rows(hidden: Tensor, vocab: int) -> int:
-    """Rows of a chunk: enough for full matrix-product speed, few enough for flat memory.
+def default_chunk_rows(hidden: Tensor) -> int:
+    """Rows of a chunk: enough for full matrix-product speed, few enough for little memory.
 
-    On CPUs 512 rows reach the speed of larger chunks. On GPUs the logits of a chunk get about the
-    size of the hidden states (as in Liger), but never fewer than 1024 rows, under which the
-    matrix products slow down.
+    On CPUs 512 rows reach the speed of larger chunks. On GPUs every chunk reads and writes the
+    weight's gradient once, in fp32, so few large chunks are better; at D / 2 rows a chunk's logits
+    (fp32, and their gradient in bf16) still take less than that buffer of V * D, and under 1024
+    rows the matrix products slow down.
     """
-    n_rows, dim = hidden.shape
     if hidden.device.type == "cpu":
         return _CPU_CHUNK_ROWS
-    ratio = -(-vocab // dim)
-    rows = -(-n_rows // ratio)
-    return max(1024, 1 << (rows - 1).bit_length())
+    return max(_GPU_MIN_CHUNK_ROWS, hidden.shape[1] // 2)
 
 
 def _tiles(weight: Tensor, dtype: torch.dtype) -> list[slice]:
@@ -253,13 +252,13 @@ def _project(h: Tensor, weight: Tensor, out: Tensor) -> Tensor:
     return out.copy_(h @ weight.t())
 
 
-def _times_weight(grad: Tensor, weight: Tensor, acc: torch.dtype) -> Tensor:
+def _times_weight(grad: Tensor, weight: Tensor) -> Tensor:
     """``grad @ weight`` [C, D]."""
-    tiles = _tiles(weight, grad.dtype)
-    product = grad[:, tiles[0]] @ weight[tiles[0]].to(grad.dtype)
-    for v in tiles[1:]:
+    first, *others = _tiles(weight, grad.dtype)
+    product = grad[:, first] @ weight[first].to(grad.dtype)
+    for v in others:
         product.addmm_(grad[:, v], weight[v].to(grad.dtype))
-    return product.to(acc)
+    return product
 
 
 def _accumulate(d_weight: Tensor, grad: Tensor, h: Tensor) -> None:
@@ -293,13 +292,17 @@ class _AllHeads(torch.autograd.Function):
     @staticmethod
     def forward(ctx, weight, labels, head_scales, options, mm, needs_grad, *hiddens):  # type: ignore[no-untyped-def]
         run = _all_heads_op if torch.compiler.is_compiling() else _all_heads
+        # Gradients are of loss / unit: scales of 1 / valid tokens would underflow in fp16.
+        unit = head_scales.abs().amax()
+        unit = unit.masked_fill(unit == 0, 1)
         loss_sum, valid, correct, *gradients = run(
-            list(hiddens), weight, labels, head_scales, mm, needs_grad, *options
+            list(hiddens), weight, labels, head_scales / unit, mm, needs_grad, *options
         )
         loss = (loss_sum * head_scales).sum()
         ctx.mark_non_differentiable(loss_sum, valid, correct)
         # Plain attributes: saved tensors would stay referenced and force a copy into `.grad`.
-        ctx.gradients, ctx.needs_grad, ctx.weight_dtype = gradients, needs_grad, weight.dtype
+        ctx.gradients, ctx.unit = gradients, unit
+        ctx.needs_grad, ctx.weight_dtype = needs_grad, weight.dtype
         return loss, loss_sum, valid, correct
 
     @staticmethod
@@ -309,13 +312,13 @@ class _AllHeads(torch.autograd.Function):
                 "linear_cross_entropy: a second backward over one forward, whose gradients the "
                 "first has used up; pass retain_graph=True to the first, or run the op again"
             )
-        gradients = ctx.gradients
+        gradients, factor = ctx.gradients, grad_loss * ctx.unit
         if _keeps_graph():
-            gradients = [gradient * grad_loss for gradient in gradients]
+            gradients = [gradient * factor for gradient in gradients]
         else:
             ctx.gradients = None
             for gradient in gradients:
-                gradient.mul_(grad_loss)
+                gradient.mul_(factor)
         if ctx.needs_grad[0]:
             gradients[0] = gradients[0].to(ctx.weight_dtype)
         rest = iter(gradients)
@@ -368,7 +371,7 @@ def _all_heads(
         )
         for k, hidden in enumerate(hiddens)
     ]
-    gradients = [d_weight, *(head.d_hidden for head in heads)]
+    gradients: list[Tensor | None] = [d_weight, *(head.d_hidden for head in heads)]
     return [
         torch.stack([head.loss_sum for head in heads]),
         torch.stack([head.valid for head in heads]),

@@ -323,7 +323,7 @@ def test_autocast_keeps_weight_gradient_in_float32():
         assert (a.float() - b).norm() <= 2e-2 * b.norm()
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_torch_compile_around_it(backend):
     hiddens, weight, labels = make_inputs(n=2, dtype=torch.float32)
 
@@ -352,6 +352,37 @@ def test_head_by_head_with_one_buffer_equals_one_call():
     torch.testing.assert_close(torch.stack([h.loss_sum for h in heads]), expected.loss_sum)
     torch.testing.assert_close([h.d_hidden for h in heads], list(exact[:3]))
     torch.testing.assert_close(d_weight, exact[3])
+
+
+def test_products_in_bfloat16_where_the_device_has_them():
+    """`mm` forces what a device with bf16 units does: bf16 products, fp32 sums and softmax."""
+    hiddens, weight, labels = make_inputs(n=1, n_rows=12, vocab=40, dtype=torch.bfloat16)
+    scale = torch.tensor(1e-6)
+    exact = [x.detach().double().requires_grad_() for x in (hiddens[0], weight)]
+    expected = linear_cross_entropy([exact[0]], exact[1], labels, scale[None], z_loss=1e-2)
+    d_weight = torch.zeros_like(weight, dtype=torch.float32)
+    with torch.no_grad():
+        head = head_loss_and_grad(
+            hiddens[0],
+            weight,
+            labels[:, 0],
+            scale,
+            LossOptions(z_loss=1e-2, chunk_rows=5),
+            d_weight=d_weight,
+            mm=torch.bfloat16,
+        )
+    torch.testing.assert_close(head.loss_sum.double(), expected.loss_sum[0], rtol=5e-3, atol=0)
+    d_hidden, exact_d_weight = torch.autograd.grad(expected.loss, exact)
+    assert head.d_hidden is not None and head.d_hidden.dtype == torch.bfloat16
+    assert (head.d_hidden.double() - d_hidden).norm() <= 2e-2 * d_hidden.norm()
+    assert (d_weight.double() - exact_d_weight).norm() <= 2e-2 * exact_d_weight.norm()
+
+
+def test_negative_label_is_an_error_not_a_class():
+    hiddens, weight, labels = make_inputs(n=1)
+    labels[0] = -1
+    with pytest.raises(RuntimeError, match="out of bounds"):
+        linear_cross_entropy(hiddens, weight, labels)
 
 
 def test_default_chunk_is_large_enough_for_tests_to_split():
@@ -400,5 +431,5 @@ def test_errors_name_what_is_wrong(change, message):
 
 def test_backend_refuses_missing_option():
     hiddens, weight, labels = make_inputs(n=1, dtype=torch.float32)
-    with pytest.raises(UserError, match="'torch' (has no z_loss|needs torch)"):
+    with pytest.raises(UserError, match=r"'torch' (has no z_loss|needs torch)"):
         linear_cross_entropy(hiddens, weight, labels, backend="torch", z_loss=1e-3)
