@@ -35,15 +35,17 @@ class ShuffledWalk:
         self._documents = documents
         self._seed = seed
         self._lane = lane
+        self._epoch = -1
         self.seek({"epoch": 0, "index": 0})
 
     def position(self) -> Position:
         return {"epoch": self._epoch, "index": self._index}
 
     def seek(self, position: Position) -> None:
-        self._epoch = int(position["epoch"])
+        if self._epoch != position["epoch"]:
+            self._epoch = int(position["epoch"])
+            self._order = shuffled(self._documents, self._seed, self._lane, self._epoch)
         self._index = int(position["index"])
-        self._order = shuffled(self._documents, self._seed, self._lane, self._epoch)
 
     def __next__(self) -> Document:
         document = self._source[int(self._order[self._index])]
