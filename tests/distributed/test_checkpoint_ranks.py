@@ -1,12 +1,13 @@
 """Checkpoints of several FSDP2 ranks: other numbers of ranks, background saves, common errors."""
 
+import copy
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from spawn import run_ranks
+from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -15,6 +16,9 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+
+from spawn import run_ranks
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "unit" / "checkpoint"))
 
@@ -42,38 +46,36 @@ def whole(run):
     """Model, optimizer and the rest, gathered: the same on any number of ranks."""
     model = get_model_state_dict(run.model, options=FULL)
     optimizer = get_optimizer_state_dict(run.model, run.optimizer, options=FULL)
-    return model, optimizer, run.schedule.state_dict(), run.counter.state
+    return copy.deepcopy((model, optimizer, run.schedule.state_dict(), run.counter.state))
 
 
-def save(rank, folder, steps, config):
+def save_two_steps(folder, rank, **config):
+    """Save steps 2 and 4; returns the state at step 4 and what the generator draws next."""
     run = make_run(folder, **config)
-    run.train(steps, seed=0)  # the same tokens on every rank: the gradient of one
-    assert run.checkpointer.save(steps)
+    for step in (2, 4):
+        run.train(2, seed=0)  # the same tokens on every rank: the gradient of one
+        torch.manual_seed(100 + rank)  # but generators of their own
+        assert run.checkpointer.save(step)
     run.checkpointer.close()
-    expected = whole(run)
-    # Generators go on where they were, each rank's own.
-    torch.manual_seed(100 + rank)
-    assert run.checkpointer.save(steps + 2, force=True)
-    run.checkpointer.close()
-    return expected, torch.rand(3)
+    return whole(run), torch.rand(3)
 
 
-def load(rank, folder, config, train):
-    run = make_run(folder, seed=rank + 1, **config)
+def load(folder, **config):
+    """Resume in a new run; returns the step, its state, the next draw, the state 2 steps later."""
+    run = make_run(folder, seed=1, **config)
     step = run.checkpointer.load()
     loaded = whole(run)
     draw = torch.rand(3)
-    run.train(train, seed=5)
+    run.train(2, seed=5)
     return step, loaded, draw, whole(run)
 
 
-def load_alone(folder, config, train):
-    """As `load`, in this process without a process group."""
-    run = make_run(folder, seed=1, sharded=False, **config)
-    step = run.checkpointer.load()
-    loaded = whole(run)
-    run.train(train, seed=5)
-    return step, loaded, whole(run)
+def save_and_load(rank, folder, tied):
+    return save_two_steps(folder, rank, tied=tied, async_mode="async"), load(folder, tied=tied)
+
+
+def load_both(rank, folder):
+    return [load(folder / str(tied), tied=tied) for tied in (False, True)]
 
 
 def close_to(a, b):
@@ -87,83 +89,101 @@ def close_to(a, b):
     return a == b
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_two_ranks_to_one_to_four(tmp_path, tied):
-    config = {"tied": tied}
-    saved = run_ranks(2, save, tmp_path, 2, {**config, "async_mode": "async"})
-    expected = saved[0][0]
-    manifest = read_manifest(tmp_path / "checkpoint" / "step-4")
-    assert manifest.world_size == 2
-    assert {"__0_0.distcp", "__1_0.distcp", ".metadata"} == manifest.files.keys()
+def save_both(rank, folder):
+    return [save_and_load(rank, folder / str(tied), tied) for tied in (False, True)]
 
-    again = run_ranks(2, load, tmp_path, config, 2)
-    for (step, loaded, draw, after), (_, random) in zip(again, saved, strict=True):
-        assert step == 4
-        assert equal(loaded, expected)
-        assert torch.equal(draw, random)
-        assert equal(after, again[0][3])
-    assert not torch.equal(again[0][2], again[1][2])
 
-    step, loaded, after = load_alone(tmp_path, config, 2)
-    assert step == 4
-    assert equal(loaded, expected)
-    assert close_to(after, again[0][3])
+@pytest.mark.slow
+def test_two_ranks_to_one_to_four(tmp_path):
+    """With and without tied embeddings, in one go: starting ranks is what takes the time."""
+    on_two = run_ranks(2, save_both, tmp_path)
+    on_four = run_ranks(4, load_both, tmp_path)
+    for index, tied in enumerate((False, True)):
+        folder = tmp_path / str(tied)
+        manifest = read_manifest(folder / "checkpoint" / "step-4")
+        assert manifest.world_size == 2
+        assert {"__0_0.distcp", "__1_0.distcp", ".metadata"} == manifest.files.keys()
+        expected = on_two[0][index][0][0]
+        expected_after = on_two[0][index][1][3]
 
-    for step, loaded, _, after in run_ranks(4, load, tmp_path, config, 2):
-        assert step == 4
-        assert equal(loaded, expected)
-        assert close_to(after, again[0][3])
+        for (_, drawn), (step, loaded, draw, after) in (rank[index] for rank in on_two):
+            assert step == 4
+            assert equal(loaded, expected)
+            assert torch.equal(draw, drawn)
+            assert equal(after, expected_after)
+        assert not torch.equal(on_two[0][index][1][2], on_two[1][index][1][2])
+
+        alone = load(folder, tied=tied, sharded=False)
+        for step, loaded, _, after in (alone, *(rank[index] for rank in on_four)):
+            assert step == 4
+            assert equal(loaded, expected)
+            assert close_to(after, expected_after)
+
+
+def load_on_rank(rank, folder):
+    return load(folder)
 
 
 def test_one_process_to_two_ranks(tmp_path):
-    run = make_run(tmp_path, sharded=False)
-    run.train(2)
-    run.checkpointer.save(2)
-    for step, loaded, _, _ in run_ranks(2, load, tmp_path, {}, 0):
-        assert step == 2
-        assert equal(loaded, whole(run))
+    expected, _ = save_two_steps(tmp_path, 0, sharded=False)
+    for step, loaded, _, _ in run_ranks(2, load_on_rank, tmp_path):
+        assert step == 4
+        assert equal(loaded, expected)
 
 
-def load_into_other_heads(rank, folder, heads):
-    model = make_run(folder / "other", heads=heads, enable=False).model
-    report = load_model_weights(folder, model)
-    assert isinstance(model.output.weight, DTensor)
-    return report, get_model_state_dict(model, options=FULL)
+def load_into_other_heads(rank, folder):
+    save_two_steps(folder, rank)
+    results = []
+    for heads in (0, 3):
+        model = make_run(folder / "other", heads=heads, enable=False).model
+        report = load_model_weights(folder, model)
+        assert isinstance(model.output.weight, DTensor)
+        results.append((report, get_model_state_dict(model, options=FULL)))
+    return results
 
 
 def test_weights_of_two_ranks_into_other_heads_anywhere(tmp_path):
-    run_ranks(2, save, tmp_path, 2, {})
+    results = run_ranks(2, load_into_other_heads, tmp_path)
     alone = TinyModel(heads=2, seed=9)
     load_model_weights(tmp_path, alone)
-    for heads in (0, 3):
-        for report, state in run_ranks(2, load_into_other_heads, tmp_path, heads):
-            assert len(report.missing) == (2 if heads == 3 else 0)
-            assert len(report.unexpected) == (0 if heads == 3 else 4)
-            common = state.keys() & alone.state_dict().keys()
-            assert len(common) == len(state) - len(report.missing)
-            assert all(torch.equal(state[name], alone.state_dict()[name]) for name in common)
+    expected = alone.state_dict()
+    for (without, bare), (with_3, wide) in results:
+        assert (len(without.missing), len(without.unexpected)) == (0, 4)
+        assert (len(with_3.missing), len(with_3.unexpected)) == (2, 0)
+        assert all(torch.equal(value, expected[name]) for name, value in bare.items())
+        assert all(torch.equal(wide[name], value) for name, value in expected.items())
 
 
-def fail_alike(rank, folder, load_step):
+def failure(folder, **config):
     try:
-        make_run(folder, load_step=load_step).checkpointer.load()
+        make_run(folder, **config).checkpointer.load()
     except UserError as error:
         return str(error)
     return "loaded"
 
 
+def fail_alike(rank, folder):
+    save_two_steps(folder, rank)
+    if rank == 0:
+        shard = folder / "checkpoint" / "step-4" / "__1_0.distcp"
+        content = bytearray(shard.read_bytes())
+        content[len(content) // 2] ^= 1
+        shard.write_bytes(content)
+    dist.barrier()
+    return failure(folder), failure(folder, load_step=3), failure(folder, heads=3, load_step=2)
+
+
 def test_errors_are_the_same_on_every_rank(tmp_path):
-    run_ranks(2, save, tmp_path, 2, {})
-    shard = tmp_path / "checkpoint" / "step-4" / "__1_0.distcp"
-    content = bytearray(shard.read_bytes())
-    content[len(content) // 2] ^= 1
-    shard.write_bytes(content)
-    first, second = run_ranks(2, fail_alike, tmp_path, -1)
+    first, second = run_ranks(2, fail_alike, tmp_path)
     assert first == second
-    assert "__1_0.distcp: its SHA-256" in first
-    missing, also = run_ranks(2, fail_alike, tmp_path, 3)
-    assert missing == also
-    assert "load_step = 3" in missing
+    damaged, absent, heads = first
+    assert "__1_0.distcp: its SHA-256" in damaged
+    assert "load_step = 3" in absent
+    assert "lacks 2 (mtp.heads.2" in heads
+
+
+def full_disk(*_):
+    raise OSError(28, "No space left on device")
 
 
 def fail_to_write(rank, folder, async_mode):
@@ -172,23 +192,48 @@ def fail_to_write(rank, folder, async_mode):
     run.checkpointer.save(2)
     run.checkpointer.wait()
     if rank == 1:
-        from torch.distributed.checkpoint import FileSystemWriter
-
-        def fail(*_):
-            raise OSError(28, "No space left on device")
-
-        FileSystemWriter.write_data = fail
+        FileSystemWriter.write_data = full_disk
     try:
         run.checkpointer.save(4)
         run.checkpointer.close()
     except UserError as error:
+        dist.barrier()  # rank 0 clears up
         return str(error), sorted(entry.name for entry in run.checkpointer.folder.iterdir())
     return "saved", []
 
 
-@pytest.mark.parametrize("async_mode", ["disabled", "async"])
-def test_one_rank_that_cannot_write_fails_the_save_of_all(tmp_path, async_mode):
-    for message, left in run_ranks(2, fail_to_write, tmp_path, async_mode):
+def test_one_rank_that_cannot_write_fails_the_save_of_all(tmp_path):
+    for message, left in run_ranks(2, fail_to_write, tmp_path, "async"):
         assert "No space left on device" in message
         assert "\n" not in message
         assert left == ["step-2"]
+
+
+def float8_run(folder, seed):
+    """Weights wrapped by torchao, so that FSDP2 gathers them in float8."""
+    model = TinyModel(seed=seed)
+    recipe = Float8LinearConfig(enable_fsdp_float8_all_gather=True, emulate=True)
+    layers = model.layers
+    convert_to_float8_training(layers, config=recipe)
+    for block in layers.values():
+        fully_shard(block)
+    fully_shard(model)
+    return Run(folder, model=model)
+
+
+def save_and_load_float8(rank, folder):
+    run = float8_run(folder, seed=0)
+    run.train(2, seed=0)
+    run.checkpointer.save(2)
+    resumed = float8_run(folder, seed=1)
+    assert resumed.checkpointer.load() == 2
+    weight = resumed.model.layers["0"].wq.weight.to_local()
+    assert type(weight).__name__ == "WeightWithDynamicFloat8CastTensor"
+    return run.train(2, seed=3), resumed.train(2, seed=3)
+
+
+def test_float8_all_gather_weights_are_saved_as_plain_tensors(tmp_path):
+    for uninterrupted, resumed in run_ranks(2, save_and_load_float8, tmp_path):
+        assert uninterrupted == resumed
+    plain = make_run(tmp_path, sharded=False)
+    assert plain.checkpointer.load() == 2

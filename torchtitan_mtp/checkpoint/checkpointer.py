@@ -257,6 +257,11 @@ class Checkpointer:
         given = self.config.initial_load_path
         path = self._ranks.first(lambda: folders.find_checkpoint(given))
         if not self.config.initial_load_model_only:
+            if self._ranks.first(lambda: folders.kind_of(path)) != FULL:
+                raise UserError(
+                    f"{path}: holds the model only; name a full step in "
+                    "checkpoint.initial_load_path, or set checkpoint.initial_load_model_only = true"
+                )
             return self._resume(path)
         self._load_weights(open_checkpoint(path, self._ranks), HEADS)
         return None

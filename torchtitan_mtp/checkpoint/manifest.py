@@ -22,6 +22,7 @@ FULL = "full"
 MODEL_ONLY = "model_only"
 _BLOCK = 4 << 20  # bytes hashed at a time
 _THREADS = 4
+_REMEDY = "restore it, or load another step (checkpoint.load_step)"
 
 
 @dataclass(frozen=True)
@@ -92,10 +93,10 @@ def read_manifest(path: Path) -> Manifest | None:
             if all(map(bare_name, files)) and body["kind"] in (FULL, MODEL_ONLY):
                 return Manifest(body["step"], body["kind"], body["world_size"], files)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{file}: not a manifest ({error}); load another checkpoint") from error
+        raise UserError(f"{file}: not a manifest ({error}); {_REMEDY}") from error
     if intact:
         raise UserError(f"{file}: format {body['format']}, expected {FORMAT}; update this program")
-    raise UserError(f"{file}: its checksum is wrong: damaged; load another checkpoint")
+    raise UserError(f"{file}: its checksum is wrong: damaged; {_REMEDY}")
 
 
 def check_sizes(path: Path, manifest: Manifest) -> None:
@@ -107,11 +108,9 @@ def check_sizes(path: Path, manifest: Manifest) -> None:
     for name, entry in manifest.files.items():
         file = path / name
         if not file.is_file():
-            raise UserError(f"{file}: missing, but {NAME} lists it; load another checkpoint")
+            raise UserError(f"{file}: missing, but {NAME} lists it; {_REMEDY}")
         if (size := file.stat().st_size) != entry.bytes:
-            raise UserError(
-                f"{file}: {size} bytes, expected {entry.bytes}: damaged; load another checkpoint"
-            )
+            raise UserError(f"{file}: {size} bytes, expected {entry.bytes}: damaged; {_REMEDY}")
 
 
 def check_checksums(path: Path, manifest: Manifest, share: int = 0, shares: int = 1) -> None:
@@ -128,5 +127,5 @@ def check_checksums(path: Path, manifest: Manifest, share: int = 0, shares: int 
         if found != manifest.files[name]:
             raise UserError(
                 f"{path / name}: its SHA-256 is {found.sha256[:12]}..., expected "
-                f"{manifest.files[name].sha256[:12]}...: damaged; load another checkpoint"
+                f"{manifest.files[name].sha256[:12]}...: damaged; {_REMEDY}"
             )

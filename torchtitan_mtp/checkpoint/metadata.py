@@ -90,11 +90,13 @@ def _check_files(path: Path, metadata: Metadata) -> None:
     for name, length in lengths.items():
         file = path / name
         if not file.is_file():
-            raise UserError(f"{file}: missing, but .metadata names it; restore it or load another")
+            raise UserError(
+                f"{file}: missing, but .metadata names it; restore it or load another step"
+            )
         if file.stat().st_size < length:
             raise UserError(
                 f"{file}: {file.stat().st_size} bytes, expected at least {length}: truncated; "
-                "restore it or load another checkpoint"
+                "restore it, or load another step (checkpoint.load_step)"
             )
 
 

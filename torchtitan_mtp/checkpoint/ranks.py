@@ -42,20 +42,14 @@ class Ranks:
         """Run `action` on rank 0 and return its result everywhere.
 
         Raises:
-            UserError: on every rank, when the action fails with a UserError or an OSError.
+            UserError: on every rank, when the action fails there.
         """
-        outcome: list[tuple[T | None, str | None]] = [(None, None)]
-        if self.rank == 0:
-            try:
-                outcome = [(action(), None)]
-            except (UserError, OSError) as error:
-                outcome = [(None, str(error))]
+        result, failure = _attempt(action) if self.rank == 0 else (None, None)
+        outcome = [(result, _message(failure))]
         if self.distributed:
             dist.broadcast_object_list(outcome, src=0, group=self.group)
-        result, message = outcome[0]
-        if message is not None:
-            raise UserError(message)
-        return cast(T, result)
+        _raise(failure, outcome[0][1])
+        return cast(T, outcome[0][0])
 
     def together(self, action: Callable[[], T]) -> T:
         """Run `action` on every rank; when it fails on one, fail on all of them.
@@ -63,13 +57,28 @@ class Ranks:
         Raises:
             UserError: with the message of the first rank that failed.
         """
-        result: T | None = None
-        message: str | None = None
-        try:
-            result = action()
-        except (UserError, OSError) as error:
-            message = str(error)
-        for rank, failure in enumerate(self.gather(message)):
-            if failure is not None:
-                raise UserError(failure if rank == 0 else f"{failure} (rank {rank})")
+        result, failure = _attempt(action)
+        messages = self.gather(_message(failure))
+        _raise(failure, next((message for message in messages if message is not None), None))
         return cast(T, result)
+
+
+def _attempt(action: Callable[[], T]) -> tuple[T | None, Exception | None]:
+    try:
+        return action(), None
+    except Exception as error:  # whatever it is, the other ranks must not wait for an answer
+        return None, error
+
+
+def _message(failure: Exception | None) -> str | None:
+    if failure is None or isinstance(failure, (UserError, OSError)):
+        return None if failure is None else str(failure)
+    return f"{type(failure).__name__}: {failure}"
+
+
+def _raise(own: Exception | None, message: str | None) -> None:
+    """The common message; on a rank with a fault of the program, that fault itself."""
+    if own is not None and not isinstance(own, (UserError, OSError)):
+        raise own
+    if message is not None:
+        raise UserError(message) from own

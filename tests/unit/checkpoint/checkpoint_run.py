@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torchtitan_mtp.checkpoint import Checkpointer
 from torchtitan_mtp.config import Checkpoint
 
-VOCAB, DIM = 16, 8
+VOCAB, DIM = 24, 16
 
 
 class Block(nn.Module):

@@ -356,6 +356,9 @@ def test_initial_load_of_everything(tmp_path):
     other, step = resume(tmp_path / "b", **config)
     assert step == 2
     assert equal(snapshot(other), snapshot(run))
+    run.checkpointer.save(3, last=True)
+    with pytest.raises(UserError, match=r"step-3: holds the model only; name a full step"):
+        resume(tmp_path / "c", **config)
 
 
 def test_full_disk_is_noticed_before_writing(tmp_path, monkeypatch):

@@ -78,7 +78,7 @@ def test_nested_model_key_of_old_checkpoints_loads(tmp_path):
         ({"layers.7.wq.weight": torch.ones(1)}, r"holds 1 \(layers.7.wq.weight\), which the model"),
         (
             {"output.weight": torch.ones(VOCAB + 1, DIM)},
-            r"output.weight has shape \(17, 8\), the model expects \(16, 8\)",
+            r"output.weight has shape \(25, 16\), the model expects \(24, 16\)",
         ),
         ({"norm.weight": torch.ones(DIM, dtype=torch.int64)}, r"norm.weight is torch.int64"),
         ({"norm.weight": torch.ones(DIM, dtype=torch.float64)}, r"norm.weight is torch.float64"),
