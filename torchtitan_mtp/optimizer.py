@@ -54,13 +54,11 @@ def lr_factor(config: LRScheduler, steps: int, step: int) -> float:
     return config.min_lr_factor + (1 - config.min_lr_factor) * shape
 
 
-def build_scheduler(
-    optimizer: torch.optim.Optimizer, config: LRScheduler, steps: int
-) -> LambdaLR:
+def build_scheduler(optimizer: torch.optim.Optimizer, config: LRScheduler, steps: int) -> LambdaLR:
     """Step it once after every optimizer step."""
     if config.warmup_steps > steps:
         logger.warning(
-            "lr_scheduler.warmup_steps = %d is more than training.steps = %d: the run is all warmup",
+            "lr_scheduler.warmup_steps = %d exceeds training.steps = %d: the run is all warmup",
             config.warmup_steps,
             steps,
         )

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +20,15 @@ from torchtitan_mtp.checkpoint import Checkpointer
 from torchtitan_mtp.config import JobConfig, to_toml
 from torchtitan_mtp.data.loader import DataLoader, merge_states
 from torchtitan_mtp.data.sources import build_source
-from torchtitan_mtp.data.targets import IGNORE, Batch, make_batch
-from torchtitan_mtp.data.tokenizer import Tokenizer, build_tokenizer
-from torchtitan_mtp.distributed.float8 import convert_to_float8
-from torchtitan_mtp.distributed.mesh import all_reduce, init_world
+from torchtitan_mtp.data.targets import IGNORE, PADDING, Batch, make_batch
+from torchtitan_mtp.data.tokenizer import build_tokenizer
+from torchtitan_mtp.distributed.float8 import convert_to_float8, float8_scales_after_step
+from torchtitan_mtp.distributed.mesh import all_reduce, init_world, set_timeout
 from torchtitan_mtp.distributed.parallelize import parallelize
 from torchtitan_mtp.errors import UserError
-from torchtitan_mtp.models.args import ModelArgs
 from torchtitan_mtp.models.flavors import model_args
 from torchtitan_mtp.models.transformer import Transformer, build_model
+from torchtitan_mtp.monitoring.baselines import comparison_table, skip_bigram_entropies
 from torchtitan_mtp.monitoring.device import peak_flops, resolve_auto_dtype
 from torchtitan_mtp.monitoring.flops import count_model_flops, forward_backward_flops_per_token
 from torchtitan_mtp.monitoring.gc import GarbageCollection
@@ -114,14 +115,23 @@ class Trainer:
     def __init__(self, config: JobConfig) -> None:
         self.config = config
         training = config.training
-        self.world = init_world(config.parallelism, config.comm.init_timeout_seconds)
+        self.world = init_world(config.parallelism, config.comm)
+        if config.job.description:
+            logger.info(config.job.description)
         self.device = self.world.device
         self.seed = _agree_on_seed(training.seed)
         set_determinism(training.deterministic, self.seed)
         self.tokenizer = build_tokenizer(config.model.hf_assets_path)
         self.n = config.mtp.num_future_tokens if "mtp" in config.model.converters else 1
         config.mtp.num_future_tokens = self.n
-        self.args = shape_of_model(config, self.tokenizer)
+        self.args = model_args(
+            config.model.name,
+            config.model.flavor,
+            tokenizer_vocab=self.tokenizer.vocab_size,
+            vocab_size=config.model.vocab_size,
+            max_seq_len=max(training.seq_len, config.validation.seq_len),
+            attn_mask_type=config.model.attn_mask_type,
+        )
         self.accumulation = micro_batches_per_step(config, self.world.size)
         self.loader, self.validation = self._build_data()
 
@@ -132,6 +142,7 @@ class Trainer:
         self.model = self._build_model()
         self.loss_arguments = loss_arguments(config)
         self.engine = engines[config.mtp.engine]
+        self.float8_scales = float8_scales_after_step(config)
         self.optimizer = build_optimizer(self.model.parameters(), config.optimizer)
         self.scheduler = build_scheduler(self.optimizer, config.lr_scheduler, training.steps)
         self.state = TrainState()
@@ -157,9 +168,7 @@ class Trainer:
             world_size=self.world.size,
             start_step=self.state.step,
         )
-        self.gc = GarbageCollection(
-            training.gc_freq, debug=training.gc_debug, rank=self.world.rank
-        )
+        self.gc = GarbageCollection(training.gc_freq, debug=training.gc_debug, rank=self.world.rank)
 
     # ---------------------------------------------------------------- build
 
@@ -167,32 +176,31 @@ class Trainer:
         training, validation = self.config.training, self.config.validation
         source = build_source(training.dataset, training.dataset_path)
         held_out = validation.enable and not validation.dataset and not validation.dataset_path
-        ranks = {"dp_rank": self.world.rank, "dp_world": self.world.size, "seed": self.seed}
-        fraction = {"validation_fraction": training.validation_fraction}
-        loader = DataLoader(
+        make = functools.partial(
+            DataLoader,
+            tokenizer=self.tokenizer,
+            num_future_tokens=self.n,
+            dp_rank=self.world.rank,
+            dp_world=self.world.size,
+            seed=self.seed,
+            validation_fraction=training.validation_fraction,
+        )
+        loader = make(
             source,
-            self.tokenizer,
-            training.seq_len,
-            self.n,
-            training.local_batch_size,
+            seq_len=training.seq_len,
+            local_batch_size=training.local_batch_size,
             split="train" if held_out else "all",
-            **ranks,
-            **fraction,
         )
         if not validation.enable:
             return loader, None
         if not held_out:
             source = build_source(validation.dataset, validation.dataset_path)
-        return loader, DataLoader(
+        return loader, make(
             source,
-            self.tokenizer,
-            validation.seq_len,
-            self.n,
-            validation.local_batch_size,
+            seq_len=validation.seq_len,
+            local_batch_size=validation.local_batch_size,
             split="validation" if held_out else "all",
             infinite=False,
-            **ranks,
-            **fraction,
         )
 
     def _build_model(self) -> Transformer:
@@ -233,11 +241,10 @@ class Trainer:
     def train(self) -> None:
         """From the step the run is at to `training.steps`."""
         config, steps = self.config, self.config.training.steps
-        profiling = {
-            "device": self.device,
-            "rank": self.world.rank,
-            "start_step": self.state.step,
-        }
+        if config.checkpoint.create_seed_checkpoint:
+            self.checkpointer.save(0, force=True)
+            return
+        first, rank = self.state.step + 1, self.world.rank
         if self.state.step >= steps:
             logger.info(
                 "nothing left to train: step %d of training.steps = %d is done in %s; raise the "
@@ -247,15 +254,18 @@ class Trainer:
                 config.job.dump_folder,
             )
         with (
-            profile_steps(config, **profiling) as profiler,
-            snapshot_memory(config, **profiling) as memory,
+            profile_steps(config, device=self.device, rank=rank, start_step=first - 1) as profiler,
+            snapshot_memory(config, device=self.device, rank=rank, start_step=first - 1) as memory,
         ):
             while self.state.step < steps:
                 self.train_step()
                 step = self.state.step
+                if step == first:
+                    # Compilation and start-up are over: a rank that hangs is noticed sooner now.
+                    set_timeout(config.comm.train_timeout_seconds)
                 self.gc.run(step)
                 if self.validation and (step % config.validation.freq == 0 or step == steps):
-                    self.evaluate()
+                    self.evaluate(compare=step == steps)
                 self.checkpointer.save(step, last=step == steps)
                 profiler.step()
                 memory.step()
@@ -279,8 +289,10 @@ class Trainer:
             losses.add(*self.engine(self.model, batch, scales, self.loss_arguments, last))
 
         grad_norm = clip_gradients(self.model, config.training.max_norm)
-        lr = self.scheduler.get_last_lr()[0]
+        lr = float(self.scheduler.get_last_lr()[0])
         self.optimizer.step()
+        if self.float8_scales:
+            self.float8_scales(self.model)
         self.scheduler.step()
         self.optimizer.zero_grad()
 
@@ -316,16 +328,26 @@ class Trainer:
     # ---------------------------------------------------------------- evaluate
 
     @torch.no_grad()
-    def evaluate(self) -> list[float]:
-        """Held-out loss of every head (nats a token, over all ranks), logged with accuracies."""
+    def evaluate(self, compare: bool = False) -> list[float]:
+        """Held-out loss of every head (nats a token, over all ranks), logged with accuracies.
+
+        compare: also say what pair statistics of the same text would reach (bytes only: the counts
+        of a larger vocabulary are too thin to mean anything).
+        """
         assert self.validation is not None
         begin, steps, tokens = time.perf_counter(), self.config.validation.steps, 0
+        compare = compare and self.tokenizer.vocab_size <= 512
         losses = StepLosses(self.n, self.device)
         ones = torch.ones(self.n, device=self.device)
+        pairs: list[tuple[Tensor, Tensor]] = []
         for i, window in enumerate(self.validation):
             if i == steps:
                 break
-            batch = Batch(*(t.to(self.device) for t in make_batch(window, self.n)))
+            batch = make_batch(window, self.n)
+            if compare:
+                real = batch.doc_ids != PADDING
+                pairs.append((batch.tokens[real], batch.labels[real]))
+            batch = Batch(*(t.to(self.device) for t in batch))
             losses.add(*forward_loss(self.model, batch, ones, self.loss_arguments))
             tokens += batch.tokens.numel() * self.world.size
         for module in self.model.modules():
@@ -339,7 +361,22 @@ class Trainer:
             tokens=tokens,
             elapsed=time.perf_counter() - begin,
         )
+        if compare:
+            self._compare_with_pairs(reduced, pairs)
         return reduced["losses"]
+
+    def _compare_with_pairs(
+        self, reduced: dict[str, Any], pairs: list[tuple[Tensor, Tensor]]
+    ) -> None:
+        everyone: list[Any] = [None] * self.world.size
+        dist.all_gather_object(everyone, pairs)
+        tokens, labels = (
+            torch.cat(part).numpy()
+            for part in zip(*(pair for rank in everyone for pair in rank), strict=True)
+        )
+        entropies = skip_bigram_entropies(tokens, labels, self.tokenizer.vocab_size)
+        table = comparison_table(reduced["losses"], reduced["accuracies"], entropies)
+        logger.info("held-out text, against what one token tells about the k-th next:\n%s", table)
 
     def close(self) -> None:
         """Wait for what is being written, stop threads, leave the process group."""
@@ -357,35 +394,16 @@ def clip_gradients(model: Transformer, max_norm: float) -> Tensor:
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
-def shape_of_model(config: JobConfig, tokenizer: Tokenizer) -> ModelArgs:
-    """The flavor's shape with this run's lengths and vocabulary.
-
-    Error: a vocabulary smaller than the tokenizer's ids.
-    """
-    args = model_args(config.model.name, config.model.flavor)
-    # Where nothing fixes the vocabulary, the tokenizer's rounded up: odd sizes are slow.
-    vocab = config.model.vocab_size or args.vocab_size or 64 * -(-tokenizer.vocab_size // 64)
-    if vocab < tokenizer.vocab_size:
-        raise UserError(
-            f"model.flavor = {config.model.flavor!r} has a vocabulary of {vocab}, but the tokenizer "
-            f"{config.model.hf_assets_path!r} makes ids up to {tokenizer.vocab_size - 1}; set "
-            f"model.vocab_size to at least {tokenizer.vocab_size}"
-        )
-    longest = max(config.training.seq_len, config.validation.seq_len)
-    return replace(
-        args, vocab_size=vocab, max_seq_len=longest, attn_mask_type=config.model.attn_mask_type
-    )
-
-
 def micro_batches_per_step(config: JobConfig, data_ranks: int) -> int:
     """Gradient accumulation steps. Error: the global batch is not a multiple of one pass."""
     local, whole = config.training.local_batch_size, config.training.global_batch_size
     if whole == -1:
         return 1
     if whole % (local * data_ranks):
+        nearest = -(-whole // (local * data_ranks)) * local * data_ranks
         raise UserError(
             f"training.global_batch_size = {whole} is not a multiple of local_batch_size = {local} "
-            f"times {data_ranks} data ranks; try {-(-whole // (local * data_ranks)) * local * data_ranks}"
+            f"times {data_ranks} data ranks; try {nearest}"
         )
     return whole // (local * data_ranks)
 

@@ -74,4 +74,4 @@ def _checkpoint_block(block: nn.Module, by_op: bool, early_stop: bool) -> None:
             return forward(*args, **kwargs)
         return checkpoint(forward, *args, **options, **kwargs)
 
-    block.forward = checkpointed  # type: ignore[method-assign]
+    block.forward = checkpointed

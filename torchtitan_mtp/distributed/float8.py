@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
-from torchtitan_mtp.config import Float8Linear
+from torchtitan_mtp.config import Float8Linear, JobConfig
 from torchtitan_mtp.errors import UserError
 
 
@@ -43,3 +45,19 @@ def convert_to_float8(model: nn.Module, float8: Float8Linear) -> None:
         return name != "output" and module.in_features % 16 == module.out_features % 16 == 0
 
     convert_to_float8_training(model, config=config, module_filter_fn=wanted)
+
+
+def float8_scales_after_step(config: JobConfig) -> Callable[[nn.Module], None] | None:
+    """What computes all weights' scales in one collective after an optimizer step, if asked."""
+    float8 = config.quantize.linear.float8
+    in_use = "quantize.linear.float8" in config.model.converters
+    if not (in_use and float8.precompute_float8_dynamic_scale_for_fsdp):
+        return None
+    if not float8.enable_fsdp_float8_all_gather:
+        raise UserError(
+            "quantize.linear.float8.precompute_float8_dynamic_scale_for_fsdp = true needs "
+            "enable_fsdp_float8_all_gather = true, whose scales it computes; set both or neither"
+        )
+    from torchao.float8 import precompute_float8_dynamic_scale_for_fsdp
+
+    return precompute_float8_dynamic_scale_for_fsdp

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from torchtitan_mtp.config import Parallelism
+from torchtitan_mtp.config import Comm, Parallelism
 from torchtitan_mtp.errors import UserError
 
 
@@ -52,25 +52,38 @@ def local_device() -> torch.device:
     return torch.device("cpu")
 
 
-def init_world(parallelism: Parallelism, timeout_seconds: int) -> World:
+def init_world(parallelism: Parallelism, comm: Comm | None = None) -> World:
     """Join the job that torchrun started, or start one of a single rank."""
+    comm = comm or Comm()
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="localhost")
         with socket.socket() as probe:
             probe.bind(("localhost", 0))
             os.environ["MASTER_PORT"] = str(probe.getsockname()[1])
+    # NCCL's flight recorder: what every rank was doing when a collective timed out.
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", str(comm.trace_buf_size))
     device = local_device()
     degrees = data_degrees(parallelism, int(os.environ["WORLD_SIZE"]))
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
+        dist.init_process_group(backend, timeout=timedelta(seconds=comm.init_timeout_seconds))
     mesh = init_device_mesh(device.type, degrees, mesh_dim_names=("dp_replicate", "dp_shard"))
     return World(dist.get_rank(), dist.get_world_size(), device, mesh)
 
 
-def all_reduce(tensor: torch.Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> torch.Tensor:
+def set_timeout(seconds: int) -> None:
+    """Seconds after which a collective that waits for a rank ends the job."""
+    dist.barrier()  # nobody may still be in a collective that needs the longer time
+    timeout = timedelta(seconds=seconds)
+    for group in dist.distributed_c10d._world.pg_map:
+        dist.distributed_c10d._set_pg_timeout(timeout, group)
+
+
+def all_reduce(
+    tensor: torch.Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM
+) -> torch.Tensor:
     """Reduce over all ranks in place, and return it; a single process has nothing to do."""
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(tensor, op=op)

@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
 
 from torchtitan_mtp.config import JobConfig
 from torchtitan_mtp.distributed.activation_checkpoint import apply_activation_checkpointing
@@ -38,7 +46,7 @@ def parallelize(
 def apply_fsdp(
     model: Transformer, config: JobConfig, world: World, param_dtype: torch.dtype
 ) -> None:
-    """Shard parameters over `dp_shard`, replicate over `dp_replicate` (FSDP2, HSDP, or replication).
+    """Shard parameters over `dp_shard`, replicate over `dp_replicate`: FSDP2, HSDP, replication.
 
     One rank takes the same way: its shard is the whole parameter, its mixed precision FSDP2's.
 
@@ -50,8 +58,14 @@ def apply_fsdp(
         reduce_dtype=getattr(torch, config.training.mixed_precision_reduce),
         cast_forward_inputs=False,  # angles and head scales stay float32
     )
-    offload = {"offload_policy": CPUOffloadPolicy()} if config.training.enable_cpu_offload else {}
-    reshard = _reshard_after_forward(config)
+    cpu_offload = config.training.enable_cpu_offload
+    shard = functools.partial(
+        fully_shard,
+        mesh=world.mesh,
+        mp_policy=policy,
+        offload_policy=CPUOffloadPolicy() if cpu_offload else OffloadPolicy(),
+    )
+    reshard = config.parallelism.fsdp_reshard_after_forward != "never"
     blocks = list(model.blocks())
     one_after_another = config.mtp.engine == "sequential" and model.mtp is not None
     for i, block in enumerate(blocks):
@@ -59,39 +73,14 @@ def apply_fsdp(
         # sequential engine every head, whose backward follows its forward at once.
         is_head = one_after_another and i >= len(model.layers) - 1
         at_once = is_head or i == len(blocks) - 1
-        fully_shard(
-            block,
-            mesh=world.mesh,
-            mp_policy=policy,
-            reshard_after_forward=reshard and not at_once,
-            **offload,
-        )
+        shard(block, reshard_after_forward=reshard and not at_once)
     if not model.args.tied_embeddings:
-        fully_shard(
-            model.tok_embeddings,
-            mesh=world.mesh,
-            mp_policy=policy,
-            reshard_after_forward=reshard,
-            **offload,
-        )
-        fully_shard(
-            model.output,
-            mesh=world.mesh,
-            mp_policy=policy,
-            reshard_after_forward=False,
-            **offload,
-        )
-    fully_shard(
-        model.norm, mesh=world.mesh, mp_policy=policy, reshard_after_forward=False, **offload
-    )
-    fully_shard(model, mesh=world.mesh, mp_policy=policy, reshard_after_forward=False, **offload)
+        shard(model.tok_embeddings, reshard_after_forward=reshard)
+        shard(model.output, reshard_after_forward=False)
+    shard(model.norm, reshard_after_forward=False)
+    shard(model, reshard_after_forward=False)
     for module in model.modules():
-        if hasattr(module, "set_gradient_divide_factor"):
+        if isinstance(module, FSDPModule):
             # The loss is normalised by global counts: gradients are summed, not averaged.
             module.set_gradient_divide_factor(1.0)
-
-
-def _reshard_after_forward(config: JobConfig) -> bool:
-    choice = config.parallelism.fsdp_reshard_after_forward
-    # "default" is "always" without pipeline parallelism.
-    return choice != "never"
+            module.set_force_sum_reduction_for_comms(True)

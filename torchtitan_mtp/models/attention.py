@@ -107,9 +107,7 @@ class Attention(nn.Module):
             k, v = cache.update(k, v)
         grouped = self.n_kv_heads != self.n_heads
         if isinstance(context.mask, BlockMask):
-            out = _compiled_flex_attention()(
-                q, k, v, block_mask=context.mask, enable_gqa=grouped
-            )
+            out = _compiled_flex_attention()(q, k, v, block_mask=context.mask, enable_gqa=grouped)
         else:
             out = F.scaled_dot_product_attention(
                 q,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.models.args import ModelArgs, RoPEScaling
 
@@ -75,11 +77,30 @@ flavors: dict[str, dict[str, ModelArgs]] = {
 }
 
 
-def model_args(family: str, flavor: str) -> ModelArgs:
-    """The shape called `flavor` in `family`; a `UserError` names what there is."""
+def model_args(
+    family: str,
+    flavor: str,
+    *,
+    tokenizer_vocab: int,
+    vocab_size: int | None = None,
+    max_seq_len: int = 2048,
+    attn_mask_type: str = "causal",
+) -> ModelArgs:
+    """The shape called `flavor` in `family`, with what the run decides filled in.
+
+    The vocabulary is `vocab_size`, else the flavor's, else the tokenizer's rounded up to a multiple
+    of 64 (odd sizes are slow). Errors: an unknown name; a vocabulary smaller than the token ids.
+    """
     if family not in flavors:
         raise UserError(f'model.name = "{family}": expected one of {", ".join(flavors)}')
     if flavor not in flavors[family]:
         names = ", ".join(flavors[family])
         raise UserError(f'model.flavor = "{flavor}": {family} has {names}')
-    return flavors[family][flavor]
+    args = flavors[family][flavor]
+    vocab = vocab_size or args.vocab_size or 64 * -(-tokenizer_vocab // 64)
+    if vocab < tokenizer_vocab:
+        raise UserError(
+            f'model.flavor = "{flavor}" has a vocabulary of {vocab}, but the tokenizer makes ids '
+            f"up to {tokenizer_vocab - 1}; set model.vocab_size to at least {tokenizer_vocab}"
+        )
+    return replace(args, vocab_size=vocab, max_seq_len=max_seq_len, attn_mask_type=attn_mask_type)

@@ -21,9 +21,10 @@ def _seed_of(seed: int, name: str) -> int:
 
 
 @torch.no_grad()
-def _assign(param: Tensor, value: Tensor) -> None:
+def assign(param: Tensor, value: Tensor) -> None:
+    """Copy the whole tensor `value`, the same on every rank, into a parameter or its shards."""
     if isinstance(param, DTensor):
-        # Every rank holds the same value: slice it, without communication.
+        # Slicing needs no communication.
         value = distribute_tensor(value, param.device_mesh, param.placements, src_data_rank=None)
     param.copy_(value)
 
@@ -45,4 +46,4 @@ def init_weights(model: Transformer, seed: int) -> None:
             generator = torch.Generator(param.device).manual_seed(_seed_of(seed, name))
             cut = 100.0 if name == "tok_embeddings.weight" else 3.0
             nn.init.trunc_normal_(value, 0.0, std, -cut * std, cut * std, generator=generator)
-        _assign(param, value.to(param.dtype))
+        assign(param, value.to(param.dtype))

@@ -128,6 +128,8 @@ class Transformer(nn.Module):
         self.output = Unembedding(args)
         self.tie_weights()
         self.mtp: Any = None
+        self.rope_cos: Tensor
+        self.rope_sin: Tensor
         for name, table in zip(("rope_cos", "rope_sin"), rope_tables(args, "meta"), strict=True):
             self.register_buffer(name, table, persistent=False)
 
@@ -141,8 +143,8 @@ class Transformer(nn.Module):
         for i, block in self.layers.items():
             yield f"layers.{i}", block
         if self.mtp is not None:
-            for i, head in enumerate(self.mtp.heads):
-                yield f"mtp.heads.{i}", head
+            for j, head in enumerate(self.mtp.heads):
+                yield f"mtp.heads.{j}", head
 
     def blocks(self) -> Iterator[nn.Module]:
         """Every transformer block, trunk's and heads'."""

@@ -22,20 +22,19 @@ class TextEntropies:
 
 
 def skip_bigram_entropies(
-    tokens: ArrayLike, doc_ids: ArrayLike, n: int, vocab_size: int
+    tokens: ArrayLike, labels: ArrayLike, vocab_size: int, ignore_index: int = -100
 ) -> TextEntropies:
-    """Empirical entropies of a text [N] whose documents are told apart by `doc_ids` [N].
+    """Empirical entropies over the very pairs that a loss is taken over.
 
-    Pairs (t[i], t[i+k]) are taken within documents only; where a distance k has no pair, its
-    entropy is nan. Only pairs that occur are held, so the vocabulary may be large.
+    tokens: [N], padding left out. labels: [N, n], the token k ahead, or `ignore_index` where there
+    is none; a distance without any pair has entropy nan. Only pairs that occur are held.
     """
-    text = np.asarray(tokens, dtype=np.int64).reshape(-1)
-    docs = np.asarray(doc_ids).reshape(-1)
+    text, targets = np.asarray(tokens), np.asarray(labels)
     pairs = []
-    for k in range(1, n + 1):
-        inside = docs[:-k] == docs[k:]  # [N - k]
-        pairs.append(conditional_entropy(text[:-k][inside], text[k:][inside], vocab_size))
-    return TextEntropies(unigram=_entropy(text), skip_bigram=tuple(pairs))
+    for target in targets.T:
+        valid = target != ignore_index
+        pairs.append(conditional_entropy(text[valid], target[valid], vocab_size))
+    return TextEntropies(unigram=_entropy(text.astype(np.int64)), skip_bigram=tuple(pairs))
 
 
 def conditional_entropy(given: ArrayLike, target: ArrayLike, vocab_size: int) -> float:

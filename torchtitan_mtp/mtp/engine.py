@@ -127,7 +127,7 @@ def _hold(model: Transformer, held: bool, reduce: bool, whole_model: bool = Fals
     """
     if not isinstance(model, FSDPModule):
         return
-    units = [m for m in (model.norm, model.output) if isinstance(m, FSDPModule)]
+    units: list[FSDPModule] = [m for m in (model.norm, model.output) if isinstance(m, FSDPModule)]
     if held:
         model.set_requires_gradient_sync(reduce)
     if held or whole_model:

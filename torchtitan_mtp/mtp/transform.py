@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 import torch
+from torch import nn
 
 from torchtitan_mtp.config import MTP
 from torchtitan_mtp.errors import UserError
@@ -26,12 +27,16 @@ def add_heads(model: Transformer, mtp: MTP) -> Transformer:
     n = mtp.num_future_tokens
     if n == 1:
         return model
-    if mtp.heads == "sequential":
-        model.mtp = SequentialHeads(model, n, mtp.detach_trunk, mtp.share_weights)
-    else:
-        if mtp.match_parameters:
-            _give_up_layers(model, n - 1)
-        model.mtp = ParallelHeads(model, n, mtp.detach_trunk)
+    if mtp.match_parameters:
+        _give_up_layers(model, n - 1)
+    weight = model.norm.weight
+    with weight.device:
+        heads: nn.Module
+        if mtp.heads == "sequential":
+            heads = SequentialHeads(model, n, mtp.detach_trunk, mtp.share_weights)
+        else:
+            heads = ParallelHeads(model, n, mtp.detach_trunk)
+    model.mtp = heads.to(weight.dtype)
     if mtp.train == "heads":
         for name, param in model.named_parameters():
             param.requires_grad_(name.startswith("mtp."))

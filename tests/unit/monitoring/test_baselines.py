@@ -24,10 +24,21 @@ def naive_entropy(pairs: list[tuple[int, int]]) -> float:
     return total / len(pairs)
 
 
+def entropies(text, docs, n: int, vocab_size: int) -> TextEntropies:
+    """Of a text whose pairs lie within documents, targets made position by position."""
+
+    def target(i: int, k: int) -> int:
+        inside = i + k < len(text) and docs[i] == docs[i + k]
+        return int(text[i + k]) if inside else -100
+
+    labels = [[target(i, k) for k in range(1, n + 1)] for i in range(len(text))]
+    return skip_bigram_entropies(text, labels, vocab_size)
+
+
 def test_by_hand() -> None:
     # 0 is followed by 1 or 2 with equal counts, 1 and 2 always by 0; two ahead comes the reverse.
     text = [0, 1, 0, 2, 0, 1, 0, 2, 0]
-    found = skip_bigram_entropies(text, [0] * 9, n=2, vocab_size=3)
+    found = entropies(text, [0] * 9, n=2, vocab_size=3)
     assert found.skip_bigram[0] == pytest.approx(LN2 / 2)  # half the pairs start with 0
     # Two ahead 0 always meets 0, 1 meets 2 and 2 meets 1: nothing uncertain.
     assert found.skip_bigram[1] == pytest.approx(0.0, abs=1e-12)
@@ -38,7 +49,7 @@ def test_by_hand() -> None:
 def test_equals_the_definition_on_a_random_text() -> None:
     text = torch.randint(0, 5, (200,))
     docs = (torch.arange(200) // 37).numpy()  # documents of 37 tokens
-    found = skip_bigram_entropies(text, docs, n=3, vocab_size=5)
+    found = entropies(text, docs, n=3, vocab_size=5)
     for k in (1, 2, 3):
         inside = [
             (int(text[i]), int(text[i + k])) for i in range(200 - k) if docs[i] == docs[i + k]
@@ -49,12 +60,12 @@ def test_equals_the_definition_on_a_random_text() -> None:
 def test_pairs_do_not_cross_documents() -> None:
     # Inside documents every token repeats itself; only across them does one change into another.
     text, docs = [0, 0, 0, 1, 1, 1, 0, 0, 0], [0, 0, 0, 1, 1, 1, 2, 2, 2]
-    assert skip_bigram_entropies(text, docs, 1, 2).skip_bigram == (pytest.approx(0.0, abs=1e-12),)
-    assert skip_bigram_entropies(text, [0] * 9, 1, 2).skip_bigram[0] > 0.1
+    assert entropies(text, docs, 1, 2).skip_bigram == (pytest.approx(0.0, abs=1e-12),)
+    assert entropies(text, [0] * 9, 1, 2).skip_bigram[0] > 0.1
 
 
 def test_a_distance_without_pairs_is_nan() -> None:
-    found = skip_bigram_entropies([3, 4], [0, 0], n=3, vocab_size=5)
+    found = entropies([3, 4], [0, 0], n=3, vocab_size=5)
     assert found.skip_bigram[0] == 0.0
     assert math.isnan(found.skip_bigram[1]) and math.isnan(found.skip_bigram[2])
 

@@ -1,0 +1,140 @@
+"""FSDP2 and HSDP on gloo ranks, with accumulation and unequal numbers of targets: the loss and
+every gradient are those of one process that sees the whole batch."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.distributed.tensor import DTensor
+
+from spawn import run_ranks
+from tests.naive import total_loss
+from tests.small import ARGS, perturb_norms, relative_error, small_model, small_window
+from torchtitan_mtp.config import MTP, JobConfig, Parallelism
+from torchtitan_mtp.data.targets import IGNORE, Window, make_batch
+from torchtitan_mtp.distributed.mesh import all_reduce, init_world
+from torchtitan_mtp.distributed.parallelize import parallelize
+from torchtitan_mtp.models.args import ModelArgs
+from torchtitan_mtp.models.transformer import build_model
+from torchtitan_mtp.mtp import add_heads, engines, head_scales, head_weights
+
+ACCUMULATION = 2
+
+
+def micro_batch(rank: int, index: int, n: int) -> Window:
+    """Another number of documents and of padding in each."""
+    window = small_window(2, 10 + n, seed=10 * rank + index)
+    window.doc_ids[0, 6 + 2 * rank + index :] = -1
+    return window
+
+
+def config_of(mtp: MTP, shard: int, replicate: int, ac: str = "none") -> JobConfig:
+    config = JobConfig()
+    config.mtp = mtp
+    config.training.mixed_precision_param = "float32"
+    config.activation_checkpoint.mode = ac
+    config.parallelism = Parallelism(
+        data_parallel_shard_degree=shard, data_parallel_replicate_degree=replicate
+    )
+    return config
+
+
+def steps_on_rank(rank: int, shard: int, replicate: int, cases):
+    """Every case on the same ranks: starting processes costs more than stepping."""
+    return [step_on_rank(rank, shard, replicate, *case) for case in cases]
+
+
+def step_on_rank(rank: int, shard: int, replicate: int, mtp: MTP, ac: str, args: ModelArgs):
+    config = config_of(mtp, shard, replicate, ac)
+    world = init_world(config.parallelism)
+    model = add_heads(build_model(args), mtp)
+    model = parallelize(model, config, world, torch.float32, seed=0)
+    perturb_norms(model)
+    batches = [
+        make_batch(micro_batch(rank, i, mtp.num_future_tokens), mtp.num_future_tokens)
+        for i in range(ACCUMULATION)
+    ]
+    valid = all_reduce(torch.stack([(b.labels != IGNORE).sum((0, 1)) for b in batches]).sum(0))
+    scales = head_scales(head_weights(mtp, 1, 10), valid)
+    for _ in range(2):  # a second step finds whatever state the first one left behind
+        model.zero_grad()
+        total = torch.zeros(())
+        for i, batch in enumerate(batches):
+            out = engines[mtp.engine](model, batch, scales, {}, i == len(batches) - 1)
+            total += out.loss
+        all_reduce(total)
+    gradients = {}
+    for name, param in model.named_parameters():
+        gradient = param.grad
+        gradients[name] = gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
+    return total, gradients
+
+
+def naive_step(world_size: int, mtp: MTP, args: ModelArgs):
+    model = small_model(mtp, tied_embeddings=args.tied_embeddings)
+    parameters = {
+        name: p.detach().double().requires_grad_(p.requires_grad)
+        for name, p in model.named_parameters()
+    }
+    windows = [
+        micro_batch(rank, i, mtp.num_future_tokens)
+        for rank in range(world_size)
+        for i in range(ACCUMULATION)
+    ]
+    tokens = torch.cat([w.tokens for w in windows])
+    doc_ids = torch.cat([w.doc_ids for w in windows])
+    loss, _ = total_loss(parameters, tokens, doc_ids, args, mtp)
+    loss.backward()
+    return loss.detach(), {name: p.grad for name, p in parameters.items()}
+
+
+def parallel(**keys) -> MTP:
+    return MTP(num_future_tokens=3, loss_weights=[0.5, 2.0], **keys)
+
+
+def sequential(**keys) -> MTP:
+    return MTP(heads="sequential", num_future_tokens=3, loss_scale=0.3, **keys)
+
+
+TIED = replace(ARGS, tied_embeddings=True)
+MESHES = {  # (shard, replicate) -> cases of (mtp, activation checkpointing, shape)
+    (2, 1): [
+        (parallel(engine="joint"), "none", ARGS),
+        (parallel(engine="joint"), "selective", TIED),
+        (parallel(engine="sequential"), "none", ARGS),
+        (parallel(engine="sequential"), "full", TIED),
+        (parallel(engine="sequential", detach_trunk=True), "none", ARGS),
+        (parallel(engine="sequential", train="heads"), "none", ARGS),
+        (sequential(loss_reduction="mean"), "none", ARGS),
+        (sequential(share_weights=True), "full", TIED),
+        (sequential(train="heads"), "none", ARGS),
+    ],
+    (4, 1): [(parallel(engine="sequential"), "none", ARGS), (sequential(), "none", ARGS)],
+    (2, 2): [
+        (parallel(engine="sequential"), "none", ARGS),
+        (parallel(engine="joint"), "none", ARGS),
+        (sequential(), "none", ARGS),
+    ],
+    (1, 2): [(parallel(engine="sequential"), "none", ARGS)],
+}
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("mesh", MESHES, ids=lambda m: f"{m[1]}x{m[0]}")
+def test_ranks_compute_what_one_process_does(mesh):
+    shard, replicate = mesh
+    cases = MESHES[mesh]
+    results = run_ranks(shard * replicate, steps_on_rank, shard, replicate, cases, timeout=240)
+    for i, (mtp, ac, args) in enumerate(cases):
+        loss, expected = naive_step(shard * replicate, mtp, args)
+        for found_loss, found in (of_rank[i] for of_rank in results):
+            assert abs(found_loss.item() / loss.item() - 1) < 1e-5, (mtp, ac)
+            assert found.keys() == expected.keys()
+            for name, gradient in expected.items():
+                if gradient is None:
+                    assert found[name] is None or found[name].count_nonzero() == 0, (mtp, ac, name)
+                else:
+                    error = relative_error(found[name].double(), gradient)
+                    assert error < 1e-5, (mtp, ac, name)

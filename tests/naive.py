@@ -1,0 +1,119 @@
+"""The model, its heads and its loss written a second time, as plainly as the papers state them.
+
+Nothing is shared with the package but parameter names: one sequence at a time, one position's mask
+at a time, whole logits, complex rotations. Every fast path is held against this.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Parameters = dict[str, Tensor]
+
+
+def rms_norm(x: Tensor, scale: Tensor, eps: float = 1e-5) -> Tensor:
+    return x / (x.pow(2).mean(-1, keepdim=True) + eps).sqrt() * scale
+
+
+def rotate(x: Tensor, theta: float) -> Tensor:
+    """x [S, H, hd]: pair j at position s turns by s * theta ** (-2j / hd)."""
+    seq, _, width = x.shape
+    angles = torch.outer(
+        torch.arange(seq, dtype=x.dtype), theta ** (-torch.arange(0, width, 2).to(x.dtype) / width)
+    )
+    turned = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous())
+    turned = turned * torch.polar(torch.ones_like(angles), angles)[:, None]
+    return torch.view_as_real(turned).flatten(-2)
+
+
+def attention(p: Parameters, prefix: str, x: Tensor, documents: Tensor, args) -> Tensor:
+    seq = len(x)
+    q = rotate((x @ p[prefix + "wq.weight"].T).unflatten(-1, (args.n_heads, -1)), args.rope_theta)
+    k = rotate((x @ p[prefix + "wk.weight"].T).unflatten(-1, (args.kv_heads, -1)), args.rope_theta)
+    v = (x @ p[prefix + "wv.weight"].T).unflatten(-1, (args.kv_heads, -1))
+    outputs = []
+    for h in range(args.n_heads):
+        g = h // (args.n_heads // args.kv_heads)
+        scores = q[:, h] @ k[:, g].T / args.head_dim**0.5
+        for i in range(seq):
+            for j in range(seq):
+                apart = args.attn_mask_type == "block_causal" and documents[i] != documents[j]
+                if j > i or apart:
+                    scores = scores.index_put(
+                        (torch.tensor(i), torch.tensor(j)), torch.tensor(-torch.inf, dtype=x.dtype)
+                    )
+        outputs.append(scores.softmax(-1) @ v[:, g])
+    return torch.cat(outputs, -1) @ p[prefix + "wo.weight"].T
+
+
+def block(p: Parameters, prefix: str, x: Tensor, documents: Tensor, args) -> Tensor:
+    normed = rms_norm(x, p[prefix + "attention_norm.weight"])
+    x = x + attention(p, prefix + "attention.", normed, documents, args)
+    y = rms_norm(x, p[prefix + "ffn_norm.weight"])
+    f = prefix + "feed_forward."
+    gated = F.silu(y @ p[f + "w1.weight"].T) * (y @ p[f + "w3.weight"].T)
+    return x + gated @ p[f + "w2.weight"].T
+
+
+def head_logits(p: Parameters, tokens: Tensor, documents: Tensor, args, mtp) -> list[Tensor]:
+    """Logits [S, V] of heads 1..n for one sequence of S + n tokens."""
+    n = mtp.num_future_tokens
+    seq = len(tokens) - n
+    docs = documents[:seq]
+    layers = 1 + max(int(name.split(".")[1]) for name in p if name.startswith("layers."))
+    unembed = p["tok_embeddings.weight"] if args.tied_embeddings else p["output.weight"]
+    x = p["tok_embeddings.weight"][tokens[:seq]]
+    for i in range(layers - 1):
+        x = block(p, f"layers.{i}.", x, docs, args)
+    last = block(p, f"layers.{layers - 1}.", x, docs, args)
+    h = rms_norm(last, p["norm.weight"])
+    logits = [h @ unembed.T]
+    for k in range(2, n + 1):
+        if mtp.heads == "parallel":
+            z = x.detach() if mtp.detach_trunk else x
+            scale = p["norm.weight"].detach() if mtp.detach_trunk else p["norm.weight"]
+            h = rms_norm(block(p, f"mtp.heads.{k - 2}.", z, docs, args), scale)
+        else:
+            m = f"mtp.heads.{0 if mtp.share_weights else k - 2}."
+            emb = p["tok_embeddings.weight"][tokens[k - 1 : k - 1 + seq]]
+            if mtp.detach_trunk:
+                emb = emb.detach()
+                h = h.detach() if k == 2 else h
+            e, g = rms_norm(emb, p[m + "enorm.weight"]), rms_norm(h, p[m + "hnorm.weight"])
+            joined = torch.cat((e, g), -1) @ p[m + "eh_proj.weight"].T
+            h = rms_norm(block(p, m + "block.", joined, docs, args), p[m + "norm.weight"])
+        logits.append(h @ (unembed.detach() if mtp.detach_trunk else unembed).T)
+    return logits
+
+
+def head_loss_sums(
+    p: Parameters, tokens: Tensor, documents: Tensor, args, mtp
+) -> tuple[list[Tensor], list[int]]:
+    """Summed cross-entropy and number of targets of heads 1..n, over windows [B, S + n]."""
+    n = mtp.num_future_tokens
+    sums: list[Tensor] = [torch.zeros((), dtype=p["norm.weight"].dtype) for _ in range(n)]
+    valid = [0] * n
+    for row, docs in zip(tokens, documents, strict=True):
+        all_logits = head_logits(p, row, docs, args, mtp)
+        for k in range(1, n + 1):
+            for i in range(len(row) - n):
+                inside = all(docs[i] == docs[j] for j in range(i, i + k + 1)) and docs[i] >= 0
+                if inside:
+                    sums[k - 1] = sums[k - 1] - all_logits[k - 1][i].log_softmax(-1)[row[i + k]]
+                    valid[k - 1] += 1
+    return sums, valid
+
+
+def total_loss(
+    p: Parameters, tokens: Tensor, documents: Tensor, args, mtp
+) -> tuple[Tensor, list[float]]:
+    """CE_1 + scale * reduce_k CE_k, and the CE_k: the loss of a whole step in one process."""
+    sums, valid = head_loss_sums(p, tokens, documents, args, mtp)
+    losses = [s / max(v, 1) for s, v in zip(sums, valid, strict=True)]
+    weights = list(mtp.loss_weights) or [1.0] * (mtp.num_future_tokens - 1)
+    rest = sum((w * loss for w, loss in zip(weights, losses[1:], strict=True)), torch.tensor(0.0))
+    if mtp.loss_reduction == "mean" and len(losses) > 1:
+        rest = rest / (len(losses) - 1)
+    return losses[0] + mtp.loss_scale * rest, [loss.item() for loss in losses]
