@@ -65,6 +65,7 @@ class HeadLoss(NamedTuple):
     d_hidden: Tensor | None  # [N, D] in the hidden's dtype
 
 
+@torch.no_grad()
 def head_loss_and_grad(
     hidden: Tensor,
     weight: Tensor,
@@ -94,8 +95,7 @@ def head_loss_and_grad(
         mm: dtype of the matrix products; None: `matmul_dtype(hidden)`.
     """
     acc, mm = accumulation_dtype(hidden.dtype), mm or matmul_dtype(hidden)
-    device, vocab = hidden.device, weight.shape[0]
-    need_grad = need_d_hidden or d_weight is not None
+    device, need_grad = hidden.device, need_d_hidden or d_weight is not None
     if weight.dtype != mm and weight.dtype not in _LOW_PRECISION:
         weight = weight.to(mm)  # autocast: one narrower copy
     loss_sum = torch.zeros((), dtype=acc, device=device)
@@ -105,25 +105,26 @@ def head_loss_and_grad(
     if need_d_hidden:
         d_hidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format)
     chunk = min(options.chunk_rows or default_chunk_rows(hidden), max(hidden.shape[0], 1))
-    buffer = torch.empty(chunk, vocab, dtype=acc, device=device)
-    for rows in _row_chunks(labels, options.ignore_index, chunk):
-        h = hidden[rows].to(mm)  # [C, D]
-        logits = _project(h, weight, buffer[: h.shape[0]])  # [C, V]
-        part, grad, factor = _token_losses(logits, labels[rows], options, need_grad)
-        loss_sum += part.loss_sum
-        valid += part.valid
-        correct += part.correct
-        if not need_grad:
-            continue
-        if scale is not None:
-            factor = factor * scale.to(acc)  # [C, 1]
-        if mm != acc:  # the pass over [C, V] that rounds applies the factor as well
-            grad = torch.mul(grad, factor, out=torch.empty_like(grad, dtype=mm))
-            factor = torch.ones_like(factor)
-        if d_hidden is not None:
-            d_hidden[rows] = (_times_weight(grad, weight) * factor).to(hidden.dtype)
-        if d_weight is not None:
-            _accumulate(d_weight, grad, (h * factor).to(mm))
+    buffer = torch.empty(chunk, weight.shape[0], dtype=acc, device=device)
+    with torch.autocast(device.type, enabled=False):  # `mm` has decided
+        for rows in _row_chunks(labels, options.ignore_index, chunk):
+            h = hidden[rows].to(mm)  # [C, D]
+            logits = _project(h, weight, buffer[: h.shape[0]])  # [C, V]
+            part, grad, factor = _token_losses(logits, labels[rows], options, need_grad)
+            loss_sum += part.loss_sum
+            valid += part.valid
+            correct += part.correct
+            if not need_grad:
+                continue
+            if scale is not None:
+                factor = factor * scale.to(acc)  # [C, 1]
+            if mm != acc:  # the pass over [C, V] that rounds applies the factor as well
+                grad = torch.mul(grad, factor, out=torch.empty_like(grad, dtype=mm))
+                factor = torch.ones_like(factor)
+            if d_hidden is not None:
+                d_hidden[rows] = (_times_weight(grad, weight) * factor).to(hidden.dtype)
+            if d_weight is not None:
+                _accumulate(d_weight, grad, (h * factor).to(mm))
     return HeadLoss(loss_sum, valid, correct, d_hidden)
 
 
@@ -165,7 +166,7 @@ def _token_losses(
     if options.softcap is not None:
         logits.div_(options.softcap).tanh_()
         if need_grad:
-            slope = 1 - logits.square()  # [C, V]
+            slope = logits.square().neg_().add_(1)  # [C, V]
         logits.mul_(options.softcap)
     target = logits.gather(1, y)  # [C, 1]
     mean = logits.mean(1, keepdim=True) if smoothing else None
@@ -288,13 +289,20 @@ def chunked_linear_cross_entropy(
     return _AllHeads.apply(weight, labels, head_scales, options, mm, needs_grad, *hiddens)
 
 
+def gradient_unit(head_scales: Tensor) -> Tensor:
+    """What gradients are in units of until the backward: the largest scale [], or 1 for zeros.
+
+    Scales are about 1 / valid tokens, under which half-precision gradients would underflow.
+    """
+    unit = head_scales.abs().amax()
+    return unit.masked_fill(unit == 0, 1)
+
+
 class _AllHeads(torch.autograd.Function):
     @staticmethod
     def forward(ctx, weight, labels, head_scales, options, mm, needs_grad, *hiddens):  # type: ignore[no-untyped-def]
         run = _all_heads_op if torch.compiler.is_compiling() else _all_heads
-        # Gradients are of loss / unit: scales of 1 / valid tokens would underflow in fp16.
-        unit = head_scales.abs().amax()
-        unit = unit.masked_fill(unit == 0, 1)
+        unit = gradient_unit(head_scales)
         loss_sum, valid, correct, *gradients = run(
             list(hiddens), weight, labels, head_scales / unit, mm, needs_grad, *options
         )

@@ -309,13 +309,28 @@ def test_one_weight_gradient_for_all_heads():
     assert peaks[1] <= 1.1 * 4 * vocab * (dim + chunk)
 
 
+class MatmulDtypes(TorchDispatchMode):
+    """Records the dtypes of matrix products."""
+
+    def __init__(self):
+        super().__init__()
+        self.dtypes = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket.__name__ in ("mm", "addmm", "addmm_"):
+            self.dtypes.add(args[-1].dtype)
+        return func(*args, **(kwargs or {}))
+
+
 def test_autocast_keeps_weight_gradient_in_float32():
     hiddens, weight, labels = make_inputs(n=2, dtype=torch.float32)
     expected = linear_cross_entropy(hiddens, weight, labels)
     exact = gradients(expected.loss, hiddens, weight)
     mixed = [hiddens[0], hiddens[1].detach().bfloat16().requires_grad_()]
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast("cpu", dtype=torch.bfloat16), MatmulDtypes() as products:
         got = linear_cross_entropy(mixed, weight, labels)
+    bf16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    assert products.dtypes == {torch.bfloat16 if bf16 else torch.float32}
     assert got.loss.dtype == torch.float32
     torch.testing.assert_close(got.loss, expected.loss, rtol=1e-2, atol=0)
     for a, b, x in zip(gradients(got.loss, mixed, weight), exact, [*mixed, weight], strict=True):
