@@ -168,7 +168,7 @@ class Checkpointer:
         ranks, folder = self._ranks, self.folder
         tmp = folders.tmp_folder(folder, step)
         try:
-            with states_of.quiet():
+            with states_of.quiet(alone=not ranks.distributed):
                 dcp.save(
                     states,
                     storage_writer=FileSystemWriter(tmp),

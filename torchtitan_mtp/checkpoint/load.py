@@ -94,7 +94,7 @@ def read_states(opened: Opened, states: dict[str, Any], ranks: Ranks) -> None:
         UserError: a file can't be read.
     """
     try:
-        with quiet():
+        with quiet(alone=not ranks.distributed):
             dcp.load(
                 states,
                 storage_reader=SafeReader(opened.path, opened.metadata),

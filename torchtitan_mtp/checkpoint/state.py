@@ -136,8 +136,14 @@ def cast_floating(state: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[st
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
-    """Without DCP's warning that one process alone is one process alone."""
+def quiet(alone: bool) -> Iterator[None]:
+    """Without DCP's warning that one process alone is one process alone.
+
+    Nothing else is touched where there are several: warning filters are no thread's own.
+    """
+    if not alone:
+        yield
+        return
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*single process.*")
         yield
