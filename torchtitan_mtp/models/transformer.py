@@ -95,7 +95,7 @@ class Unembedding(nn.Linear):
 
         hiddens: n tensors [B, S, D]; head_scales [n]; options of `linear_cross_entropy`. `detach`
         keeps the gradient from the weight. With `head_loss`, the loss of one head alone: hiddens
-        [B, S, D], labels [B, S], head_scales [], and options of that object's call.
+        [B, S, D], labels [B, S], and options of that object's call.
         """
         weight = self.weight.detach() if detach else self.weight
         if labels is None:
@@ -103,8 +103,8 @@ class Unembedding(nn.Linear):
             return F.linear(hiddens, weight)
         labels = labels.flatten(0, 1)  # [N, n] or [N], N = B * S
         if head_loss is not None:
-            assert isinstance(hiddens, Tensor) and head_scales is not None
-            return head_loss(hiddens.flatten(0, 1), weight, labels, head_scales, **options)
+            assert isinstance(hiddens, Tensor)
+            return head_loss(hiddens.flatten(0, 1), weight, labels, **options)
         flat = [h.flatten(0, 1) for h in hiddens]  # n of [N, D]
         return linear_cross_entropy(flat, weight, labels, head_scales, **options)
 

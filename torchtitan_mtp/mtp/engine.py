@@ -86,7 +86,7 @@ def sequential(
     z, context = model(batch, heads=False)  # [B, S, D]
     dz = torch.zeros_like(z, dtype=torch.promote_types(z.dtype, torch.float32))
     options = {name: value for name, value in loss.items() if name != "backend"}
-    head_loss = HeadByHeadLoss(LossOptions(**options))
+    head_loss = HeadByHeadLoss(head_scales, LossOptions(**options))
     outputs: list[LossOutput | None] = [None] * model.mtp.num_future_tokens
     order = _order(model, z)
     _hold(model, True, last_micro_batch)
@@ -97,7 +97,7 @@ def sequential(
         hidden = model.mtp.hidden(model, k, leaf, context)
         labels, aside = batch.labels[..., k - 1], model.mtp.detach_trunk and k > 1
         out = model.output(
-            hidden, labels, head_scales[k - 1], aside, head_loss=head_loss, last=k == order[-1]
+            hidden, labels, detach=aside, head_loss=head_loss, head=k - 1, last=k == order[-1]
         )
         if out.loss.requires_grad:
             out.loss.backward()
