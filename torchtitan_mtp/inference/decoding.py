@@ -24,42 +24,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from torchtitan_mtp.errors import UserError
-from torchtitan_mtp.inference.cache import LayerCache, Positions, Span, shifted, take
-from torchtitan_mtp.inference.drafting import TrunkStates, build_drafter
-from torchtitan_mtp.inference.rows import Rows
+from torchtitan_mtp.inference.cache import LayerCache, Positions, shifted, take
+from torchtitan_mtp.inference.drafting import Choose, TrunkStates, build_drafter
+from torchtitan_mtp.inference.rows import Generation, Rows
 from torchtitan_mtp.inference.sampling import Sampler
-from torchtitan_mtp.inference.stats import Stats
 from torchtitan_mtp.models.transformer import Transformer
-
-
-@dataclass(frozen=True)
-class Generation:
-    """tokens: of each row, the new ones only, eos included where it ended the row."""
-
-    tokens: list[list[int]]
-    stats: Stats
-
-
-class Trunk:
-    """The next-token model with a cache: embedding, layers (the last is head 1's), final norm."""
-
-    def __init__(self, model: Transformer, positions: Positions) -> None:
-        self.model, self.blocks = model, list(model.layers.values())
-        self.caches = [LayerCache(block.attention, positions) for block in self.blocks]
-
-    def __call__(self, tokens: Tensor, span: Span) -> TrunkStates:
-        """States at the positions of `span`, from their tokens [B, size]."""
-        x = z = self.model.tok_embeddings(tokens)  # [B, size, D]
-        for block, cache in zip(self.blocks, self.caches, strict=True):
-            z = x
-            x = block(x, span.context, cache.at(span))
-        return TrunkStates(z, self.model.norm(x))
 
 
 @torch.inference_mode()
@@ -88,48 +62,92 @@ def generate(
         UserError: speculative without heads, an empty prompt, a number out of range.
     """
     begin = time.perf_counter()
+    _check(model, prompts, max_new_tokens)
     choose = Sampler(temperature, top_k, top_p, seed, softcap)
     drafts = _drafts_per_step(model, num_draft) if speculative else 0
-    _check(model, prompts, max_new_tokens)
+    decoder = Decoder(model, prompts, max_new_tokens, drafts, choose)
     rows = Rows(len(prompts), max_new_tokens, eos_id, drafts)
 
-    device, longest = model.tok_embeddings.weight.device, max(map(len, prompts))
-    max_len = longest + max_new_tokens + drafts
-    positions = Positions(model.args, len(prompts), max_len, device)
-    trunk = Trunk(model, positions)
-    drafter = build_drafter(model, positions, drafts) if drafts else None
-    # [B, max_len + ...]: the text, then drafts
-    tokens = torch.zeros(len(prompts), max_len + drafts + 1, dtype=torch.long)
-    for row, prompt in zip(tokens, prompts, strict=True):
-        row[: len(prompt)] = torch.tensor(prompt)
-    tokens = tokens.to(device)
-
-    # The prompts, in one forward. What stands after a shorter one is overwritten as it grows.
-    span = positions.span([0] * len(prompts), longest)
-    last = [len(prompt) - 1 for prompt in prompts]  # p of each row
-    states = trunk(tokens[span.where], span)
-    first = [p + 1 for p in last]
-    target = choose(model.output(take(states.h, last)), first)  # [B, 1]
-    tokens[positions.index(first, 1)] = target
-    rows.start(target.tolist())
+    rows.start(decoder.prefill())
     prompt_seconds = time.perf_counter() - begin
-
     while (left := rows.left()) > 0:
-        count = min(drafts, left - 1)  # the free token needs no draft
-        if drafter is not None and count:
-            drafter.draft(tokens, states, span, last, count, choose)
-        span = positions.span([p + 1 for p in last], count + 1)
-        fed = tokens[span.where]  # [B, 1 + count]: t[p+1] and the drafts
-        states = trunk(fed, span)
-        target = choose(model.output(states.h), [p + 2 for p in last])  # [B, 1 + count]
-        grown = rows.accept(fed.tolist(), target.tolist())
-        # The accepted drafts are there already; after them, head 1's choice replaces a draft.
-        tokens[shifted(span.where, 1)] = target
-        last = [p + new for p, new in zip(last, grown, strict=True)]
+        count = min(drafts, left - 1)  # the last token needs no draft
+        decoder.predict(count)
+        fed, target = decoder.verify(count)
+        decoder.accept(rows.accept(fed, target))
+    return rows.finish(prompt_seconds, time.perf_counter() - begin)
 
-    rows.stats.seconds = time.perf_counter() - begin
-    rows.stats.prompt_seconds = prompt_seconds
-    return Generation(*rows.finish())
+
+class Decoder:
+    """The model with its caches and the text of every row: the steps of the essay above.
+
+    tokens: [B, width] int64, each row's prompt, what was accepted, and the drafts after it.
+    last: p of each row. states: the trunk's, at the positions `span` of its last forward.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        num_draft: int,
+        choose: Choose,
+    ) -> None:
+        self.model, self.choose = model, choose
+        self.blocks = list(model.layers.values())
+        device, longest = model.tok_embeddings.weight.device, max(map(len, prompts))
+        max_len = longest + max_new_tokens + num_draft
+        self.positions = Positions(model.args, len(prompts), max_len, device)
+        self.caches = [LayerCache(block.attention, self.positions) for block in self.blocks]
+        self.drafter = build_drafter(model, self.positions, num_draft) if num_draft else None
+        tokens = torch.zeros(len(prompts), max_len + num_draft + 1, dtype=torch.long)
+        for row, prompt in zip(tokens, prompts, strict=True):
+            row[: len(prompt)] = torch.tensor(prompt)
+        self.tokens = tokens.to(device)
+        self.last = [len(prompt) - 1 for prompt in prompts]
+        self.span = self.positions.span([0] * len(prompts), longest)
+        self.states: TrunkStates
+
+    def prefill(self) -> list[list[int]]:
+        """Run the trunk over the prompts, in one forward; each row's first new token [B][1].
+
+        What this leaves in the caches after a shorter prompt is overwritten as its row grows.
+        """
+        self.states = self.trunk(self.tokens[self.span.where])
+        first = [p + 1 for p in self.last]
+        logits = self.model.output(take(self.states.h, self.last))  # [B, 1, V]
+        target = self.choose(logits, first)  # [B, 1]
+        self.tokens[self.positions.index(first, 1)] = target
+        return target.tolist()
+
+    def predict(self, count: int) -> None:
+        """Draft t[p+2] .. t[p+1+count] with heads 2 .. count + 1."""
+        if self.drafter is not None and count:
+            self.drafter.draft(self.tokens, self.states, self.span, self.last, count, self.choose)
+
+    def verify(self, count: int) -> tuple[list[list[int]], list[list[int]]]:
+        """t[p+1] and the drafts after it, and what head 1 chooses after each: [B][1 + count]."""
+        self.span = self.positions.span([p + 1 for p in self.last], 1 + count)
+        fed = self.tokens[self.span.where]  # [B, 1 + count]
+        self.states = self.trunk(fed)
+        target = self.choose(self.model.output(self.states.h), [p + 2 for p in self.last])
+        seen, chosen = torch.stack((fed, target)).tolist()  # the one wait for the device
+        # Leaves accepted drafts as they are and puts head 1's choice after them; what follows is
+        # of no account.
+        self.tokens[shifted(self.span.where, 1)] = target
+        return seen, chosen
+
+    def accept(self, grown: Sequence[int]) -> None:
+        """Row b's text has `grown[b]` more tokens."""
+        self.last = [p + new for p, new in zip(self.last, grown, strict=True)]
+
+    def trunk(self, tokens: Tensor) -> TrunkStates:
+        """Embedding, layers (the last one is head 1's) and final norm over tokens [B, size]."""
+        x = z = self.model.tok_embeddings(tokens)  # [B, size, D]
+        for block, cache in zip(self.blocks, self.caches, strict=True):
+            z = x
+            x = block(x, self.span.context, cache.at(self.span))
+        return TrunkStates(z, self.model.norm(x))
 
 
 def _drafts_per_step(model: Transformer, num_draft: int | None) -> int:

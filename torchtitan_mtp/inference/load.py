@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -33,8 +32,13 @@ def load_for_inference(
     checkpoint = find_checkpoint(path)
     config = load_toml(_find_config(Path(path), checkpoint))
     tokenizer = build_tokenizer(config.model.hf_assets_path)
-    args = model_args(config.model.name, config.model.flavor)
-    model = build_model(replace(args, vocab_size=_stored_vocabulary(checkpoint)), dtype)
+    args = model_args(
+        config.model.name,
+        config.model.flavor,
+        tokenizer_vocab=tokenizer.vocab_size,
+        vocab_size=_stored_vocabulary(checkpoint),
+    )
+    model = build_model(args, dtype)
     if "mtp" in config.model.converters:
         add_heads(model, config.mtp)
     model.to_empty(device=device)

@@ -3,8 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from torchtitan_mtp.inference.stats import Stats
+
+
+@dataclass(frozen=True)
+class Generation:
+    """tokens: of each row, the new ones only, eos included where it ended the row."""
+
+    tokens: list[list[int]]
+    stats: Stats
 
 
 def accepted_drafts(drafts: Sequence[int], target: Sequence[int]) -> int:
@@ -66,9 +75,10 @@ class Rows:
             grown.append(len(new))
         return grown
 
-    def finish(self) -> tuple[list[list[int]], Stats]:
-        """The texts and the counts."""
+    def finish(self, prompt_seconds: float, seconds: float) -> Generation:
+        """The texts and the counts, with the seconds to the first tokens and in all."""
         for row, place, drafts in self._drafts:
             self.stats.count_drafts(drafts, self.tokens[row][place:])
         self.stats.tokens = sum(map(len, self.tokens))
-        return self.tokens, self.stats
+        self.stats.prompt_seconds, self.stats.seconds = prompt_seconds, seconds
+        return Generation(self.tokens, self.stats)
