@@ -1,7 +1,8 @@
 """Linear cross-entropy of several heads."""
 
-from torchtitan_mtp.ops.chunked import HeadLoss, LossOptions, accumulation_dtype, head_loss_and_grad
+from torchtitan_mtp.ops.chunked import HeadLoss, accumulation_dtype, head_loss_and_grad
 from torchtitan_mtp.ops.linear_cross_entropy import LossOutput, linear_cross_entropy
+from torchtitan_mtp.ops.token_losses import LossOptions
 
 __all__ = [
     "HeadLoss",

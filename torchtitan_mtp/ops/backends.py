@@ -15,7 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from torchtitan_mtp.errors import UserError
-from torchtitan_mtp.ops.chunked import LossOptions, accumulation_dtype, chunked_linear_cross_entropy
+from torchtitan_mtp.ops.all_heads import chunked_linear_cross_entropy
+from torchtitan_mtp.ops.chunked import accumulation_dtype
+from torchtitan_mtp.ops.token_losses import LossOptions
 
 Heads = tuple[Tensor, ...]
 Result = tuple[Tensor, Tensor, Tensor, Tensor]

@@ -40,20 +40,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from torchtitan_mtp.ops.token_losses import LossOptions, token_losses
+
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
 _TILE_ROWS = 4096  # rows of the weight that are upcast at a time
 _CPU_CHUNK_ROWS = 512
 _GPU_MIN_CHUNK_ROWS = 1024
-
-
-class LossOptions(NamedTuple):
-    """What a token's loss is; the same for every head."""
-
-    ignore_index: int = -100
-    z_loss: float = 0.0
-    softcap: float | None = None
-    label_smoothing: float = 0.0
-    chunk_rows: int | None = None
 
 
 class HeadLoss(NamedTuple):
@@ -110,7 +102,7 @@ def head_loss_and_grad(
         for rows in _row_chunks(labels, options.ignore_index, chunk):
             h = hidden[rows].to(mm)  # [C, D]
             logits = _project(h, weight, buffer[: h.shape[0]])  # [C, V]
-            part, grad, factor = _token_losses(logits, labels[rows], options, need_grad)
+            part, grad, factor = token_losses(logits, labels[rows], options, need_grad)
             loss_sum += part.loss_sum
             valid += part.valid
             correct += part.correct
@@ -138,63 +130,6 @@ def _row_chunks(labels: Tensor, ignore_index: int, chunk: int) -> Iterator[slice
             return
     for start in range(0, n_rows, chunk):
         yield slice(start, min(start + chunk, n_rows))
-
-
-class _Part(NamedTuple):
-    loss_sum: Tensor
-    valid: Tensor
-    correct: Tensor
-
-
-def _token_losses(
-    logits: Tensor, labels: Tensor, options: LossOptions, need_grad: bool
-) -> tuple[_Part, Tensor, Tensor]:
-    """Losses of a chunk, and its logits' gradient as ``factor * G``, factor [C, 1], G [C, V].
-
-    ``logits`` [C, V] is overwritten; G lives in it. For the loss of a row with label y,
-
-        (1 - a) (lse - x_y) + a (lse - mean(x)) + z lse^2,    lse = logsumexp(x), a = smoothing
-
-    the gradient in x_j is  f p_j - (1 - a) [j = y] - a / V  with  f = 1 + 2 z lse  and
-    p_j = e_j / s, which is (f / s) * (e_j - (s / f) ((1 - a) [j = y] + a / V)). A soft cap
-    x = c tanh(u / c) adds the factor 1 - (x / c)^2.
-    """
-    vocab, smoothing = logits.shape[1], options.label_smoothing
-    is_valid = labels != options.ignore_index  # [C]
-    y = labels.masked_fill(~is_valid, 0).unsqueeze(1)  # [C, 1]
-    slope = None
-    if options.softcap is not None:
-        logits.div_(options.softcap).tanh_()
-        if need_grad:
-            slope = logits.square().neg_().add_(1)  # [C, V]
-        logits.mul_(options.softcap)
-    target = logits.gather(1, y)  # [C, 1]
-    mean = logits.mean(1, keepdim=True) if smoothing else None
-    # The label's logit is put aside while the maximum is taken: so `correct` needs no argmax.
-    others = logits.scatter_(1, y, -torch.inf).amax(1, keepdim=True)  # [C, 1]
-    logits.scatter_(1, y, target)
-    correct = (target > others).squeeze(1)
-    maximum = torch.maximum(others, target)
-    exps = logits.sub_(maximum).exp_()  # [C, V]
-    sums = exps.sum(1, keepdim=True)  # [C, 1]
-    lse = maximum + sums.log()
-    losses = lse - target
-    if mean is not None:
-        losses = losses + smoothing * (target - mean)
-    if options.z_loss:
-        losses = losses + options.z_loss * lse.square()
-    losses = losses.squeeze(1).masked_fill(~is_valid, 0)  # [C]
-    part = _Part(losses.sum(), is_valid.sum(), (correct & is_valid).sum())
-    if not need_grad:
-        return part, logits, sums
-    factor = 1 + 2 * options.z_loss * lse  # [C, 1]
-    per_row = sums / factor
-    if smoothing:
-        exps.sub_(per_row * (smoothing / vocab))
-    grad = exps.scatter_add_(1, y, per_row * (smoothing - 1))
-    if slope is not None:
-        grad.mul_(slope)
-    return part, grad, (factor / sums).masked_fill_(~is_valid.unsqueeze(1), 0)
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -273,22 +208,6 @@ def _accumulate(d_weight: Tensor, grad: Tensor, h: Tensor) -> None:
             d_weight[v : v + _TILE_ROWS] += grad[:, v : v + _TILE_ROWS].t() @ h
 
 
-def chunked_linear_cross_entropy(
-    hiddens: tuple[Tensor, ...],
-    weight: Tensor,
-    labels: Tensor,
-    head_scales: Tensor,
-    options: LossOptions,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The joint engine's loss: all heads in one pass, one buffer for the weight's gradient.
-
-    Arguments and results are those of `linear_cross_entropy`.
-    """
-    needs_grad = [t.requires_grad and torch.is_grad_enabled() for t in (weight, *hiddens)]
-    mm = matmul_dtype(hiddens[0])
-    return _AllHeads.apply(weight, labels, head_scales, options, mm, needs_grad, *hiddens)
-
-
 def gradient_unit(head_scales: Tensor) -> Tensor:
     """What gradients are in units of until the backward: the largest scale [], or 1 for zeros.
 
@@ -296,117 +215,3 @@ def gradient_unit(head_scales: Tensor) -> Tensor:
     """
     unit = head_scales.abs().amax()
     return unit.masked_fill(unit == 0, 1)
-
-
-class _AllHeads(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, weight, labels, head_scales, options, mm, needs_grad, *hiddens):  # type: ignore[no-untyped-def]
-        run = _all_heads_op if torch.compiler.is_compiling() else _all_heads
-        unit = gradient_unit(head_scales)
-        loss_sum, valid, correct, *gradients = run(
-            list(hiddens), weight, labels, head_scales / unit, mm, needs_grad, *options
-        )
-        loss = (loss_sum * head_scales).sum()
-        ctx.mark_non_differentiable(loss_sum, valid, correct)
-        # Plain attributes: saved tensors would stay referenced and force a copy into `.grad`.
-        ctx.gradients, ctx.unit = gradients, unit
-        ctx.needs_grad, ctx.weight_dtype = needs_grad, weight.dtype
-        return loss, loss_sum, valid, correct
-
-    @staticmethod
-    def backward(ctx, grad_loss, *_):  # type: ignore[no-untyped-def]
-        if ctx.gradients is None:
-            raise RuntimeError(
-                "linear_cross_entropy: a second backward over one forward, whose gradients the "
-                "first has used up; pass retain_graph=True to the first, or run the op again"
-            )
-        gradients, factor = ctx.gradients, grad_loss * ctx.unit
-        if _keeps_graph():
-            gradients = [gradient * factor for gradient in gradients]
-        else:
-            ctx.gradients = None
-            for gradient in gradients:
-                gradient.mul_(factor)
-        if ctx.needs_grad[0]:
-            gradients[0] = gradients[0].to(ctx.weight_dtype)
-        rest = iter(gradients)
-        d_weight, *d_hiddens = (next(rest) if need else None for need in ctx.needs_grad)
-        return d_weight, None, None, None, None, None, *d_hiddens
-
-
-def _keeps_graph() -> bool:
-    """Whether this backward must leave its graph usable (retain_graph, or a compiled graph)."""
-    if torch.compiler.is_compiling():
-        return True
-    return torch._C._autograd._get_current_graph_task_keep_graph()
-
-
-def _all_heads(
-    hiddens: list[Tensor],
-    weight: Tensor,
-    labels: Tensor,
-    head_scales: Tensor,
-    mm: torch.dtype,
-    needs_grad: list[bool],
-    ignore_index: int,
-    z_loss: float,
-    softcap: float | None,
-    label_smoothing: float,
-    chunk_rows: int | None,
-) -> list[Tensor]:
-    """[loss_sum [n], valid [n], correct [n]] and the gradients of those that need one.
-
-    `needs_grad` and the gradients are in the order (weight, *hiddens).
-    """
-    options = LossOptions(ignore_index, z_loss, softcap, label_smoothing, chunk_rows)
-    d_weight = None
-    if needs_grad[0]:
-        d_weight = torch.zeros_like(
-            weight,
-            dtype=accumulation_dtype(weight.dtype),
-            memory_format=torch.contiguous_format,
-        )
-    heads = [
-        head_loss_and_grad(
-            hidden,
-            weight,
-            labels[:, k],
-            head_scales[k],
-            options,
-            need_d_hidden=needs_grad[1 + k],
-            d_weight=d_weight,
-            mm=mm,
-        )
-        for k, hidden in enumerate(hiddens)
-    ]
-    gradients: list[Tensor | None] = [d_weight, *(head.d_hidden for head in heads)]
-    return [
-        torch.stack([head.loss_sum for head in heads]),
-        torch.stack([head.valid for head in heads]),
-        torch.stack([head.correct for head in heads]),
-        *(gradient for gradient in gradients if gradient is not None),
-    ]
-
-
-# torch.compile takes this op whole: no graph break, and no trace of its loops.
-_all_heads_op = torch.library.custom_op(
-    "torchtitan_mtp::linear_cross_entropy_heads",
-    _all_heads,
-    mutates_args=(),
-    schema="(Tensor[] hiddens, Tensor weight, Tensor labels, Tensor head_scales, ScalarType mm, "
-    "bool[] needs_grad, int ignore_index, float z_loss, float? softcap, float label_smoothing, "
-    "SymInt? chunk_rows) -> Tensor[]",
-)
-
-
-@_all_heads_op.register_fake
-def _(hiddens, weight, labels, head_scales, mm, needs_grad, *_):  # type: ignore[no-untyped-def]
-    acc, n = accumulation_dtype(weight.dtype), len(hiddens)
-    like = [torch.empty_like(weight, dtype=acc, memory_format=torch.contiguous_format)]
-    like += [torch.empty_like(h, memory_format=torch.contiguous_format) for h in hiddens]
-    return [
-        weight.new_empty(n, dtype=acc),
-        labels.new_empty(n),
-        labels.new_empty(n),
-        *(t for t, need in zip(like, needs_grad, strict=True) if need),
-    ]

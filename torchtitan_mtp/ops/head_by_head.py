@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from torchtitan_mtp.ops.chunked import (
-    LossOptions,
     accumulation_dtype,
     gradient_unit,
     head_loss_and_grad,
 )
 from torchtitan_mtp.ops.linear_cross_entropy import LossOutput
+from torchtitan_mtp.ops.token_losses import LossOptions
 
 
 class HeadByHeadLoss:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.ops.backends import BACKENDS
-from torchtitan_mtp.ops.chunked import LossOptions
+from torchtitan_mtp.ops.token_losses import LossOptions
 
 
 class LossOutput(NamedTuple):
