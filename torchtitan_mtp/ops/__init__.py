@@ -1,10 +1,12 @@
 """Linear cross-entropy of several heads."""
 
 from torchtitan_mtp.ops.chunked import HeadLoss, accumulation_dtype, head_loss_and_grad
+from torchtitan_mtp.ops.head_by_head import HeadByHeadLoss
 from torchtitan_mtp.ops.linear_cross_entropy import LossOutput, linear_cross_entropy
 from torchtitan_mtp.ops.token_losses import LossOptions
 
 __all__ = [
+    "HeadByHeadLoss",
     "HeadLoss",
     "LossOptions",
     "LossOutput",
