@@ -58,12 +58,15 @@ def apply_fsdp(
         reduce_dtype=getattr(torch, config.training.mixed_precision_reduce),
         cast_forward_inputs=False,  # angles and head scales stay float32
     )
-    cpu_offload = config.training.enable_cpu_offload
+    offload = OffloadPolicy()
+    if config.training.enable_cpu_offload:
+        # Pinned memory is for copies to a GPU, and without one there is none to be had.
+        offload = CPUOffloadPolicy(pin_memory=world.device.type == "cuda")
     shard = functools.partial(
         fully_shard,
         mesh=world.mesh,
         mp_policy=policy,
-        offload_policy=CPUOffloadPolicy() if cpu_offload else OffloadPolicy(),
+        offload_policy=offload,
     )
     reshard = config.parallelism.fsdp_reshard_after_forward != "never"
     blocks = list(model.blocks())

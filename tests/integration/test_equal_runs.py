@@ -1,0 +1,176 @@
+"""Settings that must not change what is learned: the same losses and weights as a plain run."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from runs import (
+    ONE_BY_ONE,
+    SEQUENTIAL,
+    Run,
+    config_of,
+    largest_difference,
+    same,
+    train,
+)
+
+JOINT: dict[str, str] = {}
+THREE = {"training.steps": 3}
+FAMILIES = {"joint": JOINT, "one_by_one": ONE_BY_ONE, "chain": SEQUENTIAL}
+family = pytest.mark.parametrize("keys", FAMILIES.values(), ids=FAMILIES.keys())
+
+
+@pytest.fixture(scope="module")
+def references() -> dict[tuple, Run]:
+    return {}
+
+
+@pytest.fixture
+def plain(references, tmp_path):
+    """The run without further options, made once for each family."""
+
+    def run(keys: dict[str, str]) -> Run:
+        key = tuple(keys.items())
+        if key not in references:
+            references[key] = train(config_of(tmp_path / "plain", THREE, keys))
+        return references[key]
+
+    return run
+
+
+@pytest.mark.parametrize("packed", ["causal", "block_causal"])
+def test_one_future_token_is_plain_training(packed, tmp_path):
+    """The converter with n = 1, either family's keys, and no converter at all."""
+    keys = {"model.attn_mask_type": packed, "training.steps": 4}
+    off = {"model.converters": [], "mtp.num_future_tokens": 1}
+    without = train(config_of(tmp_path / "a", keys, off))
+    assert set(without.weights) == set(without.trunk)
+    for i, heads in enumerate((JOINT, ONE_BY_ONE, SEQUENTIAL)):
+        run = train(config_of(tmp_path / str(i), keys, heads, {"mtp.num_future_tokens": 1}))
+        assert run.losses == without.losses
+        assert [s["grad_norm"] for s in run.logged] == [s["grad_norm"] for s in without.logged]
+        assert same(run.weights, without.weights)
+
+
+@family
+def test_scale_zero_trains_the_trunk_as_without_heads(keys, tmp_path):
+    off = {"model.converters": [], "mtp.num_future_tokens": 1}
+    without = train(config_of(tmp_path / "a", THREE, off))
+    zero = train(config_of(tmp_path / "b", THREE, keys, {"mtp.loss_scale": 0.0}))
+    assert [heads[0] for heads in zero.losses] == [heads[0] for heads in without.losses]
+    assert same(zero.trunk, without.weights)
+    # The other heads do count where the scale is not zero.
+    one = train(config_of(tmp_path / "c", THREE, keys))
+    assert not same(one.trunk, without.weights)
+
+
+def test_engines_train_alike(plain):
+    joint, one_by_one = plain(JOINT), plain(ONE_BY_ONE)
+    assert largest_difference(joint.weights, one_by_one.weights) < 2e-5
+    torch.testing.assert_close(joint.losses, one_by_one.losses, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("local", [1, 2, 3])
+@family
+def test_accumulation_is_a_larger_batch(keys, local, tmp_path):
+    """The windows of a step are the same, however they are cut into micro-batches."""
+    whole = {"training.local_batch_size": 6, "training.steps": 3}
+    parts = {"training.local_batch_size": local, "training.global_batch_size": 6}
+    expected = train(config_of(tmp_path / "a", whole, keys))
+    found = train(config_of(tmp_path / "b", THREE, parts, keys))
+    torch.testing.assert_close(found.losses, expected.losses, rtol=1e-5, atol=0)
+    for key in ("global_total_loss", "grad_norm"):
+        a, b = ([step[key] for step in run.logged] for run in (found, expected))
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=0)
+    assert largest_difference(found.weights, expected.weights) < 2e-5
+
+
+# What a run may differ by: nothing where the same operations run in the same order.
+SAME_TO_THE_BIT = {
+    "ac selective op": {
+        "activation_checkpoint.mode": "selective",
+        "activation_checkpoint.selective_ac_option": "op",
+    },
+    "ac selective 2": {
+        "activation_checkpoint.mode": "selective",
+        "activation_checkpoint.selective_ac_option": "2",
+    },
+    "ac full": {"activation_checkpoint.mode": "full"},
+    "ac full, early stop": {
+        "activation_checkpoint.mode": "full",
+        "activation_checkpoint.early_stop": True,
+    },
+    "cpu offload": {"training.enable_cpu_offload": True},
+    "deterministic": {"training.deterministic": True},
+    "resharded": {"parallelism.fsdp_reshard_after_forward": "always"},
+    "not resharded": {"parallelism.fsdp_reshard_after_forward": "never"},
+    "gc every step": {"training.gc_freq": 1},
+    "profiling": {
+        "profiling.enable_profiling": True,
+        "profiling.profile_freq": 3,
+        "profiling.profiler_warmup": 1,
+    },
+}
+
+
+@pytest.mark.parametrize("name", SAME_TO_THE_BIT)
+@family
+def test_the_same_to_the_bit(keys, name, plain, tmp_path):
+    run = train(config_of(tmp_path, THREE, keys, SAME_TO_THE_BIT[name]))
+    assert run.losses == plain(keys).losses
+    assert same(run.weights, plain(keys).weights)
+
+
+ALMOST_THE_SAME = {
+    "compile eager": {"compile.enable": True, "compile.backend": "eager"},
+    "compile aot_eager": {"compile.enable": True, "compile.backend": "aot_eager"},
+    "compile aot_eager, ac op": {
+        "compile.enable": True,
+        "compile.backend": "aot_eager",
+        "activation_checkpoint.mode": "selective",
+    },
+    "foreach": {"optimizer.implementation": "foreach"},
+    "for-loop": {"optimizer.implementation": "for-loop"},
+    "naive loss": {"loss.backend": "naive"},
+    "short chunks": {"loss.chunk_rows": 7},
+}
+
+
+@pytest.mark.parametrize("name", ALMOST_THE_SAME)
+@family
+def test_the_same_but_for_rounding(keys, name, plain, tmp_path):
+    run = train(config_of(tmp_path, THREE, keys, ALMOST_THE_SAME[name]))
+    torch.testing.assert_close(run.losses, plain(keys).losses, rtol=1e-5, atol=0)
+    assert largest_difference(run.weights, plain(keys).weights) < 5e-5
+
+
+@pytest.mark.slow
+def test_inductor_trains_alike(plain, tmp_path):
+    keys = ONE_BY_ONE
+    run = train(config_of(tmp_path, THREE, keys, {"compile.enable": True}))
+    torch.testing.assert_close(run.losses, plain(keys).losses, rtol=1e-4, atol=0)
+    assert largest_difference(run.weights, plain(keys).weights) < 2e-4
+
+
+def test_adam_and_its_coupled_decay(tmp_path, plain):
+    """Adam without decay equals AdamW without decay; with decay they differ."""
+    none = {"optimizer.weight_decay": 0.0}
+    adam = {"optimizer.name": "Adam"}
+    a = train(config_of(tmp_path / "a", THREE, none))
+    b = train(config_of(tmp_path / "b", THREE, none, adam))
+    assert largest_difference(a.weights, b.weights) < 1e-6
+    c = train(config_of(tmp_path / "c", THREE, adam))
+    assert not same(c.weights, plain(JOINT).weights)
+    assert not same(c.weights, b.weights)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@family
+def test_bfloat16_stays_close(keys, dtype, plain, tmp_path):
+    """Computed in bfloat16 (8 bits of precision), with weights in either type."""
+    precision = {"training.mixed_precision_param": "bfloat16", "training.dtype": dtype}
+    run = train(config_of(tmp_path, THREE, keys, precision))
+    assert {w.dtype for w in run.weights.values()} == {getattr(torch, dtype)}
+    assert run.losses != plain(keys).losses
+    torch.testing.assert_close(run.losses, plain(keys).losses, rtol=0.02, atol=0)

@@ -1,0 +1,111 @@
+"""An interrupted run that goes on equals the one that was never interrupted, to the bit."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+
+from runs import (
+    ONE_BY_ONE,
+    SEQUENTIAL,
+    SOURCES,
+    config_of,
+    interrupt_after,
+    same,
+    train,
+    write_corpus,
+)
+from torchtitan_mtp.config import to_toml
+
+ROOT = Path(__file__).resolve().parents[2]
+SAVES = {
+    "checkpoint.enable": True,
+    "checkpoint.interval": 3,
+    "checkpoint.last_save_model_only": False,
+}
+
+
+@pytest.mark.parametrize("family", [ONE_BY_ONE, SEQUENTIAL], ids=["parallel", "sequential"])
+@pytest.mark.parametrize("source", SOURCES)
+def test_three_and_three_steps_are_six(source, family, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # of decompressed contents
+    data = write_corpus(tmp_path, source)
+    whole = train(config_of(tmp_path / "whole", data, family))
+    config = config_of(tmp_path / "parts", data, family, SAVES)
+    first = train(config, interrupt_after(3))
+    second = train(config_of(tmp_path / "parts", data, family, SAVES))
+    assert (len(first.losses), second.start, len(second.losses)) == (3, 3, 3)
+    assert first.logged[-1]["n_tokens_seen"] * 2 == second.logged[-1]["n_tokens_seen"]
+    for key in ("step", "head_losses", "grad_norm", "lr", "n_tokens_seen"):
+        parts = [step[key] for step in first.logged + second.logged]
+        assert parts == [step[key] for step in whole.logged], key
+    assert same(second.weights, whole.weights)
+    # The steps did something: losses differ from step to step, so equality means the same data.
+    assert len({loss[0] for loss in whole.losses}) == 6
+
+
+@pytest.mark.parametrize("mode", ["async", "async_with_pinned_mem"])
+def test_background_saves_resume_alike(mode, tmp_path):
+    whole = train(config_of(tmp_path / "whole"))
+    keys = {**SAVES, "checkpoint.async_mode": mode}
+    train(config_of(tmp_path / "parts", keys), interrupt_after(3))
+    second = train(config_of(tmp_path / "parts", keys))
+    assert second.start == 3
+    assert same(second.weights, whole.weights)
+
+
+def test_accumulation_resumes_between_steps(tmp_path):
+    keys = {"training.global_batch_size": 6, "training.local_batch_size": 2}
+    whole = train(config_of(tmp_path / "whole", keys))
+    train(config_of(tmp_path / "parts", keys, SAVES), interrupt_after(3))
+    second = train(config_of(tmp_path / "parts", keys, SAVES))
+    assert second.losses == whole.losses[3:]
+    assert same(second.weights, whole.weights)
+
+
+def test_a_finished_run_is_not_trained_again(tmp_path, caplog):
+    first = train(config_of(tmp_path, SAVES))
+    again = train(config_of(tmp_path, SAVES))
+    assert (again.start, again.losses) == (6, [])
+    assert same(again.weights, first.weights)
+
+
+def test_a_killed_process_goes_on_from_its_last_whole_checkpoint(tmp_path):
+    steps = 12
+    keys = {"training.steps": steps, "model.flavor": "quickstart"}
+    whole = train(config_of(tmp_path / "whole", keys))
+    config = config_of(tmp_path, keys, SAVES, {"checkpoint.interval": 1})
+    (tmp_path / "run.toml").write_text(to_toml(config))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        environment.pop(name, None)
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "torchtitan_mtp.train",
+            "--job.config_file",
+            str(tmp_path / "run.toml"),
+        ],
+        cwd=ROOT,
+        env=environment,
+        stderr=subprocess.DEVNULL,
+    )
+    folder = Path(config.job.dump_folder) / "checkpoint"
+    deadline = time.monotonic() + 120
+    while not (folder / "step-4").exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    second = train(config_of(tmp_path, keys, SAVES, {"checkpoint.interval": 100}))
+    assert 4 <= second.start < steps
+    assert second.losses == whole.losses[second.start :]
+    assert same(second.weights, whole.weights)
