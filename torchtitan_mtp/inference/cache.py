@@ -8,6 +8,7 @@ every query until it is overwritten. The padding after a short prompt is left in
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -41,14 +42,26 @@ class Span(NamedTuple):
 
 
 class Positions:
-    """Makes the spans of a generation: positions 0 .. max_len - 1 of `batch` rows."""
+    """Makes the spans of a generation: positions 0 .. max_len - 1 of `batch` rows.
 
-    def __init__(self, args: ModelArgs, batch: int, max_len: int, device: torch.device) -> None:
-        self.batch, self.max_len = batch, max_len
+    like: a weight, for its device and dtype.
+    """
+
+    def __init__(self, args: ModelArgs, batch: int, max_len: int, like: Tensor) -> None:
+        self.batch, self.max_len, device = batch, max_len, like.device
         # As long as this generation, whatever length the model was trained at.
         self.cos, self.sin = rope_tables(replace(args, max_seq_len=max_len), device)
         self.all = torch.arange(max_len, device=device)
         self.rows = torch.arange(batch, device=device).unsqueeze(1)  # [B, 1]
+        # What a score is raised by: attention would make it of a bool mask in every layer.
+        self.seen, self.unseen = like.new_zeros(()), like.new_full((), -torch.inf)
+
+    def repeat(self, times: int) -> Positions:
+        """The same positions for `times` as many rows."""
+        other = copy.copy(self)
+        other.batch = times * self.batch
+        other.rows = torch.arange(other.batch, device=self.rows.device).unsqueeze(1)
+        return other
 
     def index(self, starts: Sequence[int], size: int) -> Index:
         """Of the `size` positions from `starts[b]` on in row b."""
@@ -65,7 +78,10 @@ class Positions:
         cos, sin = self.cos[index[1]], self.sin[index[1]]  # [(B,) size, hd/2]
         # A single query at the end, or all from the start: plain causal attention, and faster.
         plain = isinstance(index[1], slice) and (size == 1 or index[1].start == 0)
-        mask = None if plain else (self.all[:end] <= positions.unsqueeze(-1)).unsqueeze(1)
+        mask = None
+        if not plain:
+            visible = self.all[:end] <= positions.unsqueeze(-1)  # [B or 1, size, end]
+            mask = torch.where(visible, self.seen, self.unseen).unsqueeze(1)
         cos, sin = (table.view(-1, size, 1, table.shape[-1]) for table in (cos, sin))
         return Span(list(starts), size, index, end, AttentionContext(cos, sin, mask))
 
@@ -82,7 +98,7 @@ class LayerCache:
     """Keys and values of one `Attention`: [B, KV, max_len, hd] each, allocated once."""
 
     def __init__(self, attention: Any, positions: Positions) -> None:
-        like = attention.wk.weight
+        like = attention.wk.weight  # for its device and dtype
         heads, width = attention.n_kv_heads, attention.head_dim
         shape = (positions.batch, heads, positions.max_len, width)
         # Zeros: a masked key still takes part in the arithmetic, and 0 * NaN is NaN.

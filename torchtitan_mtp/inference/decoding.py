@@ -95,15 +95,15 @@ class Decoder:
     ) -> None:
         self.model, self.choose = model, choose
         self.blocks = list(model.layers.values())
-        device, longest = model.tok_embeddings.weight.device, max(map(len, prompts))
+        weight, longest = model.tok_embeddings.weight, max(map(len, prompts))
         max_len = longest + max_new_tokens + num_draft
-        self.positions = Positions(model.args, len(prompts), max_len, device)
+        self.positions = Positions(model.args, len(prompts), max_len, weight)
         self.caches = [LayerCache(block.attention, self.positions) for block in self.blocks]
         self.drafter = build_drafter(model, self.positions, num_draft) if num_draft else None
         tokens = torch.zeros(len(prompts), max_len + num_draft + 1, dtype=torch.long)
         for row, prompt in zip(tokens, prompts, strict=True):
             row[: len(prompt)] = torch.tensor(prompt)
-        self.tokens = tokens.to(device)
+        self.tokens = tokens.to(weight.device)
         self.last = [len(prompt) - 1 for prompt in prompts]
         self.span = self.positions.span([0] * len(prompts), longest)
         self.states: TrunkStates

@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from torchtitan_mtp.inference.cache import LayerCache, Positions, Span, shifted, take
+from torchtitan_mtp.inference.stacking import stack
 from torchtitan_mtp.models.transformer import Transformer
 
 # Logits [B, m, V] and the position of each row's first choice -> tokens [B, m].
@@ -39,8 +39,11 @@ class ParallelDrafter:
 
     def __init__(self, model: Transformer, positions: Positions, num_draft: int) -> None:
         self.model, self.positions = model, positions
-        blocks = model.mtp.head_blocks(model)[1 : num_draft + 1]
-        self.caches = [LayerCache(block.attention, positions) for block in blocks]
+        self.heads = num_draft
+        self.block = stack(model.mtp.head_blocks(model)[1 : num_draft + 1])
+        # The heads are rows of one batch: head 2's rows, head 3's rows, ...
+        self.rows = positions.repeat(num_draft)
+        self.cache = LayerCache(self.block.attention, self.rows)
 
     def draft(
         self,
@@ -55,17 +58,14 @@ class ParallelDrafter:
 
         states: the trunk's at `span`, which holds p and every position new since the last call.
         """
-        columns = span.columns(last)
+        columns, heads = span.columns(last), self.heads
         size = max(columns) + 1  # the heads never run over a rejected draft, but to fill a batch
-        if size < span.size:
-            span = self.positions.span(span.starts, size)
-        z = states.z[:, :size]
-        hiddens = [
-            take(self.model.mtp.hidden(self.model, k, z, span.context, cache.at(span)), columns)
-            for k, cache in enumerate(self.caches[:count], start=2)
-        ]
+        span = self.rows.span(span.starts * heads, size)
+        z = states.z[:, :size].repeat(heads, 1, 1)  # [H * B, size, D]
+        h = take(self.block(z, span.context, self.cache.at(span)), columns * heads)
+        h = self.model.norm(h).view(heads, len(last), -1).transpose(0, 1)  # [B, H, D]
         first = [p + 2 for p in last]
-        drafts = choose(self.model.output(torch.cat(hiddens, dim=1)), first)  # [B, count]
+        drafts = choose(self.model.output(h[:, :count]), first)  # [B, count]
         tokens[self.positions.index(first, count)] = drafts
 
 

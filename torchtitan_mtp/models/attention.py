@@ -18,8 +18,9 @@ from torchtitan_mtp.models.args import ModelArgs
 class AttentionContext(NamedTuple):
     """What every block of one forward shares, made once from the batch.
 
-    cos, sin: [B or 1, S, 1, head_dim / 2] float32. mask: None (causal), a bool [B, 1, Q, K] that
-    is True where attention is allowed, or a FlexAttention `BlockMask`.
+    cos, sin: [B or 1, S, 1, head_dim / 2] float32. mask: None (causal); [B, 1, Q, K], a
+    bool that is True where attention is allowed or a float that is added to the scores; or a
+    FlexAttention `BlockMask`.
     """
 
     cos: Tensor
