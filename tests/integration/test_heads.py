@@ -1,0 +1,216 @@
+"""What the [mtp] keys do to a whole run: frozen trunks, where heads start, schedules, sizes."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from runs import ONE_BY_ONE, SEQUENTIAL, config_of, interrupt_after, largest_difference, same, train
+from torchtitan_mtp.models.flavors import model_args
+from torchtitan_mtp.models.transformer import build_model
+from torchtitan_mtp.trainer import Trainer
+
+JOINT: dict[str, str] = {}
+FAMILIES = {"joint": JOINT, "one_by_one": ONE_BY_ONE, "chain": SEQUENTIAL}
+family = pytest.mark.parametrize("keys", FAMILIES.values(), ids=FAMILIES.keys())
+OFF = {"model.converters": [], "mtp.num_future_tokens": 1}
+SAVES = {"checkpoint.enable": True, "checkpoint.interval": 100}
+TWO = {"training.steps": 2}
+
+
+def starting_weights(config):
+    """The weights of a run before its first step."""
+    seen = {}
+
+    def look(trainer: Trainer) -> None:
+        for name, param in trainer.model.named_parameters():
+            seen[name] = param.full_tensor().detach().clone()
+        trainer.state.step = config.training.steps
+
+    train(config, look)
+    return seen
+
+
+@pytest.fixture
+def trunk_run(tmp_path):
+    """A plain model, trained two steps and saved."""
+    return train(config_of(tmp_path / "trunk", TWO, OFF, SAVES)), tmp_path / "trunk" / "run"
+
+
+@family
+def test_training_the_heads_leaves_the_trunk_alone(keys, tmp_path):
+    changes = {"mtp.train": "heads", "training.steps": 40, "optimizer.lr": 1e-2}
+    before = starting_weights(config_of(tmp_path / "a", keys))
+    run = train(config_of(tmp_path / "b", keys, changes))
+    assert same(run.trunk, {k: v for k, v in before.items() if not k.startswith("mtp.")})
+    for name, weight in run.weights.items():
+        assert torch.equal(weight, before[name]) == (not name.startswith("mtp.")), name
+    for head in (1, 2):
+        first, last = (run.losses[i][head] for i in (0, -1))
+        assert last < first - 0.2, f"head {head + 1}: {first} -> {last}"
+    assert run.logged[0]["grad_norm"] > 0
+
+
+@family
+def test_frozen_trunk_resumes(keys, tmp_path):
+    changes = {"mtp.train": "heads", "training.steps": 4}
+    saves = {**SAVES, "checkpoint.interval": 2, "checkpoint.last_save_model_only": False}
+    whole = train(config_of(tmp_path / "a", keys, changes))
+    train(config_of(tmp_path / "b", keys, changes, saves), interrupt_after(2))
+    second = train(config_of(tmp_path / "b", keys, changes, saves))
+    assert second.start == 2 and same(second.weights, whole.weights)
+
+
+@family
+def test_detached_heads_train_the_trunk_as_without_them(keys, tmp_path):
+    """But for clipping, whose norm is over everything, and for the order of one engine's sums."""
+    free = {"training.max_norm": math.inf, "training.steps": 3}
+    without = train(config_of(tmp_path / "a", OFF, free))
+    run = train(config_of(tmp_path / "b", keys, free, {"mtp.detach_trunk": True}))
+    assert largest_difference(run.trunk, without.weights) <= (1e-6 if keys == ONE_BY_ONE else 0)
+
+
+@family
+def test_new_heads_start_as_the_last_layer_of_the_loaded_trunk(keys, trunk_run, tmp_path):
+    trunk, folder = trunk_run
+    load = {"checkpoint.enable": True, "checkpoint.initial_load_path": str(folder)}
+    copied = starting_weights(
+        config_of(tmp_path / "a", keys, load, {"mtp.init": "copy_last_layer", "training.seed": 7})
+    )
+    own = starting_weights(config_of(tmp_path / "b", keys, load, {"training.seed": 7}))
+    assert same({k: v for k, v in copied.items() if not k.startswith("mtp.")}, trunk.weights)
+    assert same({k: v for k, v in own.items() if not k.startswith("mtp.")}, trunk.weights)
+    last = "layers.2."
+    block = "block." if keys == SEQUENTIAL else ""
+    for head in (0, 1):
+        prefix = f"mtp.heads.{head}."
+        for name, weight in trunk.weights.items():
+            if name.startswith(last):
+                counterpart = prefix + block + name.removeprefix(last)
+                assert torch.equal(copied[counterpart], weight), counterpart
+                if weight.ndim > 1:
+                    assert not torch.equal(own[counterpart], weight), counterpart
+        if keys == SEQUENTIAL:
+            assert torch.equal(copied[prefix + "norm.weight"], trunk.weights["norm.weight"])
+            for name in ("enorm.weight", "hnorm.weight", "eh_proj.weight"):
+                assert torch.equal(copied[prefix + name], own[prefix + name]), name
+
+
+def test_copying_without_a_checkpoint_copies_the_random_layer(tmp_path):
+    start = starting_weights(config_of(tmp_path, {"mtp.init": "copy_last_layer"}))
+    for name, weight in start.items():
+        if name.startswith("layers.2."):
+            assert torch.equal(start[name.replace("layers.2.", "mtp.heads.1.")], weight), name
+
+
+def test_a_resumed_run_keeps_its_trained_heads(tmp_path):
+    keys = {"mtp.init": "copy_last_layer", "training.steps": 4}
+    saves = {**SAVES, "checkpoint.interval": 2, "checkpoint.last_save_model_only": False}
+    whole = train(config_of(tmp_path / "a", keys))
+    train(config_of(tmp_path / "b", keys, saves), interrupt_after(2))
+    second = train(config_of(tmp_path / "b", keys, saves))
+    assert second.start == 2 and same(second.weights, whole.weights)
+
+
+@pytest.mark.parametrize("keys", [JOINT, SEQUENTIAL], ids=["parallel", "chain"])
+@pytest.mark.parametrize("n", [1, 2, 4])
+def test_heads_load_into_models_with_fewer_or_more(keys, n, tmp_path):
+    """Saved with n = 3, loaded with n: the common heads load, others start as `init` says."""
+    saved = train(config_of(tmp_path / "a", TWO, keys, SAVES))
+    load = {
+        "checkpoint.enable": True,
+        "checkpoint.initial_load_path": str(tmp_path / "a" / "run"),
+        "mtp.num_future_tokens": n,
+        "mtp.init": "copy_last_layer",
+    }
+    start = starting_weights(config_of(tmp_path / "b", keys, load))
+    heads = {name.split(".")[2] for name in start if name.startswith("mtp.")}
+    assert heads == {str(i) for i in range(n - 1)}
+    for name, weight in start.items():
+        if name in saved.weights:
+            assert torch.equal(weight, saved.weights[name]), name
+    if n == 4:
+        block = "block." if keys == SEQUENTIAL else ""
+        new = start[f"mtp.heads.2.{block}attention.wq.weight"]
+        assert torch.equal(new, saved.weights["layers.2.attention.wq.weight"])
+
+
+def test_a_model_with_heads_loads_as_a_plain_one(tmp_path):
+    saved = train(config_of(tmp_path / "a", TWO, SAVES))
+    load = {
+        "checkpoint.enable": True,
+        "checkpoint.initial_load_path": str(tmp_path / "a" / "run"),
+    }
+    start = starting_weights(config_of(tmp_path / "b", OFF, load))
+    assert same(start, saved.trunk)
+
+
+def test_shared_weights_are_one_module(tmp_path):
+    """A module applied twice: half the parameters of two, and it trains and resumes."""
+    keys = {**SEQUENTIAL, "mtp.share_weights": True, "training.steps": 4}
+    saves = {**SAVES, "checkpoint.interval": 2, "checkpoint.last_save_model_only": False}
+    whole = train(config_of(tmp_path / "a", keys))
+    assert {name.split(".")[2] for name in whole.weights if name.startswith("mtp.")} == {"0"}
+    assert len(whole.losses[0]) == 3
+    train(config_of(tmp_path / "b", keys, saves), interrupt_after(2))
+    assert same(train(config_of(tmp_path / "b", keys, saves)).weights, whole.weights)
+
+
+def test_matched_parameters_are_the_plain_models(tmp_path):
+    plain = starting_weights(config_of(tmp_path / "a", OFF))
+    matched = starting_weights(config_of(tmp_path / "b", {"mtp.match_parameters": True}))
+    assert sum(w.numel() for w in matched.values()) == sum(w.numel() for w in plain.values())
+    assert {name.split(".")[1] for name in matched if name.startswith("layers.")} == {"0"}
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        ({"mtp.curriculum": "forward"}, [(1, 0, 0)] * 2 + [(1, 1, 0)] * 2 + [(1, 1, 1)] * 2),
+        ({"mtp.curriculum": "reverse"}, [(1, 1, 1)] * 2 + [(1, 1, 0)] * 2 + [(1, 0, 0)] * 2),
+        (
+            {"mtp.curriculum": "forward", "mtp.curriculum_fraction": 0.5},
+            [(1, 0, 0), (1, 1, 0)] + [(1, 1, 1)] * 4,
+        ),
+        (
+            {"mtp.loss_scale_schedule": "step", "mtp.loss_scale": 0.3, "mtp.loss_weights": [1, 2]},
+            [(1, 0.3, 0.6)] * 4 + [(1, 0.1, 0.2)] * 2,
+        ),
+    ],
+)
+def test_schedules_reach_the_loss(keys, expected, tmp_path):
+    """The weights that are logged are those that the total was made with."""
+    run = train(config_of(tmp_path, keys))
+    for step, weights in zip(run.logged, expected, strict=True):
+        assert step["head_scales"] == pytest.approx(weights)
+        total = sum(w * loss for w, loss in zip(weights, step["head_losses"], strict=True))
+        assert step["global_total_loss"] == pytest.approx(total, rel=1e-6)
+
+
+def test_an_inactive_head_does_not_learn(tmp_path):
+    """Head 3 of a forward curriculum is at rest (but for weight decay) until its stage comes."""
+    keys = {
+        "mtp.curriculum": "forward",
+        "optimizer.weight_decay": 0.0,
+        "training.steps": 9,
+    }
+    start = starting_weights(config_of(tmp_path / "a", keys))
+    run = train(config_of(tmp_path / "b", keys), interrupt_after(6))
+    assert len(run.losses) == 6
+    for name, weight in run.weights.items():
+        assert torch.equal(weight, start[name]) == name.startswith("mtp.heads.1."), name
+
+
+@pytest.mark.parametrize("keys", [JOINT, SEQUENTIAL], ids=["parallel", "chain"])
+def test_parameters_that_the_log_counts(keys, tmp_path):
+    """Against the arithmetic of the shapes."""
+    start = starting_weights(config_of(tmp_path, keys))
+    args = model_args("llama3", "tiny", tokenizer_vocab=258)
+    trunk = sum(p.numel() for p in build_model(args).parameters())
+    dim, kv, ffn = 32, 16, 96
+    block = 2 * dim * dim + 2 * dim * kv + 3 * dim * ffn + 2 * dim
+    head = block if keys == JOINT else block + 2 * dim * dim + 3 * dim
+    assert trunk == 2 * 320 * dim + 3 * block + dim
+    assert sum(w.numel() for w in start.values()) == trunk + 2 * head
