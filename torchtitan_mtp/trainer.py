@@ -42,6 +42,7 @@ from torchtitan_mtp.mtp import (
     head_scales,
     head_weights,
 )
+from torchtitan_mtp.ops.backends import BACKENDS
 from torchtitan_mtp.optimizer import build_optimizer, build_scheduler
 
 logger = logging.getLogger(__name__)
@@ -139,8 +140,8 @@ class Trainer:
         self.param_dtype = (
             resolve_auto_dtype(self.device) if dtype == "auto" else getattr(torch, dtype)
         )
-        self.model = self._build_model()
         self.loss_arguments = loss_arguments(config)
+        self.model = self._build_model()
         self.engine = engines[config.mtp.engine]
         self.float8_scales = float8_scales_after_step(config)
         self.optimizer = build_optimizer(self.model.parameters(), config.optimizer)
@@ -233,8 +234,14 @@ class Trainer:
             copy_last_layer(self.model, None if report is None else report.missing)
         if self.world.is_main:
             folder = Path(self.config.job.dump_folder)
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "config.toml").write_text(to_toml(self.config))
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                (folder / "config.toml").write_text(to_toml(self.config))
+            except OSError as error:
+                raise UserError(
+                    f"job.dump_folder = {folder}: can't be written to ({error.strerror}); choose "
+                    "another folder"
+                ) from None
 
     # ---------------------------------------------------------------- train
 
@@ -266,6 +273,8 @@ class Trainer:
                 self.gc.run(step)
                 if self.validation and (step % config.validation.freq == 0 or step == steps):
                     self.evaluate(compare=step == steps)
+                if self.checkpointer.should_save(step, last=step == steps):
+                    self._check_finite(self.grad_norm.item())  # steps that no log line looked at
                 self.checkpointer.save(step, last=step == steps)
                 profiler.step()
                 memory.step()
@@ -288,7 +297,7 @@ class Trainer:
             last = i == len(batches) - 1
             losses.add(*self.engine(self.model, batch, scales, self.loss_arguments, last))
 
-        grad_norm = clip_gradients(self.model, config.training.max_norm)
+        self.grad_norm = clip_gradients(self.model, config.training.max_norm)
         lr = float(self.scheduler.get_last_lr()[0])
         self.optimizer.step()
         if self.float8_scales:
@@ -301,17 +310,20 @@ class Trainer:
         state.tokens += tokens
         self.metrics.record_step(tokens=tokens, data_seconds=data_seconds)
         if self.metrics.should_log(state.step):
-            self._log(losses, grad_norm, lr, weights)
+            self._log(losses, lr, weights)
 
-    def _log(
-        self, step_losses: StepLosses, grad_norm: Tensor, lr: float, weights: list[float]
-    ) -> None:
-        reduced, norm, step = step_losses.reduce(), grad_norm.item(), self.state.step
-        if not math.isfinite(norm) or not math.isfinite(reduced["total"]):
+    def _check_finite(self, norm: float, loss: float = 0.0) -> None:
+        """Every rank has the same global numbers, so all stop or none."""
+        if not math.isfinite(norm) or not math.isfinite(loss):
+            shown = f"loss {loss}, " if loss else ""
             raise UserError(
-                f"step {step}: loss {reduced['total']}, gradient norm {norm} are not finite; "
-                "stopped without saving: resume from the last checkpoint with a lower optimizer.lr"
+                f"step {self.state.step}: {shown}gradient norm {norm}: not finite; stopped without "
+                "saving: resume from the last checkpoint with a lower optimizer.lr"
             )
+
+    def _log(self, step_losses: StepLosses, lr: float, weights: list[float]) -> None:
+        reduced, norm, step = step_losses.reduce(), self.grad_norm.item(), self.state.step
+        self._check_finite(norm, reduced["total"])
         self.metrics.log(
             step,
             global_avg_loss=reduced["losses"][0],
@@ -409,7 +421,11 @@ def micro_batches_per_step(config: JobConfig, data_ranks: int) -> int:
 
 
 def loss_arguments(config: JobConfig) -> dict[str, Any]:
-    """Keyword arguments of `linear_cross_entropy`: the [loss] table."""
+    """Keyword arguments of `linear_cross_entropy`: the [loss] table. Error: no such backend."""
+    if config.loss.backend not in BACKENDS:
+        raise UserError(
+            f'loss.backend = "{config.loss.backend}": expected one of {", ".join(BACKENDS)}'
+        )
     return asdict(config.loss)
 
 

@@ -132,7 +132,7 @@ ALMOST_THE_SAME = {
     },
     "foreach": {"optimizer.implementation": "foreach"},
     "for-loop": {"optimizer.implementation": "for-loop"},
-    "naive loss": {"loss.backend": "naive"},
+    "naive loss": {"loss.backend": "naive", "mtp.engine": "joint"},
     "short chunks": {"loss.chunk_rows": 7},
 }
 

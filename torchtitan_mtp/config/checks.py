@@ -127,6 +127,11 @@ def _check_mtp(config: JobConfig) -> None:
             'mtp.engine = "sequential": takes parallel heads only, since sequential ones need the '
             'head before them; set mtp.engine = "joint" or mtp.heads = "parallel"'
         )
+    if mtp.engine == "sequential" and n > 1 and config.loss.backend != "chunked":
+        raise UserError(
+            f'mtp.engine = "sequential": has a loss of its own, found loss.backend = '
+            f'{show(config.loss.backend)}; set mtp.engine = "joint" or loss.backend = "chunked"'
+        )
     if mtp.share_weights and mtp.heads != "sequential":
         raise UserError(
             'mtp.share_weights = true: needs mtp.heads = "sequential", since parallel heads with '

@@ -99,8 +99,9 @@ def model_args(
     args = flavors[family][flavor]
     vocab = vocab_size or args.vocab_size or 64 * -(-tokenizer_vocab // 64)
     if vocab < tokenizer_vocab:
+        whose = f"model.vocab_size = {vocab}" if vocab_size else f'model.flavor = "{flavor}"'
         raise UserError(
-            f'model.flavor = "{flavor}" has a vocabulary of {vocab}, but the tokenizer makes ids '
+            f"{whose}: a vocabulary of {vocab}, but the tokenizer makes ids "
             f"up to {tokenizer_vocab - 1}; set model.vocab_size to at least {tokenizer_vocab}"
         )
     return replace(args, vocab_size=vocab, max_seq_len=max_seq_len, attn_mask_type=attn_mask_type)

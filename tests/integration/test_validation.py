@@ -1,0 +1,95 @@
+"""Validation measures what it says, and leaves the training alone."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+
+from runs import ONE_BY_ONE, SEQUENTIAL, config_of, finish, same, train, write_corpus
+from tests.naive import head_loss_sums
+from torchtitan_mtp.data.loader import DataLoader
+from torchtitan_mtp.data.sources import build_source
+from torchtitan_mtp.data.tokenizer import build_tokenizer
+from torchtitan_mtp.trainer import Trainer
+
+JOINT: dict[str, str] = {}
+FAMILIES = {"joint": JOINT, "one_by_one": ONE_BY_ONE, "chain": SEQUENTIAL}
+family = pytest.mark.parametrize("keys", FAMILIES.values(), ids=FAMILIES.keys())
+
+
+@pytest.fixture
+def other_text(tmp_path):
+    """[validation] on a corpus of its own, some batches of it."""
+    corpus = write_corpus(tmp_path / "held_out", "jsonl", count=6, seed=9)
+    return {
+        "validation.enable": True,
+        "validation.dataset": "held_out",
+        "validation.dataset_path": corpus["training.dataset_path"],
+        "validation.freq": 2,
+    }
+
+
+@family
+def test_losses_are_those_of_a_naive_loop(keys, other_text, tmp_path):
+    packed = {"model.attn_mask_type": "block_causal", "validation.seq_len": 24}
+    config = config_of(tmp_path, keys, other_text, packed)
+    trainer = Trainer(config)
+    try:
+        found = trainer.evaluate()
+        assert trainer.evaluate() == found  # the same documents every time
+        parameters = {name: p.full_tensor() for name, p in trainer.model.named_parameters()}
+    finally:
+        finish(trainer)
+    loader = DataLoader(
+        build_source("held_out", config.validation.dataset_path),
+        build_tokenizer("byte"),
+        24,
+        3,
+        1,
+        split="all",
+        infinite=False,
+    )
+    sums, valid = [0.0] * 3, [0] * 3
+    with torch.no_grad():
+        for tokens, doc_ids, _ in loader:
+            s, v = head_loss_sums(parameters, tokens, doc_ids, trainer.args, config.mtp)
+            sums = [a + b.item() for a, b in zip(sums, s, strict=True)]
+            valid = [a + b for a, b in zip(valid, v, strict=True)]
+    assert valid[0] > valid[1] > valid[2] > 50
+    expected = [s / v for s, v in zip(sums, valid, strict=True)]
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
+@family
+def test_training_does_not_notice_it(keys, other_text, tmp_path):
+    plain = train(config_of(tmp_path / "a", keys))
+    run = train(config_of(tmp_path / "b", keys, other_text))
+    assert run.losses == plain.losses
+    assert same(run.weights, plain.weights)
+    assert len(run.validated) == 3 and len({loss[0] for loss in run.validated}) == 3
+
+
+def test_steps_limit_the_batches(other_text, tmp_path):
+    """One batch of two rows, against the same rows."""
+    one = train(config_of(tmp_path / "a", other_text, {"validation.steps": 1}))
+    everything = train(config_of(tmp_path / "b", other_text))
+    assert one.losses == everything.losses
+    assert one.validated != everything.validated
+
+
+def test_it_comes_at_the_last_step_too(other_text, tmp_path):
+    run = train(config_of(tmp_path, other_text, {"validation.freq": 4, "training.steps": 6}))
+    assert len(run.validated) == 2
+
+
+def test_held_out_documents_are_compared_with_pair_statistics(tmp_path, caplog):
+    keys = {"validation.enable": True, "validation.freq": 3, "training.validation_fraction": 0.3}
+    with caplog.at_level(logging.INFO, logger="torchtitan_mtp"):
+        run = train(config_of(tmp_path, keys))
+    assert len(run.validated) == 2
+    tables = [r.getMessage() for r in caplog.records if "held-out text" in r.getMessage()]
+    assert len(tables) == 1  # at the end only
+    for k, loss in enumerate(run.validated[-1], 1):
+        assert f"{loss:.3f}"[:4] in tables[0], (k, tables[0])
