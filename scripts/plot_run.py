@@ -1,0 +1,70 @@
+"""Draw the heads' losses of a run: `python scripts/plot_run.py RUN OUT.png`.
+
+RUN is a run's dump folder with TensorBoard files; training losses are lines, held-out ones dots.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from torchtitan_mtp.errors import UserError
+
+
+def read_scalars(run: Path) -> dict[str, list[tuple[int, float]]]:
+    """Tag -> (step, value) of every event file below `run`, a later start's values last."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    scalars: dict[str, dict[int, float]] = {}
+    folders = sorted({file.parent for file in run.rglob("events.out.tfevents.*")})
+    if not folders:
+        raise UserError(f"{run}: no TensorBoard files below it; set metrics.enable_tensorboard")
+    for folder in folders:
+        events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+        for tag in events.Tags()["scalars"]:
+            values = scalars.setdefault(tag, {})
+            values.update({event.step: event.value for event in events.Scalars(tag)})
+    return {tag: sorted(values.items()) for tag, values in scalars.items()}
+
+
+def plot(scalars: dict[str, list[tuple[int, float]]], out: Path) -> int:
+    """Write the picture; returns the number of heads in it."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError(
+            "matplotlib is missing: pip install matplotlib, or the dev extra"
+        ) from None
+    axes = (figure := Figure(figsize=(7, 3.6), layout="constrained")).subplots()
+    head = 0
+    while curve := scalars.get(f"loss_metrics/mtp_head_{head + 1}_loss"):
+        head += 1
+        axes.plot(*zip(*curve, strict=True), color=f"C{head - 1}", lw=1, label=f"head {head}")
+        held_out = scalars.get(f"validation_metrics/mtp_head_{head}_loss", [])
+        axes.scatter(*(zip(*held_out, strict=True) if held_out else ((), ())), c=f"C{head - 1}")
+    if head == 0:
+        raise UserError("the run has no loss_metrics/mtp_head_1_loss; is it a run of this trainer?")
+    axes.set(xlabel="step", ylabel="loss (nats a token)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(out, dpi=110)
+    return head
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("run", type=Path, help="a run's dump folder")
+    parser.add_argument("out", type=Path, help="the picture, .png or .svg")
+    args = parser.parse_args()
+    try:
+        heads = plot(read_scalars(args.run), args.out)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(f"wrote {args.out}: {heads} heads")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
