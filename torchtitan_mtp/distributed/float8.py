@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 
 import torch
@@ -11,13 +12,17 @@ from torchtitan_mtp.config import Float8Linear, JobConfig
 from torchtitan_mtp.errors import UserError
 
 
-def convert_to_float8(model: nn.Module, float8: Float8Linear) -> None:
+def convert_to_float8(model: nn.Module, float8: Float8Linear, compiled: bool = False) -> None:
     """Swap `nn.Linear` for torchao's `Float8Linear`, in place, on the meta device.
 
     Left alone: `output` (its projection runs inside the loss), layers whose name holds an entry of
     `filter_fqns`, and layers whose sides are not multiples of 16 (float8 products need that).
-    Hardware without float8 products needs `emulate`; a CPU always emulates.
+    Hardware without float8 products needs `emulate`; a CPU always emulates, which torch.compile
+    (`compiled`) can't do.
     """
+    # It warns of CUDA extensions that it could not load and this code does not use.
+    logging.getLogger("torchao").setLevel(logging.ERROR)
+    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
     try:
         from torchao.float8 import Float8LinearConfig, convert_to_float8_training
     except ImportError as error:
@@ -31,6 +36,11 @@ def convert_to_float8(model: nn.Module, float8: Float8Linear) -> None:
             "later); set quantize.linear.float8.emulate = true to test on it"
         )
     emulate = float8.emulate or not has_units
+    if emulate and compiled:
+        raise UserError(
+            "quantize.linear.float8 is emulated on this machine, and torch.compile can't compile "
+            "the emulation; set compile.enable = false"
+        )
     if float8.recipe_name in ("rowwise", "rowwise_with_gw_hp"):
         config = Float8LinearConfig.from_recipe_name(float8.recipe_name)
         object.__setattr__(config, "emulate", emulate)  # the config class is frozen
