@@ -42,7 +42,7 @@ def lr_factor(config: LRScheduler, steps: int, step: int) -> float:
         decay = min(round(steps * config.decay_ratio), decay)
     decay_start = steps + 1 - decay
     if step < warmup:
-        return (step + 1) / (warmup + 1) if warmup == steps else (step + 1) / warmup
+        return (step + 1) / warmup
     if step < decay_start or decay == 0:
         return 1.0
     progress = (step + 1 - decay_start) / decay

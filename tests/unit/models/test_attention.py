@@ -1,0 +1,154 @@
+"""Rotary positions and masks against naive forms."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+from tests.naive import rotate
+from tests.small import ARGS, small_model, small_window
+from torchtitan_mtp.data.targets import make_batch
+from torchtitan_mtp.models.args import RoPEScaling
+from torchtitan_mtp.models.attention import apply_rope, document_mask, rope_tables
+
+
+@pytest.mark.parametrize("theta", [100.0, 10000.0, 500000.0])
+def test_rope_is_a_complex_rotation(theta):
+    args = replace(ARGS, rope_theta=theta, dim=64)  # four heads of 16
+    x = torch.randn(2, 50, 4, 16, dtype=torch.float64)
+    cos, sin = rope_tables(args, "cpu")
+    assert cos.shape == (64, 8) and cos.dtype == torch.float32
+    found = apply_rope(x, cos[:50, None], sin[:50, None])
+    expected = torch.stack([rotate(row, theta) for row in x])
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
+    assert found.dtype == x.dtype
+    assert torch.equal(found[:, 0], x[:, 0].float().double())  # position 0 does not turn
+
+
+def test_rope_depends_on_differences_of_positions_only():
+    cos, sin = rope_tables(replace(ARGS, dim=64, max_seq_len=200), "cpu")
+    q, k = torch.randn(1, 5, 4, 16), torch.randn(1, 5, 4, 16)
+
+    def scores(start):
+        place = slice(start, start + 5)
+        turned = [apply_rope(x, cos[place, None], sin[place, None]) for x in (q, k)]
+        return torch.einsum("bqhd,bkhd->bhqk", *turned)
+
+    torch.testing.assert_close(scores(0), scores(150), rtol=1e-4, atol=1e-4)
+
+
+def published_scaling(freqs, scale_factor, low_freq_factor, high_freq_factor, old_context_len):
+    """`apply_scaling` of meta-llama/llama-models, models/llama3/model.py, frequency by frequency."""
+    low_freq_wavelen = old_context_len / low_freq_factor
+    high_freq_wavelen = old_context_len / high_freq_factor
+    new_freqs = []
+    for freq in freqs:
+        wavelen = 2 * math.pi / freq
+        if wavelen < high_freq_wavelen:
+            new_freqs.append(freq)
+        elif wavelen > low_freq_wavelen:
+            new_freqs.append(freq / scale_factor)
+        else:
+            smooth = (old_context_len / wavelen - low_freq_factor) / (
+                high_freq_factor - low_freq_factor
+            )
+            new_freqs.append((1 - smooth) * freq / scale_factor + smooth * freq)
+    return new_freqs
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [RoPEScaling(factor=8.0), RoPEScaling(factor=32.0), RoPEScaling(4.0, 1.0, 2.0, 2048)],
+)
+def test_llama_3_1_scaling(scaling):
+    args = replace(
+        ARGS, dim=512, n_heads=4, rope_theta=500000.0, rope_scaling=scaling, max_seq_len=3
+    )
+    freqs = [500000.0 ** (-2 * j / 128) for j in range(64)]
+    expected = published_scaling(
+        freqs,
+        scaling.factor,
+        scaling.low_freq_factor,
+        scaling.high_freq_factor,
+        scaling.original_max_seq_len,
+    )
+    kinds = [sum(a == b for a, b in zip(freqs, expected, strict=True))]
+    assert 0 < kinds[0] < 64  # some stay and some change
+    cos, sin = rope_tables(args, "cpu")
+    angles = torch.tensor(expected, dtype=torch.float64)
+    for position in (0, 1, 2):
+        torch.testing.assert_close(
+            cos[position].double(), (position * angles).cos(), atol=1e-6, rtol=0
+        )
+        torch.testing.assert_close(
+            sin[position].double(), (position * angles).sin(), atol=1e-6, rtol=0
+        )
+
+
+def naive_mask(doc_ids):
+    """[B, S, S]: query i sees key j <= i of its own document."""
+    batch, seq = doc_ids.shape
+    mask = torch.zeros(batch, seq, seq, dtype=torch.bool)
+    for b in range(batch):
+        for i in range(seq):
+            for j in range(i + 1):
+                mask[b, i, j] = doc_ids[b, i] == doc_ids[b, j]
+    return mask
+
+
+def test_document_mask_on_a_cpu():
+    doc_ids = small_window(3, 20).doc_ids
+    mask = document_mask(doc_ids)
+    assert mask.shape == (3, 1, 20, 20)
+    assert torch.equal(mask[:, 0], naive_mask(doc_ids))
+    assert mask.any(-1).all()  # every query, padding too, sees itself: no softmax over nothing
+
+
+class OnCuda:
+    """doc_ids that say they are on a GPU, to take the FlexAttention way on a CPU."""
+
+    is_cuda = True
+    device = "cpu"
+
+    def __init__(self, doc_ids):
+        self.doc_ids, self.shape = doc_ids, doc_ids.shape
+
+    def __getitem__(self, index):
+        return self.doc_ids[index]
+
+
+def test_flex_attentions_mask_is_the_same():
+    doc_ids = small_window(3, 40).doc_ids
+    block_mask = document_mask(OnCuda(doc_ids))
+    b, q, kv = torch.meshgrid(torch.arange(3), torch.arange(40), torch.arange(40), indexing="ij")
+    found = block_mask.mask_mod(b, torch.zeros_like(b), q, kv)
+    assert torch.equal(found, document_mask(doc_ids)[:, 0])
+    # Uncompiled, FlexAttention computes every score: enough to see that it attends alike.
+    query, key, value = torch.randn(3, 3, 2, 40, 16).unbind(0)
+    query, key, value = (x.contiguous() for x in (query, key, value))
+    flexible = flex_attention(query, key, value, block_mask=block_mask)
+    expected = F.scaled_dot_product_attention(query, key, value, attn_mask=document_mask(doc_ids))
+    torch.testing.assert_close(flexible, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_create_block_mask_skips_blocks_of_other_documents():
+    doc_ids = torch.arange(4).repeat_interleave(128)[None]
+    block_mask = document_mask(OnCuda(doc_ids))
+    assert block_mask.kv_num_blocks.sum() + block_mask.full_kv_num_blocks.sum() == 4  # of 16
+    assert create_block_mask  # the module's own
+
+
+def test_causal_attention_ignores_documents_unless_asked():
+    window = small_window(2, 21)
+    apart = window._replace(doc_ids=torch.zeros_like(window.doc_ids))
+    causal = small_model(attn_mask_type="causal")
+    packed = small_model(attn_mask_type="block_causal")
+    with torch.no_grad():
+        assert torch.equal(causal(make_batch(window, 1))[0], causal(make_batch(apart, 1))[0])
+        assert not torch.equal(packed(make_batch(window, 1))[0], packed(make_batch(apart, 1))[0])
+        torch.testing.assert_close(packed(make_batch(apart, 1))[0], causal(make_batch(apart, 1))[0])
