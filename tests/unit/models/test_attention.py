@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import flex_attention
 
 from tests.naive import rotate
 from tests.small import ARGS, small_model, small_window
@@ -43,7 +43,7 @@ def test_rope_depends_on_differences_of_positions_only():
 
 
 def published_scaling(freqs, scale_factor, low_freq_factor, high_freq_factor, old_context_len):
-    """`apply_scaling` of meta-llama/llama-models, models/llama3/model.py, frequency by frequency."""
+    """`apply_scaling` of meta-llama/llama-models (models/llama3/model.py), one frequency a time."""
     low_freq_wavelen = old_context_len / low_freq_factor
     high_freq_wavelen = old_context_len / high_freq_factor
     new_freqs = []
@@ -77,17 +77,14 @@ def test_llama_3_1_scaling(scaling):
         scaling.high_freq_factor,
         scaling.original_max_seq_len,
     )
-    kinds = [sum(a == b for a, b in zip(freqs, expected, strict=True))]
-    assert 0 < kinds[0] < 64  # some stay and some change
+    same = sum(a == b for a, b in zip(freqs, expected, strict=True))
+    assert 0 < same < 64  # some stay and some change
     cos, sin = rope_tables(args, "cpu")
     angles = torch.tensor(expected, dtype=torch.float64)
     for position in (0, 1, 2):
-        torch.testing.assert_close(
-            cos[position].double(), (position * angles).cos(), atol=1e-6, rtol=0
-        )
-        torch.testing.assert_close(
-            sin[position].double(), (position * angles).sin(), atol=1e-6, rtol=0
-        )
+        for table, function in ((cos, torch.cos), (sin, torch.sin)):
+            row = function(position * angles)
+            torch.testing.assert_close(table[position].double(), row, atol=1e-6, rtol=0)
 
 
 def naive_mask(doc_ids):
@@ -122,6 +119,7 @@ class OnCuda:
         return self.doc_ids[index]
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_flex_attentions_mask_is_the_same():
     doc_ids = small_window(3, 40).doc_ids
     block_mask = document_mask(OnCuda(doc_ids))
@@ -136,11 +134,10 @@ def test_flex_attentions_mask_is_the_same():
     torch.testing.assert_close(flexible, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_create_block_mask_skips_blocks_of_other_documents():
+def test_flex_attention_skips_blocks_of_other_documents():
     doc_ids = torch.arange(4).repeat_interleave(128)[None]
     block_mask = document_mask(OnCuda(doc_ids))
     assert block_mask.kv_num_blocks.sum() + block_mask.full_kv_num_blocks.sum() == 4  # of 16
-    assert create_block_mask  # the module's own
 
 
 def test_causal_attention_ignores_documents_unless_asked():

@@ -29,9 +29,8 @@ def test_logits_are_the_naive_ones(kv_heads, mask, tied):
     parameters = {name: p.detach() for name, p in model.named_parameters()}
     one = MTP(num_future_tokens=1)
     for row in range(2):
-        (expected,) = head_logits(
-            parameters, window.tokens[row], window.doc_ids[row], model.args, one
-        )
+        tokens, documents = window.tokens[row], window.doc_ids[row]
+        (expected,) = head_logits(parameters, tokens, documents, model.args, one)
         torch.testing.assert_close(found[row], expected, rtol=1e-5, atol=1e-6)
 
 

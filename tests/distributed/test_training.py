@@ -1,0 +1,224 @@
+"""Whole trainings on two gloo ranks: resume, other ranks, options; against one process.
+
+The ranks are started once, run everything, and the tests look at what came of it.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from runs import (
+    ONE_BY_ONE,
+    SEQUENTIAL,
+    Run,
+    config_of,
+    finish,
+    interrupt_after,
+    largest_difference,
+    same,
+    train,
+    write_corpus,
+)
+from spawn import run_ranks
+from torchtitan_mtp.trainer import Trainer
+
+JOINT: dict[str, Any] = {}
+FAMILIES = {"joint": JOINT, "one_by_one": ONE_BY_ONE, "chain": SEQUENTIAL}
+family = pytest.mark.parametrize("name", FAMILIES)
+STEPS = {"training.steps": 4}
+SAVES = {
+    "checkpoint.enable": True,
+    "checkpoint.interval": 2,
+    "checkpoint.last_save_model_only": False,
+}
+FLOAT8 = {"model.converters": ["mtp", "quantize.linear.float8"]}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "hsdp": {
+        "parallelism.data_parallel_replicate_degree": 2,
+        "parallelism.data_parallel_shard_degree": 1,
+    },
+    "not resharded": {"parallelism.fsdp_reshard_after_forward": "never"},
+    "ac": {"activation_checkpoint.mode": "selective"},
+    "compile": {"compile.enable": True, "compile.backend": "eager"},
+    "offload": {"training.enable_cpu_offload": True},
+    "accumulation": {"training.local_batch_size": 1, "training.global_batch_size": 4},
+}
+FLOAT8_OPTIONS: dict[str, dict[str, Any]] = {
+    "tensorwise": FLOAT8,
+    "rowwise": {**FLOAT8, "quantize.linear.float8.recipe_name": "rowwise"},
+    "float8 gather": {
+        **FLOAT8,
+        "quantize.linear.float8.enable_fsdp_float8_all_gather": True,
+        "quantize.linear.float8.precompute_float8_dynamic_scale_for_fsdp": True,
+    },
+}
+
+
+def validation(folder: Path) -> dict[str, Any]:
+    return {
+        "validation.enable": True,
+        "validation.dataset": "held_out",
+        "validation.dataset_path": str(folder / "held_out" / "corpus.jsonl"),
+        "validation.freq": 2,
+    }
+
+
+@dataclass
+class Counted:
+    """Reductions of gradients, by micro-batch."""
+
+    reductions: list[int]
+
+
+def count_reductions(folder: Path, keys: dict[str, Any]) -> list[int]:
+    """Gradient reductions in each of three micro-batches of a step."""
+    accumulate = {"training.global_batch_size": 12, "training.local_batch_size": 2}
+    trainer = Trainer(config_of(folder, keys, accumulate))
+    counts: list[int] = []
+    engine, reduce_scatter = trainer.engine, dist.reduce_scatter_tensor
+
+    def counting(*args: Any, **options: Any) -> Any:
+        counts[-1] += 1
+        return reduce_scatter(*args, **options)
+
+    def micro_batch(*args: Any) -> Any:
+        counts.append(0)
+        return engine(*args)
+
+    trainer.engine = micro_batch
+    dist.reduce_scatter_tensor = counting  # type: ignore[assignment]
+    try:
+        trainer.train_step()
+    finally:
+        dist.reduce_scatter_tensor = reduce_scatter
+        finish(trainer)
+    return counts
+
+
+def everything(rank: int, folder: Path) -> dict[str, Any]:
+    """On every rank; names -> what the tests below compare."""
+    results: dict[str, Any] = {}
+    for name, keys in FAMILIES.items():
+        at = folder / name
+        results[f"{name} whole"] = train(config_of(folder, STEPS, keys))
+        saves = {**STEPS, **keys, **SAVES, "job.dump_folder": str(at)}
+        train(config_of(folder, saves), interrupt_after(2))
+        if rank == 0:
+            (at / "copy").mkdir()
+            os.system(f"cp -r {at}/checkpoint {at}/copy/")  # for one process to go on from
+        dist.barrier()
+        results[f"{name} resumed"] = train(config_of(folder, saves))
+        results[f"{name} validated"] = train(config_of(folder, STEPS, keys, validation(folder)))
+        results[f"{name} reductions"] = count_reductions(folder, keys)
+    for option, more in OPTIONS.items():
+        results[option] = train(config_of(folder, STEPS, ONE_BY_ONE, more))
+    for option, more in FLOAT8_OPTIONS.items():
+        saves = {**STEPS, **SAVES, **more, "job.dump_folder": str(folder / option)}
+        train(config_of(folder, saves), interrupt_after(2))
+        results[option] = train(config_of(folder, saves))
+    return results
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("training")
+    write_corpus(path, "jsonl")
+    write_corpus(path / "held_out", "jsonl", count=9, seed=9)
+    return path
+
+
+@pytest.fixture(scope="module")
+def ranks(folder) -> list[dict[str, Any]]:
+    return run_ranks(2, everything, folder, timeout=240)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        os.environ.pop(name, None)
+
+
+def alone(folder: Path, *changes: dict[str, Any]) -> Run:
+    """One process with the global batch of two ranks."""
+    return train(config_of(folder, STEPS, {"training.local_batch_size": 4}, *changes))
+
+
+def close(a: Run, b: Run) -> None:
+    torch.testing.assert_close(a.losses, b.losses, rtol=1e-5, atol=0)
+    assert largest_difference(a.weights, b.weights) < 5e-5
+
+
+@family
+def test_ranks_agree(name, ranks):
+    first, second = (results[f"{name} whole"] for results in ranks)
+    assert first.losses == second.losses and same(first.weights, second.weights)
+
+
+@family
+def test_two_ranks_train_as_one_process(name, ranks, folder):
+    close(ranks[0][f"{name} whole"], alone(folder, FAMILIES[name]))
+
+
+@family
+def test_resumed_on_as_many_ranks_to_the_bit(name, ranks):
+    whole, resumed = (ranks[0][f"{name} {what}"] for what in ("whole", "resumed"))
+    assert resumed.start == 2 and resumed.losses == whole.losses[2:]
+    assert same(resumed.weights, whole.weights)
+
+
+@family
+def test_two_ranks_go_on_as_one_process(name, ranks, folder):
+    """The same global batches, so the same losses; the tokens seen are the run's."""
+    at = {**SAVES, "job.dump_folder": str(folder / name / "copy")}
+    resumed, whole = alone(folder, FAMILIES[name], at), ranks[0][f"{name} whole"]
+    assert resumed.start == 2
+    torch.testing.assert_close(resumed.losses, whole.losses[2:], rtol=1e-5, atol=0)
+    assert resumed.logged[-1]["n_tokens_seen"] == whole.logged[-1]["n_tokens_seen"]
+    assert largest_difference(resumed.weights, whole.weights) < 5e-5
+
+
+@family
+def test_validation_is_the_same_on_any_ranks_and_leaves_nothing_stale(name, ranks, folder):
+    """Parameters that stay gathered after an evaluation would be those of an older step."""
+    whole, run = (ranks[0][f"{name} {what}"] for what in ("whole", "validated"))
+    assert run.losses == whole.losses and same(run.weights, whole.weights)
+    assert len(run.validated) == 2
+    expected = alone(folder, FAMILIES[name], validation(folder))
+    torch.testing.assert_close(run.validated, expected.validated, rtol=1e-5, atol=0)
+
+
+@family
+def test_gradients_are_reduced_in_the_last_micro_batch_only(name, ranks):
+    for results in ranks:
+        *before, last = results[f"{name} reductions"]
+        assert before == [0, 0]
+        assert last >= 8  # blocks, embedding, norm, output: once each
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_options_do_not_change_the_result(option, ranks):
+    close(ranks[0][option], ranks[0]["one_by_one whole"])
+
+
+@pytest.mark.parametrize("option", FLOAT8_OPTIONS)
+def test_float8_trains_and_resumes(option, ranks, folder):
+    run, plain = ranks[0][option], ranks[0]["joint whole"]
+    assert run.start == 2
+    assert run.losses != plain.losses[2:]
+    torch.testing.assert_close(run.losses, plain.losses[2:], rtol=0.02, atol=0)
+    # What was saved are plain weights, which a model without float8 reads.
+    load = {**SAVES, "checkpoint.initial_load_path": str(folder / option), "training.steps": 1}
+    unquantised = alone(folder / option, load)
+    assert unquantised.weights.keys() == run.weights.keys()
+    assert unquantised.losses[0][0] < plain.losses[0][0]
