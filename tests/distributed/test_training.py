@@ -6,7 +6,6 @@ The ranks are started once, run everything, and the tests look at what came of i
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -70,19 +69,15 @@ def validation(folder: Path) -> dict[str, Any]:
     }
 
 
-@dataclass
-class Counted:
-    """Reductions of gradients, by micro-batch."""
-
-    reductions: list[int]
-
-
 def count_reductions(folder: Path, keys: dict[str, Any]) -> list[int]:
     """Gradient reductions in each of three micro-batches of a step."""
     accumulate = {"training.global_batch_size": 12, "training.local_batch_size": 2}
     trainer = Trainer(config_of(folder, keys, accumulate))
     counts: list[int] = []
-    engine, reduce_scatter = trainer.engine, dist.reduce_scatter_tensor
+    # What FSDP2 calls: the name before torch 2.13, and since.
+    name = "reduce_scatter_single"
+    name = name if hasattr(dist, name) else "reduce_scatter_tensor"
+    engine, reduce_scatter = trainer.engine, getattr(dist, name)
 
     def counting(*args: Any, **options: Any) -> Any:
         counts[-1] += 1
@@ -93,11 +88,11 @@ def count_reductions(folder: Path, keys: dict[str, Any]) -> list[int]:
         return engine(*args)
 
     trainer.engine = micro_batch
-    dist.reduce_scatter_tensor = counting  # type: ignore[assignment]
+    setattr(dist, name, counting)
     try:
         trainer.train_step()
     finally:
-        dist.reduce_scatter_tensor = reduce_scatter
+        setattr(dist, name, reduce_scatter)
         finish(trainer)
     return counts
 
@@ -201,9 +196,8 @@ def test_validation_is_the_same_on_any_ranks_and_leaves_nothing_stale(name, rank
 @family
 def test_gradients_are_reduced_in_the_last_micro_batch_only(name, ranks):
     for results in ranks:
-        *before, last = results[f"{name} reductions"]
-        assert before == [0, 0]
-        assert last >= 8  # blocks, embedding, norm, output: once each
+        # Three layers, two heads, the embedding, the norm and `output`: once each.
+        assert results[f"{name} reductions"] == [0, 0, 8]
 
 
 @pytest.mark.parametrize("option", OPTIONS)

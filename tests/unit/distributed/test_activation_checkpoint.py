@@ -1,0 +1,84 @@
+"""What is computed again in the backward: counted, not believed."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.small import named_gradients, small_model, small_window
+from torchtitan_mtp.config import MTP, ActivationCheckpoint
+from torchtitan_mtp.data.targets import make_batch
+from torchtitan_mtp.distributed.activation_checkpoint import apply_activation_checkpointing
+
+N = 3
+
+
+class Count(TorchDispatchMode):
+    """Operations that run, by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def step(heads, **config):
+    """Operations of the forward, of the backward, and the gradients by name."""
+    model = small_model(MTP(heads=heads, num_future_tokens=N), attn_mask_type="causal")
+    apply_activation_checkpointing(model, ActivationCheckpoint(**config))
+    batch = make_batch(small_window(2, 11), N)
+    with Count() as forward:
+        hiddens = model(batch)
+    loss = sum(h.square().sum() for h in hiddens)
+    with Count() as backward:
+        loss.backward()
+    return forward.seen, backward.seen, named_gradients(model)
+
+
+ATTENTION = "_scaled_dot_product_flash_attention_for_cpu"
+BLOCKS = 5
+# Matrix products of the blocks: a module of a chain has its projection as well.
+PRODUCTS = {"parallel": [7, 7, 7, 7, 7], "sequential": [7, 7, 7, 8, 8]}
+
+
+@pytest.mark.parametrize("heads", PRODUCTS)
+@pytest.mark.parametrize("option", ["none", "full", "1", "2", "op"])
+def test_what_is_computed_again(heads, option):
+    mode = option if option in ("none", "full") else "selective"
+    config = {"mode": mode, "selective_ac_option": "2" if mode == option else option}
+    products = PRODUCTS[heads]
+    again = {  # attentions and matrix products in the backward
+        "none": (0, 0),
+        "full": (BLOCKS, sum(products)),
+        "1": (BLOCKS, sum(products)),
+        "2": (3, sum(products[::2])),
+        "op": (0, sum(p // 2 for p in products)),  # every second
+    }
+    _, plain, expected = step(heads, mode="none")
+    forward, backward, gradients = step(heads, **config)
+    assert forward[ATTENTION] == BLOCKS
+    assert (backward[ATTENTION], backward["mm"] - plain["mm"]) == again[option]
+    assert all(torch.equal(gradients[name], expected[name]) for name in expected)
+    assert gradients.keys() == expected.keys()  # no wrapper in the names
+
+
+@pytest.mark.parametrize(("heads", "spared"), [("parallel", 5), ("sequential", 3)])
+def test_early_stop_spares_last_products(heads, spared):
+    """Nothing needs the product that ends a block, but in a module of a chain its norm does."""
+    _, plain, _ = step(heads, mode="none")
+    _, backward, _ = step(heads, mode="full", early_stop=True)
+    assert backward["mm"] - plain["mm"] == sum(PRODUCTS[heads]) - spared
+
+
+def test_nothing_is_wrapped_without_gradients():
+    model = small_model(MTP(num_future_tokens=N))
+    apply_activation_checkpointing(model, ActivationCheckpoint(mode="full"))
+    with torch.no_grad(), Count() as count:
+        model(make_batch(small_window(2, 11), N))
+    assert count.seen["mm"] == sum(PRODUCTS["parallel"])

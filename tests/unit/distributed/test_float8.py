@@ -1,0 +1,89 @@
+"""Which layers become float8, and whole runs with it, emulated on a CPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from runs import ONE_BY_ONE, SEQUENTIAL, config_of, interrupt_after, same, train
+from tests.small import ARGS
+from torchtitan_mtp.config import MTP, Float8Linear
+from torchtitan_mtp.distributed.float8 import convert_to_float8, float8_scales_after_step
+from torchtitan_mtp.errors import UserError
+from torchtitan_mtp.models.transformer import build_model
+from torchtitan_mtp.mtp import add_heads
+
+Float8 = pytest.importorskip("torchao.float8.float8_linear").Float8Linear
+FLOAT8 = {"model.converters": ["mtp", "quantize.linear.float8"], "training.steps": 4}
+RECIPE = "quantize.linear.float8.recipe_name"
+FAMILIES = {"joint": {}, "one_by_one": ONE_BY_ONE, "chain": SEQUENTIAL}
+
+
+def kinds(heads: str, **keys) -> dict[str, bool]:
+    """Name of every linear layer -> whether it is float8."""
+    model = add_heads(build_model(ARGS), MTP(heads=heads, num_future_tokens=3))
+    convert_to_float8(model, Float8Linear(**keys))
+    return {n: isinstance(m, Float8) for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+
+
+@pytest.mark.parametrize("recipe", [None, "tensorwise", "rowwise", "rowwise_with_gw_hp"])
+@pytest.mark.parametrize("heads", ["parallel", "sequential"])
+def test_every_layer_but_output_is_converted(heads, recipe):
+    found = kinds(heads, recipe_name=recipe)
+    # 8 wide key and value projections are not multiples of 16.
+    small = {name for name in found if name.endswith(("wk", "wv"))}
+    assert {name for name, converted in found.items() if not converted} == small | {"output"}
+    assert any(name.startswith("mtp.heads.1.") for name in found)
+    if heads == "sequential":
+        assert found["mtp.heads.0.eh_proj"]
+
+
+def test_filtered_layers_stay():
+    found = kinds("sequential", filter_fqns=["attention", "mtp.heads.1"])
+    for name, converted in found.items():
+        kept = "attention" in name or "mtp.heads.1" in name or name == "output"
+        assert converted == (not kept), name
+
+
+@pytest.mark.parametrize("recipe", ["tensorwise", "rowwise", "rowwise_with_gw_hp"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_float8_learns_about_the_same(family, recipe, tmp_path):
+    keys = FAMILIES[family]
+    plain = train(config_of(tmp_path / "a", keys, {"training.steps": 4}))
+    run = train(config_of(tmp_path / "b", keys, FLOAT8, {RECIPE: recipe}))
+    assert run.losses != plain.losses
+    torch.testing.assert_close(run.losses, plain.losses, rtol=0.02, atol=0)
+    assert run.weights.keys() == plain.weights.keys()
+
+
+def test_checkpoints_hold_plain_weights(tmp_path):
+    """Resumed to the bit; and read by a model without float8."""
+    saves = {
+        "checkpoint.enable": True,
+        "checkpoint.interval": 2,
+        "checkpoint.last_save_model_only": False,
+    }
+    whole = train(config_of(tmp_path / "a", FLOAT8))
+    train(config_of(tmp_path / "b", FLOAT8, saves), interrupt_after(2))
+    second = train(config_of(tmp_path / "b", FLOAT8, saves))
+    assert second.start == 2 and same(second.weights, whole.weights)
+    load = {"checkpoint.enable": True, "checkpoint.initial_load_path": str(tmp_path / "b" / "run")}
+    seen = {}
+
+    def look(trainer):
+        seen.update({n: p.full_tensor().clone() for n, p in trainer.model.named_parameters()})
+        trainer.state.step = trainer.config.training.steps
+
+    train(config_of(tmp_path / "c", load), look)
+    assert same(seen, whole.weights)
+
+
+def test_precomputed_scales_go_with_the_float8_gather(tmp_path):
+    asked = {"quantize.linear.float8.precompute_float8_dynamic_scale_for_fsdp": True}
+    with pytest.raises(UserError, match=r"enable_fsdp_float8_all_gather = true"):
+        float8_scales_after_step(config_of(tmp_path, FLOAT8, asked))
+    assert float8_scales_after_step(config_of(tmp_path, FLOAT8)) is None
+    assert float8_scales_after_step(config_of(tmp_path, asked)) is None  # float8 is not in use
+    both = {**asked, "quantize.linear.float8.enable_fsdp_float8_all_gather": True}
+    assert float8_scales_after_step(config_of(tmp_path, FLOAT8, both)) is not None
