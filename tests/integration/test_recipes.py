@@ -1,0 +1,119 @@
+"""The recipes in train_configs, and the launcher, for real."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from runs import train
+from torchtitan_mtp.config import load_toml
+from torchtitan_mtp.data.tokenizer import build_tokenizer
+from torchtitan_mtp.distributed.activation_checkpoint import apply_activation_checkpointing
+from torchtitan_mtp.models.flavors import flavors, model_args
+from torchtitan_mtp.models.transformer import build_model
+from torchtitan_mtp.monitoring.flops import count_model_flops
+from torchtitan_mtp.mtp import add_heads
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPES = sorted((ROOT / "train_configs").glob("*.toml"))
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.stem)
+def test_a_recipes_model_builds(recipe):
+    """On the meta device: every shape fits, and the heads are there."""
+    config = load_toml(recipe)
+    open_vocabulary = flavors[config.model.name][config.model.flavor].vocab_size is None
+    vocab = build_tokenizer(config.model.hf_assets_path).vocab_size if open_vocabulary else 1
+    args = model_args(
+        config.model.name,
+        config.model.flavor,
+        tokenizer_vocab=vocab,
+        vocab_size=config.model.vocab_size,
+        max_seq_len=config.training.seq_len,
+        attn_mask_type=config.model.attn_mask_type,
+    )
+    model = build_model(args, getattr(torch, config.training.dtype))
+    trunk = sum(p.numel() for p in model.parameters())
+    if "mtp" in config.model.converters:
+        add_heads(model, config.mtp)
+        n = config.mtp.num_future_tokens
+        assert n > 1 and model.mtp.num_future_tokens == n
+        assert len(model.mtp.heads) == (1 if config.mtp.share_weights else n - 1)
+        total = sum(p.numel() for p in model.parameters())
+        assert (total == trunk) == config.mtp.match_parameters
+    else:
+        assert model.mtp is None
+    apply_activation_checkpointing(model, config.activation_checkpoint)
+    assert count_model_flops(model) is not None
+
+
+@pytest.mark.parametrize("name", ["debug_parallel", "debug_sequential"])
+def test_a_debug_recipe_trains(name, tmp_path):
+    """As it stands, but shorter; twice, to the same numbers: it promises to be deterministic."""
+    runs = []
+    for i in range(2):
+        config = load_toml(ROOT / "train_configs" / f"{name}.toml")
+        config.job.dump_folder = str(tmp_path / str(i))
+        config.training.steps = 3
+        runs.append(train(config))
+    first, second = runs
+    assert len(first.losses) == 3 and len(first.losses[0]) == 4
+    assert first.losses == second.losses
+    assert all(torch.equal(w, second.weights[name]) for name, w in first.weights.items())
+    for before, after in zip(first.losses[0], first.losses[-1], strict=True):
+        assert after < before
+
+
+def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """Tag -> (step, value) of the one TensorBoard file below `folder`."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (path,) = folder.rglob("events.out.tfevents.*")
+    events = EventAccumulator(str(path))
+    events.Reload()
+    return {
+        tag: [(event.step, event.value) for event in events.Scalars(tag)]
+        for tag in events.Tags()["scalars"]
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_the_launcher_trains_on_two_ranks(tmp_path):
+    """run_train.sh and torchrun as users call them; one process gives the same losses."""
+    kept = {k: v for k, v in os.environ.items() if k not in ("CONFIG_FILE", "LOG_RANK")}
+    environment = {**kept, "NGPU": "2", "OMP_NUM_THREADS": "1"}
+    if not (ROOT / ".venv").exists():  # set-up would make one: use the Python that runs this
+        environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
+    recipe = ROOT / "train_configs" / "debug_sequential.toml"
+    arguments = ["--job.config_file", str(recipe), "--job.dump_folder", str(tmp_path / "run")]
+    arguments += ["--training.steps", "3", "--training.seq_len", "64"]
+    arguments += ["--metrics.enable_tensorboard", "--checkpoint.enable"]
+    result = subprocess.run(
+        ["bash", str(ROOT / "run_train.sh"), *arguments],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "step:  3" in result.stdout + result.stderr
+    assert (tmp_path / "run" / "checkpoint" / "step-3" / ".metadata").is_file()
+    logged = scalars(tmp_path / "run")
+    losses = logged["loss_metrics/global_avg_loss"]
+    assert [step for step, _ in losses] == [1, 2, 3]
+    assert logged["n_tokens_seen"][-1][1] == 3 * 2 * 2 * 64  # steps, ranks, rows, tokens
+
+    config = load_toml(recipe)
+    config.job.dump_folder = str(tmp_path / "alone")
+    config.training.steps, config.training.seq_len, config.training.local_batch_size = 3, 64, 4
+    alone = train(config)
+    for k in range(1, 5):
+        found = [value for _, value in logged[f"loss_metrics/mtp_head_{k}_loss"]]
+        assert found == pytest.approx([heads[k - 1] for heads in alone.losses], rel=1e-4)

@@ -1,0 +1,96 @@
+"""The parts of the trainer that stand alone; whole runs are in tests/integration."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from torchtitan_mtp.config import JobConfig
+from torchtitan_mtp.errors import UserError
+from torchtitan_mtp.trainer import (
+    StepLosses,
+    TrainState,
+    clip_gradients,
+    loss_arguments,
+    micro_batches_per_step,
+)
+
+
+@pytest.mark.parametrize(
+    ("local", "whole", "ranks", "expected"),
+    [(8, -1, 4, 1), (8, 32, 4, 1), (2, 32, 4, 4), (1, 6, 3, 2), (3, 3, 1, 1)],
+)
+def test_micro_batches(local, whole, ranks, expected):
+    config = JobConfig()
+    config.training.local_batch_size, config.training.global_batch_size = local, whole
+    assert micro_batches_per_step(config, ranks) == expected
+
+
+@pytest.mark.parametrize(
+    ("local", "whole", "ranks", "cure"), [(2, 6, 2, 8), (8, 8, 2, 16), (3, 10, 1, 12)]
+)
+def test_a_global_batch_that_the_ranks_cannot_share(local, whole, ranks, cure):
+    config = JobConfig()
+    config.training.local_batch_size, config.training.global_batch_size = local, whole
+    message = rf"global_batch_size = {whole} .*local_batch_size = {local} .*{ranks}.*try {cure}$"
+    with pytest.raises(UserError, match=message):
+        micro_batches_per_step(config, ranks)
+    config.training.global_batch_size = cure
+    assert micro_batches_per_step(config, ranks) * local * ranks == cure  # the cure works
+
+
+def test_step_losses_are_means_over_valid_targets():
+    """Two micro-batches with 4 and 1 targets of head 1: a sum over 5, not a mean of means."""
+    losses = StepLosses(2, torch.device("cpu"))
+    losses.add(
+        torch.tensor(1.5), torch.tensor([8.0, 3.0]), torch.tensor([4, 3]), torch.tensor([2, 0])
+    )
+    losses.add(
+        torch.tensor(0.5), torch.tensor([7.0, 0.0]), torch.tensor([1, 0]), torch.tensor([1, 0])
+    )
+    assert losses.reduce() == {
+        "losses": [3.0, 1.0],
+        "accuracies": [0.6, 0.0],
+        "total": 2.0,
+        "max_loss": 3.0,
+    }
+
+
+def test_a_head_without_targets_has_loss_zero():
+    losses = StepLosses(1, torch.device("cpu"))
+    losses.add(torch.tensor(0.0), torch.tensor([0.0]), torch.tensor([0]), torch.tensor([0]))
+    assert losses.reduce()["losses"] == [0.0]
+
+
+def test_clipping():
+    model = nn.Linear(3, 2, bias=False)
+    gradient = torch.tensor([[3.0, 0.0, 0.0], [0.0, 4.0, 0.0]])
+    model.weight.grad = gradient.clone()
+    assert clip_gradients(model, 10.0) == 5.0
+    torch.testing.assert_close(model.weight.grad, gradient)
+    assert clip_gradients(model, 1.0) == 5.0
+    torch.testing.assert_close(model.weight.grad, gradient / 5, rtol=1e-5, atol=0)
+    assert clip_gradients(model, torch.inf) == pytest.approx(1.0)
+
+
+def test_train_state_is_plain_data():
+    state = TrainState(3, 4096)
+    other = TrainState()
+    other.load_state_dict(state.state_dict())
+    assert other == state and state.state_dict() == {"step": 3, "tokens": 4096}
+
+
+def test_every_key_of_the_loss_table_is_passed_on():
+    config = JobConfig()
+    config.loss.chunk_rows, config.loss.z_loss = 7, 1e-4
+    assert loss_arguments(config) == {
+        "backend": "chunked",
+        "chunk_rows": 7,
+        "z_loss": 1e-4,
+        "softcap": None,
+        "label_smoothing": 0.0,
+    }
+    config.loss.backend = "best"
+    with pytest.raises(UserError, match=r'loss.backend = "best": expected one of chunked'):
+        loss_arguments(config)
