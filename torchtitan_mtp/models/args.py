@@ -19,7 +19,9 @@ class RoPEScaling:
 class ModelArgs:
     """Shapes and constants of a `Transformer`; field names are TorchTitan's.
 
-    `vocab_size = None` leaves the vocabulary to the tokenizer.
+    `vocab_size = None` leaves the vocabulary to the tokenizer. `hidden_dim` and `head_size` are
+    None where they follow from `dim`. `qk_norm`: RMSNorm of each query's and key's head, before it
+    is rotated (Qwen3, arXiv 2505.09388).
     """
 
     dim: int = 4096
@@ -29,6 +31,9 @@ class ModelArgs:
     vocab_size: int | None = None
     multiple_of: int = 256
     ffn_dim_multiplier: float | None = None
+    hidden_dim: int | None = None
+    head_size: int | None = None
+    qk_norm: bool = False
     norm_eps: float = 1e-5
     rope_theta: float = 10000.0
     rope_scaling: RoPEScaling | None = None
@@ -39,7 +44,7 @@ class ModelArgs:
     @property
     def head_dim(self) -> int:
         """Width of one attention head."""
-        return self.dim // self.n_heads
+        return self.head_size or self.dim // self.n_heads
 
     @property
     def kv_heads(self) -> int:
@@ -48,7 +53,9 @@ class ModelArgs:
 
     @property
     def ffn_dim(self) -> int:
-        """Hidden width of SwiGLU: 2/3 of 4 * dim, scaled, rounded up to `multiple_of`."""
+        """Hidden width of SwiGLU: `hidden_dim`, else 2/3 of 4 * dim, scaled and rounded up."""
+        if self.hidden_dim is not None:
+            return self.hidden_dim
         hidden = int(2 * 4 * self.dim / 3)
         if self.ffn_dim_multiplier is not None:
             hidden = int(self.ffn_dim_multiplier * hidden)

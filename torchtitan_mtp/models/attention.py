@@ -83,7 +83,7 @@ def document_mask(doc_ids: Tensor) -> Tensor | BlockMask:
 
 
 class Attention(nn.Module):
-    """Multi-head attention (GQA: Ainslie et al. 2023) without biases."""
+    """Multi-head attention (GQA: Ainslie et al. 2023) without biases; Qwen3's with `qk_norm`."""
 
     def __init__(self, args: ModelArgs) -> None:
         super().__init__()
@@ -94,6 +94,10 @@ class Attention(nn.Module):
         self.wk = nn.Linear(args.dim, kv_dim, bias=False)
         self.wv = nn.Linear(args.dim, kv_dim, bias=False)
         self.wo = nn.Linear(self.n_heads * self.head_dim, args.dim, bias=False)
+        self.qk_norm = args.qk_norm
+        if args.qk_norm:
+            self.q_norm = nn.RMSNorm(self.head_dim, eps=args.norm_eps)
+            self.k_norm = nn.RMSNorm(self.head_dim, eps=args.norm_eps)
 
     def forward(self, x: Tensor, context: AttentionContext, cache: KVCache | None = None) -> Tensor:
         """x [B, S, D] -> [B, S, D]."""
@@ -101,6 +105,8 @@ class Attention(nn.Module):
         q = self.wq(x).unflatten(-1, (-1, self.head_dim))
         k = self.wk(x).unflatten(-1, (-1, self.head_dim))
         v = self.wv(x).unflatten(-1, (-1, self.head_dim))
+        if self.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
         q = apply_rope(q, context.cos, context.sin).transpose(1, 2)  # [B, H, S, hd]
         k = apply_rope(k, context.cos, context.sin).transpose(1, 2)
         v = v.transpose(1, 2)
