@@ -206,3 +206,21 @@ def find_checkpoint(path: str | os.PathLike[str]) -> Path:
     if not named:
         raise UserError(f"{given}: no finished checkpoint in it (a step-N folder with .metadata)")
     return step_folder(named[0], finished_steps(named[0])[-1])
+
+
+def find_config(path: str | os.PathLike[str]) -> Path:
+    """The config.toml of the run that the checkpoint which `path` means comes from.
+
+    A run writes it into its dump folder, its checkpoints some way below that.
+
+    Raises:
+        UserError: no checkpoint, or no config.toml near it.
+    """
+    checkpoint = find_checkpoint(path)
+    for folder in (Path(path), checkpoint, *checkpoint.resolve().parents[:3]):
+        if (file := folder / "config.toml").is_file():
+            return file
+    raise UserError(
+        f"{checkpoint}: no config.toml in this folder or the three above it; it says which model "
+        "this is: copy it from the run's job.dump_folder"
+    )
