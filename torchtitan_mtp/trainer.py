@@ -132,6 +132,7 @@ class Trainer:
             vocab_size=config.model.vocab_size,
             max_seq_len=max(training.seq_len, config.validation.seq_len),
             attn_mask_type=config.model.attn_mask_type,
+            changes=config.model.args.given(),
         )
         self.accumulation = micro_batches_per_step(config, self.world.size)
         self.loader, self.validation = self._build_data()
