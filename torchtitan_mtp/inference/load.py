@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from torchtitan_mtp.checkpoint import find_checkpoint, load_model_weights
+from torchtitan_mtp.checkpoint import find_checkpoint, find_config, load_model_weights
 from torchtitan_mtp.checkpoint.metadata import read_metadata
 from torchtitan_mtp.config import JobConfig, load_toml
 from torchtitan_mtp.data.tokenizer import Tokenizer, build_tokenizer
@@ -30,13 +30,14 @@ def load_for_inference(
         UserError: no checkpoint, none that is whole, no config.toml, or one of another model.
     """
     checkpoint = find_checkpoint(path)
-    config = load_toml(_find_config(Path(path), checkpoint))
+    config = load_toml(find_config(path))
     tokenizer = build_tokenizer(config.model.hf_assets_path)
     args = model_args(
         config.model.name,
         config.model.flavor,
         tokenizer_vocab=tokenizer.vocab_size,
         vocab_size=_stored_vocabulary(checkpoint),
+        changes=config.model.args.given(),
     )
     model = build_model(args, dtype)
     if "mtp" in config.model.converters:
@@ -53,16 +54,6 @@ def load_for_inference(
     )
     return model.eval().requires_grad_(False), tokenizer, config
 
-
-def _find_config(given: Path, checkpoint: Path) -> Path:
-    """A run writes config.toml into its dump folder, its checkpoints some way below that."""
-    for folder in (given, checkpoint, *checkpoint.resolve().parents[:3]):
-        if (file := folder / "config.toml").is_file():
-            return file
-    raise UserError(
-        f"{checkpoint}: no config.toml in this folder or the three above it; it says which model "
-        "this is: copy it from the run's job.dump_folder"
-    )
 
 
 def _stored_vocabulary(checkpoint: Path) -> int:
