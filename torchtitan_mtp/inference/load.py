@@ -55,7 +55,6 @@ def load_for_inference(
     return model.eval().requires_grad_(False), tokenizer, config
 
 
-
 def _stored_vocabulary(checkpoint: Path) -> int:
     # The weights say it; the config may leave it to the flavor, or to the tokenizer.
     entry = read_metadata(checkpoint).state_dict_metadata.get("tok_embeddings.weight")
