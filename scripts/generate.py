@@ -17,7 +17,8 @@ from rich.console import Console
 from rich.table import Table
 
 from torchtitan_mtp.errors import UserError
-from torchtitan_mtp.inference import Generation, Stats, generate, load_for_inference
+from torchtitan_mtp.inference import Stats, generate, load_for_inference, next_logits
+from torchtitan_mtp.models.transformer import Transformer
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
 
@@ -58,6 +59,17 @@ def read_prompt(args: argparse.Namespace) -> str:
     return str(text)
 
 
+def find_device(name: str | None) -> torch.device:
+    """The named device. Error: torch does not know it, or does not have it."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--device {name}: can't be used: {reason}; try cpu or cuda") from error
+    return device
+
+
 def percent(rate: float) -> str:
     return "-" if rate != rate else f"{100 * rate:.1f}%"
 
@@ -65,7 +77,7 @@ def percent(rate: float) -> str:
 def speed_table(runs: dict[str, Stats]) -> Table:
     """One line a run: what came out, in how many forwards, how fast."""
     table = Table()
-    for column in ("decoding", "tokens", "trunk forwards", "tokens/step", "tokens/s", "speed-up"):
+    for column in ("decoding", "tokens", "forwards", "tokens/step", "tokens/s", "speed-up"):
         table.add_column(column, justify="left" if column == "decoding" else "right")
     base = next(iter(runs.values()))
     for name, stats in runs.items():
@@ -83,7 +95,7 @@ def speed_table(runs: dict[str, Stats]) -> Table:
 def acceptance_table(stats: Stats) -> Table:
     """One line a head: how often its draft was head 1's own choice."""
     table = Table()
-    for column in ("head", "predicts", "right", "right if those before were", "checked"):
+    for column in ("head", "drafts", "right", "right if all before were", "compared"):
         table.add_column(column, justify="right")
     rates = zip(stats.marginal, stats.conditional, stats.checked, strict=True)
     for k, (marginal, conditional, checked) in enumerate(rates, start=2):
@@ -91,47 +103,60 @@ def acceptance_table(stats: Stats) -> Table:
     return table
 
 
-def difference(runs: dict[str, Generation]) -> str:
-    """One line: are the texts the same, token for token?"""
-    plain, speculative = (run.tokens[0] for run in runs.values())
+def comparison(
+    model: Transformer, prompt: list[int], plain: list[int], speculative: list[int], greedy: bool
+) -> str:
+    """One line: did both ways give the same tokens, and if not, was it a tie?"""
     if plain == speculative:
-        return "identical: speculative decoding gave the tokens of plain decoding"
-    pairs = zip(plain, speculative, strict=False)
-    at = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(plain), len(speculative)))
-    return f"different from token {at} on: two logits there are closer than the dtype's rounding"
+        return "identical: both ways gave the same tokens"
+    pairs = enumerate(zip(plain, speculative, strict=False))
+    place = next((i for i, (a, b) in pairs if a != b), min(len(plain), len(speculative)))
+    line = f"different from new token {place + 1} on"
+    if not greedy:
+        return line
+    logits = next_logits(model, prompt + plain[:place])
+    first, second = logits.double().topk(2).values.tolist()
+    # What sums over the width may differ by when they are added in another order.
+    rounding = torch.finfo(logits.dtype).eps * model.args.dim**0.5 * max(abs(first), 1)
+    verdict = "a tie in" if first - second <= rounding else "more than rounding explains in"
+    dtype = str(logits.dtype).removeprefix("torch.")
+    return f"{line}: its two best logits are {first - second:.1e} apart, {verdict} {dtype}"
 
 
 def run(args: argparse.Namespace) -> None:
     text = read_prompt(args)
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model, tokenizer, config = load_for_inference(args.checkpoint, device, DTYPES[args.dtype])
-    prompt = [tokenizer.bos_id, *tokenizer.encode(text).tolist()]
-
-    def decode(speculative: bool, max_new_tokens: int = args.max_new_tokens) -> Generation:
-        options: dict[str, Any] = {
-            name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "seed")
-        }
-        if speculative:
-            options |= {"speculative": True, "num_draft": args.num_draft}
-        options |= {"eos_id": tokenizer.eos_id, "softcap": config.loss.softcap}
-        return generate(model, [prompt], max_new_tokens, **options)
-
-    modes = (
-        {"plain": False, "speculative": True}
-        if args.compare
-        else {"speculative" if args.speculative else "plain": args.speculative}
+    model, tokenizer, config = load_for_inference(
+        args.checkpoint, find_device(args.device), DTYPES[args.dtype]
     )
-    for speculative in modes.values():
-        decode(speculative, max_new_tokens=8)  # the first forward of a process is slow
-    runs = {name: decode(speculative) for name, speculative in modes.items()}
+    prompt = [tokenizer.bos_id, *tokenizer.encode(text).tolist()]
+    options = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "seed")}
+    options |= {"eos_id": tokenizer.eos_id, "softcap": config.loss.softcap}
+    plain: dict[str, Any] = {}
+    drafting: dict[str, Any] = {"speculative": True, "num_draft": args.num_draft}
+    ways = {"speculative": drafting} if args.speculative or args.compare else {"plain": plain}
+    if args.compare:
+        ways = {"plain": plain, **ways}
 
-    print(text + tokenizer.decode(list(runs.values())[-1].tokens[0]))
-    console = Console(file=sys.stderr if not args.compare else sys.stdout)
+    for way in ways.values():  # the first forwards of a process are slow
+        generate(model, [prompt], min(8, args.max_new_tokens), **options, **way)
+    runs = {
+        name: generate(model, [prompt], args.max_new_tokens, **options, **way)
+        for name, way in ways.items()
+    }
+    *_, last = runs.values()
+    print(tokenizer.decode([*prompt, *last.tokens[0]]))
+    # The text alone goes to stdout, so that it can be piped; a comparison is what was asked for.
+    console = Console(stderr=not args.compare)
     console.print(speed_table({name: generation.stats for name, generation in runs.items()}))
     if "speculative" in runs:
-        console.print(acceptance_table(runs["speculative"].stats))
+        console.print(acceptance_table(last.stats))
     if args.compare:
-        console.print(difference(runs))
+        both = runs["plain"].tokens[0], runs["speculative"].tokens[0]
+        console.print(comparison(model, prompt, *both, args.temperature == 0))
+    length = len(prompt) + len(last.tokens[0])
+    if length > config.training.seq_len:
+        seen = config.training.seq_len
+        console.print(f"note: {length} tokens, the model was trained on {seen} at a time")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -150,6 +150,13 @@ class Decoder:
         return TrunkStates(z, self.model.norm(x))
 
 
+@torch.inference_mode()
+def next_logits(model: Transformer, text: Sequence[int]) -> Tensor:
+    """Head 1's logits [V] for the token after `text`."""
+    decoder = Decoder(model, [text], 1, 0, Sampler())
+    return model.output(decoder.trunk(decoder.tokens[decoder.span.where]).h[0, -1])
+
+
 def _drafts_per_step(model: Transformer, num_draft: int | None) -> int:
     if model.mtp is None:
         raise UserError(

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 import torch
 
 from torchtitan_mtp.checkpoint import find_checkpoint, find_config, load_model_weights
-from torchtitan_mtp.checkpoint.metadata import read_metadata
 from torchtitan_mtp.config import JobConfig, load_toml
 from torchtitan_mtp.data.tokenizer import Tokenizer, build_tokenizer
-from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.models.flavors import model_args
 from torchtitan_mtp.models.transformer import Transformer, build_model
 from torchtitan_mtp.mtp import add_heads
@@ -36,7 +33,7 @@ def load_for_inference(
         config.model.name,
         config.model.flavor,
         tokenizer_vocab=tokenizer.vocab_size,
-        vocab_size=_stored_vocabulary(checkpoint),
+        vocab_size=config.model.vocab_size,
         changes=config.model.args.given(),
     )
     model = build_model(args, dtype)
@@ -53,11 +50,3 @@ def load_for_inference(
         allow_cast=True,
     )
     return model.eval().requires_grad_(False), tokenizer, config
-
-
-def _stored_vocabulary(checkpoint: Path) -> int:
-    # The weights say it; the config may leave it to the flavor, or to the tokenizer.
-    entry = read_metadata(checkpoint).state_dict_metadata.get("tok_embeddings.weight")
-    if entry is None or not hasattr(entry, "size"):
-        raise UserError(f"{checkpoint}: no tok_embeddings.weight in it; expected a model's weights")
-    return int(entry.size[0])

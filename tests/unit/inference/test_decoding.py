@@ -185,11 +185,10 @@ def test_counts_of_a_known_text(heads: str, script: str) -> None:
 
 @pytest.mark.parametrize("heads", ["parallel", "sequential"])
 def test_acceptance_of_all_none_and_half(heads: str) -> None:
-    column = 1 if heads == "parallel" else 2
     rates = {}
     for script in ("all right", "none right", "half right"):
-        case = SCRIPTS[script]
-        model = scripted_model(heads, case[0], case[column])
+        following, parallel, sequential = SCRIPTS[script]
+        model = scripted_model(heads, following, parallel if heads == "parallel" else sequential)
         rates[script] = generate(model, [[0]], 61, speculative=True).stats
     assert rates["all right"].conditional == rates["all right"].marginal == [1, 1, 1]
     assert rates["all right"].tokens_per_step == 4

@@ -37,8 +37,8 @@ def test_stacking_leaves_the_blocks_alone() -> None:
     names = [name for name, _ in model.named_parameters()]
     block = stack(list(model.mtp.heads))
     assert [name for name, _ in model.named_parameters()] == names
-    assert isinstance(model.mtp.heads[0].attention.wq, nn.Linear)
-    assert not isinstance(block.attention.wq, nn.Linear)
+    assert isinstance(model.mtp.heads[0].get_submodule("attention.wq"), nn.Linear)
+    assert not isinstance(block.get_submodule("attention.wq"), nn.Linear)
 
 
 def test_weights_of_another_kind_are_refused() -> None:

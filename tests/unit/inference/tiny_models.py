@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -21,12 +24,14 @@ def random_model(
     seed: int = 0,
     vocab: int = 11,
     dtype: torch.dtype = torch.float64,
-    **args: int,
+    **args: Any,
 ) -> Transformer:
     """Weights large enough that every earlier token matters; two query heads a key head."""
-    shape = {"dim": 32, "n_layers": 3, "n_heads": 4, "n_kv_heads": 2, "multiple_of": 16} | args
-    model = build_model(ModelArgs(vocab_size=vocab, **shape), dtype)
-    add_heads(model, MTP(heads=heads, num_future_tokens=n, share_weights=share_weights))
+    shape = ModelArgs(dim=32, n_layers=3, n_heads=4, n_kv_heads=2, multiple_of=16)
+    model = build_model(replace(shape, vocab_size=vocab, **args), dtype)
+    mtp = MTP(num_future_tokens=n, share_weights=share_weights)
+    mtp.heads = "sequential" if heads == "sequential" else "parallel"
+    add_heads(model, mtp)
     model.to_empty(device="cpu")
     model.init_buffers()
     generator = torch.Generator().manual_seed(seed)

@@ -1,0 +1,106 @@
+"""From a folder with weights and a config.toml to a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+
+from torchtitan_mtp.config import JobConfig, to_toml
+from torchtitan_mtp.errors import UserError
+from torchtitan_mtp.inference import generate, load_for_inference, next_logits
+from torchtitan_mtp.models.flavors import model_args
+from torchtitan_mtp.models.init import init_weights
+from torchtitan_mtp.models.transformer import Transformer, build_model
+from torchtitan_mtp.mtp import add_heads
+
+
+def write_run(folder: Path, heads: str | None = "parallel", step: int = 3) -> Transformer:
+    """What a run leaves: config.toml and checkpoint/step-N. Returns the model that was saved."""
+    config = JobConfig()
+    config.model.flavor = "quickstart"
+    if heads is not None:
+        config.model.converters = ["mtp"]
+        config.mtp.heads = "sequential" if heads == "sequential" else "parallel"
+        config.mtp.num_future_tokens = 3
+    model = build_model(model_args("llama3", "quickstart", tokenizer_vocab=259))
+    if heads is not None:
+        add_heads(model, config.mtp)
+    model.to_empty(device="cpu")
+    init_weights(model, seed=step)
+    dcp.save(model.state_dict(), checkpoint_id=folder / "checkpoint" / f"step-{step}", no_dist=True)
+    (folder / "config.toml").write_text(to_toml(config))
+    return model
+
+
+@pytest.mark.parametrize("place", ["", "checkpoint", "checkpoint/step-3"])
+@pytest.mark.parametrize("heads", ["parallel", "sequential", None])
+def test_weights_and_heads_come_back(tmp_path: Path, heads: str | None, place: str) -> None:
+    saved = write_run(tmp_path, heads)
+    model, tokenizer, config = load_for_inference(tmp_path / place)
+    assert config.model.flavor == "quickstart" and tokenizer.vocab_size == 259
+    state = model.state_dict()
+    assert state.keys() == saved.state_dict().keys()
+    assert all(torch.equal(state[name], t) for name, t in saved.state_dict().items())
+    assert torch.equal(model.rope_cos, saved.rope_cos)
+    assert not any(p.requires_grad for p in model.parameters())
+    generation = generate(model, [[256, 65]], 6, speculative=heads is not None)
+    assert generation.tokens == generate(saved, [[256, 65]], 6).tokens
+
+
+def test_the_latest_step_of_a_run_is_taken(tmp_path: Path) -> None:
+    write_run(tmp_path, step=3)
+    later = write_run(tmp_path, step=20)
+    model, *_ = load_for_inference(tmp_path)
+    assert torch.equal(model.norm.weight, later.norm.weight)
+    assert torch.equal(model.output.weight, later.output.weight)
+
+
+def test_weights_are_rounded_to_a_narrower_dtype(tmp_path: Path) -> None:
+    saved = write_run(tmp_path)
+    model, *_ = load_for_inference(tmp_path, dtype=torch.bfloat16)
+    assert torch.equal(model.output.weight, saved.output.weight.bfloat16())
+    assert next_logits(model, [1, 2]).dtype == torch.bfloat16
+
+
+def test_next_logits_are_head_1s(tmp_path: Path) -> None:
+    model = write_run(tmp_path)
+    logits = next_logits(model, [5, 6, 7])
+    assert [int(logits.argmax())] == generate(model, [[5, 6, 7]], 1).tokens[0]
+
+
+def test_a_missing_config_is_named(tmp_path: Path) -> None:
+    write_run(tmp_path / "run")
+    (tmp_path / "run" / "config.toml").unlink()
+    with pytest.raises(UserError, match=r"no config\.toml .* job\.dump_folder"):
+        load_for_inference(tmp_path / "run")
+
+
+def test_a_folder_without_checkpoints_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no finished checkpoint"):
+        load_for_inference(tmp_path)
+    with pytest.raises(UserError, match="no such folder"):
+        load_for_inference(tmp_path / "nowhere")
+
+
+def test_a_config_of_another_model_is_refused(tmp_path: Path) -> None:
+    write_run(tmp_path, "parallel")
+    config = (tmp_path / "config.toml").read_text()
+    (tmp_path / "config.toml").write_text(config.replace('"parallel"', '"sequential"'))
+    with pytest.raises(UserError, match="mtp"):
+        load_for_inference(tmp_path)
+    more = config.replace("num_future_tokens = 3", "num_future_tokens = 4")
+    (tmp_path / "config.toml").write_text(more)
+    with pytest.raises(UserError, match=r"mtp\.heads\.2"):
+        load_for_inference(tmp_path)
+
+
+def test_a_checkpoint_that_is_no_model_is_refused(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    dcp.save(
+        {"weight": torch.ones(2)}, checkpoint_id=tmp_path / "checkpoint" / "step-9", no_dist=True
+    )
+    with pytest.raises(UserError, match=r"lacks .* of the model"):
+        load_for_inference(tmp_path)
