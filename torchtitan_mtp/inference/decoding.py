@@ -12,8 +12,8 @@ known from head 1, one step is
 
 so that a step yields 1 to n tokens, all of them head 1's own choices: the text is that of plain
 decoding, in fewer forwards. Verification leaves the trunk's states at the accepted positions, from
-which the heads draft again: nothing is computed twice. Plain decoding is the case without drafts,
-and runs through the same lines.
+which the heads draft again: the trunk runs over no position of the text twice. Plain decoding is
+the case without drafts, and runs through the same lines.
 
 Exactness. A forward over m tokens and m forwards over one token add in another order, so logits
 differ in their last bits. Where head 1's two best tokens are closer than that, a tie as far as the

@@ -12,7 +12,8 @@ class Stats:
 
     tokens: generated, over all rows. steps: (row, forward) pairs after the prompt's forward, while
     the row was not finished. forwards: of the trunk, the prompt's included. seconds: of the whole
-    generation, of which `prompt_seconds` until each row's first token.
+    generation, of which `prompt_seconds` until each row's first token. first_tokens: how many came
+    of the prompt's forward, one a row.
 
     checked, right: how often head k's draft was compared with head 1, which is when the drafts of
     heads 2..k-1 were right, and how often it was right then.

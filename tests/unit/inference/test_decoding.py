@@ -8,12 +8,14 @@ import pytest
 import torch
 from tiny_models import FAMILIES, batch_of, head_logits, naive_greedy, random_model, scripted_model
 
+from torchtitan_mtp.data.targets import Window, make_batch
 from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.inference import drafting, generate
 from torchtitan_mtp.inference.decoding import Decoder
 from torchtitan_mtp.inference.rows import Rows
 from torchtitan_mtp.inference.sampling import Sampler
 from torchtitan_mtp.inference.stacking import stack
+from torchtitan_mtp.mtp.engine import joint
 
 PROMPT = [3, 1, 4, 1, 5]
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6], [5], [3, 5, 8]]
@@ -234,6 +236,24 @@ def test_parallel_heads_run_over_accepted_positions_once(monkeypatch: pytest.Mon
     # The prompt and every new token but those of the last step, after which nobody drafts.
     assert 3 + 40 - 1 - 4 <= sum(sizes[0]) <= 3 + 40 - 1
     assert 1 < len(sizes[0]) <= stats.forwards
+
+
+@pytest.mark.parametrize("heads", ["parallel", "sequential"])
+def test_heads_that_have_learned_a_text_draft_nearly_all_of_it(heads: str) -> None:
+    model = random_model(heads, 4, vocab=8, dtype=torch.float32).requires_grad_(True)
+    line = [1, 2, 3, 1, 4, 2, 5, 6]
+    text = torch.tensor([line * 6])
+    window = Window(text, torch.zeros_like(text))
+    batch = make_batch(window, 4)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    scales = torch.full((4,), 1 / batch.labels[..., 0].numel())
+    for _ in range(40):
+        joint(model, batch, scales, {})
+        optimizer.step()
+        optimizer.zero_grad()
+    speculative = generate(model, [line], 40, speculative=True)
+    assert speculative.tokens == generate(model, [line], 40).tokens == [line * 5]
+    assert speculative.stats.tokens_per_step > 3.5
 
 
 @pytest.mark.parametrize("heads", ["parallel", "sequential"])
