@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import math
+import os
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -210,7 +211,7 @@ class Trainer:
         model = build_model(self.args, getattr(torch, config.training.dtype))
         add_heads(model, config.mtp)
         if "quantize.linear.float8" in config.model.converters:
-            convert_to_float8(model, config.quantize.linear.float8)
+            convert_to_float8(model, config.quantize.linear.float8, config.compile.enable)
         if config.model.print_after_conversion:
             logger.info("model after conversion:\n%s", model)
         model = parallelize(model, config, self.world, self.param_dtype, self.seed)
@@ -434,6 +435,7 @@ def set_determinism(deterministic: bool, seed: int) -> None:
     """Seed this process, and with `deterministic` refuse operations that vary from run to run."""
     torch.manual_seed(seed)
     if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
 
