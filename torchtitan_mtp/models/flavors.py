@@ -87,7 +87,7 @@ flavors: dict[str, dict[str, ModelArgs]] = {
             rope_theta=500000.0,
             rope_scaling=_LLAMA3_1,
         ),
-        # The byte-level model of Gloeckle et al. 2024, section 3.2 (n = 8 works best there).
+        # The byte-level model of Gloeckle et al. 2024, section 3.3 (n = 8 works best there).
         "byte_7B": ModelArgs(dim=4096, n_layers=32, n_heads=32, rope_theta=10000.0),
         # Sizes that no name stands for: [model.args] gives them.
         "custom": ModelArgs(),
