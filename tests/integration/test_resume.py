@@ -36,7 +36,9 @@ SAVES = {
 @pytest.mark.parametrize("source", SOURCES)
 def test_three_and_three_steps_are_six(source, family, tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # of decompressed contents
-    data = write_corpus(tmp_path, source)
+    data = write_corpus(
+        tmp_path, source, count=5
+    )  # few lanes: their windows go on within documents
     whole = train(config_of(tmp_path / "whole", data, family))
     config = config_of(tmp_path / "parts", data, family, SAVES)
     first = train(config, interrupt_after(3))

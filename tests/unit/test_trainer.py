@@ -43,12 +43,9 @@ def test_a_global_batch_that_the_ranks_cannot_share(local, whole, ranks, cure):
 def test_step_losses_are_means_over_valid_targets():
     """Two micro-batches with 4 and 1 targets of head 1: a sum over 5, not a mean of means."""
     losses = StepLosses(2, torch.device("cpu"))
-    losses.add(
-        torch.tensor(1.5), torch.tensor([8.0, 3.0]), torch.tensor([4, 3]), torch.tensor([2, 0])
-    )
-    losses.add(
-        torch.tensor(0.5), torch.tensor([7.0, 0.0]), torch.tensor([1, 0]), torch.tensor([1, 0])
-    )
+    first, second = (1.5, [8.0, 3.0], [4, 3], [2, 0]), (0.5, [7.0, 0.0], [1, 0], [1, 0])
+    for micro_batch in (first, second):
+        losses.add(*map(torch.tensor, micro_batch))
     assert losses.reduce() == {
         "losses": [3.0, 1.0],
         "accuracies": [0.6, 0.0],

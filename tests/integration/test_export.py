@@ -1,0 +1,247 @@
+"""Exported models in transformers, and transformers' models imported: the same numbers."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from formats_run import LLAMA_3_1, QWEN, SEQUENTIAL, SMALL, write_run
+from torchtitan_mtp.checkpoint.formats import export_checkpoint, import_checkpoint
+from torchtitan_mtp.data.targets import Batch
+from torchtitan_mtp.inference import generate, load_for_inference
+from torchtitan_mtp.models.transformer import Transformer
+
+transformers = pytest.importorskip("transformers")
+ROOT = Path(__file__).resolve().parents[2]
+
+QUICKSTART = {"model.flavor": "quickstart", "training.seq_len": 128}
+TIED = {"model.args.tied_embeddings": True}
+WIDE = {"model.args.head_size": 12}
+
+
+def tokens(count: int = 48, vocab: int = 256, seed: int = 0) -> Tensor:
+    """Random tokens [1, count]."""
+    return torch.randint(0, vocab, (1, count), generator=torch.Generator().manual_seed(seed))
+
+
+def our_logits(model: Transformer, ids: Tensor) -> Tensor:
+    """Head 1's [1, S, V]."""
+    at = torch.arange(ids.shape[1]).unsqueeze(0)
+    further = 0 if model.mtp is None else model.mtp.num_future_tokens - 1
+    future = ids.new_zeros(*ids.shape, further)
+    batch = Batch(ids, future, torch.empty(0), at, torch.zeros_like(at))
+    return model.output(model(batch)[0])
+
+
+def load(folder: Path, **options):
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, output_loading_info=True, attn_implementation="eager", **options
+    )
+    assert not info["missing_keys"] and not info["mismatched_keys"]
+    return model.eval(), info
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("llama_hf", QUICKSTART),
+        ("llama_hf", SMALL | LLAMA_3_1 | TIED),
+        ("llama_hf", SMALL | WIDE),
+        ("qwen3_hf", QWEN),
+        ("qwen3_hf", QWEN | TIED),
+        ("glm4_moe_hf", QUICKSTART | SEQUENTIAL),
+        ("glm4_moe_hf", SMALL | LLAMA_3_1 | SEQUENTIAL),
+        ("glm4_moe_hf", QWEN | TIED | SEQUENTIAL),
+        ("mellum_hf", QWEN | LLAMA_3_1 | SEQUENTIAL | {"mtp.num_future_tokens": 2}),
+    ],
+)
+def test_transformers_computes_our_logits(tmp_path: Path, name: str, changes) -> None:
+    ours, _ = write_run(tmp_path / "run", **changes)
+    export_checkpoint(tmp_path / "run", tmp_path / "hf", name, max_shard_size=100_000)
+    theirs, info = load(tmp_path / "hf")
+    # Modules behind the trunk are not loaded with it: `use_mtp` reads them.
+    layers = ours.args.n_layers
+    assert all(f".{layers}." in k or f".{layers + 1}." in k for k in info["unexpected_keys"])
+    ids = tokens()
+    assert theirs.dtype == torch.float32
+    expected, found = our_logits(ours, ids), theirs(ids).logits
+    assert expected.std() > 0.1  # not the agreement of zeros
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+def count_drafts(model) -> list[int]:
+    """Collects the size of every forward of the whole model."""
+    sizes: list[int] = []
+    model.register_forward_pre_hook(
+        lambda _, args, options: sizes.append(options["input_ids"].shape[1]), with_kwargs=True
+    )
+    return sizes
+
+
+@pytest.mark.parametrize("changes", [QUICKSTART, QWEN], ids=["llama", "qwen3"])
+@pytest.mark.parametrize("modules", [1, 2])
+def test_transformers_drafts_with_our_modules(tmp_path: Path, monkeypatch, changes, modules):
+    changes = changes | SEQUENTIAL | {"mtp.num_future_tokens": modules + 1}
+    ours, _ = write_run(tmp_path / "run", **changes)
+    export_checkpoint(tmp_path / "run", tmp_path / "hf", "glm4_moe_hf")
+    layers = ours.args.n_layers
+    # The line of docs/serving.md: transformers knows the layers of released models only.
+    monkeypatch.setattr(
+        transformers.Glm4MoeForCausalLM,
+        "_keys_to_ignore_on_load_unexpected",
+        [rf"model\.layers\.{layers + k}\." for k in range(modules)],
+    )
+    theirs, info = load(tmp_path / "hf")
+    assert not info["unexpected_keys"]
+    prompt = tokens(12)
+    sizes = count_drafts(theirs)
+    found = theirs.generate(
+        prompt, max_new_tokens=24, do_sample=False, use_mtp=True, eos_token_id=None
+    )
+    run, *_ = load_for_inference(tmp_path / "run")
+    expected = generate(run, [prompt[0].tolist()], 24).tokens[0]
+    assert found[0, 12:].tolist() == expected
+    assert max(sizes[1:]) == modules + 1  # it did draft
+
+
+@pytest.mark.parametrize("modules", [1, 2])
+def test_transformers_modules_compute_our_heads(tmp_path: Path, monkeypatch, modules) -> None:
+    """The drafts themselves: a wrong module would only cost acceptance, never a token."""
+    from transformers.cache_utils import MtpCache
+    from transformers.modeling_layers import MtpModel
+
+    changes = QUICKSTART | SEQUENTIAL | {"mtp.num_future_tokens": modules + 1}
+    ours, _ = write_run(tmp_path / "run", **changes)
+    export_checkpoint(tmp_path / "run", tmp_path / "hf", "glm4_moe_hf")
+    layers = ours.args.n_layers
+    monkeypatch.setattr(
+        transformers.Glm4MoeForCausalLM,
+        "_keys_to_ignore_on_load_unexpected",
+        [rf"model\.layers\.{layers + k}\." for k in range(modules)],
+    )
+    theirs, _ = load(tmp_path / "hf")
+    ids = tokens(21)
+    size = 21 - modules
+    at = torch.arange(size).unsqueeze(0)
+    future = torch.stack([ids[:, k : k + size] for k in range(1, modules + 1)], -1)
+    hiddens = ours(Batch(ids[:, :size], future, torch.empty(0), at, torch.zeros_like(at)))
+    module = MtpModel.from_pretrained(theirs)
+    cache = MtpCache(config=theirs.config.get_mtp_config())
+    h = theirs(ids[:, :size], output_hidden_states=True).hidden_states[-1]
+    for k in range(modules):
+        inputs = ids[:, k + 1 : k + 1 + size]
+        h = module.forward_layer(k, h, at, cache, input_ids=inputs)
+        torch.testing.assert_close(h, hiddens[k + 1], rtol=0, atol=2e-5)
+
+
+def llama_config(**options):
+    return transformers.LlamaConfig(
+        vocab_size=320,
+        hidden_size=32,
+        intermediate_size=56,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        rms_norm_eps=1e-5,
+        **options,
+    )
+
+
+def qwen3_config(**options):
+    return transformers.Qwen3Config(
+        vocab_size=320,
+        hidden_size=32,
+        intermediate_size=56,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=128,
+        **options,
+    )
+
+
+SCALED = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        ("llama_hf", llama_config()),
+        ("llama_hf", llama_config(rope_parameters=SCALED, tie_word_embeddings=True)),
+        ("qwen3_hf", qwen3_config()),
+    ],
+    ids=["llama", "llama-scaled-tied", "qwen3"],
+)
+def test_an_imported_model_has_the_loss_that_transformers_computes(tmp_path, name, config):
+    torch.manual_seed(0)
+    theirs = transformers.AutoModelForCausalLM.from_config(config).eval()
+    for parameter in theirs.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    theirs.save_pretrained(tmp_path / "hf", max_shard_size="50KB")
+    assert (tmp_path / "hf" / "model.safetensors.index.json").exists()
+    import_checkpoint(tmp_path / "hf", tmp_path / "run", name)
+    ours, _, _ = load_for_inference(tmp_path / "run")
+    ids = tokens(100, vocab=320)
+    expected = theirs(ids, labels=ids).loss
+    found = F.cross_entropy(our_logits(ours, ids)[0, :-1], ids[0, 1:])
+    assert abs(found.item() - expected.item()) < 1e-4
+    torch.testing.assert_close(our_logits(ours, ids), theirs(ids).logits, rtol=0, atol=1e-4)
+
+
+def test_the_byte_tokenizer_goes_along(tmp_path: Path) -> None:
+    write_run(tmp_path / "run", **SMALL)
+    export_checkpoint(tmp_path / "run", tmp_path / "hf", "llama_hf")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    text = "def f(x):\n    return x  # naïve 日本 \x00\t<|end_of_text|"
+    assert theirs(text, add_special_tokens=False).input_ids == list(text.encode())
+    assert theirs.decode(list(text.encode())) == text
+    assert (theirs.bos_token_id, theirs.eos_token_id) == (256, 257)
+    import_checkpoint(tmp_path / "hf", tmp_path / "back", "llama_hf")
+    _, ours, _ = load_for_inference(tmp_path / "back")
+    assert ours.encode(text).tolist() == list(text.encode()) and ours.eos_id == 257
+
+
+def run(*command: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=280
+    )
+
+
+def test_the_scripts(tmp_path: Path) -> None:
+    write_run(tmp_path / "run", **SMALL, **SEQUENTIAL)
+    arguments = ["--format", "glm4_moe_hf", "--max_shard_size", "100KB", "--dtype", "bfloat16"]
+    done = run(
+        "scripts/export_checkpoint.py", str(tmp_path / "run"), str(tmp_path / "hf"), *arguments
+    )
+    assert done.returncode == 0 and "2 sequential heads" in done.stdout, done.stderr
+    done = run(
+        "scripts/import_checkpoint.py", str(tmp_path / "hf"), str(tmp_path / "back"), *arguments[:2]
+    )
+    assert done.returncode == 0, done.stderr
+    done = run(
+        "scripts/generate.py", str(tmp_path / "back"), "--prompt", "def", "--max_new_tokens", "8",
+        "--compare",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    done = run(
+        "scripts/export_checkpoint.py", str(tmp_path / "run"), str(tmp_path / "x"),
+        "--format", "lama_hf",
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].endswith("did you mean llama_hf?")
+    assert "Traceback" not in done.stderr
