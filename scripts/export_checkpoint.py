@@ -1,0 +1,68 @@
+"""Write a trained model for other programs: `export_checkpoint.py CHECKPOINT OUT --format NAME`.
+
+CHECKPOINT is a step-N folder, or a run's folder, whose latest step is taken; any number of ranks
+may have written it. OUT is a new folder. docs/serving.md has the formats and what reads them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import re
+import sys
+
+import torch
+
+from torchtitan_mtp.checkpoint.formats import DEFAULT_SHARD_SIZE, FORMATS, export_checkpoint
+from torchtitan_mtp.errors import UserError
+
+DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
+UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+def parse_size(text: str) -> int:
+    """Bytes of "5GB", "500MB", "1000". Error: none of these."""
+    match = re.fullmatch(r"([0-9]+)\s*(|KB|MB|GB)", text.strip().upper())
+    if match is None or int(match[1]) == 0:
+        raise UserError(f"--max_shard_size {text}: expected a size such as 5GB or 500MB")
+    return int(match[1]) * UNITS[match[2]]
+
+
+def parse_arguments(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("checkpoint", help="a step-N folder, or a run's folder")
+    parser.add_argument("out", help="the folder to make")
+    parser.add_argument("--format", required=True, help=f"one of {', '.join(FORMATS)}")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the weights; default: as stored")
+    parser.add_argument(
+        "--max_shard_size", default=str(DEFAULT_SHARD_SIZE), help="of a file; default: 5GB"
+    )
+    parser.add_argument(
+        "--drop_heads", action="store_true", help="leave out heads that the format can't hold"
+    )
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_arguments(sys.argv[1:] if argv is None else argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    try:
+        spec = export_checkpoint(
+            args.checkpoint,
+            args.out,
+            args.format,
+            dtype=DTYPES[args.dtype] if args.dtype else None,
+            max_shard_size=parse_size(args.max_shard_size),
+            drop_heads=args.drop_heads,
+        )
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(f"wrote {args.out}: {args.format}, {spec.summary()}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

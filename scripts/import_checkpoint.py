@@ -1,0 +1,52 @@
+"""Read another program's model: `import_checkpoint.py SOURCE OUT --format NAME`.
+
+OUT becomes a run's folder: step-0, config.toml and tokenizer. generate.py continues text with it;
+`checkpoint.initial_load_path = "OUT"` starts a training from it. docs/serving.md has the formats.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+
+import torch
+
+from torchtitan_mtp.checkpoint.formats import FORMATS, import_checkpoint
+from torchtitan_mtp.errors import UserError
+
+DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
+
+
+def parse_arguments(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("source", help="the folder to read")
+    parser.add_argument("out", help="the folder to make")
+    parser.add_argument("--format", required=True, help=f"one of {', '.join(FORMATS)}")
+    parser.add_argument("--config", help="torchtitan only: the run's TOML file")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the weights; default: as stored")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_arguments(sys.argv[1:] if argv is None else argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    try:
+        spec = import_checkpoint(
+            args.source,
+            args.out,
+            args.format,
+            config_file=args.config,
+            dtype=DTYPES[args.dtype] if args.dtype else None,
+        )
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(f"wrote {args.out}: {spec.summary()}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

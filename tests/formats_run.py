@@ -1,0 +1,80 @@
+"""A run's folder as training leaves it, for tests of formats."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+
+from small import perturb_norms
+from torchtitan_mtp.checkpoint import load_model_weights
+from torchtitan_mtp.config import JobConfig, to_toml
+from torchtitan_mtp.config.setting import options
+from torchtitan_mtp.models.flavors import model_args
+from torchtitan_mtp.models.init import init_weights
+from torchtitan_mtp.models.transformer import Transformer, build_model
+from torchtitan_mtp.mtp import add_heads
+
+SMALL: dict[str, Any] = {
+    "model.flavor": "custom",
+    "model.vocab_size": 320,
+    "model.args.dim": 32,
+    "model.args.n_layers": 3,
+    "model.args.n_heads": 4,
+    "model.args.n_kv_heads": 2,
+    "model.args.hidden_dim": 48,
+    "training.seq_len": 64,
+}
+QWEN = SMALL | {"model.name": "qwen3", "model.args.head_size": 12}
+PARALLEL = {"model.converters": ["mtp"], "mtp.num_future_tokens": 3}
+SEQUENTIAL = PARALLEL | {"mtp.heads": "sequential"}
+LLAMA_3_1 = {"model.args.rope_scaling.factor": 4.0, "model.args.rope_scaling.low_freq_factor": 1.5}
+
+
+def make_config(**changes: Any) -> JobConfig:
+    config, known = JobConfig(), options(JobConfig)
+    for name, value in changes.items():
+        known[name].set(config, value)
+    return config
+
+
+def make_model(config: JobConfig, seed: int = 0, dtype: torch.dtype = torch.float32) -> Transformer:
+    """Initialised as training does, with uneven norms."""
+    args = model_args(
+        config.model.name,
+        config.model.flavor,
+        tokenizer_vocab=259,
+        vocab_size=config.model.vocab_size,
+        max_seq_len=config.training.seq_len,
+        changes=config.model.args.given(),
+    )
+    model = build_model(args)
+    if "mtp" in config.model.converters:
+        add_heads(model, config.mtp)
+    model.to_empty(device="cpu")
+    model.tie_weights()
+    init_weights(model, seed)
+    perturb_norms(model)
+    return model.to(dtype).requires_grad_(False)
+
+
+def write_run(
+    folder: Path, dtype: torch.dtype = torch.float32, **changes: Any
+) -> tuple[Transformer, JobConfig]:
+    """config.toml and checkpoint/step-5 of a model, and the model."""
+    config = make_config(**changes)
+    model = make_model(config, dtype=dtype)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.toml").write_text(to_toml(config))
+    dcp.save(model.state_dict(), checkpoint_id=folder / "checkpoint" / "step-5", no_dist=True)
+    return model, config
+
+
+def weights(path: Path, config: JobConfig) -> dict[str, Tensor]:
+    """The state of a fresh model of `config` after loading `path` strictly."""
+    model = make_model(config, seed=1)
+    load_model_weights(path, model, allow_missing_prefixes=(), allow_unexpected_prefixes=())
+    return model.state_dict()

@@ -1,0 +1,260 @@
+"""What export and import refuse, each in one line, with nothing left behind."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from formats_run import PARALLEL, QWEN, SEQUENTIAL, SMALL, write_run
+from torchtitan_mtp.checkpoint.formats import export_checkpoint, import_checkpoint
+from torchtitan_mtp.checkpoint.formats import exporting as exporting_module
+from torchtitan_mtp.errors import UserError
+
+
+def refusal(action: Callable[[], object]) -> str:
+    with pytest.raises(UserError) as caught:
+        action()
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory) -> Path:
+    """One run, exported to every container."""
+    folder = tmp_path_factory.mktemp("formats")
+    write_run(folder / "run", **SMALL, **SEQUENTIAL)
+    write_run(folder / "parallel", **SMALL, **PARALLEL)
+    export_checkpoint(folder / "run", folder / "glm", "glm4_moe_hf", max_shard_size=60_000)
+    export_checkpoint(folder / "run", folder / "llama", "llama_hf", drop_heads=True)
+    export_checkpoint(folder / "parallel", folder / "meta", "meta")
+    return folder
+
+
+@pytest.fixture
+def copy(exported: Path, tmp_path: Path) -> Path:
+    shutil.copytree(exported, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def edit(file: Path, **changes) -> None:
+    values = json.loads(file.read_text()) | changes
+    file.write_text(json.dumps({k: v for k, v in values.items() if v is not None}))
+
+
+def edit_tensors(file: Path, change: Callable[[dict], object]) -> None:
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def shard(copy: Path, key: str) -> Path:
+    index = json.loads((copy / "glm" / "model.safetensors.index.json").read_text())
+    return copy / "glm" / index["weight_map"][key]
+
+
+NORM = "model.layers.3.enorm.weight"
+GATE = "model.layers.3.mlp.gate.weight"
+EXPERT = "model.layers.2.mlp.experts.0.up_proj.weight"
+DAMAGES = {
+    "no config": (lambda c: (c / "glm/config.json").unlink(), "config.json: missing"),
+    "no json": (lambda c: (c / "glm/config.json").write_text("{"), "not readable as JSON"),
+    "a list": (lambda c: (c / "glm/config.json").write_text("[]"), "expected a JSON object"),
+    "architecture": (
+        lambda c: edit(c / "glm/config.json", architectures=["GemmaForCausalLM"]),
+        "GemmaForCausalLM.*not supported here",
+    ),
+    "another format": (
+        lambda c: edit(c / "glm/config.json", architectures=["LlamaForCausalLM"]),
+        "use --format llama_hf",
+    ),
+    "no size": (lambda c: edit(c / "glm/config.json", hidden_size=None), "hidden_size = None"),
+    "text": (lambda c: edit(c / "glm/config.json", hidden_size="big"), "expected a number"),
+    "bias": (lambda c: edit(c / "glm/config.json", attention_bias=True), "attention_bias = True"),
+    "mixture": (
+        lambda c: edit(c / "glm/config.json", first_k_dense_replace=1),
+        "first_k_dense_replace = 1",
+    ),
+    "rope": (
+        lambda c: edit(c / "glm/config.json", rope_parameters={"rope_type": "yarn"}),
+        "rope_type = 'yarn'",
+    ),
+    "partial rope": (
+        lambda c: edit(
+            c / "glm/config.json", rope_parameters={"partial_rotary_factor": 0.5, "rope_theta": 1e4}
+        ),
+        "partial_rotary_factor = 0.5",
+    ),
+    "missing shard": (lambda c: shard(c, NORM).unlink(), "safetensors: missing"),
+    "truncated shard": (
+        lambda c: shard(c, NORM).write_bytes(shard(c, NORM).read_bytes()[:-100]),
+        "not a whole safetensors file",
+    ),
+    "empty shard": (lambda c: shard(c, NORM).write_bytes(b""), "not a whole safetensors file"),
+    "pointing outside": (
+        lambda c: edit(
+            c / "glm/model.safetensors.index.json", weight_map={NORM: "../run/x.safetensors"}
+        ),
+        "names the file '../run/x.safetensors'",
+    ),
+    "empty index": (
+        lambda c: edit(c / "glm/model.safetensors.index.json", weight_map={}),
+        "no weight_map",
+    ),
+    "lying index": (
+        lambda c: edit_tensors(shard(c, NORM), lambda t: t.pop(NORM)),
+        f"says that {NORM} is in",
+    ),
+    "wrong shape": (
+        lambda c: edit_tensors(shard(c, NORM), lambda t: t.update({NORM: torch.ones(31)})),
+        rf"{NORM} has shape \(31,\), expected \(32,\)",
+    ),
+    "unknown tensor": (
+        lambda c: edit_tensors(shard(c, NORM), lambda t: t.update(extra=torch.ones(1))),
+        r"holds 1 \(extra\), which have no place",
+    ),
+    "experts that are used": (
+        lambda c: edit_tensors(shard(c, EXPERT), lambda t: t[EXPERT].fill_(1)),
+        "is not zero: a mixture of experts",
+    ),
+    "fewer layers": (
+        lambda c: edit(c / "glm/config.json", num_hidden_layers=2, first_k_dense_replace=1),
+        "lacks",
+    ),
+    "more vocabulary": (
+        lambda c: edit(c / "glm/config.json", vocab_size=321),
+        r"embed_tokens.weight has shape \(320, 32\), expected \(321, 32\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_folders(copy: Path, damage: str) -> None:
+    make, message = DAMAGES[damage]
+    make(copy)
+    found = refusal(lambda: import_checkpoint(copy / "glm", copy / "back", "glm4_moe_hf"))
+    assert re.search(message, found), found
+    assert not list(copy.glob("back*"))
+
+
+def test_metas_files(copy: Path) -> None:
+    file = copy / "meta" / "consolidated.pth"
+
+    def read() -> str:
+        return refusal(lambda: import_checkpoint(copy / "meta", copy / "back", "meta"))
+
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2])
+    assert "consolidated.pth: can't be read as plain tensors" in read()
+    torch.save({"model": object()}, file)
+    assert "can't be read as plain tensors" in read()
+    torch.save({"a": 1}, file)
+    assert "expected a dict of tensors" in read()
+    shutil.copy(file, copy / "meta" / "consolidated.01.pth")
+    assert "2 files consolidated*.pth" in read()
+    file.unlink()
+    (copy / "meta" / "consolidated.01.pth").unlink()
+    assert "0 files consolidated*.pth, expected one" in read()
+    edit(copy / "meta" / "params.json", n_layers=2)
+    assert "n_layers = 2" in read()
+    (copy / "meta" / "params.json").unlink()
+    assert "params.json: missing" in read()
+
+
+def test_what_an_export_refuses(exported: Path, tmp_path: Path) -> None:
+    run, parallel, out = exported / "run", exported / "parallel", tmp_path / "out"
+    message = refusal(lambda: export_checkpoint(run, out, "glm4_hf"))
+    assert "did you mean glm4_moe_hf?" in message
+    message = refusal(lambda: export_checkpoint(run, exported / "glm", "glm4_moe_hf"))
+    assert "is there already" in message
+    message = refusal(lambda: export_checkpoint(run, out, "llama_hf"))
+    assert "2 sequential heads" in message and "glm4_moe_hf" in message
+    assert "--drop_heads" in message and "mtp.heads.0" in message
+    message = refusal(lambda: export_checkpoint(parallel, out, "glm4_moe_hf"))
+    assert "2 parallel heads" in message and "use meta" in message
+    assert "takes models with norms" in refusal(lambda: export_checkpoint(run, out, "qwen3_hf"))
+    message = refusal(lambda: export_checkpoint(tmp_path / "nowhere", out, "llama_hf"))
+    assert "no such folder" in message
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("llama_hf", QWEN, "takes models with no norms"),
+        ("mellum_hf", QWEN | SEQUENTIAL, "can't hold the 2 sequential heads"),
+        ("meta", SMALL | {"model.args.head_size": 6}, "no head_size"),
+        ("meta", SMALL | {"model.args.rope_scaling.factor": 2.0}, "no rotary scaling"),
+        ("llama_hf", SMALL | {"model.hf_assets_path": "/nowhere"}, "no such file or folder"),
+    ],
+)
+def test_models_that_do_not_fit(tmp_path: Path, name: str, changes, message: str) -> None:
+    write_run(tmp_path / "run", **changes)
+    action = lambda: export_checkpoint(tmp_path / "run", tmp_path / "out", name)  # noqa: E731
+    assert message in refusal(action)
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_a_checkpoint_of_another_model_than_its_config(exported: Path, tmp_path: Path) -> None:
+    shutil.copytree(exported / "run", tmp_path / "run")
+    config = tmp_path / "run" / "config.toml"
+    text = config.read_text()
+    out = tmp_path / "out"
+    for old, new, message in [
+        ("n_layers = 3", "n_layers = 4", "lacks 9 (layers.3."),
+        ("n_layers = 3", "n_layers = 2", "holds 9 (layers.2."),
+        ("hidden_dim = 48", "hidden_dim = 64", "has shape (48, 32), expected (64, 32)"),
+        ("num_future_tokens = 3", "num_future_tokens = 2", "holds 13 (mtp.heads.1."),
+    ]:
+        assert old in text
+        config.write_text(text.replace(old, new))
+        assert message in refusal(lambda: export_checkpoint(tmp_path / "run", out, "glm4_moe_hf"))
+    config.unlink()
+    assert "no config.toml" in refusal(lambda: export_checkpoint(tmp_path / "run", out, "llama_hf"))
+
+
+def test_torchtitans_folder_needs_a_config(exported: Path, tmp_path: Path) -> None:
+    export_checkpoint(exported / "run", tmp_path / "tt", "torchtitan", drop_heads=True)
+    action = lambda: import_checkpoint(tmp_path / "tt", tmp_path / "back", "torchtitan")  # noqa: E731
+    assert "with --config" in refusal(action)
+
+
+def test_nothing_is_left_where_writing_ends_early(exported: Path, tmp_path: Path, monkeypatch):
+    real, calls = exporting_module.to_halves, []
+
+    def fail_later(tensor, head_dim):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(tensor, head_dim)
+
+    monkeypatch.setattr(exporting_module, "to_halves", fail_later)
+    with pytest.raises(KeyboardInterrupt):
+        export_checkpoint(exported / "run", tmp_path / "out", "glm4_moe_hf")
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_reads_back_differently_is_not_kept(exported: Path, tmp_path: Path, monkeypatch):
+    real, calls = exporting_module.to_halves, []
+
+    def change(tensor, head_dim):
+        calls.append(1)
+        return real(tensor, head_dim) + len(calls)
+
+    monkeypatch.setattr(exporting_module, "to_halves", change)
+    message = refusal(lambda: export_checkpoint(exported / "run", tmp_path / "o", "glm4_moe_hf"))
+    assert "reads back differently" in message
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_leftover_of_a_killed_export_is_no_obstacle(exported: Path, tmp_path: Path) -> None:
+    (tmp_path / "out.tmp").mkdir()
+    (tmp_path / "out.tmp" / "model.safetensors").write_bytes(b"half")
+    export_checkpoint(exported / "run", tmp_path / "out", "glm4_moe_hf")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -1,0 +1,275 @@
+"""config.json and params.json, both ways: the model's shape as other programs write it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torchtitan_mtp.checkpoint.formats.names import GLM_EXPERTS
+from torchtitan_mtp.checkpoint.formats.spec import ModelSpec
+from torchtitan_mtp.errors import UserError
+from torchtitan_mtp.models.args import ModelArgs, RoPEScaling
+
+# ---- Hugging Face ----
+
+
+def _common(spec: ModelSpec, architecture: str, model_type: str) -> dict[str, Any]:
+    args = spec.args
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": args.rope_theta}
+    config: dict[str, Any] = {
+        "architectures": [architecture],
+        "model_type": model_type,
+        "vocab_size": args.vocab_size,
+        "hidden_size": args.dim,
+        "intermediate_size": args.ffn_dim,
+        "num_hidden_layers": args.n_layers,
+        "num_attention_heads": args.n_heads,
+        "num_key_value_heads": args.kv_heads,
+        "head_dim": args.head_dim,
+        "hidden_act": "silu",
+        "max_position_embeddings": args.max_seq_len,
+        "initializer_range": 0.02,
+        "rms_norm_eps": args.norm_eps,
+        "tie_word_embeddings": args.tied_embeddings,
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "use_cache": True,
+        "rope_theta": args.rope_theta,  # for readers older than rope_parameters
+        "rope_parameters": rope,
+    }
+    if (scaling := args.rope_scaling) is not None:
+        rope["rope_type"] = "llama3"
+        rope["factor"] = scaling.factor
+        rope["low_freq_factor"] = scaling.low_freq_factor
+        rope["high_freq_factor"] = scaling.high_freq_factor
+        rope["original_max_position_embeddings"] = scaling.original_max_seq_len
+        config["rope_scaling"] = rope  # the same
+    return config
+
+
+def llama_config(spec: ModelSpec) -> dict[str, Any]:
+    """LlamaConfig."""
+    return _common(spec, "LlamaForCausalLM", "llama") | {"mlp_bias": False}
+
+
+def qwen3_config(spec: ModelSpec) -> dict[str, Any]:
+    """Qwen3Config."""
+    return _common(spec, "Qwen3ForCausalLM", "qwen3") | {
+        "use_sliding_window": False,
+        "sliding_window": None,
+        "max_window_layers": spec.args.n_layers,
+    }
+
+
+def glm4_moe_config(spec: ModelSpec) -> dict[str, Any]:
+    """Glm4MoeConfig of a dense model (see `names.glm4_moe_hf`)."""
+    config = _common(spec, "Glm4MoeForCausalLM", "glm4_moe")
+    config["rope_parameters"]["partial_rotary_factor"] = 1.0
+    return config | {
+        "partial_rotary_factor": 1.0,
+        "use_qk_norm": spec.args.qk_norm,
+        "first_k_dense_replace": spec.args.n_layers - 1,
+        "moe_intermediate_size": spec.args.ffn_dim,
+        "n_shared_experts": 1,
+        "n_routed_experts": GLM_EXPERTS,
+        "num_experts_per_tok": 1,
+        "n_group": 1,
+        "topk_group": 1,
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 1.0,
+        "num_nextn_predict_layers": spec.modules,
+    }
+
+
+def mellum_config(spec: ModelSpec) -> dict[str, Any]:
+    """MellumConfig of a dense model with full attention everywhere."""
+    config = _common(spec, "MellumForCausalLM", "mellum")
+    layers, modules = spec.args.n_layers, spec.modules
+    rope = config.pop("rope_parameters")
+    config.pop("rope_scaling", None)
+    return config | {
+        "rope_parameters": {"full_attention": rope, "sliding_attention": rope},
+        "layer_types": ["full_attention"] * layers,
+        "mlp_layer_types": ["dense"] * layers,
+        "num_nextn_predict_layers": modules,
+        "mtp_layer_types": ["full_attention"] * modules,
+        "mtp_mlp_layer_types": ["dense"] * modules,
+        "moe_intermediate_size": spec.args.ffn_dim,
+        "num_experts": 2,
+        "num_experts_per_tok": 1,
+    }
+
+
+class _Reader:
+    """Values of a config file, each missing or unfit one refused by name."""
+
+    def __init__(self, file: Path, values: Mapping[str, Any]) -> None:
+        self.file, self.values = file, values
+
+    def number(self, key: str, default: Any = None) -> Any:
+        value = self.values.get(key)
+        value = default if value is None else value
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not value > 0:
+            raise UserError(f"{self.file}: {key} = {value!r}, expected a number above 0")
+        return value
+
+    def integer(self, key: str, default: int | None = None) -> int:
+        value = self.number(key, default)
+        if int(value) != value:
+            raise UserError(f"{self.file}: {key} = {value!r}, expected an integer")
+        return int(value)
+
+    def expect(self, key: str, *allowed: Any) -> None:
+        """The value is one of `allowed` (the first where it is absent)."""
+        if (value := self.values.get(key, allowed[0])) not in allowed:
+            raise UserError(
+                f"{self.file}: {key} = {value!r} is not supported here, only {allowed[0]!r}"
+            )
+
+
+def _rope(reader: _Reader, nested: str | None = None) -> tuple[float, RoPEScaling | None]:
+    """Base and scaling, wherever this version of transformers wrote them."""
+    values = reader.values.get("rope_parameters") or reader.values.get("rope_scaling") or {}
+    values = values.get(nested, values) if nested else values
+    inner = _Reader(reader.file, {"rope_theta": reader.values.get("rope_theta"), **values})
+    theta = float(inner.number("rope_theta", 10000.0))
+    kind = inner.values.get("rope_type", inner.values.get("type", "default"))
+    if kind == "default":
+        return theta, None
+    if kind != "llama3":
+        raise UserError(
+            f"{reader.file}: rope_type = {kind!r} is not supported here, only 'default' and "
+            "'llama3'"
+        )
+    return theta, RoPEScaling(
+        float(inner.number("factor")),
+        float(inner.number("low_freq_factor")),
+        float(inner.number("high_freq_factor")),
+        inner.integer("original_max_position_embeddings"),
+    )
+
+
+def _read_common(reader: _Reader, qk_norm: bool, rope: str | None = None) -> ModelArgs:
+    for key in ("attention_bias", "mlp_bias", "use_sliding_window"):
+        reader.expect(key, False, None)
+    reader.expect("hidden_act", "silu")
+    heads, dim = reader.integer("num_attention_heads"), reader.integer("hidden_size")
+    head_dim = reader.integer("head_dim", dim // heads)
+    theta, scaling = _rope(reader, rope)
+    return ModelArgs(
+        dim=dim,
+        n_layers=reader.integer("num_hidden_layers"),
+        n_heads=heads,
+        n_kv_heads=reader.integer("num_key_value_heads", heads),
+        vocab_size=reader.integer("vocab_size"),
+        hidden_dim=reader.integer("intermediate_size"),
+        head_size=None if head_dim * heads == dim else head_dim,
+        qk_norm=qk_norm,
+        norm_eps=float(reader.number("rms_norm_eps", 1e-6)),
+        rope_theta=theta,
+        rope_scaling=scaling,
+        max_seq_len=reader.integer("max_position_embeddings", 2048),
+        tied_embeddings=bool(reader.values.get("tie_word_embeddings", False)),
+    )
+
+
+def read_llama(file: Path, values: Mapping[str, Any]) -> ModelSpec:
+    """The model of a LlamaConfig."""
+    return ModelSpec(_read_common(_Reader(file, values), qk_norm=False))
+
+
+def read_qwen3(file: Path, values: Mapping[str, Any]) -> ModelSpec:
+    """The model of a Qwen3Config."""
+    return ModelSpec(_read_common(_Reader(file, {"head_dim": 128, **values}), qk_norm=True))
+
+
+def read_glm4_moe(file: Path, values: Mapping[str, Any]) -> ModelSpec:
+    """The model of a Glm4MoeConfig that `glm4_moe_config` wrote; real mixtures are refused."""
+    reader = _Reader(file, values)
+    args = _read_common(reader, qk_norm=bool(values.get("use_qk_norm", False)))
+    reader.expect("first_k_dense_replace", args.n_layers - 1)
+    reader.expect("moe_intermediate_size", args.ffn_dim)
+    reader.expect("n_shared_experts", 1)
+    reader.expect("n_routed_experts", GLM_EXPERTS)
+    rope = values.get("rope_parameters") or {}
+    factor = rope.get("partial_rotary_factor", values.get("partial_rotary_factor"))
+    _Reader(file, {"partial_rotary_factor": factor}).expect("partial_rotary_factor", 1.0)
+    return _with_modules(reader, args)
+
+
+def read_mellum(file: Path, values: Mapping[str, Any]) -> ModelSpec:
+    """The model of a MellumConfig that is dense and looks at everything."""
+    reader = _Reader(file, values)
+    args = _read_common(reader, qk_norm=True, rope="full_attention")
+    for prefix, count in (("", args.n_layers), ("mtp_", _modules(values))):
+        for key, only in (("layer_types", "full_attention"), ("mlp_layer_types", "dense")):
+            if count:
+                reader.expect(prefix + key, [only] * count)
+    return _with_modules(reader, args)
+
+
+def _modules(values: Mapping[str, Any]) -> int:
+    return int(values.get("num_nextn_predict_layers", values.get("num_mtp_layers")) or 0)
+
+
+def _with_modules(reader: _Reader, args: ModelArgs) -> ModelSpec:
+    modules = _modules(reader.values)
+    return ModelSpec(args, "sequential" if modules else "", modules + 1)
+
+
+# ---- Meta ----
+
+
+def meta_params(spec: ModelSpec) -> dict[str, Any]:
+    """params.json; `n_layers` counts the trunk's blocks and the further heads'.
+
+    Raises:
+        UserError: a shape that Meta's model has not.
+    """
+    args = spec.args
+    if args.qk_norm or args.head_size not in (None, args.dim // args.n_heads):
+        raise UserError("meta: its model has no norms of queries and keys and no head_size")
+    if args.rope_scaling is not None:
+        raise UserError("meta: its model has no rotary scaling")
+    width: dict[str, Any] = {"multiple_of": args.multiple_of}
+    if args.ffn_dim_multiplier is not None:
+        width["ffn_dim_multiplier"] = args.ffn_dim_multiplier
+    if args.hidden_dim is not None:  # any smaller width, rounded up to a multiple of the right one
+        width = {"multiple_of": args.hidden_dim, "ffn_dim_multiplier": 0.125}
+    params: dict[str, Any] = {
+        "dim": args.dim,
+        "n_layers": args.n_layers + spec.modules,
+        "n_heads": args.n_heads,
+        "vocab_size": args.vocab_size,
+        **width,
+        "norm_eps": args.norm_eps,
+        "rope_theta": args.rope_theta,
+        "n_future_tokens": spec.num_future_tokens,
+    }
+    return params | ({} if args.n_kv_heads is None else {"n_kv_heads": args.n_kv_heads})
+
+
+def read_meta(file: Path, values: Mapping[str, Any]) -> ModelSpec:
+    """The model of a params.json."""
+    reader = _Reader(file, values)
+    n = reader.integer("n_future_tokens", 1)
+    multiplier = values.get("ffn_dim_multiplier")
+    heads = reader.integer("n_heads")
+    args = ModelArgs(
+        dim=reader.integer("dim"),
+        n_layers=reader.integer("n_layers") - (n - 1),
+        n_heads=heads,
+        n_kv_heads=reader.integer("n_kv_heads", heads),
+        vocab_size=reader.integer("vocab_size"),
+        multiple_of=reader.integer("multiple_of", 256),
+        ffn_dim_multiplier=None if multiplier is None else reader.number("ffn_dim_multiplier"),
+        norm_eps=float(reader.number("norm_eps", 1e-5)),
+        rope_theta=float(reader.number("rope_theta", 10000.0)),
+        max_seq_len=reader.integer("max_seq_len", 4096),
+    )
+    if args.n_layers < 1:
+        raise UserError(
+            f"{file}: n_layers = {values['n_layers']}, expected at least n_future_tokens = {n}"
+        )
+    return ModelSpec(args, "parallel" if n > 1 else "", n)

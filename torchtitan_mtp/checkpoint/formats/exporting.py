@@ -1,0 +1,154 @@
+"""Export the model of a checkpoint to another program's format."""
+
+from __future__ import annotations
+
+import logging
+import os
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Size, Tensor
+
+from torchtitan_mtp.checkpoint.folders import find_checkpoint, find_config
+from torchtitan_mtp.checkpoint.formats.formats import (
+    FORMATS,
+    Format,
+    check_tensors,
+    find_format,
+    open_tensors,
+    verify,
+)
+from torchtitan_mtp.checkpoint.formats.names import Names, to_halves
+from torchtitan_mtp.checkpoint.formats.read import DCPTensors, Tensors
+from torchtitan_mtp.checkpoint.formats.spec import ModelSpec, spec_of_run
+from torchtitan_mtp.checkpoint.formats.tokenizer_files import copy_tokenizer
+from torchtitan_mtp.checkpoint.formats.write import (
+    Output,
+    write_dcp,
+    write_json,
+    write_pth,
+    write_safetensors,
+    written_aside,
+)
+from torchtitan_mtp.checkpoint.load import names_line
+from torchtitan_mtp.config import JobConfig, load_toml
+from torchtitan_mtp.data.tokenizer import build_tokenizer
+from torchtitan_mtp.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_SHARD_SIZE = 5 * 10**9  # bytes
+
+
+def export_checkpoint(
+    checkpoint: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    format_name: str,
+    *,
+    dtype: torch.dtype | None = None,
+    max_shard_size: int = DEFAULT_SHARD_SIZE,
+    drop_heads: bool = False,
+) -> ModelSpec:
+    """Write the model of a checkpoint into the new folder `out`; what was written.
+
+    Args:
+        checkpoint: what `find_checkpoint` understands, saved by any number of ranks.
+        dtype: of the weights; None: as they are stored.
+        max_shard_size: bytes of a safetensors file.
+        drop_heads: leave out heads that the format can't hold.
+
+    Raises:
+        UserError: `out` exists; a model that the format can't hold; a tensor that has no place.
+    """
+    form = find_format(format_name)
+    config = load_toml(find_config(checkpoint))
+    source = DCPTensors(find_checkpoint(checkpoint))
+    embedding = source.kinds.get("tok_embeddings.weight")
+    if embedding is None:
+        raise UserError(f"{source.where}: no tok_embeddings.weight in it; expected a model")
+    spec = spec_of_run(config, embedding.shape[0])
+    check_tensors(source, spec.shapes(), _tied(spec))
+    spec = _fitting(form, format_name, spec, source, drop_heads)
+    settings = {} if form.write_config is None else form.write_config(spec)
+    outputs = _outward(source, form.names(spec), spec, dtype)
+    with written_aside(Path(out), sum(output.bytes for output in outputs)) as folder:
+        if form.container == "safetensors":
+            write_safetensors(folder, outputs, max_shard_size)
+            _write_hf_files(folder, config, settings, outputs[0].dtype)
+        elif form.container == "pth":
+            write_pth(folder / "consolidated.pth", outputs)
+            write_json(folder / "params.json", settings)
+            copy_tokenizer(config.model.hf_assets_path, folder)
+        else:
+            write_dcp(folder, outputs)
+        verify(open_tensors(form, folder), outputs)
+    return spec
+
+
+def _tied(spec: ModelSpec) -> set[str]:
+    return {"output.weight"} if spec.args.tied_embeddings else set()
+
+
+def _fitting(
+    form: Format, name: str, spec: ModelSpec, source: Tensors, drop_heads: bool
+) -> ModelSpec:
+    """`spec`, or its trunk where its heads are to be dropped. Error: the format can't hold it."""
+    if form.qk_norm is not None and form.qk_norm != spec.args.qk_norm:
+        other = "no " if spec.args.qk_norm else ""
+        fit = [k for k, f in FORMATS.items() if f.qk_norm in (None, spec.args.qk_norm)]
+        raise UserError(
+            f"--format {name}: takes models with {other}norms of queries and keys (model.args."
+            f"qk_norm), this one is another; try {', '.join(fit)}"
+        )
+    fits = spec.heads in ("", form.heads)
+    fits = fits and (form.most_modules is None or spec.modules <= form.most_modules)
+    if fits:
+        return spec
+    heads = [key for key in source.kinds if key.startswith("mtp.")]
+    if not drop_heads:
+        fit = [k for k, f in FORMATS.items() if f.heads == spec.heads and f.most_modules is None]
+        raise UserError(
+            f"--format {name}: can't hold the {spec.modules} {spec.heads} heads beside the trunk "
+            f"({names_line(heads)}); use {' or '.join(fit)}, or leave them out with --drop_heads"
+        )
+    for k in range(spec.modules):
+        part = [key for key in heads if key.startswith(f"mtp.heads.{k}.")]
+        logger.warning("dropped mtp.heads.%d: %s", k, names_line(part))
+    return spec.without_heads()
+
+
+def _outward(
+    source: Tensors, table: Names, spec: ModelSpec, dtype: torch.dtype | None
+) -> list[Output]:
+    """What to write, in their names."""
+    head_dim = spec.args.head_dim
+
+    def read(name: str, rotary: bool, to: torch.dtype) -> Tensor:
+        tensor = source.read(name)
+        return (to_halves(tensor, head_dim) if rotary else tensor).to(to)
+
+    outputs = []
+    for entry in table.entries:
+        kind = source.kinds[entry.ours]
+        to = dtype or kind.dtype
+        outputs.append(
+            Output(entry.theirs, kind.shape, to, partial(read, entry.ours, entry.rotary, to))
+        )
+    for name, shape in table.zeros.items():
+        # Routers and their biases are read in float32, whatever the model's dtype is.
+        to = torch.float32 if name.endswith("_bias") else outputs[0].dtype
+        outputs.append(Output(name, Size(shape), to, partial(torch.zeros, shape, dtype=to)))
+    return outputs
+
+
+def _write_hf_files(
+    folder: Path, config: JobConfig, settings: dict[str, Any], dtype: torch.dtype
+) -> None:
+    tokenizer = build_tokenizer(config.model.hf_assets_path)
+    special = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+    dtype_name = str(dtype).removeprefix("torch.")
+    write_json(folder / "config.json", settings | special | {"dtype": dtype_name})
+    write_json(folder / "generation_config.json", special)
+    copy_tokenizer(config.model.hf_assets_path, folder)

@@ -1,0 +1,140 @@
+"""The formats that there are, and what all of them share."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Size
+
+from torchtitan_mtp.checkpoint.folders import find_checkpoint
+from torchtitan_mtp.checkpoint.formats import configs, names
+from torchtitan_mtp.checkpoint.formats.names import Names
+from torchtitan_mtp.checkpoint.formats.read import (
+    DCPTensors,
+    PthTensors,
+    SafetensorsTensors,
+    Tensors,
+)
+from torchtitan_mtp.checkpoint.formats.spec import ModelSpec
+from torchtitan_mtp.checkpoint.formats.write import Output
+from torchtitan_mtp.checkpoint.load import names_line
+from torchtitan_mtp.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Format:
+    """One format.
+
+    container: "safetensors", "pth" or "dcp". heads: the family that it holds, if any, and
+    most_modules how many of them. qk_norm: what it needs, None for either. Without read_config its
+    folders do not say which model they hold.
+    """
+
+    names: Callable[[ModelSpec], Names]
+    container: str
+    heads: str = ""
+    most_modules: int | None = None
+    qk_norm: bool | None = None
+    architecture: str = ""
+    write_config: Callable[[ModelSpec], dict[str, Any]] | None = None
+    read_config: Callable[[Path, Mapping[str, Any]], ModelSpec] | None = None
+
+
+FORMATS: dict[str, Format] = {
+    "llama_hf": Format(
+        names.llama_hf,
+        "safetensors",
+        qk_norm=False,
+        architecture="LlamaForCausalLM",
+        write_config=configs.llama_config,
+        read_config=configs.read_llama,
+    ),
+    "qwen3_hf": Format(
+        names.llama_hf,
+        "safetensors",
+        qk_norm=True,
+        architecture="Qwen3ForCausalLM",
+        write_config=configs.qwen3_config,
+        read_config=configs.read_qwen3,
+    ),
+    "glm4_moe_hf": Format(
+        names.glm4_moe_hf,
+        "safetensors",
+        heads="sequential",
+        architecture="Glm4MoeForCausalLM",
+        write_config=configs.glm4_moe_config,
+        read_config=configs.read_glm4_moe,
+    ),
+    "mellum_hf": Format(
+        names.mellum_hf,
+        "safetensors",
+        heads="sequential",
+        most_modules=1,
+        qk_norm=True,
+        architecture="MellumForCausalLM",
+        write_config=configs.mellum_config,
+        read_config=configs.read_mellum,
+    ),
+    "meta": Format(
+        names.meta,
+        "pth",
+        heads="parallel",
+        qk_norm=False,
+        write_config=configs.meta_params,
+        read_config=configs.read_meta,
+    ),
+    "torchtitan": Format(names.torchtitan, "dcp"),
+}
+
+
+def find_format(name: str) -> Format:
+    """A format by its name. Error: there is none; the nearest is named."""
+    if name in FORMATS:
+        return FORMATS[name]
+    nearest = difflib.get_close_matches(name, FORMATS, n=1, cutoff=0.4)
+    hint = f"; did you mean {nearest[0]}?" if nearest else ""
+    raise UserError(f"--format {name}: expected one of {', '.join(FORMATS)}{hint}")
+
+
+def open_tensors(form: Format, folder: Path) -> Tensors:
+    """The tensors of a folder. Errors: missing or damaged files."""
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder")
+    if form.container == "safetensors":
+        return SafetensorsTensors(folder)
+    return PthTensors(folder) if form.container == "pth" else DCPTensors(find_checkpoint(folder))
+
+
+def check_tensors(
+    source: Tensors, expected: Mapping[str, Size], optional: Collection[str] = ()
+) -> None:
+    """The tensors are those expected, in name and shape; `optional` ones may be there as well.
+
+    Raises:
+        UserError: naming the first that is not.
+    """
+    if lost := [name for name in expected if name not in source.kinds]:
+        raise UserError(f"{source.where}: lacks {names_line(lost)} of the model")
+    if extra := [name for name in source.kinds if name not in expected and name not in optional]:
+        raise UserError(f"{source.where}: holds {names_line(extra)}, which have no place")
+    for name, shape in expected.items():
+        if (found := source.kinds[name].shape) != shape:
+            raise UserError(
+                f"{source.where}: {name} has shape {tuple(found)}, expected {tuple(shape)}"
+            )
+
+
+def verify(written: Tensors, outputs: Sequence[Output]) -> None:
+    """What was written reads back to the bit. Error: naming the tensor that does not."""
+    for output in outputs:
+        if not torch.equal(written.read(output.name), output.read()):  # NaN is no weight
+            raise UserError(f"{written.where}: {output.name} reads back differently")
+    logger.info("verified %d tensors by reading them back", len(outputs))

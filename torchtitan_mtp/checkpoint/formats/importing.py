@@ -1,0 +1,140 @@
+"""Import another program's checkpoint: a run's folder to generate with and to start from."""
+
+from __future__ import annotations
+
+import logging
+import os
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Size, Tensor
+
+from torchtitan_mtp.checkpoint.formats.formats import (
+    FORMATS,
+    Format,
+    check_tensors,
+    find_format,
+    open_tensors,
+    verify,
+)
+from torchtitan_mtp.checkpoint.formats.names import Entry, to_pairs
+from torchtitan_mtp.checkpoint.formats.read import DCPTensors, Tensors, read_json
+from torchtitan_mtp.checkpoint.formats.spec import ModelSpec, describe_run, spec_of_run
+from torchtitan_mtp.checkpoint.formats.tokenizer_files import copy_tokenizer
+from torchtitan_mtp.checkpoint.formats.write import Output, write_dcp, written_aside
+from torchtitan_mtp.config import MTP, JobConfig, load_toml, to_toml
+from torchtitan_mtp.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+
+def import_checkpoint(
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    format_name: str,
+    *,
+    config_file: str | os.PathLike[str] | None = None,
+    dtype: torch.dtype | None = None,
+) -> ModelSpec:
+    """Make `out` a run's folder, with step-0, config.toml and tokenizer; what was read.
+
+    Args:
+        source: a folder in the format.
+        config_file: TOML of the run, where the format does not say which model it is.
+        dtype: of the weights; None: as they are stored.
+
+    Raises:
+        UserError: `out` exists; missing, damaged or unknown files; a tensor that has no place.
+    """
+    form, folder, out = find_format(format_name), Path(source), Path(os.path.abspath(out))
+    config, spec = _read_spec(form, format_name, folder, config_file)
+    tensors = open_tensors(form, folder)
+    if spec is None:
+        embedding = tensors.kinds.get("tok_embeddings.weight")
+        if embedding is None:
+            raise UserError(f"{tensors.where}: no tok_embeddings.weight in it; expected a model")
+        spec = spec_of_run(config, embedding.shape[0]).without_heads()
+    outputs = inward(tensors, form, spec, dtype)
+    if form.read_config is not None:
+        describe_run(config, spec)
+    config.job.dump_folder = str(out)
+    with written_aside(out, sum(output.bytes for output in outputs)) as tmp:
+        if form.read_config is not None:
+            (tmp / "tokenizer").mkdir()
+            if copy_tokenizer(str(folder), tmp / "tokenizer"):
+                config.model.hf_assets_path = str(out / "tokenizer")
+            else:
+                (tmp / "tokenizer").rmdir()
+                logger.warning("%s: no tokenizer; set model.hf_assets_path in config.toml", folder)
+        (tmp / "config.toml").write_text(to_toml(config), encoding="utf-8")
+        write_dcp(tmp / config.checkpoint.folder / "step-0", outputs)
+        verify(DCPTensors(tmp / config.checkpoint.folder / "step-0"), outputs)
+    return spec
+
+
+def _read_spec(
+    form: Format, name: str, folder: Path, config_file: str | os.PathLike[str] | None
+) -> tuple[JobConfig, ModelSpec | None]:
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder")
+    if form.read_config is None:
+        if config_file is None:
+            raise UserError(
+                f"--format {name}: its folders do not say which model they hold; give the run's "
+                "TOML file with --config"
+            )
+        config = load_toml(Path(config_file))
+        config.model.converters = [c for c in config.model.converters if c != "mtp"]
+        config.mtp = MTP()
+        return config, None
+    return JobConfig(), read_spec(form, name, folder)
+
+
+def read_spec(form: Format, name: str, folder: Path) -> ModelSpec:
+    """The model that a folder says it holds. Error: no such file, or a model of another kind."""
+    assert form.read_config is not None
+    file = folder / ("params.json" if form.container == "pth" else "config.json")
+    values = read_json(file)
+    found = values.get("architectures") or ["none"]
+    if form.architecture and form.architecture not in found:
+        right = [key for key, f in FORMATS.items() if f.architecture and f.architecture in found]
+        hint = f"; use --format {right[0]}" if right else "; it is not supported here"
+        raise UserError(f"{file}: architectures = {found}, but {name} is {form.architecture}{hint}")
+    return form.read_config(file, values)
+
+
+def inward(
+    tensors: Tensors, form: Format, spec: ModelSpec, dtype: torch.dtype | None = None
+) -> list[Output]:
+    """What to read, in our names; every tensor of theirs has been given its place.
+
+    Raises:
+        UserError: a tensor is missing, has no place or another shape, or should be zero.
+    """
+    table, shapes = form.names(spec), spec.shapes()
+    by_ours: dict[str, Entry] = {}
+    for entry in table.entries:
+        by_ours.setdefault(entry.ours, entry)
+    expected = {entry.theirs: shapes[name] for name, entry in by_ours.items()}
+    expected |= {name: Size(shape) for name, shape in table.zeros.items()}
+    repeated = {entry.theirs for entry in table.entries} - expected.keys()
+    check_tensors(tensors, expected, repeated | table.ignored)
+    for name in table.zeros:
+        if tensors.read(name).any():
+            raise UserError(
+                f"{tensors.where}: {name} is not zero: a mixture of experts, which is not "
+                "supported here"
+            )
+    head_dim = spec.args.head_dim
+
+    def read(name: str, rotary: bool, to: torch.dtype) -> Tensor:
+        tensor = tensors.read(name)
+        return (to_pairs(tensor, head_dim) if rotary else tensor).to(to)
+
+    outputs = []
+    for name, entry in by_ours.items():
+        to = dtype or tensors.kinds[entry.theirs].dtype
+        get = partial(read, entry.theirs, entry.rotary, to)
+        outputs.append(Output(name, shapes[name], to, get))
+    return outputs

@@ -1,0 +1,148 @@
+"""Tensors of a checkpoint one at a time, from a DCP folder, safetensors files or a .pth file."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Size, Tensor
+
+from torchtitan_mtp.checkpoint.load import Opened, open_checkpoint, read_states, stored_model_names
+from torchtitan_mtp.checkpoint.metadata import bare_name
+from torchtitan_mtp.checkpoint.ranks import Ranks
+from torchtitan_mtp.errors import UserError
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+
+class Kind(NamedTuple):
+    """Shape and dtype of a stored tensor."""
+
+    shape: Size
+    dtype: torch.dtype
+
+
+class Tensors(Protocol):
+    """A checkpoint's tensors by name; `where` names the place in messages."""
+
+    where: Path
+    kinds: dict[str, Kind]
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, whole, on the CPU."""
+        ...
+
+
+class DCPTensors:
+    """The model of a DCP folder, written by any number of ranks; its files are verified first."""
+
+    def __init__(self, path: Path) -> None:
+        self.where = path
+        self._ranks = Ranks()
+        self._opened: Opened = open_checkpoint(path, self._ranks)
+        self._keys = stored_model_names(self._opened)
+        stored = self._opened.stored
+        self.kinds = {
+            name: Kind(stored[key].size, stored[key].properties.dtype)
+            for name, key in self._keys.items()
+        }
+
+    def read(self, name: str) -> Tensor:
+        tensor = torch.empty(self.kinds[name].shape, dtype=self.kinds[name].dtype)
+        read_states(self._opened, {self._keys[name]: tensor}, self._ranks)
+        return tensor
+
+
+class SafetensorsTensors:
+    """A folder of model.safetensors, or of the files that model.safetensors.index.json lists."""
+
+    def __init__(self, path: Path) -> None:
+        self.where = path
+        index = _read_index(path)
+        files = sorted(set(index.values())) if index else [WEIGHTS]
+        self._files = {name: _open_safetensors(path / name) for name in files}
+        keys = {name: list(file.keys()) for name, file in self._files.items()}
+        self._file_of = {key: name for name, held in keys.items() for key in held}
+        if lost := [key for key, name in index.items() if self._file_of.get(key) != name]:
+            raise UserError(
+                f"{path / INDEX}: says that {lost[0]} is in {index[lost[0]]}, which does not hold "
+                "it; download the folder again"
+            )
+        self.kinds = {}
+        for key, name in self._file_of.items():
+            part = self._files[name].get_slice(key)
+            # A name of torch's dtype is not to be had; an empty part of the tensor has one.
+            dtype = part[...].dtype if not part.get_shape() else part[:0].dtype
+            self.kinds[key] = Kind(Size(part.get_shape()), dtype)
+
+    def read(self, name: str) -> Tensor:
+        tensor: Tensor = self._files[self._file_of[name]].get_tensor(name)
+        return tensor
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    """Tensor -> file of a sharded folder; empty where there is one file."""
+    file = path / INDEX
+    if not file.is_file():
+        return {}
+    weight_map = read_json(file).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{file}: no weight_map in it; expected an index of safetensors files")
+    for name in weight_map.values():
+        if not bare_name(name):
+            raise UserError(f"{file}: names the file {name!r}, expected one of this folder")
+    return weight_map
+
+
+def _open_safetensors(file: Path) -> Any:
+    if not file.is_file():
+        raise UserError(f"{file}: missing; download it again")
+    try:
+        return safe_open(str(file), framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise UserError(
+            f"{file}: not a whole safetensors file ({error}); download it again"
+        ) from error
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object. Errors: no such file, or something else in it."""
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{file}: missing; it says which model this is") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: not readable as JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{file}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+class PthTensors:
+    """Meta's consolidated.pth; nothing in it is run, and it is mapped, not read as a whole."""
+
+    def __init__(self, path: Path) -> None:
+        files = sorted(path.glob("consolidated*.pth"))
+        if len(files) != 1:
+            raise UserError(
+                f"{path}: {len(files)} files consolidated*.pth, expected one"
+                + ("; parts of tensor parallelism are not merged here" if files else "")
+            )
+        self.where = files[0]
+        try:
+            state = torch.load(self.where, map_location="cpu", mmap=True, weights_only=True)
+        except (RuntimeError, OSError, pickle.UnpicklingError, EOFError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise UserError(f"{self.where}: can't be read as plain tensors: {reason}") from error
+        if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
+            raise UserError(f"{self.where}: expected a dict of tensors")
+        self._state: dict[str, Tensor] = state
+        self.kinds = {name: Kind(t.shape, t.dtype) for name, t in state.items()}
+
+    def read(self, name: str) -> Tensor:
+        return self._state[name]

@@ -1,0 +1,113 @@
+"""What a format has to know of a model: its shape, its heads, and how our config.toml says it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Size
+
+from torchtitan_mtp.config import MTP, JobConfig
+from torchtitan_mtp.models.args import ModelArgs
+from torchtitan_mtp.models.flavors import flavors, model_args
+from torchtitan_mtp.models.transformer import build_model
+from torchtitan_mtp.mtp import add_heads
+
+# What [model.args] can say; the rest of `ModelArgs` is the run's.
+_SIZES = ("dim", "n_layers", "n_heads", "norm_eps", "rope_theta", "tied_embeddings", "qk_norm")
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A trunk and its heads.
+
+    args: `n_layers` counts the blocks that are there, `max_seq_len` the tokens the model may see.
+    heads: "parallel", "sequential", or "" for none; then `num_future_tokens` is 1.
+    """
+
+    args: ModelArgs
+    heads: str = ""
+    num_future_tokens: int = 1
+    share_weights: bool = False
+
+    @property
+    def modules(self) -> int:
+        """How many blocks stand beside or behind the trunk."""
+        further = self.num_future_tokens - 1
+        return min(further, 1) if self.share_weights else further
+
+    def without_heads(self) -> ModelSpec:
+        """The trunk alone."""
+        return ModelSpec(self.args)
+
+    def summary(self) -> str:
+        """One line for people."""
+        count = sum(shape.numel() for shape in self.shapes().values())
+        heads = f" and {self.modules} {self.heads} heads" if self.heads else ", no further heads"
+        return f"{count:,} parameters in {self.args.n_layers} layers{heads}"
+
+    def shapes(self) -> dict[str, Size]:
+        """Name -> shape of every parameter; of two tied names, the embedding's alone."""
+        model = build_model(self.args)
+        mtp = MTP(num_future_tokens=self.num_future_tokens, share_weights=self.share_weights)
+        mtp.heads = "sequential" if self.heads == "sequential" else "parallel"
+        add_heads(model, mtp)
+        return {name: param.shape for name, param in model.named_parameters()}
+
+
+def spec_of_run(config: JobConfig, vocab_size: int) -> ModelSpec:
+    """The model of a run, from its configuration and the rows of its embedding."""
+    args = model_args(
+        config.model.name,
+        config.model.flavor,
+        tokenizer_vocab=0,
+        vocab_size=vocab_size,
+        max_seq_len=config.training.seq_len,
+        changes=config.model.args.given(),
+    )
+    mtp = config.mtp
+    if "mtp" not in config.model.converters or mtp.num_future_tokens == 1:
+        return ModelSpec(args)
+    if mtp.match_parameters:
+        args = replace(args, n_layers=args.n_layers - (mtp.num_future_tokens - 1))
+    return ModelSpec(args, mtp.heads, mtp.num_future_tokens, mtp.share_weights)
+
+
+def describe_run(config: JobConfig, spec: ModelSpec) -> None:
+    """Write a model into a configuration: by its flavor's name where one fits, else by sizes."""
+    args, model = spec.args, config.model
+    model.name = "qwen3" if args.qk_norm else "llama3"
+    model.vocab_size = args.vocab_size
+    config.training.seq_len = config.validation.seq_len = args.max_seq_len
+    wanted = _sizes(args)
+    same = (name for name, flavor in flavors[model.name].items() if _sizes(flavor) == wanted)
+    model.flavor = next(same, "custom")
+    if model.flavor == "custom":
+        for key in _SIZES:
+            setattr(model.args, key, wanted[key])
+        model.args.n_kv_heads = args.kv_heads
+        model.args.hidden_dim = args.ffn_dim
+        model.args.head_size = args.head_dim
+        if (scaling := args.rope_scaling) is not None:
+            for key, value in vars(scaling).items():
+                setattr(model.args.rope_scaling, key, value)
+    if spec.heads:
+        model.converters = ["mtp"]
+        config.mtp.heads = "sequential" if spec.heads == "sequential" else "parallel"
+        config.mtp.num_future_tokens = spec.num_future_tokens
+        config.mtp.share_weights = spec.share_weights
+
+
+def _sizes(args: ModelArgs) -> dict[str, Any]:
+    """All that decides a trunk's parameters and what they compute, but for the vocabulary."""
+    sizes = {key: getattr(args, key) for key in _SIZES}
+    derived = {"kv": args.kv_heads, "ffn": args.ffn_dim, "head": args.head_dim}
+    return sizes | derived | {"rope_scaling": args.rope_scaling}
+
+
+def differing_sizes(ours: ModelArgs, theirs: ModelArgs) -> Collection[str]:
+    """The sizes, as "name = ours, not theirs", in which two trunks differ."""
+    a, b = _sizes(ours), _sizes(theirs)
+    a["vocab_size"], b["vocab_size"] = ours.vocab_size, theirs.vocab_size
+    return [f"{key} = {a[key]}, not {b[key]}" for key in a if a[key] != b[key]]

@@ -1,0 +1,83 @@
+"""The tokenizer that goes with the weights."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from tokenizers import Tokenizer as FastTokenizer
+from tokenizers import decoders, models, pre_tokenizers
+
+from torchtitan_mtp.checkpoint.formats.write import write_json
+from torchtitan_mtp.data.tokenizer import ByteTokenizer
+
+FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "original/tokenizer.model",
+)
+_BYTE_SPECIALS = ("<|begin_of_text|>", "<|end_of_text|>", "<|pad|>")
+
+
+def copy_tokenizer(path: str, out: Path) -> bool:
+    """Put the tokenizer that `path` names (as model.hf_assets_path does) into the folder `out`.
+
+    Returns:
+        Whether there was one.
+    """
+    if path == "byte":
+        _write_byte_tokenizer(out)
+        return True
+    place = Path(path).expanduser()
+    if place.is_file():
+        name = "tokenizer.json" if place.suffix == ".json" else "tokenizer.model"
+        shutil.copyfile(place, out / name)
+        found = [name]
+        place = place.parent
+        wanted = ["tokenizer_config.json"] if name == "tokenizer.json" else []
+    else:
+        wanted, found = [*FILES, *(file.name for file in place.glob("*.tiktoken"))], []
+    for name in wanted:
+        if (place / name).is_file():
+            (out / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(place / name, out / name)
+            found.append(name)
+    return any(name.endswith(("tokenizer.json", ".model", ".tiktoken")) for name in found)
+
+
+def _write_byte_tokenizer(out: Path) -> None:
+    """The word "byte" as a tokenizer.json: byte-level BPE without any merge, the same ids."""
+    byte = ByteTokenizer()
+    specials = dict(zip(_BYTE_SPECIALS, (byte.bos_id, byte.eos_id, byte.pad_id), strict=True))
+    vocabulary = {char: i for i, char in enumerate(_byte_characters())}
+    tokenizer = FastTokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(list(specials))  # their ids follow the vocabulary's
+    assert all(tokenizer.token_to_id(name) == i for name, i in specials.items())
+    tokenizer.save(str(out / "tokenizer.json"))
+    bos, eos, pad = _BYTE_SPECIALS
+    write_json(
+        out / "tokenizer_config.json",
+        {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": bos,
+            "eos_token": eos,
+            "pad_token": pad,
+            "clean_up_tokenization_spaces": False,
+        },
+    )
+
+
+def _byte_characters() -> list[str]:
+    """The character that stands for each byte in byte-level BPE (GPT-2's bytes_to_unicode)."""
+    shown = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    hidden = (i for i in range(256) if i not in shown)
+    moved = {byte: chr(256 + k) for k, byte in enumerate(hidden)}
+    return [moved.get(byte, chr(byte)) for byte in range(256)]
