@@ -22,7 +22,7 @@ family = pytest.mark.parametrize("keys", FAMILIES.values(), ids=FAMILIES.keys())
 @pytest.fixture
 def other_text(tmp_path):
     """[validation] on a corpus of its own, some batches of it."""
-    corpus = write_corpus(tmp_path / "held_out", "jsonl", count=6, seed=9)
+    corpus = write_corpus(tmp_path / "held_out", "jsonl", count=5, seed=9)
     return {
         "validation.enable": True,
         "validation.dataset": "held_out",
@@ -33,7 +33,7 @@ def other_text(tmp_path):
 
 @family
 def test_losses_are_those_of_a_naive_loop(keys, other_text, tmp_path):
-    packed = {"model.attn_mask_type": "block_causal", "validation.seq_len": 24}
+    packed = {"model.attn_mask_type": "block_causal", "validation.seq_len": 12}
     config = config_of(tmp_path, keys, other_text, packed)
     trainer = Trainer(config)
     try:
@@ -45,7 +45,7 @@ def test_losses_are_those_of_a_naive_loop(keys, other_text, tmp_path):
     loader = DataLoader(
         build_source("held_out", config.validation.dataset_path),
         build_tokenizer("byte"),
-        24,
+        12,
         3,
         1,
         split="all",
