@@ -18,6 +18,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from torchtitan_mtp.checkpoint import Checkpointer
+from torchtitan_mtp.checkpoint.folders import step_folder
+from torchtitan_mtp.checkpoint.formats.training import save_in_hf
 from torchtitan_mtp.config import JobConfig, to_toml
 from torchtitan_mtp.data.loader import DataLoader, merge_states
 from torchtitan_mtp.data.sources import build_source
@@ -149,6 +151,8 @@ class Trainer:
         self.optimizer = build_optimizer(self.model.parameters(), config.optimizer)
         self.scheduler = build_scheduler(self.optimizer, config.lr_scheduler, training.steps)
         self.state = TrainState()
+        if config.checkpoint.initial_load_in_hf and not config.checkpoint.initial_load_path:
+            config.checkpoint.initial_load_path = config.model.hf_assets_path
         self.checkpointer = Checkpointer(
             config.checkpoint,
             config.job.dump_folder,
@@ -278,8 +282,24 @@ class Trainer:
                 if self.checkpointer.should_save(step, last=step == steps):
                     self._check_finite(self.grad_norm.item())  # steps that no log line looked at
                 self.checkpointer.save(step, last=step == steps)
+                if step == steps:
+                    self._save_in_hf()
                 profiler.step()
                 memory.step()
+
+    def _save_in_hf(self) -> None:
+        """The last step as a Hugging Face folder, where that is asked for: read back by one rank,
+        which no other waits for."""
+        checkpoint = self.config.checkpoint
+        saved = checkpoint.enable and not checkpoint.load_only
+        if not (saved and checkpoint.last_save_in_hf and self.world.is_main):
+            return
+        dtype = getattr(torch, checkpoint.export_dtype)
+        save_in_hf(
+            step_folder(self.checkpointer.folder, self.state.step),
+            self.model,
+            dtype if checkpoint.last_save_model_only else None,
+        )
 
     def train_step(self) -> None:
         """One optimizer step over `accumulation` micro-batches on every rank."""

@@ -12,10 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from formats_run import LLAMA_3_1, QWEN, SEQUENTIAL, SMALL, write_run
+from runs import TINY, config_of, train, weights_of
 from torchtitan_mtp.checkpoint.formats import export_checkpoint, import_checkpoint
 from torchtitan_mtp.data.targets import Batch
+from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.inference import generate, load_for_inference
 from torchtitan_mtp.models.transformer import Transformer
+from torchtitan_mtp.trainer import Trainer
 
 transformers = pytest.importorskip("transformers")
 ROOT = Path(__file__).resolve().parents[2]
@@ -245,3 +248,48 @@ def test_the_scripts(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].endswith("did you mean llama_hf?")
     assert "Traceback" not in done.stderr
+
+
+def start(folder: Path, source: Path, **changes) -> tuple[dict[str, Tensor], Trainer]:
+    """The weights with which a run starts from a Hugging Face folder."""
+    options = {"checkpoint.enable": True, "checkpoint.initial_load_in_hf": True}
+    options["checkpoint.initial_load_path"] = str(source)
+    trainer = Trainer(config_of(folder, {"model.vocab_size": 320, **options}, changes))
+    started = weights_of(trainer)
+    trainer.close()
+    return started, trainer
+
+
+def test_a_run_starts_from_a_hugging_face_folder(tmp_path: Path) -> None:
+    changes = {"model.vocab_size": 320, "training.seq_len": 32, "model.flavor": "custom"}
+    changes |= {"model.args.dim": 32, "model.args.n_layers": 3, "model.args.n_heads": 4}
+    changes |= {"model.args.n_kv_heads": 2, "model.args.hidden_dim": TINY.ffn_dim}
+    saved, _ = write_run(tmp_path / "saved", **changes)
+    export_checkpoint(tmp_path / "saved", tmp_path / "hf", "llama_hf")
+    started, trainer = start(tmp_path / "a", tmp_path / "hf", **{"mtp.init": "copy_last_layer"})
+    assert all(torch.equal(started[name], t) for name, t in saved.state_dict().items())
+    # Heads are not in the folder: each starts as the layer that was loaded.
+    name = "attention.wq.weight"
+    for k in range(2):
+        assert torch.equal(started[f"mtp.heads.{k}.{name}"], saved.layers["2"].attention.wq.weight)
+    report = trainer.checkpointer.load_report
+    assert report is not None and all(key.startswith("mtp.") for key in report.missing)
+
+    with pytest.raises(UserError, match=r"rope_theta = 500\.0, not 10000\.0 as"):
+        start(tmp_path / "b", tmp_path / "hf", **{"model.args.rope_theta": 500.0})
+    with pytest.raises(UserError, match=r"config\.json: missing"):
+        start(tmp_path / "c", tmp_path / "saved")
+
+
+def test_a_run_leaves_a_hugging_face_folder(tmp_path: Path) -> None:
+    options = {"checkpoint.enable": True, "checkpoint.last_save_in_hf": True}
+    options |= {"model.converters": [], "mtp.num_future_tokens": 1}
+    options |= {"checkpoint.export_dtype": "bfloat16", "training.steps": 2}
+    run = train(config_of(tmp_path, options))
+    folder = tmp_path / "run" / "checkpoint" / "step-2.hf"
+    theirs, _ = load(folder)
+    assert theirs.dtype == torch.bfloat16
+    assert torch.equal(theirs.model.norm.weight, run.weights["norm.weight"].bfloat16())
+    # It is no step of the run: the run goes on from its own.
+    model, _, _ = load_for_inference(tmp_path / "run")
+    assert torch.equal(model.norm.weight, run.weights["norm.weight"].bfloat16().float())

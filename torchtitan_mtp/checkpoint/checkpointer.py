@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from torchtitan_mtp.checkpoint import folders
 from torchtitan_mtp.checkpoint import state as states_of
+from torchtitan_mtp.checkpoint.formats.training import load_hf_weights
 from torchtitan_mtp.checkpoint.load import (
     HEADS,
     LoadReport,
@@ -34,6 +35,7 @@ from torchtitan_mtp.checkpoint.ranks import Ranks
 from torchtitan_mtp.checkpoint.resume import Stateful, restore
 from torchtitan_mtp.checkpoint.state import OPTIMIZER, RNG
 from torchtitan_mtp.errors import UserError
+from torchtitan_mtp.models.transformer import Transformer
 
 if TYPE_CHECKING:
     from torchtitan_mtp.config import Checkpoint
@@ -255,6 +257,11 @@ class Checkpointer:
         if not self.config.initial_load_path:
             return None
         given = self.config.initial_load_path
+        if self.config.initial_load_in_hf:
+            assert isinstance(self.model, Transformer)
+            exclude = self.config.exclude_from_loading
+            self.load_report = load_hf_weights(Path(given), self.model, self._ranks, exclude)
+            return None
         path = self._ranks.first(lambda: folders.find_checkpoint(given))
         if not self.config.initial_load_model_only:
             if self._ranks.first(lambda: folders.kind_of(path)) != FULL:

@@ -197,7 +197,7 @@ def load_opened_weights(
     aliases = _aliases(wanted)
     missing = [n for n in wanted if n not in offered and aliases[n].isdisjoint(offered)]
     unexpected = sorted(offered - wanted.keys())
-    _check_names(opened.path, missing, unexpected, offered, allow_missing, allow_unexpected)
+    check_names(opened.path, missing, unexpected, offered, allow_missing, allow_unexpected)
     names = [name for name in wanted if name in offered]
     cast = [
         name
@@ -208,7 +208,7 @@ def load_opened_weights(
     ]
     _read_tensors(opened, {stored[name]: wanted[name] for name in names}, aliases, stored, ranks)
     report = LoadReport(tuple(missing), tuple(unexpected), tuple(cast))
-    _log_report(opened.path, report)
+    log_report(opened.path, report)
     return report
 
 
@@ -232,7 +232,7 @@ def _unit(name: str) -> str:
     return ".".join(parts[:3]) if parts[:2] == ["mtp", "heads"] else name
 
 
-def _check_names(
+def check_names(
     path: Path,
     missing: Sequence[str],
     unexpected: Sequence[str],
@@ -240,6 +240,7 @@ def _check_names(
     allow_missing: Sequence[str],
     allow_unexpected: Sequence[str],
 ) -> None:
+    """Refuse what is missing or unexpected beyond what is allowed, and a head there in part."""
     absent = [name for name in missing if not name.startswith(tuple(allow_missing))]
     if absent:
         raise UserError(
@@ -326,7 +327,8 @@ def _local(tensor: torch.Tensor) -> torch.Tensor:
     return getattr(tensor, "_local_tensor", tensor)
 
 
-def _log_report(path: Path, report: LoadReport) -> None:
+def log_report(path: Path, report: LoadReport) -> None:
+    """One line each for what was loaded, left out and cast."""
     logger.info("loaded weights from %s", path)
     if report.missing:
         logger.info("not in the checkpoint, keep their init: %s", names_line(report.missing))

@@ -20,10 +20,11 @@ class Ranks:
     Args:
         own_group: make a gloo group of our own, so that a background save never shares a
             communicator with training. Without it the default group is used.
+        alone: this process alone, also where a process group exists.
     """
 
-    def __init__(self, *, own_group: bool = False) -> None:
-        self.distributed = dist.is_available() and dist.is_initialized()
+    def __init__(self, *, own_group: bool = False, alone: bool = False) -> None:
+        self.distributed = dist.is_available() and dist.is_initialized() and not alone
         self.group: dist.ProcessGroup | None = None
         if self.distributed and own_group:
             self.group = dist.new_group(backend="gloo")

@@ -65,11 +65,27 @@ def _check_checkpointing(config: JobConfig) -> None:
         raise UserError(
             "checkpoint.create_seed_checkpoint = true: needs checkpoint.enable = true to save"
         )
+    _check_hugging_face(config)
     every = config.activation_checkpoint.selective_ac_option
     if every != "op" and not (every.isdecimal() and int(every) >= 1):
         raise UserError(
             f'activation_checkpoint.selective_ac_option = {show(every)}: expected "op" or a '
             'positive number in quotes, such as "2"'
+        )
+
+
+def _check_hugging_face(config: JobConfig) -> None:
+    checkpoint, mtp = config.checkpoint, config.mtp
+    if checkpoint.initial_load_in_hf and not checkpoint.initial_load_model_only:
+        raise UserError(
+            "checkpoint.initial_load_in_hf = true: such a folder holds the weights only; set "
+            "checkpoint.initial_load_model_only = true"
+        )
+    heads = "mtp" in config.model.converters and mtp.num_future_tokens > 1
+    if checkpoint.last_save_in_hf and heads and mtp.heads == "parallel":
+        raise UserError(
+            "checkpoint.last_save_in_hf = true: no Hugging Face format holds parallel heads; unset "
+            'it and run scripts/export_checkpoint.py, or set mtp.heads = "sequential"'
         )
 
 

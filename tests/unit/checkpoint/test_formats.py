@@ -189,7 +189,7 @@ import torch
 from torchtitan_mtp.checkpoint.formats.write import Output, write_dcp, write_safetensors
 out = Path({out!r})
 make = lambda: torch.ones(4 * 2**20)  # 16 MiB
-outputs = [Output(f"t{{i}}", torch.Size([4 * 2**20]), torch.float32, make) for i in range(24)]
+outputs = [Output(f"t{{i}}", torch.Size([4 * 2**20]), torch.float32, make) for i in range(16)]
 write_safetensors(out, outputs[:1], 10**9)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 {write}
@@ -210,7 +210,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
     ids=["safetensors", "dcp", "reading dcp"],
 )
 def test_memory_is_a_tensors_not_a_models(tmp_path: Path, write: str) -> None:
-    """384 MiB of tensors, 16 MiB each: a few of them at a time."""
+    """256 MiB of tensors, 16 MiB each: a few of them at a time."""
     code = MEMORY.format(out=str(tmp_path), write=write)
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120

@@ -32,9 +32,7 @@ UNSUPPORTED = [
     "memory_estimation.enable=true",
     "job.custom_config_module=x",
     "experimental.custom_import=x",
-    "checkpoint.initial_load_in_hf=true",
     "checkpoint.initial_load_in_hf_quantized=true",
-    "checkpoint.last_save_in_hf=true",
     "training.dataloader.num_workers=2",
 ]
 
@@ -257,3 +255,13 @@ def test_a_refused_combination_names_the_file(tmp_path):
     assert message == f"training.steps = 0: expected >= 1 (config file: {path})"
     with pytest.raises(UserError, match=r"^training\.steps = 0: expected >= 1 \(config file: "):
         load_toml(path)
+
+
+def test_hugging_face_at_the_ends_of_a_run():
+    message = refusal("--checkpoint.last_save_in_hf", *MTP)
+    assert "no Hugging Face format holds parallel heads" in message
+    assert parse_args(["--checkpoint.last_save_in_hf"]).checkpoint.last_save_in_hf
+    chain = ["--checkpoint.last_save_in_hf", *MTP, "--mtp.heads", "sequential"]
+    assert parse_args(chain).checkpoint.last_save_in_hf
+    message = refusal("--checkpoint.initial_load_in_hf", "--checkpoint.no_initial_load_model_only")
+    assert "holds the weights only" in message

@@ -43,7 +43,7 @@ class DCPTensors:
 
     def __init__(self, path: Path) -> None:
         self.where = path
-        self._ranks = Ranks()
+        self._ranks = Ranks(alone=True)
         self._opened: Opened = open_checkpoint(path, self._ranks)
         self._keys = stored_model_names(self._opened)
         stored = self._opened.stored

@@ -31,10 +31,9 @@ class Checkpoint:
     """Load only the weights from initial_load_path; if false, also optimizer, schedule and data
     position."""
 
-    initial_load_in_hf: bool = setting(
-        False, unsupported="convert the weights with scripts/import_checkpoint.py first"
-    )
-    """Read initial_load_path in Hugging Face's format."""
+    initial_load_in_hf: bool = False
+    """Read initial_load_path, or without one model.hf_assets_path, as a Hugging Face folder:
+    config.json and safetensors files of the run's model."""
 
     initial_load_in_hf_quantized: bool = setting(
         False, unsupported="convert the weights with scripts/import_checkpoint.py first"
@@ -47,10 +46,9 @@ class Checkpoint:
     )
     """Save only the weights at the last step; if false, a checkpoint to resume from."""
 
-    last_save_in_hf: bool = setting(
-        False, unsupported="run scripts/export_checkpoint.py after the training"
-    )
-    """Save the last step in Hugging Face's format."""
+    last_save_in_hf: bool = False
+    """Save the last step as a Hugging Face folder too, step-N.hf; not for parallel heads, which
+    that format can't hold."""
 
     export_dtype: Literal["float16", "bfloat16", "float32"] = "float32"
     """Type of the weights in a last save of the model only."""

@@ -1,0 +1,81 @@
+"""Hugging Face's folders at the two ends of a run: what it starts from, and what it leaves."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from torchtitan_mtp.checkpoint.formats.exporting import export_checkpoint
+from torchtitan_mtp.checkpoint.formats.formats import FORMATS, open_tensors
+from torchtitan_mtp.checkpoint.formats.importing import inward, read_spec
+from torchtitan_mtp.checkpoint.formats.read import read_json
+from torchtitan_mtp.checkpoint.formats.spec import differing_sizes
+from torchtitan_mtp.checkpoint.load import HEADS, LoadReport, check_names, excluded, log_report
+from torchtitan_mtp.checkpoint.ranks import Ranks
+from torchtitan_mtp.checkpoint.state import model_state
+from torchtitan_mtp.errors import UserError
+from torchtitan_mtp.models.init import assign
+from torchtitan_mtp.models.transformer import Transformer
+
+logger = logging.getLogger(__name__)
+
+
+def load_hf_weights(
+    path: Path, model: Transformer, ranks: Ranks, exclude: Sequence[str] = ()
+) -> LoadReport:
+    """Load a folder in one of the HF formats into a materialised (also sharded) model, in place.
+
+    Every rank reads all tensors, one at a time, and keeps its shards. Heads may be missing (they
+    keep their init) or too many (they are dropped).
+
+    Raises:
+        UserError: on every rank: a damaged folder, another architecture, or another shape.
+    """
+    return ranks.together(lambda: _load(path, model, exclude))
+
+
+def _load(path: Path, model: Transformer, exclude: Sequence[str]) -> LoadReport:
+    name = _format_of(path)
+    spec = read_spec(FORMATS[name], name, path)
+    args = replace(model.args, n_layers=len(model.layers))
+    if different := differing_sizes(args, spec.args):
+        raise UserError(f"{path}: the run's model has {'; '.join(different)} as config.json says")
+    wanted = {key: t for key, t in model_state(model).items() if not excluded(key, exclude)}
+    if args.tied_embeddings:
+        wanted.pop("output.weight", None)
+    outputs = {o.name: o for o in inward(open_tensors(FORMATS[name], path), FORMATS[name], spec)}
+    outputs = {key: o for key, o in outputs.items() if not excluded(key, exclude)}
+    missing = [key for key in wanted if key not in outputs]
+    unexpected = sorted(outputs.keys() - wanted.keys())
+    check_names(path, missing, unexpected, set(outputs), HEADS, HEADS)
+    for key in wanted.keys() & outputs.keys():
+        assign(wanted[key], outputs[key].read().to(wanted[key].device))
+    report = LoadReport(tuple(missing), tuple(unexpected))
+    log_report(path, report)
+    return report
+
+
+def _format_of(path: Path) -> str:
+    """The format of a folder, by the architecture that its config.json names."""
+    found = read_json(path / "config.json").get("architectures") or ["none"]
+    for name, form in FORMATS.items():
+        if form.architecture and form.architecture in found:
+            return name
+    known = ", ".join(f.architecture for f in FORMATS.values() if f.architecture)
+    raise UserError(f"{path / 'config.json'}: architectures = {found}, expected one of {known}")
+
+
+def save_in_hf(step: Path, model: Transformer, dtype: torch.dtype | None) -> Path:
+    """Export a finished step-N beside itself, as step-N.hf, in the format that holds its heads."""
+    if model.mtp is not None:
+        name = "glm4_moe_hf"
+    else:
+        name = "qwen3_hf" if model.args.qk_norm else "llama_hf"
+    out = step.with_name(f"{step.name}.hf")
+    export_checkpoint(step, out, name, dtype=dtype)
+    logger.info("saved %s (%s)", out, name)
+    return out
