@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
-import tyro
-from benchmarks import loss
+import sys
 
-COMMANDS = {"loss": loss.run}
+import tyro
+from benchmarks import gemm, gpu, heads, loss, train
+
+from torchtitan_mtp.errors import UserError
+
+COMMANDS = {
+    "loss": loss.run,
+    "heads": heads.run,
+    "train": train.run,
+    "gemm": gemm.run,
+    "gpu": gpu.run,
+}
 
 
 def main() -> None:
-    # tyro takes a lone function for the whole program, hence the explicit sub-command.
-    tyro.extras.subcommand_cli_from_dict(COMMANDS, description=__doc__)
+    try:
+        tyro.extras.subcommand_cli_from_dict(COMMANDS, description=__doc__)
+    except UserError as error:
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import torch
 from benchmarks.loss_peers import PEERS
 from benchmarks.measure import (
     Measurement,
+    fastest,
     machine,
     markdown,
     matmul_flops_per_second,
@@ -53,7 +54,7 @@ def run(
         for dtype in dtypes:
             for n in heads:
                 shape = {"n": n, "n_rows": n_rows, "dim": dim, "vocab": vocab, "dtype": dtype}
-                rows += _compare(shape, ops, repeats, rounds)
+                rows += compare(shape, ops, repeats, rounds)
     print(", ".join(f"{key}: {value}" for key, value in machine().items()))
     print(markdown(rows))
     command = "python " + shlex.join(sys.argv)
@@ -65,7 +66,7 @@ def run(
         print(f"wrote {plot}")
 
 
-def _compare(
+def compare(
     shape: dict[str, Any], ops: tuple[str, ...], repeats: int, rounds: int
 ) -> list[dict[str, Any]]:
     """All implementations at one shape, then the physical limit."""
@@ -76,18 +77,12 @@ def _compare(
         rates.append(matmul_flops_per_second(_fast_dtype(dtype)))
         for op in ops:
             new = measure(prepare, repeats, op=op, **shape)
-            old = best.get(op, new)
-            best[op] = Measurement(
-                min(old.cpu_s, new.cpu_s),
-                min(old.wall_s, new.wall_s),
-                min(old.peak_mib, new.peak_mib),
-            )
-    key = "wall_s" if torch.cuda.is_available() else "cpu_s"
+            best[op] = fastest(best.get(op, new), new)
     limit = _limit(shape, max(rates))
     rows = []
     for op, measurement in {**best, "limit": limit}.items():
         size = f"{shape['n_rows']}x{shape['dim']}x{shape['vocab']}"
-        ratio = getattr(measurement, key) / getattr(limit, key)
+        ratio = measurement.seconds / limit.seconds
         rows.append(
             {"size": size, "dtype": shape["dtype"], "heads": shape["n"], "op": op}
             | row_of(measurement)

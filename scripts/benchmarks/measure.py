@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import multiprocessing
 import platform
@@ -22,27 +23,54 @@ class Measurement:
     wall_s: float
     peak_mib: float
 
+    @property
+    def seconds(self) -> float:
+        """Wall-clock on CUDA; else CPU-seconds, to which other processes add little."""
+        return self.wall_s if torch.cuda.is_available() else self.cpu_s
 
-def measure(prepare: Callable[..., Callable[[], None]], repeats: int, **kwargs: Any) -> Measurement:
+
+def fastest(a: Measurement, b: Measurement) -> Measurement:
+    """The smaller of each figure: other load only ever adds."""
+    return Measurement(min(a.cpu_s, b.cpu_s), min(a.wall_s, b.wall_s), min(a.peak_mib, b.peak_mib))
+
+
+def measure(
+    prepare: Callable[..., Callable[[], None]],
+    repeats: int,
+    threads: int | None = None,
+    **kwargs: Any,
+) -> Measurement:
     """Measure ``prepare(**kwargs)()`` in a fresh process.
 
     Args:
         prepare: a module-level function that builds the inputs, warms up and returns one step.
         repeats: timed calls; the smallest time counts, since other load only ever adds. Memory
             is that of the first.
+        threads: of torch; None: as many as torch chooses.
         kwargs: what `prepare` takes; picklable.
 
     Raises:
         RuntimeError: the case failed; the message is its own.
     """
+    return in_process(_measure_here, prepare, repeats, threads, kwargs)
+
+
+def in_process(function: Callable[..., Any], *args: Any) -> Any:
+    """``function(*args)`` in a fresh process; an exception comes back as itself."""
     context = multiprocessing.get_context("spawn")
     with context.Pool(1) as pool:
-        return pool.apply(_measure_here, (prepare, repeats, kwargs))
+        return pool.apply(function, args)
 
 
 def _measure_here(
-    prepare: Callable[..., Callable[[], None]], repeats: int, kwargs: dict[str, Any]
+    prepare: Callable[..., Callable[[], None]],
+    repeats: int,
+    threads: int | None,
+    kwargs: dict[str, Any],
 ) -> Measurement:
+    if threads is not None:
+        torch.set_num_threads(threads)
+    _return_freed_memory(True)
     step = prepare(**kwargs)
     cpu, wall = [], []
 
@@ -55,9 +83,22 @@ def _measure_here(
         wall.append(time.perf_counter() - wall_start)
 
     peak = _peak_mib(timed_step)
+    _return_freed_memory(False)
     for _ in range(repeats - 1):
         timed_step()
     return Measurement(min(cpu), min(wall), peak)
+
+
+def _return_freed_memory(at_once: bool) -> None:
+    """Whether freed tensors go back to the system at once: exact for memory, slow for time.
+
+    glibc otherwise keeps blocks under 32 MiB, and what an earlier step has freed would count as in
+    use before this one.
+    """
+    m_trim_threshold, m_mmap_threshold = -1, -3  # malloc.h
+    libc = ctypes.CDLL(None)
+    libc.mallopt(m_mmap_threshold, 2**16 if at_once else 2**25)
+    libc.mallopt(m_trim_threshold, 2**16 if at_once else 2**30)
 
 
 def _synchronize() -> None:
@@ -87,8 +128,12 @@ def _status_kib(key: str) -> float:
     raise RuntimeError(f"/proc/self/status has no {key}; memory is measured on Linux or CUDA only")
 
 
-def matmul_flops_per_second(dtype: torch.dtype, size: int = 2048, repeats: int = 5) -> float:
+def matmul_flops_per_second(
+    dtype: torch.dtype, size: int = 2048, repeats: int = 5, threads: int | None = None
+) -> float:
     """Fastest measured square matmul: FLOPs per CPU-second (per second on CUDA)."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or before)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     clock = time.perf_counter if device == "cuda" else time.process_time
     a = torch.randn(size, size, device=device).to(dtype)
@@ -99,6 +144,7 @@ def matmul_flops_per_second(dtype: torch.dtype, size: int = 2048, repeats: int =
         a @ a
         _synchronize()
         best = min(best, clock() - start)
+    torch.set_num_threads(before)
     return 2 * size**3 / best
 
 

@@ -68,8 +68,14 @@ def joint(
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(last_micro_batch)
         model.set_is_last_backward(last_micro_batch)
+    norm = model.norm
+    if isinstance(norm, FSDPModule):
+        norm.set_reshard_after_backward(False)  # n uses, one gather
     out = forward_loss(model, batch, head_scales, loss)
     out.loss.backward()
+    if isinstance(norm, FSDPModule):
+        norm.set_reshard_after_backward(True)
+        norm.reshard()
     return _detached(out)
 
 
@@ -89,10 +95,10 @@ def sequential(
     head_loss = HeadByHeadLoss(head_scales, LossOptions(**options))
     outputs: list[LossOutput | None] = [None] * model.mtp.num_future_tokens
     order = _order(model, z)
-    _hold(model, True, last_micro_batch)
+    _hold(model, last_micro_batch)
     for k in order:
         if k == order[-1]:
-            _hold(model, False, last_micro_batch, whole_model=not z.requires_grad)
+            _reduce(model, last_micro_batch, whole_model=not z.requires_grad)
         leaf = z.detach().requires_grad_(z.requires_grad)
         hidden = model.mtp.hidden(model, k, leaf, context)
         labels, aside = batch.labels[..., k - 1], model.mtp.detach_trunk and k > 1
@@ -105,8 +111,9 @@ def sequential(
             dz += leaf.grad
         outputs[k - 1] = _detached(out)
     if z.requires_grad:
-        _hold(model, False, last_micro_batch, whole_model=True)
+        _reduce(model, last_micro_batch, whole_model=True)
         z.backward(dz.to(z.dtype))
+    _reshard(model)
     return _stacked(outputs)
 
 
@@ -118,24 +125,46 @@ def _order(model: Transformer, z: Tensor) -> list[int]:
     return [*extra, 1] if z.requires_grad else [1, *extra]
 
 
-def _hold(model: Transformer, held: bool, reduce: bool, whole_model: bool = False) -> None:
-    """FSDP2: keep shared parameters gathered and their gradients local, or let them go.
+def _hold(model: Transformer, reduce: bool) -> None:
+    """FSDP2: keep what the heads share gathered from now on, and its gradients local.
 
-    reduce: whether this micro-batch reduces gradients at all. Holding concerns `norm`, `output` and
-    the root's own parameters; letting go concerns the first two, and with `whole_model` the root
-    and the end of the backward as well.
+    These are `norm`, `output` and the root's own parameters. reduce: whether this micro-batch
+    reduces gradients at all; the heads' blocks do at once.
     """
     if not isinstance(model, FSDPModule):
         return
-    units: list[FSDPModule] = [m for m in (model.norm, model.output) if isinstance(m, FSDPModule)]
-    if held:
-        model.set_requires_gradient_sync(reduce)
-    if held or whole_model:
+    model.set_requires_gradient_sync(reduce)
+    model.set_is_last_backward(False)
+    for unit in (*_shared_units(model), model):
+        unit.set_requires_gradient_sync(False, recurse=False)
+        unit.set_reshard_after_backward(False, recurse=False)
+
+
+def _reduce(model: Transformer, reduce: bool, whole_model: bool) -> None:
+    """FSDP2: the next backward is the last that needs `norm` and `output`, or with `whole_model`
+    the last of all. They stay gathered: FSDP2 prefetches in the reverse of the forwards' order, and
+    before this head's block comes another head's `output`, which would be gathered once more."""
+    if not isinstance(model, FSDPModule):
+        return
+    units = _shared_units(model)
+    if whole_model:
         units.append(model)
-        model.set_is_last_backward(reduce and not held)
+        model.set_is_last_backward(reduce)
     for unit in units:
-        unit.set_requires_gradient_sync(reduce and not held, recurse=False)
-        unit.set_reshard_after_backward(not held, recurse=False)
+        unit.set_requires_gradient_sync(reduce, recurse=False)
+
+
+def _reshard(model: Transformer) -> None:
+    """FSDP2: the end of `_hold`."""
+    if not isinstance(model, FSDPModule):
+        return
+    for unit in (*_shared_units(model), model):
+        unit.set_reshard_after_backward(True, recurse=False)
+        unit.reshard()
+
+
+def _shared_units(model: Transformer) -> list[FSDPModule]:
+    return [m for m in (model.norm, model.output) if isinstance(m, FSDPModule)]
 
 
 def _detached(out: LossOutput) -> LossOutput:

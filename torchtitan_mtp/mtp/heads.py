@@ -53,7 +53,10 @@ class ParallelHeads(nn.Module):
         """Head k's hidden state [B, S, D] from the trunk's z [B, S, D]."""
         aside = self.detach_trunk and k > 1
         block = self.head_blocks(model)[k - 1]
-        return model.norm(block(z.detach() if aside else z, context, cache), detach=aside)
+        z = z.detach() if aside else z
+        # Without a cache as the trunk calls its blocks, so that all share one compiled graph.
+        h = block(z, context) if cache is None else block(z, context, cache)
+        return model.norm(h, detach=aside)
 
     def forward(self, model: Transformer, batch: Batch) -> list[Tensor]:
         """n hidden states [B, S, D]."""

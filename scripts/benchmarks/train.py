@@ -1,0 +1,109 @@
+"""`benchmark.py train`: tokens a second and MFU of a configuration, as the trainer runs it."""
+
+from __future__ import annotations
+
+import shlex
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.measure import in_process, machine, markdown, write_json
+from torchtitan_mtp.config import parse_args
+from torchtitan_mtp.models.flavors import flavors
+from torchtitan_mtp.monitoring.device import MemoryMonitor, peak_flops
+from torchtitan_mtp.monitoring.flops import count_model_flops, forward_backward_flops_per_token
+from torchtitan_mtp.trainer import Trainer
+
+
+def run(
+    config: Path = Path("train_configs/debug_parallel.toml"),
+    options: tuple[str, ...] = (),
+    layers: int | None = None,
+    steps: int = 10,
+    warmup: int = 3,
+    json: Path | None = None,
+) -> None:
+    """Whole steps of the trainer on this one device, data included.
+
+    Args:
+        config: a TOML file of train_configs/.
+        options: its keys to change, as section.key=value.
+        layers: depth, for a part of a model that is too large for one device.
+        steps: timed steps; the median counts.
+        warmup: steps before these (compilation).
+        json: file for the figures.
+    """
+    arguments = ["--job.config_file", str(config)]
+    for option in options:
+        key, _, value = option.partition("=")
+        arguments += [f"--{key}", value]
+    rows = [measure_training(str(config), arguments, layers, steps, warmup)]
+    print(", ".join(f"{key}: {value}" for key, value in machine().items()))
+    print(markdown(rows))
+    if json is not None:
+        write_json(json, "python " + shlex.join(sys.argv), rows)
+        print(f"wrote {json}")
+
+
+def measure_training(
+    name: str, arguments: list[str], layers: int | None, steps: int, warmup: int
+) -> dict[str, Any]:
+    """One row, from a fresh process. `arguments` are those of torchtitan_mtp.train."""
+    return {"what": name, **in_process(_train_here, arguments, layers, steps, warmup)}
+
+
+def _train_here(
+    arguments: list[str], layers: int | None, steps: int, warmup: int
+) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        config = parse_args(
+            [*arguments, "--job.dump_folder", folder, "--training.steps", str(warmup + steps)]
+        )
+        config.lr_scheduler.warmup_steps = min(config.lr_scheduler.warmup_steps, warmup)
+        if layers is not None:
+            family = flavors[config.model.name]
+            family["shallow"] = replace(family[config.model.flavor], n_layers=layers)
+            config.model.flavor = "shallow"
+        trainer = Trainer(config)
+        try:
+            return _measure(trainer, steps, warmup)
+        finally:
+            trainer.close()
+
+
+def _measure(trainer: Trainer, steps: int, warmup: int) -> dict[str, Any]:
+    config, device = trainer.config, trainer.device
+    for _ in range(warmup):
+        trainer.train_step()
+    memory = MemoryMonitor(device)
+    seconds = []
+    for _ in range(steps):
+        start, tokens = time.perf_counter(), trainer.state.tokens
+        trainer.train_step()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    rate = (trainer.state.tokens - tokens) / statistics.median(seconds)  # tokens a second
+    shapes = count_model_flops(trainer.model)
+    flops = forward_backward_flops_per_token(shapes, config.training.seq_len)
+    peak = peak_flops(device, trainer.param_dtype)
+    return {
+        "layers": trainer.args.n_layers,
+        "dim": trainer.args.dim,
+        "n": trainer.n,
+        "heads": config.mtp.heads,
+        "engine": config.mtp.engine,
+        "dtype": str(trainer.param_dtype).removeprefix("torch."),
+        "float8": "quantize.linear.float8" in config.model.converters,
+        "compile": config.compile.enable,
+        "tokens/s": rate,
+        "GFLOP/token": flops / 1e9,
+        "MFU %": 100 * rate * flops / peak if peak else float("nan"),
+        "peak GiB": memory.peak().max_active_gib,
+    }

@@ -1,0 +1,83 @@
+"""How often FSDP2 gathers and reduces with n heads: `output` once, trunk blocks as without MTP."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import torch
+import torch.distributed.fsdp._fully_shard._fsdp_param_group as fsdp
+
+from spawn import run_ranks
+from tests.small import ARGS, small_window
+from torchtitan_mtp.config import MTP, JobConfig
+from torchtitan_mtp.data.targets import make_batch
+from torchtitan_mtp.distributed.mesh import init_world
+from torchtitan_mtp.distributed.parallelize import parallelize
+from torchtitan_mtp.models.transformer import build_model
+from torchtitan_mtp.mtp import add_heads, engines
+
+PLAIN = MTP(num_future_tokens=1)
+MODELS = {
+    "plain": PLAIN,
+    **{
+        f"{engine} {n}": MTP(num_future_tokens=n, engine=engine)
+        for engine in ("joint", "sequential")
+        for n in (2, 6)
+    },
+    "chain 6": MTP(num_future_tokens=6, heads="sequential"),
+}
+
+
+def steps_on_rank(rank: int):
+    return {name: collectives_of_a_step(mtp) for name, mtp in MODELS.items()}
+
+
+def collectives_of_a_step(mtp: MTP) -> tuple[Counter[str], Counter[str]]:
+    """Unit -> how often its parameters were gathered, and its gradients reduced, in the third step
+    of one micro-batch."""
+    config = JobConfig()
+    config.mtp = mtp
+    world = init_world(config.parallelism)
+    model = add_heads(build_model(ARGS), mtp)
+    model = parallelize(model, config, world, torch.float32, seed=0)
+    n = mtp.num_future_tokens
+    batch = make_batch(small_window(2, 9 + n), n)
+    gathered: Counter[str] = Counter()
+    reduced: Counter[str] = Counter()
+
+    def counting(collective, counts):
+        def counted(fsdp_params, *args, **kwargs):
+            counts[fsdp_params[0]._param_fqn.rsplit(".", 1)[0]] += 1
+            return collective(fsdp_params, *args, **kwargs)
+
+        return counted
+
+    originals = fsdp.foreach_all_gather, fsdp.foreach_reduce
+    try:
+        for _ in range(3):  # the first steps find the order of the units
+            gathered.clear()
+            reduced.clear()
+            fsdp.foreach_all_gather = counting(originals[0], gathered)
+            fsdp.foreach_reduce = counting(originals[1], reduced)
+            model.zero_grad()
+            engines[mtp.engine](model, batch, torch.ones(n), {}, True)
+            fsdp.foreach_all_gather, fsdp.foreach_reduce = originals
+    finally:
+        fsdp.foreach_all_gather, fsdp.foreach_reduce = originals
+    return gathered, reduced
+
+
+def test_heads_add_only_their_own_collectives():
+    results = run_ranks(2, steps_on_rank, timeout=200)
+    assert results[0] == results[1]
+    plain_gathered, plain_reduced = results[0].pop("plain")
+    assert plain_gathered["output"] == 1 and plain_gathered["layers.0.attention.wq"] == 2
+    last = f"layers.{ARGS.n_layers - 1}.attention.wq"  # head 1: no longer the model's last block
+    for name, (gathered, reduced) in results[0].items():
+        own = {unit: k for unit, k in gathered.items() if unit.startswith("mtp.")}
+        trunk = {unit: k for unit, k in gathered.items() if unit not in own}
+        assert len(own) == MODELS[name].num_future_tokens - 1
+        assert trunk | {last: 1} == plain_gathered, name
+        once = name.startswith("sequential")  # its backward follows its forward at once
+        assert all(k == 1 if once else k <= 2 for k in (*own.values(), trunk[last])), (name, own)
+        assert reduced == Counter([*plain_reduced, *own]), name

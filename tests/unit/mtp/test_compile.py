@@ -1,0 +1,113 @@
+"""Compiled blocks: one whole graph for each kind of block, however many layers and heads there are,
+and none after the first step and the first evaluation."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule
+
+from tests.small import ARGS, perturb_norms, relative_error, small_window
+from torchtitan_mtp.config import MTP, JobConfig
+from torchtitan_mtp.data.targets import IGNORE, make_batch
+from torchtitan_mtp.distributed.mesh import init_world
+from torchtitan_mtp.distributed.parallelize import parallelize
+from torchtitan_mtp.models.transformer import build_model
+from torchtitan_mtp.mtp import add_heads, engines, forward_loss, head_scales, head_weights
+
+# More than the recompilations that torch.compile allows a function (8): one a layer would raise.
+LAYERS, N = 10, 4
+
+PARALLEL = {"heads": "parallel"}
+# Without gradients the graphs are others.
+CASES = {  # name -> ([mtp] table, activation checkpointing, graphs to train with, to evaluate with)
+    "parallel, joint": ({**PARALLEL, "engine": "joint"}, "none", 1, 1),
+    "parallel, checkpointed": ({**PARALLEL, "engine": "sequential"}, "full", 1, 1),
+    # Heads on a detached state need no gradient of their input.
+    "parallel, detached": ({**PARALLEL, "detach_trunk": True}, "none", 2, 1),
+    # Every second block is checkpointed, the trunk's and the heads'.
+    "sequential, checkpointed": ({"heads": "sequential"}, "selective", 4, 4),
+    "sequential, shared": ({"heads": "sequential", "share_weights": True}, "none", 2, 2),
+}
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # at these sizes several only wait for one another
+    yield
+    torch.set_num_threads(threads)
+    torch._dynamo.reset()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def graphs() -> int:
+    """Graphs compiled since the last reset; with `fullgraph` one for each kind of call."""
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+class SmallRun:
+    """A model on one rank, its train step and its evaluation."""
+
+    def __init__(self, mtp: MTP, ac: str, compiled: bool) -> None:
+        config = JobConfig()
+        config.mtp, self.mtp = mtp, mtp
+        config.training.mixed_precision_param = "float32"
+        config.activation_checkpoint.mode = ac
+        config.activation_checkpoint.selective_ac_option = "2"
+        config.compile.enable = compiled
+        config.compile.backend = "aot_eager"
+        world = init_world(config.parallelism)
+        model = add_heads(build_model(replace(ARGS, n_layers=LAYERS)), mtp)
+        self.model = parallelize(model, config, world, torch.float32, seed=0)
+        perturb_norms(self.model)
+
+    def batch(self, seed: int):
+        return make_batch(small_window(2, 12 + N, seed=seed), N)
+
+    def step(self, seed: int) -> dict[str, torch.Tensor]:
+        """Two micro-batches; the gradients."""
+        batch = self.batch(seed)
+        scales = head_scales(head_weights(self.mtp, 1, 10), (batch.labels != IGNORE).sum((0, 1)))
+        self.model.zero_grad()
+        for last in (False, True):
+            engines[self.mtp.engine](self.model, batch, scales, {}, last)
+        return {
+            name: p.grad.full_tensor().clone()
+            for name, p in self.model.named_parameters()
+            if p.grad is not None
+        }
+
+    @torch.no_grad()
+    def evaluate(self, seed: int) -> None:
+        forward_loss(self.model, self.batch(seed), torch.ones(N), {})
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_one_graph_a_kind_of_block(name):
+    table, ac, trained, evaluated = CASES[name]
+    mtp = MTP(num_future_tokens=N, **table)
+    run = SmallRun(mtp, ac, True)
+    run.step(0)
+    assert graphs() == trained
+    run.evaluate(1)
+    assert graphs() == trained + evaluated
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        found = run.step(2)
+        run.evaluate(3)
+        run.step(4)
+    assert graphs() == trained + evaluated
+    expected = SmallRun(mtp, ac, False).step(2)
+    assert found.keys() == expected.keys()
+    for key, gradient in expected.items():
+        assert relative_error(found[key], gradient) < 1e-5, key

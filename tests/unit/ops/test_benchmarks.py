@@ -1,0 +1,70 @@
+"""`scripts/benchmark.py` at small sizes: `heads` and its peers, and all that `gpu` runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[3]
+
+
+def benchmark(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "scripts/benchmark.py", *arguments],
+        cwd=ROOT,
+        # At these sizes several threads only wait for one another.
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+
+
+@pytest.mark.slow
+def test_heads_beside_held_logits(tmp_path: Path) -> None:
+    out = tmp_path / "heads.json"
+    sizes = ["--layers", "2", "--dim", "64", "--vocab", "8192", "--seq-len", "1024"]
+    cases = ["--cases", "parallel, sequential", "logits held"]
+    rounds = ["--rounds", "1", "--repeats", "1"]
+    run = benchmark("heads", "--heads", "1", "4", *sizes, *cases, *rounds, "--json", str(out))
+    assert run.returncode == 0, run.stderr
+    result = json.loads(out.read_text())
+    rows = {row["case"]: row for row in result["rows"]}
+    assert [row["n"] for row in result["rows"]] == [1, 4, 4, 4]
+    # Two blocks and `output` of 64 x 8192; each further head is a block and `output`.
+    block = 4 * 64 * 64 + 3 * 64 * 256 + 1024 * 64
+    flops = (5 * block + 4 * 64 * 8192) / (2 * block + 64 * 8192)
+    for case in ("parallel, sequential", "logits held"):
+        assert rows[case]["FLOPs / n=1"] == pytest.approx(flops, rel=1e-6)
+    # One head's logits are 32 MiB: held, each with its softmax; ours has 16 MiB at a time.
+    assert rows["logits held"]["more MiB"] > 4 * 32
+    assert rows["parallel, sequential"]["peak / n=1"] < 1.2
+    assert "| limit: measured matmul rate | 4 |" in run.stdout
+
+
+def test_gpu_refuses_a_cpu() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    run = benchmark("gpu")
+    assert run.returncode == 1
+    assert run.stderr.startswith("error: benchmark gpu: found no CUDA device")
+    assert run.stderr.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_gpu_runs_small(tmp_path: Path) -> None:
+    out = tmp_path / "gpu.json"
+    run = benchmark("gpu", "--small", "--json", str(out))
+    assert run.returncode == 0, run.stderr
+    parts = json.loads(out.read_text())
+    for name in ("gemm", "loss", "heads", "1B, n = 4, sequential", "8B layers, float8"):
+        assert parts[name]["rows"] and not any("error" in row for row in parts[name]["rows"]), name
+    training = parts["8B layers, float8"]["rows"][0]
+    assert training["float8"] and training["n"] == 4 and training["layers"] == 3
+    assert training["tokens/s"] > 0
