@@ -64,24 +64,28 @@ class SafetensorsTensors:
     def __init__(self, path: Path) -> None:
         self.where = path
         index = _read_index(path)
-        files = sorted(set(index.values())) if index else [WEIGHTS]
-        self._files = {name: _open_safetensors(path / name) for name in files}
-        keys = {name: list(file.keys()) for name, file in self._files.items()}
-        self._file_of = {key: name for name, held in keys.items() for key in held}
-        if lost := [key for key, name in index.items() if self._file_of.get(key) != name]:
-            raise UserError(
-                f"{path / INDEX}: says that {lost[0]} is in {index[lost[0]]}, which does not hold "
-                "it; download the folder again"
-            )
         self.kinds = {}
-        for key, name in self._file_of.items():
-            part = self._files[name].get_slice(key)
-            # A name of torch's dtype is not to be had; an empty part of the tensor has one.
-            dtype = part[...].dtype if not part.get_shape() else part[:0].dtype
-            self.kinds[key] = Kind(Size(part.get_shape()), dtype)
+        self._file_of: dict[str, Path] = {}
+        for name in sorted(set(index.values())) if index else [WEIGHTS]:
+            with _open_safetensors(path / name) as file:
+                for key in file.keys():  # noqa: SIM118 (it is no dict)
+                    part = file.get_slice(key)
+                    shape = Size(part.get_shape())
+                    # Its dtype has a name of its own; an empty part of the tensor has torch's.
+                    dtype = part[:0].dtype if shape else part[...].dtype
+                    self.kinds[key] = Kind(shape, dtype)
+                    self._file_of[key] = path / name
+        for key, name in index.items():
+            if self._file_of.get(key) != path / name:
+                raise UserError(
+                    f"{path / INDEX}: says that {key} is in {name}, which does not hold it; "
+                    "download the folder again"
+                )
 
     def read(self, name: str) -> Tensor:
-        tensor: Tensor = self._files[self._file_of[name]].get_tensor(name)
+        # Opened for each tensor: what was read through a mapping counts as memory until it is shut.
+        with _open_safetensors(self._file_of[name]) as file:
+            tensor: Tensor = file.get_tensor(name)
         return tensor
 
 
