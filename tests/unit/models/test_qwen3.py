@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from small import ARGS, small_model
 
+from small import ARGS, small_model
 from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.models.args import RoPEScaling
 from torchtitan_mtp.models.attention import AttentionContext, apply_rope
