@@ -15,17 +15,17 @@ computed twice.
 
 Under FSDP2 the n + 1 backwards have to look like one. FSDP2 ends every backward by reducing and
 resharding what is unsharded, which would take `output`, `norm` and the root's own parameters from
-under the later heads. `_hold` keeps these gathered, and their gradients local, until their last
-use: `output` is gathered once and its gradient reduced once, whatever n is.
+under the later heads. `_hold` keeps these gathered, and every gradient local until it is complete:
+so `output` is gathered once and its gradient reduced once, whatever n is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from torchtitan_mtp.data.targets import Batch
@@ -95,10 +95,14 @@ def sequential(
     head_loss = HeadByHeadLoss(head_scales, LossOptions(**options))
     outputs: list[LossOutput | None] = [None] * model.mtp.num_future_tokens
     order = _order(model, z)
-    _hold(model, last_micro_batch)
+    blocks = model.mtp.head_blocks(model)
+    _hold(model)
     for k in order:
-        if k == order[-1]:
-            _reduce(model, last_micro_batch, whole_model=not z.requires_grad)
+        # What no later head uses is reduced as soon as this head's backward is through.
+        done = (blocks[k - 1],) if k != order[-1] else (blocks[k - 1], model.norm, model.output)
+        _reduce_after_next_backward(done, last_micro_batch)
+        if k == order[-1] and not z.requires_grad:
+            _finish_with_next_backward(model, last_micro_batch)
         leaf = z.detach().requires_grad_(z.requires_grad)
         hidden = model.mtp.hidden(model, k, leaf, context)
         labels, aside = batch.labels[..., k - 1], model.mtp.detach_trunk and k > 1
@@ -111,7 +115,7 @@ def sequential(
             dz += leaf.grad
         outputs[k - 1] = _detached(out)
     if z.requires_grad:
-        _reduce(model, last_micro_batch, whole_model=True)
+        _finish_with_next_backward(model, last_micro_batch)
         z.backward(dz.to(z.dtype))
     _reshard(model)
     return _stacked(outputs)
@@ -125,33 +129,35 @@ def _order(model: Transformer, z: Tensor) -> list[int]:
     return [*extra, 1] if z.requires_grad else [1, *extra]
 
 
-def _hold(model: Transformer, reduce: bool) -> None:
-    """FSDP2: keep what the heads share gathered from now on, and its gradients local.
-
-    These are `norm`, `output` and the root's own parameters. reduce: whether this micro-batch
-    reduces gradients at all; the heads' blocks do at once.
-    """
+def _hold(model: Transformer) -> None:
+    """FSDP2: from now on no gradient is reduced, and what the heads share (`norm`, `output`, the
+    root's own parameters) stays gathered."""
     if not isinstance(model, FSDPModule):
         return
-    model.set_requires_gradient_sync(reduce)
+    model.set_requires_gradient_sync(False)
     model.set_is_last_backward(False)
     for unit in (*_shared_units(model), model):
-        unit.set_requires_gradient_sync(False, recurse=False)
         unit.set_reshard_after_backward(False, recurse=False)
 
 
-def _reduce(model: Transformer, reduce: bool, whole_model: bool) -> None:
-    """FSDP2: the next backward is the last that needs `norm` and `output`, or with `whole_model`
-    the last of all. They stay gathered: FSDP2 prefetches in the reverse of the forwards' order, and
-    before this head's block comes another head's `output`, which would be gathered once more."""
-    if not isinstance(model, FSDPModule):
-        return
-    units = _shared_units(model)
-    if whole_model:
-        units.append(model)
-        model.set_is_last_backward(reduce)
+def _reduce_after_next_backward(units: Iterable[nn.Module], reduce: bool) -> None:
+    """FSDP2: the units' gradients are complete with the next backward. `reduce`: whether this
+    micro-batch reduces any.
+
+    `norm` and `output` stay gathered all the same: FSDP2 prefetches in the reverse of the forwards'
+    order, and before the last head's block comes another head's `output`, which would be gathered
+    once more.
+    """
     for unit in units:
-        unit.set_requires_gradient_sync(reduce, recurse=False)
+        if isinstance(unit, FSDPModule):
+            unit.set_requires_gradient_sync(reduce)
+
+
+def _finish_with_next_backward(model: Transformer, reduce: bool) -> None:
+    """FSDP2: the next backward is the step's last."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(reduce)
+        model.set_is_last_backward(reduce)
 
 
 def _reshard(model: Transformer) -> None:
