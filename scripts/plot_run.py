@@ -33,9 +33,7 @@ def plot(scalars: dict[str, list[tuple[int, float]]], out: Path) -> int:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise UserError(
-            "matplotlib is missing: pip install matplotlib, or the dev extra"
-        ) from None
+        raise UserError("matplotlib is missing: pip install matplotlib, or the dev extra") from None
     axes = (figure := Figure(figsize=(7, 3.6), layout="constrained")).subplots()
     head = 0
     while curve := scalars.get(f"loss_metrics/mtp_head_{head + 1}_loss"):
