@@ -42,7 +42,8 @@ def forward_loss(
 ) -> LossOutput:
     """The loss of all heads, with its graph where gradients are on.
 
-    loss: keyword arguments of `linear_cross_entropy`.
+    loss: keyword arguments of `linear_cross_entropy`. Without gradients under FSDP2, call
+    `reshard()` on the FSDP modules afterwards: nothing else frees what a forward gathered.
     """
     hiddens = model(batch)
     if not (model.mtp is not None and model.mtp.detach_trunk):

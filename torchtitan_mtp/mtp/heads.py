@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -47,16 +46,11 @@ class ParallelHeads(nn.Module):
         """The blocks of heads 1..n."""
         return [last_layer(model), *self.heads]
 
-    def hidden(
-        self, model: Transformer, k: int, z: Tensor, context: AttentionContext, cache: Any = None
-    ) -> Tensor:
+    def hidden(self, model: Transformer, k: int, z: Tensor, context: AttentionContext) -> Tensor:
         """Head k's hidden state [B, S, D] from the trunk's z [B, S, D]."""
         aside = self.detach_trunk and k > 1
         block = self.head_blocks(model)[k - 1]
-        z = z.detach() if aside else z
-        # Without a cache as the trunk calls its blocks, so that all share one compiled graph.
-        h = block(z, context) if cache is None else block(z, context, cache)
-        return model.norm(h, detach=aside)
+        return model.norm(block(z.detach() if aside else z, context), detach=aside)
 
     def forward(self, model: Transformer, batch: Batch) -> list[Tensor]:
         """n hidden states [B, S, D]."""
