@@ -63,7 +63,7 @@ trap - INT TERM
 set +m
 
 sample=("$root/scripts/generate.py" outputs/quickstart
-    --prompt "def " --max_new_tokens 200 --speculative --compare)
+    --prompt "def " --max_new_tokens 200 --temperature 0.8 --speculative --compare)
 printf '\n$ %s' "${PYTHON#"$PWD/"} ${sample[0]#"$PWD/"} ${sample[1]}"
 printf ' %q' "${sample[@]:2}"
 printf '\n'
