@@ -148,7 +148,7 @@ def test_the_quickstart_trains_then_samples(ready: Path) -> None:
     train, sample = [call.partition(" | ")[0] for call in calls(ready)]
     config = ready / "train_configs/quickstart.toml"
     assert train == f"-m torchtitan_mtp.train --job.config_file {config}"
-    flags = "--max_new_tokens 200 --speculative --compare"
+    flags = "--max_new_tokens 200 --temperature 0.8 --speculative --compare"
     generate = ready / "scripts/generate.py"
     assert sample == f"{generate} outputs/quickstart --prompt def  {flags}"
     assert f"{generate} outputs/quickstart --prompt def\\  {flags}" in result.stdout
