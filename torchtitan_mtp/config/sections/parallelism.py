@@ -158,8 +158,8 @@ class Compile:
     components: list[Literal["model", "loss"]] = field(
         default_factory=lambda: ["model", "loss"], metadata=rule(distinct=True)
     )
-    """What is compiled: "model" is each transformer block. "loss" is accepted and changes nothing: the
-    loss is one operator with fused passes, which gained nothing from compilation."""
+    """What is compiled: "model" is each transformer block. "loss" is accepted and changes nothing:
+    the loss is one operator with fused passes, which gained nothing from compilation."""
 
     backend: str = "inductor"
     """torch.compile's backend."""
