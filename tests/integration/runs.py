@@ -175,7 +175,7 @@ def interrupt_after(step: int) -> Callable[[Trainer], None]:
 
 def finish(trainer: Trainer) -> None:
     """Close a trainer; a group of several ranks belongs to the test and stays."""
-    if os.environ["WORLD_SIZE"] == "1":
+    if os.environ.get("WORLD_SIZE", "1") == "1":
         trainer.close()
         return
     for part in (trainer.checkpointer, trainer.metrics, trainer.loader, trainer.gc):

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-import socket
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -55,20 +55,21 @@ def local_device() -> torch.device:
 def init_world(parallelism: Parallelism, comm: Comm | None = None) -> World:
     """Join the job that torchrun started, or start one of a single rank."""
     comm = comm or Comm()
-    if "RANK" not in os.environ:
-        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="localhost")
-        with socket.socket() as probe:
-            probe.bind(("localhost", 0))
-            os.environ["MASTER_PORT"] = str(probe.getsockname()[1])
+    alone = "RANK" not in os.environ
     # NCCL's flight recorder: what every rank was doing when a collective timed out.
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", str(comm.trace_buf_size))
     device = local_device()
-    degrees = data_degrees(parallelism, int(os.environ["WORLD_SIZE"]))
+    degrees = data_degrees(parallelism, 1 if alone else int(os.environ["WORLD_SIZE"]))
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(seconds=comm.init_timeout_seconds))
+        # One process needs no port to meet others at.
+        meet: dict[str, Any] = (
+            {"store": dist.HashStore(), "rank": 0, "world_size": 1} if alone else {}
+        )
+        timeout = timedelta(seconds=comm.init_timeout_seconds)
+        dist.init_process_group(backend, timeout=timeout, **meet)
     mesh = init_device_mesh(device.type, degrees, mesh_dim_names=("dp_replicate", "dp_shard"))
     return World(dist.get_rank(), dist.get_world_size(), device, mesh)
 

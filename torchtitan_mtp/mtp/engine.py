@@ -132,11 +132,18 @@ def _order(model: Transformer, z: Tensor) -> list[int]:
 
 def _hold(model: Transformer) -> None:
     """FSDP2: from now on no gradient is reduced, and what the heads share (`norm`, `output`, the
-    root's own parameters) stays gathered."""
+    root's own parameters) stays gathered.
+
+    The heads' blocks are left as their own last turn left them: FSDP2 can't be told to keep the
+    gradients of a block whose parameters were never gathered, as in the first step.
+    """
     if not isinstance(model, FSDPModule):
         return
-    model.set_requires_gradient_sync(False)
     model.set_is_last_backward(False)
+    trunk = list(model.layers.values())[:-1]
+    for part in (model, model.tok_embeddings, model.norm, model.output, *trunk):
+        if isinstance(part, FSDPModule):
+            part.set_requires_gradient_sync(False, recurse=False)
     for unit in (*_shared_units(model), model):
         unit.set_reshard_after_backward(False, recurse=False)
 
