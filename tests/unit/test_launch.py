@@ -174,7 +174,7 @@ def test_the_quickstart_passes_signals_on(ready: Path, name: str) -> None:
     try:
         while not calls(ready):
             time.sleep(0.02)
-        time.sleep(0.5)  # the stub writes down its call just before it sets its traps
+        time.sleep(3)  # the stub writes down its call just before it sets its traps
         process.send_signal(getattr(signal, f"SIG{name}"))
         assert process.wait(120) == 0  # the trainer saved and left with 0: so does the script
     finally:
