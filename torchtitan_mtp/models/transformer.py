@@ -18,7 +18,7 @@ from torchtitan_mtp.models.attention import (
     document_mask,
     rope_tables,
 )
-from torchtitan_mtp.ops import LossOutput, linear_cross_entropy
+from torchtitan_mtp.ops import LossOutput, chunked_argmax, linear_cross_entropy
 from torchtitan_mtp.ops.head_by_head import HeadByHeadLoss
 
 
@@ -72,10 +72,11 @@ class TransformerBlock(nn.Module):
 
 
 class Unembedding(nn.Linear):
-    """The shared `output` projection: logits to decode with, the loss to train with.
+    """The shared `output` projection: logits to decode with, the loss to train with, and the heads'
+    most likely tokens to compare them by.
 
-    The loss is computed here because FSDP2 loses the gradient of a weight that is used outside the
-    forward of the module that owns it.
+    All is computed here because FSDP2 gathers a weight for the forward of the module that owns it,
+    and loses the gradient of one that is used outside.
     """
 
     def __init__(self, args: ModelArgs) -> None:
@@ -89,14 +90,19 @@ class Unembedding(nn.Linear):
         head_scales: Tensor | None = None,
         detach: bool = False,
         head_loss: HeadByHeadLoss | None = None,
+        argmax: bool = False,
         **options: Any,
     ) -> Tensor | LossOutput:
         """Logits [..., V] of one tensor [..., D]; with labels [B, S, n] the loss of n heads.
 
         hiddens: n tensors [B, S, D]; head_scales [n]; options of `linear_cross_entropy`. `detach`
         keeps the gradient from the weight. With `head_loss`, the loss of one head alone: hiddens
-        [B, S, D], labels [B, S], and options of that object's call.
+        [B, S, D], labels [B, S], and options of that object's call. With `argmax`, the most likely
+        tokens [B, S, n] int64 of n heads, without gradients.
         """
+        if argmax:
+            rows = [chunked_argmax(h.flatten(0, 1), self.weight) for h in hiddens]  # n of [N]
+            return torch.stack(rows, dim=-1).view(*hiddens[0].shape[:2], -1)
         weight = self.weight.detach() if detach else self.weight
         if labels is None:
             assert isinstance(hiddens, Tensor)

@@ -1,5 +1,6 @@
-"""Linear cross-entropy of several heads."""
+"""Linear cross-entropy and arg max of several heads, without their whole logits."""
 
+from torchtitan_mtp.ops.argmax import chunked_argmax
 from torchtitan_mtp.ops.chunked import HeadLoss, accumulation_dtype, head_loss_and_grad
 from torchtitan_mtp.ops.head_by_head import HeadByHeadLoss
 from torchtitan_mtp.ops.linear_cross_entropy import LossOutput, linear_cross_entropy
@@ -11,6 +12,7 @@ __all__ = [
     "LossOptions",
     "LossOutput",
     "accumulation_dtype",
+    "chunked_argmax",
     "head_loss_and_grad",
     "linear_cross_entropy",
 ]

@@ -101,7 +101,7 @@ def head_loss_and_grad(
     with torch.autocast(device.type, enabled=False):  # `mm` has decided
         for rows in _row_chunks(labels, options.ignore_index, chunk):
             h = hidden[rows].to(mm)  # [C, D]
-            logits = _project(h, weight, buffer[: h.shape[0]])  # [C, V]
+            logits = project(h, weight, buffer[: h.shape[0]])  # [C, V]
             part, grad, factor = token_losses(logits, labels[rows], options, need_grad)
             loss_sum += part.loss_sum
             valid += part.valid
@@ -177,7 +177,7 @@ def _tiles(weight: Tensor, dtype: torch.dtype) -> list[slice]:
     return [slice(v, min(v + step, weight.shape[0])) for v in range(0, weight.shape[0], step)]
 
 
-def _project(h: Tensor, weight: Tensor, out: Tensor) -> Tensor:
+def project(h: Tensor, weight: Tensor, out: Tensor) -> Tensor:
     """``h @ weight.T`` [C, V] into `out`, which is in the accumulation dtype."""
     if h.dtype == out.dtype:
         for v in _tiles(weight, h.dtype):
