@@ -35,23 +35,23 @@ class Stats:
     @property
     def tokens_per_step(self) -> float:
         """Tokens that a forward yields to a row; 1 without drafts."""
-        return _ratio(self.tokens - self.first_tokens, self.steps)
+        return ratio(self.tokens - self.first_tokens, self.steps)
 
     @property
     def tokens_per_second(self) -> float:
         """After the prompt's forward."""
-        return _ratio(self.tokens - self.first_tokens, self.seconds - self.prompt_seconds)
+        return ratio(self.tokens - self.first_tokens, self.seconds - self.prompt_seconds)
 
     @property
     def conditional(self) -> list[float]:
         """a_k = P(head k right | heads 2..k-1 right), of heads 2, 3, ..."""
-        return [_ratio(*pair) for pair in zip(self.right, self.checked, strict=True)]
+        return [ratio(*pair) for pair in zip(self.right, self.checked, strict=True)]
 
     @property
     def marginal(self) -> list[float]:
         """P(head k right), of heads 2, 3, ..., where a step drafted: after a token that head 1
         had to correct, or after all drafts were right."""
-        return [_ratio(*pair) for pair in zip(self.agreed, self.drafted, strict=True)]
+        return [ratio(*pair) for pair in zip(self.agreed, self.drafted, strict=True)]
 
     @property
     def expected_tokens_per_step(self) -> float:
@@ -76,10 +76,13 @@ def expected_tokens_per_step(conditional: Sequence[float]) -> float:
     """1 + sum_k prod_{j <= k} a_j, a_j = P(head j right | heads 2..j-1 right)."""
     expected = product = 1.0
     for a in conditional:
+        if product == 0:  # what comes after was never compared with anything
+            break
         product *= a
         expected += product
     return expected
 
 
-def _ratio(part: float, whole: float) -> float:
+def ratio(part: float, whole: float) -> float:
+    """part / whole, or nan of nothing."""
     return part / whole if whole else float("nan")

@@ -31,6 +31,7 @@ def test_expected_tokens_per_step() -> None:
     assert expected_tokens_per_step([]) == 1
     assert expected_tokens_per_step([0.5, 0.5]) == 1.75
     assert expected_tokens_per_step([0.0, 1.0]) == 1
+    assert expected_tokens_per_step([0.5, 0.0, math.nan]) == 1.5  # nothing got as far as head 4
 
 
 def test_rows_count_by_hand() -> None:
