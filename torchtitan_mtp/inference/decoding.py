@@ -11,9 +11,10 @@ known from head 1, one step is
               after them, which comes for free
 
 so that a step yields 1 to n tokens, all of them head 1's own choices: the text is that of plain
-decoding, in fewer forwards. Verification leaves the trunk's states at the accepted positions, from
-which the heads draft again: the trunk runs over no position of the text twice. Plain decoding is
-the case without drafts, and runs through the same lines.
+decoding, in fewer forwards. (When tokens are sampled, "choice" is what `sampling.py` makes of it,
+and the distribution is that of plain sampling.) Verification leaves the trunk's states at the
+accepted positions, from which the heads draft again: the trunk runs over no position of the text
+twice. Plain decoding is the case without drafts, and runs through the same lines.
 
 Exactness. A forward over m tokens and m forwards over one token add in another order, so logits
 differ in their last bits. Where head 1's two best tokens are closer than that, a tie as far as the
@@ -30,7 +31,7 @@ from torch import Tensor
 
 from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.inference.cache import LayerCache, Positions, shifted, take
-from torchtitan_mtp.inference.drafting import Choose, TrunkStates, build_drafter
+from torchtitan_mtp.inference.drafting import TrunkStates, build_drafter
 from torchtitan_mtp.inference.rows import Generation, Rows
 from torchtitan_mtp.inference.sampling import Sampler
 from torchtitan_mtp.models.transformer import Transformer
@@ -55,7 +56,8 @@ def generate(
 
     Args:
         temperature, top_k, top_p, seed, softcap: see `Sampler`; 0 is greedy.
-        speculative: draft with heads 2..n. The tokens are the same, the time is not.
+        speculative: draft with heads 2..n. Greedy: the tokens are the same. Sampled: their
+            distribution is.
         num_draft: drafts a step, at most (and by default) n - 1.
 
     Raises:
@@ -63,9 +65,9 @@ def generate(
     """
     begin = time.perf_counter()
     _check(model, prompts, max_new_tokens)
-    choose = Sampler(temperature, top_k, top_p, seed, softcap)
+    sampler = Sampler(temperature, top_k, top_p, seed, softcap)
     drafts = _drafts_per_step(model, num_draft) if speculative else 0
-    decoder = Decoder(model, prompts, max_new_tokens, drafts, choose)
+    decoder = Decoder(model, prompts, max_new_tokens, drafts, sampler)
     rows = Rows(len(prompts), max_new_tokens, eos_id, drafts)
 
     rows.start(decoder.prefill())
@@ -91,9 +93,9 @@ class Decoder:
         prompts: Sequence[Sequence[int]],
         max_new_tokens: int,
         num_draft: int,
-        choose: Choose,
+        sampler: Sampler,
     ) -> None:
-        self.model, self.choose = model, choose
+        self.model, self.sampler = model, sampler
         self.blocks = list(model.layers.values())
         weight, longest = model.tok_embeddings.weight, max(map(len, prompts))
         max_len = longest + max_new_tokens + num_draft
@@ -116,21 +118,21 @@ class Decoder:
         self.states = self.trunk(self.tokens[self.span.where])
         first = [p + 1 for p in self.last]
         logits = self.model.output(take(self.states.h, self.last))  # [B, 1, V]
-        target = self.choose(logits, first)  # [B, 1]
+        target = self.sampler.verify(logits, self.tokens[:, :0])  # [B, 1]
         self.tokens[self.positions.index(first, 1)] = target
         return target.tolist()
 
     def predict(self, count: int) -> None:
         """Draft t[p+2] .. t[p+1+count] with heads 2 .. count + 1."""
         if self.drafter is not None and count:
-            self.drafter.draft(self.tokens, self.states, self.span, self.last, count, self.choose)
+            self.drafter.draft(self.tokens, self.states, self.span, self.last, count, self.sampler)
 
     def verify(self, count: int) -> tuple[list[list[int]], list[list[int]]]:
         """t[p+1] and the drafts after it, and what head 1 chooses after each: [B][1 + count]."""
         self.span = self.positions.span([p + 1 for p in self.last], 1 + count)
         fed = self.tokens[self.span.where]  # [B, 1 + count]
         self.states = self.trunk(fed)
-        target = self.choose(self.model.output(self.states.h), [p + 2 for p in self.last])
+        target = self.sampler.verify(self.model.output(self.states.h), fed[:, 1:])
         seen, chosen = torch.stack((fed, target)).tolist()  # the one wait for the device
         # Leaves accepted drafts as they are and puts head 1's choice after them; what follows is
         # of no account.

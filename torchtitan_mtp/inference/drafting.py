@@ -7,17 +7,15 @@ head k at position p proposes t[p+k]. To do so it attends over its own keys and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import Tensor
 
 from torchtitan_mtp.inference.cache import LayerCache, Positions, Span, shifted, take
+from torchtitan_mtp.inference.sampling import Sampler
 from torchtitan_mtp.inference.stacking import stack
 from torchtitan_mtp.models.transformer import Transformer
-
-# Logits [B, m, V] and the position of each row's first choice -> tokens [B, m].
-Choose = Callable[[Tensor, Sequence[int]], Tensor]
 
 
 class TrunkStates(NamedTuple):
@@ -52,7 +50,7 @@ class ParallelDrafter:
         span: Span,
         last: Sequence[int],
         count: int,
-        choose: Choose,
+        sampler: Sampler,
     ) -> None:
         """Write drafts for t[p+2] .. t[p+1+count] into tokens [B, >= max_len], p = last[b].
 
@@ -64,9 +62,8 @@ class ParallelDrafter:
         z = states.z[:, :size].repeat(heads, 1, 1)  # [H * B, size, D]
         h = take(self.block(z, span.context, self.cache.at(span)), columns * heads)
         h = self.model.norm(h).view(heads, len(last), -1).transpose(0, 1)  # [B, H, D]
-        first = [p + 2 for p in last]
-        drafts = choose(self.model.output(h[:, :count]), first)  # [B, count]
-        tokens[self.positions.index(first, count)] = drafts
+        drafts = sampler.draft(self.model.output(h[:, :count]))  # [B, count]
+        tokens[self.positions.index([p + 2 for p in last], count)] = drafts
 
 
 class SequentialDrafter:
@@ -94,7 +91,7 @@ class SequentialDrafter:
         span: Span,
         last: Sequence[int],
         count: int,
-        choose: Choose,
+        sampler: Sampler,
     ) -> None:
         """As `ParallelDrafter.draft`."""
         self.h[span.where] = states.h
@@ -105,9 +102,8 @@ class SequentialDrafter:
         for k, cache in enumerate(self.caches[:count], start=2):
             emb = self.model.tok_embeddings(tokens[shifted(window.where, k - 1)])
             h = self.model.mtp.module(k)(h, emb, window.context, cache.at(window))
-            at = [p + k for p in last]
-            drafts = choose(self.model.output(take(h, columns)), at)  # [B, 1]
-            tokens[self.positions.index(at, 1)] = drafts
+            drafts = sampler.draft(self.model.output(take(h, columns)))  # [B, 1]
+            tokens[self.positions.index([p + k for p in last], 1)] = drafts
 
 
 Drafter = ParallelDrafter | SequentialDrafter
