@@ -29,6 +29,7 @@ from torchtitan_mtp.distributed.float8 import convert_to_float8, float8_scales_a
 from torchtitan_mtp.distributed.mesh import all_reduce, init_world, set_timeout
 from torchtitan_mtp.distributed.parallelize import parallelize
 from torchtitan_mtp.errors import UserError
+from torchtitan_mtp.inference.acceptance import Acceptance, text_agreement
 from torchtitan_mtp.models.flavors import model_args
 from torchtitan_mtp.models.transformer import Transformer, build_model
 from torchtitan_mtp.monitoring.baselines import comparison_table, skip_bigram_entropies
@@ -41,7 +42,6 @@ from torchtitan_mtp.mtp import (
     add_heads,
     copy_last_layer,
     engines,
-    forward_loss,
     head_scales,
     head_weights,
 )
@@ -363,7 +363,8 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self, compare: bool = False) -> list[float]:
-        """Held-out loss of every head (nats a token, over all ranks), logged with accuracies.
+        """Held-out loss of every head (nats a token, over all ranks), logged with accuracies and
+        with how often heads 2..n draft what head 1 would say.
 
         compare: also say what pair statistics of the same text would reach (bytes only: the counts
         of a larger vocabulary are too thin to mean anything).
@@ -373,6 +374,7 @@ class Trainer:
         compare = compare and self.tokenizer.vocab_size <= 512
         losses = StepLosses(self.n, self.device)
         ones = torch.ones(self.n, device=self.device)
+        agreement = torch.zeros(4, self.n - 1, dtype=torch.int64, device=self.device)
         pairs: list[tuple[Tensor, Tensor]] = []
         for i, window in enumerate(self.validation):
             if i == steps:
@@ -382,7 +384,9 @@ class Trainer:
                 real = batch.doc_ids != PADDING
                 pairs.append((batch.tokens[real], batch.labels[real]))
             batch = Batch(*(t.to(self.device) for t in batch))
-            losses.add(*forward_loss(self.model, batch, ones, self.loss_arguments))
+            hiddens = self.model(batch)
+            losses.add(*self.model.output(hiddens, batch.labels, ones, **self.loss_arguments))
+            agreement += text_agreement(self.model, hiddens, batch.labels)
             tokens += batch.tokens.numel() * self.world.size
         for module in self.model.modules():
             if isinstance(module, FSDPModule):
@@ -392,6 +396,7 @@ class Trainer:
             self.state.step,
             head_losses=reduced["losses"],
             head_accuracies=reduced["accuracies"],
+            acceptance=Acceptance(*all_reduce(agreement).tolist()),
             tokens=tokens,
             elapsed=time.perf_counter() - begin,
         )

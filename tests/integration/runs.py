@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from torchtitan_mtp.config import JobConfig, check
 from torchtitan_mtp.config.setting import options
+from torchtitan_mtp.inference.acceptance import Acceptance
 from torchtitan_mtp.models.args import ModelArgs
 from torchtitan_mtp.models.flavors import flavors
 from torchtitan_mtp.trainer import Trainer
@@ -53,6 +54,7 @@ class Run:
 
     logged: list[dict[str, Any]] = field(default_factory=list)
     validated: list[list[float]] = field(default_factory=list)
+    acceptance: list[Acceptance] = field(default_factory=list)  # of each validation
     weights: dict[str, Tensor] = field(default_factory=dict)
     start: int = 0
 
@@ -142,6 +144,7 @@ def record(trainer: Trainer) -> Run:
 
     def keep_validation(step: int, **values: Any) -> None:
         run.validated.append(values["head_losses"])
+        run.acceptance.append(values["acceptance"])
         log_validation(step, **values)
 
     metrics.log, metrics.log_validation = keep, keep_validation  # type: ignore[method-assign]

@@ -7,11 +7,13 @@ import logging
 import pytest
 import torch
 
-from runs import ONE_BY_ONE, SEQUENTIAL, config_of, finish, same, train, write_corpus
-from tests.naive import head_loss_sums
+from runs import ONE_BY_ONE, SEQUENTIAL, config_of, finish, record, same, train, write_corpus
+from tests.naive import head_logits, head_loss_sums
+from torchtitan_mtp.config import JobConfig
 from torchtitan_mtp.data.loader import DataLoader
 from torchtitan_mtp.data.sources import build_source
 from torchtitan_mtp.data.tokenizer import build_tokenizer
+from torchtitan_mtp.inference.acceptance import Acceptance
 from torchtitan_mtp.trainer import Trainer
 
 JOINT: dict[str, str] = {}
@@ -31,35 +33,51 @@ def other_text(tmp_path):
     }
 
 
+def held_out_windows(config: JobConfig) -> DataLoader:
+    """Windows of 12 tokens, as the validation of `config` reads them."""
+    source = build_source("held_out", config.validation.dataset_path)
+    tokenizer = build_tokenizer("byte")
+    return DataLoader(source, tokenizer, 12, 3, 1, split="all", infinite=False)
+
+
 @family
 def test_losses_are_those_of_a_naive_loop(keys, other_text, tmp_path):
     packed = {"model.attn_mask_type": "block_causal", "validation.seq_len": 12}
     config = config_of(tmp_path, keys, other_text, packed)
     trainer = Trainer(config)
     try:
+        run = record(trainer)
         found = trainer.evaluate()
         assert trainer.evaluate() == found  # the same documents every time
         parameters = {name: p.full_tensor() for name, p in trainer.model.named_parameters()}
     finally:
         finish(trainer)
-    loader = DataLoader(
-        build_source("held_out", config.validation.dataset_path),
-        build_tokenizer("byte"),
-        12,
-        3,
-        1,
-        split="all",
-        infinite=False,
-    )
     sums, valid = [0.0] * 3, [0] * 3
+    drafted, agreed, checked, right = ([0] * 2 for _ in range(4))
     with torch.no_grad():
-        for tokens, doc_ids, _ in loader:
+        for tokens, doc_ids, _ in held_out_windows(config):
             s, v = head_loss_sums(parameters, tokens, doc_ids, trainer.args, config.mtp)
             sums = [a + b.item() for a, b in zip(sums, s, strict=True)]
             valid = [a + b for a, b in zip(valid, v, strict=True)]
+            docs = doc_ids[0].tolist()
+            logits = head_logits(parameters, tokens[0], doc_ids[0], trainer.args, config.mtp)
+            choices = [head.argmax(-1).tolist() for head in logits]
+            for i in range(12):
+                before = True
+                for k in (2, 3):
+                    if i + k > 12 or docs[i + k] != docs[i] or docs[i] < 0:
+                        break
+                    same_token = choices[k - 1][i] == choices[0][i + k - 1]
+                    drafted[k - 2] += 1
+                    agreed[k - 2] += same_token
+                    checked[k - 2] += before
+                    before = before and same_token
+                    right[k - 2] += before
     assert valid[0] > valid[1] > valid[2] > 50
     expected = [s / v for s, v in zip(sums, valid, strict=True)]
     assert found == pytest.approx(expected, rel=1e-5)
+    assert run.acceptance == [Acceptance(drafted, agreed, checked, right)] * 2
+    assert agreed[0] > 5
 
 
 @family

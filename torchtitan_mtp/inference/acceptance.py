@@ -109,6 +109,15 @@ def count_agreement(drafts: Tensor, own: Tensor) -> Tensor:
     return counts.flatten(1, -2).sum(1)
 
 
+def text_agreement(model: Transformer, hiddens: Sequence[Tensor], labels: Tensor) -> Tensor:
+    """`count_agreement` on a given text [4, n-1], from its n hidden states [B, S, D] and its labels
+    [B, S, n]."""
+    if len(hiddens) == 1:
+        return labels.new_zeros(4, 0)
+    choices = model.output(hiddens, argmax=True)  # [B, S, n]
+    return count_agreement(choices[..., 1:], own_choices(choices, labels))
+
+
 def own_choices(choices: Tensor, labels: Tensor) -> Tensor:
     """Head 1's choices [B, S, n-1] on a text, for the places that heads 2..n draft for.
 

@@ -1,6 +1,7 @@
 """What a run reports at a logged step: a line in the log and a set of tags (docs/monitoring.md)."""
 
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -9,6 +10,7 @@ from datetime import timedelta
 import torch
 
 from torchtitan_mtp.config import JobConfig
+from torchtitan_mtp.inference.acceptance import Acceptance
 from torchtitan_mtp.monitoring.backends import build_backends
 from torchtitan_mtp.monitoring.device import MemoryMonitor, MemoryStats
 from torchtitan_mtp.monitoring.logging import use_color
@@ -24,6 +26,7 @@ COLORS = {
     "memory": "\033[38;2;54;234;195m",
     "tps": "\033[34m",
     "accuracy": "\033[36m",
+    "acceptance": "\033[33m",
     "mfu": "\033[35m",
 }
 RESET = "\033[39m"
@@ -144,11 +147,13 @@ class MetricsProcessor:
         *,
         head_losses: Sequence[float],
         head_accuracies: Sequence[float],
+        acceptance: Acceptance,
         tokens: int,
         elapsed: float,
     ) -> None:
         """Report held-out losses: means over valid targets of all ranks, head 1 to head n, in nats.
 
+        `acceptance` is that of heads 2..n on the same text, over all ranks.
         `tokens` are the input tokens of all ranks, `elapsed` the seconds that validation took; they
         are taken out of the training interval, whose throughput goes on unharmed.
         """
@@ -162,12 +167,14 @@ class MetricsProcessor:
         }
         metrics = {f"validation_metrics/{tag}": value for tag, value in metrics.items()}
         metrics.update(head_metrics("validation_metrics", head_losses, head_accuracies))
+        metrics.update(acceptance_metrics(acceptance))
         self._write(metrics, step)
         parts = {
             "step": f"validate step: {step:2}",
             "loss": f"loss: {head_losses[0]:7.4f}",
             "heads": format_heads(head_losses),
             "accuracy": "accuracy: " + " ".join(f"{100 * a:.1f}%" for a in head_accuracies),
+            "acceptance": format_acceptance(acceptance),
             "tps": f"tps: {round(tps):,}",
         }
         logger.info(self._paint(parts))
@@ -237,6 +244,15 @@ def head_metrics(
     return metrics
 
 
+def acceptance_metrics(acceptance: Acceptance) -> dict[str, float]:
+    """`validation_metrics/mtp_head_{k}_acceptance`, k = 2..n, and `validation_metrics/
+    tokens_per_step`; nothing of heads that no draft was compared of."""
+    rates = {f"mtp_head_{k}_acceptance": rate for k, rate in enumerate(acceptance.marginal, 2)}
+    if acceptance.tokens_per_step:
+        rates["tokens_per_step"] = acceptance.tokens_per_step[-1]
+    return {f"validation_metrics/{tag}": r for tag, r in rates.items() if not math.isnan(r)}
+
+
 def memory_metrics(memory: MemoryStats, *, counters: bool = True) -> dict[str, float]:
     """TorchTitan's memory tags."""
     values = asdict(memory)
@@ -257,3 +273,11 @@ def format_heads(head_losses: Sequence[float]) -> str:
         return ""
     name = "head 2" if len(head_losses) == 2 else f"heads 2-{len(head_losses)}"
     return f"{name}: " + " ".join(f"{loss:.4f}" for loss in head_losses[1:])
+
+
+def format_acceptance(acceptance: Acceptance) -> str:
+    """Acceptance of heads 2..n, and the tokens a step that it makes. Empty without such heads."""
+    if not acceptance.marginal:
+        return ""
+    rates = " ".join(f"{100 * rate:.1f}%" for rate in acceptance.marginal)
+    return f"acceptance: {rates}  tokens/step: {acceptance.tokens_per_step[-1]:.2f}"

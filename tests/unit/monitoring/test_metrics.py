@@ -14,8 +14,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from torchtitan_mtp.config import JobConfig
 from torchtitan_mtp.errors import UserError
+from torchtitan_mtp.inference.acceptance import Acceptance
 from torchtitan_mtp.monitoring.backends import metrics_folder
-from torchtitan_mtp.monitoring.metrics import MetricsProcessor
+from torchtitan_mtp.monitoring.metrics import MetricsProcessor, acceptance_metrics
 
 CPU = torch.device("cpu")
 TORCHTITAN_TAGS = {
@@ -156,14 +157,23 @@ def test_steps_to_log(config: JobConfig, clock: Clock) -> None:
 
 
 def test_validation_tags_and_its_time_outside_of_training(
-    config: JobConfig, clock: Clock, tmp_path: Path
+    config: JobConfig, clock: Clock, tmp_path: Path, log: pytest.LogCaptureFixture
 ) -> None:
     metrics = processor(config, clock)
     metrics.record_step(tokens=1000, data_seconds=0.0)
     clock.now += 1.0
     clock.now += 30.0  # validation
     metrics.log_validation(
-        5, head_losses=[2.0, 2.5], head_accuracies=[0.5, 0.25], tokens=600, elapsed=30.0
+        5,
+        head_losses=[2.0, 2.5, 3.0],
+        head_accuracies=[0.5, 0.25, 0.125],
+        acceptance=Acceptance([100, 80], [60, 32], [100, 50], [60, 25]),
+        tokens=600,
+        elapsed=30.0,
+    )
+    assert log.messages[-1] == (
+        "validate step:  5  loss:  2.0000  heads 2-3: 2.5000 3.0000  accuracy: 50.0% 25.0% 12.5%  "
+        "acceptance: 60.0% 40.0%  tokens/step: 1.90  tps: 20"
     )
     metrics.log(6, **LOSSES, n_tokens_seen=1000)  # type: ignore[arg-type]
     metrics.close()
@@ -181,9 +191,35 @@ def test_validation_tags_and_its_time_outside_of_training(
         "validation_metrics/throughput(tps)": 20.0,
         "validation_metrics/mtp_head_1_loss": 2.0,
         "validation_metrics/mtp_head_2_loss": 2.5,
+        "validation_metrics/mtp_head_3_loss": 3.0,
         "validation_metrics/mtp_head_1_accuracy": 0.5,
         "validation_metrics/mtp_head_2_accuracy": 0.25,
+        "validation_metrics/mtp_head_3_accuracy": 0.125,
+        "validation_metrics/mtp_head_2_acceptance": pytest.approx(0.6),
+        "validation_metrics/mtp_head_3_acceptance": pytest.approx(0.4),
+        "validation_metrics/tokens_per_step": pytest.approx(1.9),  # 1 + 0.6 + 0.6 * 0.5
     }
+
+
+def test_heads_that_were_not_compared_have_no_acceptance() -> None:
+    assert acceptance_metrics(Acceptance([], [], [], [])) == {}
+    tags = acceptance_metrics(Acceptance([4, 0], [1, 0], [4, 0], [1, 0]))
+    assert tags == {"validation_metrics/mtp_head_2_acceptance": 0.25}
+
+
+def test_validation_of_a_plain_model_names_no_acceptance(
+    config: JobConfig, clock: Clock, log: pytest.LogCaptureFixture
+) -> None:
+    metrics = processor(config, clock)
+    metrics.log_validation(
+        5,
+        head_losses=[2.0],
+        head_accuracies=[0.5],
+        acceptance=Acceptance([], [], [], []),
+        tokens=600,
+        elapsed=30.0,
+    )
+    assert log.messages[-1] == "validate step:  5  loss:  2.0000  accuracy: 50.0%  tps: 20"
 
 
 def test_without_a_peak_there_is_no_mfu(
