@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import math
 import os
 import time
 from dataclasses import asdict, dataclass
@@ -26,8 +25,10 @@ from torchtitan_mtp.data.sources import build_source
 from torchtitan_mtp.data.targets import IGNORE, PADDING, Batch, make_batch
 from torchtitan_mtp.data.tokenizer import build_tokenizer
 from torchtitan_mtp.distributed.float8 import convert_to_float8, float8_scales_after_step
+from torchtitan_mtp.distributed.heartbeat import Heartbeat
 from torchtitan_mtp.distributed.mesh import all_reduce, init_world, set_timeout
 from torchtitan_mtp.distributed.parallelize import parallelize
+from torchtitan_mtp.distributed.stopping import Stopping
 from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.inference.acceptance import Acceptance, text_agreement
 from torchtitan_mtp.models.flavors import model_args
@@ -38,6 +39,7 @@ from torchtitan_mtp.monitoring.flops import count_model_flops, forward_backward_
 from torchtitan_mtp.monitoring.gc import GarbageCollection
 from torchtitan_mtp.monitoring.metrics import MetricsProcessor
 from torchtitan_mtp.monitoring.profiling import profile_steps, snapshot_memory
+from torchtitan_mtp.monitoring.spikes import LossSpikes
 from torchtitan_mtp.mtp import (
     add_heads,
     copy_last_layer,
@@ -45,6 +47,7 @@ from torchtitan_mtp.mtp import (
     head_scales,
     head_weights,
 )
+from torchtitan_mtp.nonfinite import FiniteGuard, find_cause
 from torchtitan_mtp.ops.backends import BACKENDS
 from torchtitan_mtp.optimizer import build_optimizer, build_scheduler
 
@@ -53,10 +56,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class TrainState:
-    """Where a run is: optimizer steps done, input tokens seen by all ranks."""
+    """Where a run is: steps done, input tokens seen by all ranks, steps whose update was skipped
+    for numbers that were not finite."""
 
     step: int = 0
     tokens: int = 0
+    skipped: int = 0
 
     def state_dict(self) -> dict[str, Any]:
         """Plain data."""
@@ -65,6 +70,7 @@ class TrainState:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from `state_dict`."""
         self.step, self.tokens = state["step"], state["tokens"]
+        self.skipped = state.get("skipped", 0)
 
 
 class LoaderState:
@@ -175,6 +181,16 @@ class Trainer:
             world_size=self.world.size,
             start_step=self.state.step,
         )
+        self.spikes = LossSpikes()
+        self.guard = FiniteGuard(
+            self.optimizer,
+            training.skip_nonfinite,
+            self.state,
+            functools.partial(find_cause, self.model, self.loss_arguments, self.device),
+        )
+        self.stopping = Stopping()
+        self.stopped_unsaved = False
+        self.heartbeat = Heartbeat(config.comm.train_timeout_seconds)
         self.gc = GarbageCollection(training.gc_freq, debug=training.gc_debug, rank=self.world.rank)
 
     # ---------------------------------------------------------------- build
@@ -267,10 +283,13 @@ class Trainer:
                 config.job.dump_folder,
             )
         with (
+            self.heartbeat,
+            self.stopping,
             profile_steps(config, device=self.device, rank=rank, start_step=first - 1) as profiler,
             snapshot_memory(config, device=self.device, rank=rank, start_step=first - 1) as memory,
         ):
-            while self.state.step < steps:
+            while self.state.step < steps and not self.stopping.signal:
+                self.stopping.ask()
                 self.train_step()
                 step = self.state.step
                 if step == first:
@@ -279,13 +298,31 @@ class Trainer:
                 self.gc.run(step)
                 if self.validation and (step % config.validation.freq == 0 or step == steps):
                     self.evaluate(compare=step == steps)
-                if self.checkpointer.should_save(step, last=step == steps):
-                    self._check_finite(self.grad_norm.item())  # steps that no log line looked at
-                self.checkpointer.save(step, last=step == steps)
-                if step == steps:
-                    self._save_in_hf()
+                self._save(last=step == steps, stop=self.stopping.agreed())
                 profiler.step()
                 memory.step()
+
+    def _save(self, last: bool, stop: bool) -> None:
+        """Save what is due, and everything where the run is told to stop before its end."""
+        step, early = self.state.step, stop and not last
+        self.heartbeat.where = f"the save after step {step}"
+        if early or self.checkpointer.should_save(step, last):
+            self.guard.settle()
+        self.checkpointer.save(step, last=last, force=early)
+        if early:
+            self.checkpointer.wait()
+            self.stopped_unsaved = not self.checkpointer.saves
+            logger.warning(
+                "%s: stopped after step %d of %d%s",
+                self.stopping.signal.name if self.stopping.signal else "",
+                step,
+                self.config.training.steps,
+                ", nothing saved: checkpoint.enable = false or checkpoint.load_only = true"
+                if self.stopped_unsaved
+                else ", saved: the same command goes on from here",
+            )
+        if last:
+            self._save_in_hf()
 
     def _save_in_hf(self) -> None:
         """The last step as a Hugging Face folder, where that is asked for: read back by one rank,
@@ -304,9 +341,11 @@ class Trainer:
     def train_step(self) -> None:
         """One optimizer step over `accumulation` micro-batches on every rank."""
         state, config = self.state, self.config
+        self.heartbeat.where = f"step {state.step + 1}, reading data"
         begin = time.perf_counter()
         batches = [make_batch(self.loader.next_window(), self.n) for _ in range(self.accumulation)]
         data_seconds = time.perf_counter() - begin
+        self.heartbeat.where = f"step {state.step + 1}"
 
         # Labels are data: every head's targets are counted over the whole step beforehand.
         valid = torch.stack([(b.labels != IGNORE).sum((0, 1)) for b in batches]).sum(0)  # [n]
@@ -321,7 +360,8 @@ class Trainer:
 
         self.grad_norm = clip_gradients(self.model, config.training.max_norm)
         lr = float(self.scheduler.get_last_lr()[0])
-        self.optimizer.step()
+        if self.guard.admits(state.step + 1, losses.total, self.grad_norm, batches):
+            self.optimizer.step()
         if self.float8_scales:
             self.float8_scales(self.model)
         self.scheduler.step()
@@ -334,18 +374,10 @@ class Trainer:
         if self.metrics.should_log(state.step):
             self._log(losses, lr, weights)
 
-    def _check_finite(self, norm: float, loss: float = 0.0) -> None:
-        """Every rank has the same global numbers, so all stop or none."""
-        if not math.isfinite(norm) or not math.isfinite(loss):
-            shown = f"loss {loss}, " if loss else ""
-            raise UserError(
-                f"step {self.state.step}: {shown}gradient norm {norm}: not finite; stopped without "
-                "saving: resume from the last checkpoint with a lower optimizer.lr"
-            )
-
     def _log(self, step_losses: StepLosses, lr: float, weights: list[float]) -> None:
+        self.guard.settle()
         reduced, norm, step = step_losses.reduce(), self.grad_norm.item(), self.state.step
-        self._check_finite(norm, reduced["total"])
+        self.spikes.check(step, reduced["losses"], norm)
         self.metrics.log(
             step,
             global_avg_loss=reduced["losses"][0],
@@ -357,6 +389,7 @@ class Trainer:
             grad_norm=norm,
             lr=lr,
             n_tokens_seen=self.state.tokens,
+            extra_metrics={"skipped_steps": self.state.skipped} if self.state.skipped else None,
         )
 
     # ---------------------------------------------------------------- evaluate
@@ -370,6 +403,7 @@ class Trainer:
         of a larger vocabulary are too thin to mean anything).
         """
         assert self.validation is not None
+        self.heartbeat.where = f"validation after step {self.state.step}"
         begin, steps, tokens = time.perf_counter(), self.config.validation.steps, 0
         compare = compare and self.tokenizer.vocab_size <= 512
         losses = StepLosses(self.n, self.device)
@@ -377,8 +411,9 @@ class Trainer:
         agreement = torch.zeros(4, self.n - 1, dtype=torch.int64, device=self.device)
         pairs: list[tuple[Tensor, Tensor]] = []
         for i, window in enumerate(self.validation):
-            if i == steps:
+            if i == steps or self.stopping.agreed():
                 break
+            self.stopping.ask()
             batch = make_batch(window, self.n)
             if compare:
                 real = batch.doc_ids != PADDING
@@ -391,6 +426,8 @@ class Trainer:
         for module in self.model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()  # a forward without backward leaves parameters gathered
+        if self.stopping.signal:
+            return []
         reduced = losses.reduce()
         self.metrics.log_validation(
             self.state.step,

@@ -19,6 +19,7 @@ ORDER = [
     "inference",
     "monitoring",
     "optimizer",
+    "nonfinite",
     "trainer",
     "train",
 ]

@@ -87,10 +87,15 @@ class Checkpointer:
 
     # ---- saving ----
 
+    @property
+    def saves(self) -> bool:
+        """Whether this run saves at all."""
+        return self.config.enable and not self.config.load_only
+
     def should_save(self, step: int, last: bool = False) -> bool:
         """Whether `save(step, last)` saves: each interval, the last step, the first when asked."""
         config = self.config
-        if not config.enable or config.load_only:
+        if not self.saves:
             return False
         first = step == 1 and config.enable_first_step_checkpoint
         return last or first or (step > 0 and step % config.interval == 0)
@@ -112,8 +117,7 @@ class Checkpointer:
         Raises:
             UserError: on every rank: no space, a failed write (now or in the background).
         """
-        enabled = self.config.enable and not self.config.load_only
-        if not (enabled and force) and not self.should_save(step, last):
+        if not (self.saves and force) and not self.should_save(step, last):
             return False
         self.wait()
         export = last and step > 0 and self.config.last_save_model_only and not force

@@ -210,6 +210,10 @@ class Training:
     max_norm: float = setting(1.0, above=0, special=(inf,))
     """Gradients are scaled down to this global L2 norm; inf: never."""
 
+    skip_nonfinite: int = setting(0, at_least=0)
+    """Steps in a row whose update may be skipped because the loss or the gradient norm is not
+    finite on some rank; one more stops the run."""
+
     steps: int = setting(10000, at_least=1)
     """Optimizer steps of the run."""
 

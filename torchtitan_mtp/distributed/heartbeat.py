@@ -1,0 +1,122 @@
+"""Which rank is missing, when the others wait for it in vain."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import socket
+import threading
+import time
+from types import TracebackType
+from typing import Any
+
+import torch.distributed as dist
+
+from torchtitan_mtp.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+_INTERVAL = 1.0  # seconds; the store serves some ten thousand keys a second
+_RANKS_A_SECOND = 2000
+
+
+class Heartbeat:
+    """Every rank leaves a sign of life, and where it is, in the job's store.
+
+    While entered, an error of a collective (a peer that died, or hung beyond the group's timeout)
+    becomes a `UserError` that names the ranks that are missing.
+
+    Args:
+        timeout: seconds without a collective's answer after which it fails, for the message.
+
+    Attributes:
+        where: what this rank is doing ("step 7"), for the others to read.
+    """
+
+    def __init__(self, timeout: int) -> None:
+        self.timeout = timeout
+        self.where = "start"
+        self._rank, self._world = dist.get_rank(), dist.get_world_size()
+        self._interval = max(_INTERVAL, self._world / _RANKS_A_SECOND)
+        self._end = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._beats = 0
+
+    def __enter__(self) -> Heartbeat:
+        if self._world > 1:
+            # A connection of its own: a wait on the job's would hold up the beats.
+            store: Any = dist.distributed_c10d._get_default_store()
+            self._store = dist.PrefixStore("heartbeat", store.clone())
+            self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
+            self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType
+    ) -> None:
+        try:
+            if self._thread is not None and error is not None and lost_contact(error):
+                reason = re.sub(r"^\[.*?\] ", "", str(error).splitlines()[0]).split(". ")[0]
+                raise LostContact(f"{self.where}: {self._missing()} ({reason})") from error
+        finally:
+            self._end.set()
+
+    def _run(self) -> None:
+        try:
+            while not self._end.is_set():
+                self._beats += 1
+                place = f"{socket.gethostname()} (process {os.getpid()})"
+                self._store.set(str(self._rank), f"{self._beats}\n{self.where}\n{place}")
+                self._end.wait(self._interval)
+        except RuntimeError:
+            pass  # the store went with the rank that holds it; the main thread will notice
+
+    def _missing(self) -> str:
+        """Who has given no sign of life lately, or else who is elsewhere than this rank.
+
+        A rank that ends because of another one goes on beating until it knows; so who is silent
+        now is the cause. It takes a few seconds: a launcher that sees the dead rank ends this one
+        before, which leaves the cause as the first failure in its log.
+        """
+        try:
+            first = self._read()
+            time.sleep(3 * self._interval)
+            second = self._read()
+        except RuntimeError:
+            return "rank 0, which keeps the job's store, does not answer"
+        silent = [rank for rank in second if first[rank][0] == second[rank][0]]
+        if silent:
+            return "; ".join(
+                f"rank {rank} gives no sign of life, last seen in {second[rank][1]} on "
+                f"{second[rank][2]}"
+                for rank in silent
+            )
+        elsewhere = [rank for rank in second if second[rank][1] != self.where]
+        if elsewhere:
+            return "; ".join(f"rank {rank} is in {second[rank][1]}" for rank in elsewhere)
+        return f"no answer of another rank for {self.timeout} s, all are in {self.where}"
+
+    def _read(self) -> dict[int, list[str]]:
+        """rank -> beats, where, place; of the others that have ever beaten."""
+        ranks = [rank for rank in range(self._world) if rank != self._rank]
+        known = [rank for rank in ranks if self._store.check([str(rank)])]
+        values = self._store.multi_get([str(rank) for rank in known]) if known else []
+        return {r: v.decode().split("\n") for r, v in zip(known, values, strict=True)}
+
+
+class LostContact(UserError):
+    """Another rank is the cause: what this one has is of no use any more."""
+
+
+def lost_contact(error: BaseException) -> bool:
+    """Whether a collective failed, here or below an exception that wraps it."""
+    seen: BaseException | None = error
+    while seen is not None:
+        # gloo raises plain RuntimeErrors that begin with its source file.
+        if isinstance(seen, dist.DistError) or (
+            isinstance(seen, RuntimeError) and "/gloo/" in str(seen)
+        ):
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return False

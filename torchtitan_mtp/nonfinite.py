@@ -1,0 +1,184 @@
+"""Numbers that are not finite: kept out of the weights, traced to the batch they came from."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from torchtitan_mtp.data.targets import PADDING, Batch
+from torchtitan_mtp.distributed.mesh import all_reduce
+from torchtitan_mtp.errors import UserError
+from torchtitan_mtp.models.transformer import Transformer
+
+logger = logging.getLogger(__name__)
+
+
+class Skips(Protocol):
+    """Where skipped updates are counted, over the whole run."""
+
+    skipped: int
+
+
+class Verdict(NamedTuple):
+    """What the host has not looked at yet: a step's [is bad, gradient norm], on its way here."""
+
+    step: int
+    values: Tensor  # [2], on the host
+    arrived: torch.cuda.Event | None
+    batches: Sequence[Batch]
+
+
+class FiniteGuard:
+    """Leaves out, on all ranks, an update whose loss or gradient norm is not finite on one of them.
+
+    The verdict of a step is a tensor. A fused optimizer takes it as `found_inf` and skips the
+    update on the device, weights, moments and step count, so the host need not wait for it: it
+    reads a step's verdict while the device computes the next step, before that one's update, or
+    earlier where something is logged or saved (`settle`). The other implementations of the
+    optimizer wait at every step.
+
+    Args:
+        optimizer: whose updates are guarded.
+        allowed: updates in a row that may be skipped; one more stops the run.
+        counts: `skipped` goes up by one with each.
+        find_cause: from a step's micro-batches to where in them it began, for the message; called
+            by all ranks together.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        allowed: int,
+        counts: Skips,
+        find_cause: Callable[[Sequence[Batch]], str],
+    ) -> None:
+        self.optimizer = optimizer
+        self.allowed = allowed
+        self.counts = counts
+        self.find_cause = find_cause
+        self._in_a_row = 0
+        self._pending: Verdict | None = None
+
+    def admits(self, step: int, loss: Tensor, norm: Tensor, batches: Sequence[Batch]) -> bool:
+        """Whether to call `optimizer.step()` now: unless this step is known to be bad.
+
+        Args:
+            step: the number of this step, for messages.
+            loss: this rank's, a scalar on its device.
+            norm: of the gradient over all ranks, a scalar.
+            batches: the micro-batches of this rank, on the CPU.
+
+        Raises:
+            UserError: on every rank: more than `allowed` bad steps in a row.
+        """
+        self.settle()
+        norm = norm.to(loss.device, non_blocking=True)
+        bad = (~(loss.isfinite() & norm.isfinite())).float()
+        bad = all_reduce(bad, dist.ReduceOp.MAX)
+        self._pending = Verdict(step, *_send(torch.stack((bad, norm.float()))), batches)
+        if self._skips_on_device(loss.device):
+            self.optimizer.found_inf = bad  # type: ignore[attr-defined]
+            return True
+        return self.settle()
+
+    def _skips_on_device(self, device: torch.device) -> bool:
+        group = self.optimizer.param_groups[0]
+        # Offloaded parameters are updated on the CPU, which has to have the verdict by then.
+        return bool(group.get("fused")) and group["params"][0].device.type == device.type
+
+    def settle(self) -> bool:
+        """Read the verdict that is under way, if any; whether it was good.
+
+        Raises:
+            UserError: on every rank: more than `allowed` bad steps in a row.
+        """
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return True
+        if pending.arrived is not None:
+            pending.arrived.synchronize()
+        bad, norm = pending.values.numpy().tolist()
+        if not bad:
+            self._in_a_row = 0
+            return True
+        self._in_a_row += 1
+        what = (
+            f"step {pending.step}: loss or gradient not finite (norm {norm}): "
+            f"{self.find_cause(pending.batches)}"
+        )
+        if self._in_a_row > self.allowed:
+            raise UserError(
+                f"{what}; stopped before the update, with nothing saved of it: resume from the "
+                "last checkpoint with a lower optimizer.lr or without that data, or allow updates "
+                f"to be skipped (training.skip_nonfinite = {self.allowed})"
+            )
+        self.counts.skipped += 1
+        logger.warning(
+            "%s; update skipped, %d in a row, %d in all", what, self._in_a_row, self.counts.skipped
+        )
+        return False
+
+
+def _send(values: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
+    """Start a copy to the host, and what tells that it is there; at once on a CPU."""
+    if values.device.type == "cpu":
+        return values, None
+    host = torch.empty_like(values, device="cpu", pin_memory=True)
+    host.copy_(values, non_blocking=True)
+    event = torch.cuda.Event()
+    event.record()
+    return host, event
+
+
+@torch.no_grad()
+def find_cause(
+    model: Transformer, loss: dict[str, Any], device: torch.device, batches: Sequence[Batch]
+) -> str:
+    """The first rank, head and place whose hidden state or loss is not finite, by a forward anew.
+
+    The update was skipped, so the weights are still those that the step was computed with. All
+    ranks call it together.
+    """
+    found = ""
+    for i, batch in enumerate(batches):
+        batch = Batch(*(t.to(device) for t in batch))
+        hiddens = model(batch)  # n of [B, S, D]
+        for k, hidden in enumerate(hiddens):
+            for row in range(hidden.shape[0]):
+                place = f"head {k + 1}, micro-batch {i + 1}, sequence {row + 1}"
+                one = slice(row, row + 1)
+                # Every rank calls `output` as often as the others: its weight is gathered anew.
+                labels, scale = batch.labels[one, :, k : k + 1], torch.ones(1, device=device)
+                out = model.output([hidden[one]], labels, scale, **loss)
+                bad = ~hidden[row].isfinite().all(-1) & (batch.doc_ids[row] != PADDING)  # [S]
+                if not found and bad.any():
+                    position = int(bad.nonzero()[0]) + 1
+                    found = f"{place}, from position {position} on: hidden state not finite"
+                elif not found and not out.loss_sum.isfinite().all():
+                    found = f"{place}: loss {out.loss_sum.item()}"
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()  # a forward without backward leaves parameters gathered
+    name = _first_bad_weight(model)
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, (found, name))
+    weight = next((f"; {name} itself is not finite" for _, name in everyone if name), "")
+    for rank, (found, _) in enumerate(everyone):
+        if found:
+            return f"it began on rank {rank} with {found}{weight}"
+    return f"all losses are finite when computed anew, so it was the backward{weight}"
+
+
+def _first_bad_weight(model: Transformer) -> str:
+    for name, parameter in model.named_parameters():
+        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        if not local.isfinite().all():
+            return name
+    return ""
