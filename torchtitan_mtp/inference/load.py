@@ -1,12 +1,16 @@
-"""From a checkpoint and the config.toml of its run to a model that can generate."""
+"""From a checkpoint and the config.toml of its run, or a Hugging Face folder, to a model that can
+generate."""
 
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import torch
 
 from torchtitan_mtp.checkpoint import find_checkpoint, find_config, load_model_weights
+from torchtitan_mtp.checkpoint.formats.training import config_of_hf, load_hf_weights
+from torchtitan_mtp.checkpoint.ranks import Ranks
 from torchtitan_mtp.config import JobConfig, load_toml
 from torchtitan_mtp.data.tokenizer import Tokenizer, build_tokenizer
 from torchtitan_mtp.models.flavors import model_args
@@ -21,32 +25,45 @@ def load_for_inference(
 ) -> tuple[Transformer, Tokenizer, JobConfig]:
     """The model of a checkpoint with its weights and heads, its tokenizer and its run's config.
 
-    path: a step-N folder or a run's folder. dtype: weights are rounded to it where it is narrower.
+    path: a step-N folder, a run's folder, or a folder that `export_checkpoint.py` wrote in one of
+        the HF formats (or that others did). dtype: weights are rounded to it where it is narrower.
 
     Raises:
         UserError: no checkpoint, none that is whole, no config.toml, or one of another model.
     """
-    checkpoint = find_checkpoint(path)
-    config = load_toml(find_config(path))
+    folder = Path(path)
+    is_hf = (folder / "config.json").is_file()
+    checkpoint = folder if is_hf else find_checkpoint(path)
+    config = config_of_hf(folder) if is_hf else load_toml(find_config(path))
     tokenizer = build_tokenizer(config.model.hf_assets_path)
+    model = _empty_model(config, tokenizer, dtype).to_empty(device=device)
+    model.tie_weights()  # to_empty gives each name memory of its own
+    model.init_buffers()
+    if is_hf:
+        load_hf_weights(folder, model, Ranks(alone=True))
+    else:
+        load_model_weights(
+            checkpoint,
+            model,
+            allow_missing_prefixes=(),
+            allow_unexpected_prefixes=() if model.mtp is not None else ("mtp.",),
+            allow_cast=True,
+        )
+    return model.eval().requires_grad_(False), tokenizer, config
+
+
+def _empty_model(config: JobConfig, tokenizer: Tokenizer, dtype: torch.dtype) -> Transformer:
+    """The run's model with its heads, on the meta device."""
     args = model_args(
         config.model.name,
         config.model.flavor,
         tokenizer_vocab=tokenizer.vocab_size,
         vocab_size=config.model.vocab_size,
+        max_seq_len=max(2048, config.training.seq_len, config.validation.seq_len),
+        attn_mask_type=config.model.attn_mask_type,
         changes=config.model.args.given(),
     )
     model = build_model(args, dtype)
     if "mtp" in config.model.converters:
         add_heads(model, config.mtp)
-    model.to_empty(device=device)
-    model.tie_weights()  # to_empty gives each name memory of its own
-    model.init_buffers()
-    load_model_weights(
-        checkpoint,
-        model,
-        allow_missing_prefixes=(),
-        allow_unexpected_prefixes=() if model.mtp is not None else ("mtp.",),
-        allow_cast=True,
-    )
-    return model.eval().requires_grad_(False), tokenizer, config
+    return model

@@ -8,6 +8,8 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
+from tests import formats_run
+from torchtitan_mtp.checkpoint.formats import export_checkpoint
 from torchtitan_mtp.config import JobConfig, to_toml
 from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.inference import generate, load_for_inference, next_logits
@@ -103,4 +105,28 @@ def test_a_checkpoint_that_is_no_model_is_refused(tmp_path: Path) -> None:
         {"weight": torch.ones(2)}, checkpoint_id=tmp_path / "checkpoint" / "step-9", no_dist=True
     )
     with pytest.raises(UserError, match=r"lacks .* of the model"):
+        load_for_inference(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("format_name", "changes"),
+    [("glm4_moe_hf", formats_run.SEQUENTIAL), ("llama_hf", {}), ("qwen3_hf", formats_run.QWEN)],
+)
+def test_a_hugging_face_folder_is_the_model_that_was_exported(
+    tmp_path: Path, format_name: str, changes: dict[str, object]
+) -> None:
+    saved, _ = formats_run.write_run(tmp_path / "run", **(formats_run.SMALL | changes))
+    export_checkpoint(tmp_path / "run", tmp_path / "hf", format_name)
+    model, tokenizer, config = load_for_inference(tmp_path / "hf")
+    assert config.training.seq_len == 64 and tokenizer.vocab_size == 259
+    state = saved.state_dict()
+    assert model.state_dict().keys() == state.keys()
+    assert all(torch.equal(t, state[name]) for name, t in model.state_dict().items())
+    speculative = generate(model, [[256, 65]], 6, speculative=model.mtp is not None)
+    assert speculative.tokens == generate(saved, [[256, 65]], 6).tokens
+
+
+def test_a_hugging_face_folder_of_an_unknown_model_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"architectures": ["BertModel"]}')
+    with pytest.raises(UserError, match="BertModel"):
         load_for_inference(tmp_path)

@@ -13,10 +13,11 @@ from torchtitan_mtp.checkpoint.formats.exporting import export_checkpoint
 from torchtitan_mtp.checkpoint.formats.formats import FORMATS, open_tensors
 from torchtitan_mtp.checkpoint.formats.importing import inward, read_spec
 from torchtitan_mtp.checkpoint.formats.read import read_json
-from torchtitan_mtp.checkpoint.formats.spec import differing_sizes
+from torchtitan_mtp.checkpoint.formats.spec import describe_run, differing_sizes
 from torchtitan_mtp.checkpoint.load import HEADS, LoadReport, check_names, excluded, log_report
 from torchtitan_mtp.checkpoint.ranks import Ranks
 from torchtitan_mtp.checkpoint.state import model_state
+from torchtitan_mtp.config import JobConfig
 from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.models.init import assign
 from torchtitan_mtp.models.transformer import Transformer
@@ -36,6 +37,18 @@ def load_hf_weights(
         UserError: on every rank: a damaged folder, another architecture, or another shape.
     """
     return ranks.together(lambda: _load(path, model, exclude))
+
+
+def config_of_hf(path: Path) -> JobConfig:
+    """The configuration of a run of the model in an HF folder, with the folder's tokenizer.
+
+    Raises:
+        UserError: no readable config.json, or a model of another kind.
+    """
+    name, config = _format_of(path), JobConfig()
+    describe_run(config, read_spec(FORMATS[name], name, path))
+    config.model.hf_assets_path = str(path)
+    return config
 
 
 def _load(path: Path, model: Transformer, exclude: Sequence[str]) -> LoadReport:
