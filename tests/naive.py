@@ -48,10 +48,79 @@ def attention(p: Parameters, prefix: str, x: Tensor, documents: Tensor, args) ->
     return torch.cat(outputs, -1) @ p[prefix + "wo.weight"].T
 
 
+def latent_attention(p: Parameters, prefix: str, x: Tensor, documents: Tensor, args) -> Tensor:
+    """DeepSeek-V2, equations 37 to 47 of its appendix C, a head and a query at a time."""
+    shape, eps = args.latent, args.norm_eps
+    c = x @ p[prefix + "wkv_a.weight"].T
+    c, k_rope = c[:, : shape.kv_lora_rank], c[:, None, shape.kv_lora_rank :]
+    k_rope = rotate(k_rope, args.rope_theta)[:, 0]
+    c = rms_norm(c, p[prefix + "kv_norm.weight"], eps)
+    if shape.q_lora_rank:
+        q = rms_norm(x @ p[prefix + "wq_a.weight"].T, p[prefix + "q_norm.weight"], eps)
+        q = q @ p[prefix + "wq_b.weight"].T
+    else:
+        q = x @ p[prefix + "wq.weight"].T
+    q = q.unflatten(-1, (args.n_heads, -1))
+    q_nope, q_rope = q[..., : shape.qk_nope_head_dim], q[..., shape.qk_nope_head_dim :]
+    q_rope = rotate(q_rope, args.rope_theta)
+    kv = (c @ p[prefix + "wkv_b.weight"].T).unflatten(-1, (args.n_heads, -1))
+    k, v = kv[..., : shape.qk_nope_head_dim], kv[..., shape.qk_nope_head_dim :]
+    scale = (shape.qk_nope_head_dim + shape.qk_rope_head_dim) ** -0.5
+    rows = []
+    for i in range(len(x)):
+        seen = [
+            j
+            for j in range(i + 1)
+            if args.attn_mask_type == "causal" or documents[i] == documents[j]
+        ]
+        heads = []
+        for h in range(args.n_heads):
+            scores = k[seen, h] @ q_nope[i, h] + k_rope[seen] @ q_rope[i, h]
+            heads.append((scores * scale).softmax(-1) @ v[seen, h])
+        rows.append(torch.cat(heads))
+    return torch.stack(rows) @ p[prefix + "wo.weight"].T
+
+
+def swiglu(x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor) -> Tensor:
+    return (F.silu(x @ w1.T) * (x @ w3.T)) @ w2.T
+
+
+def chosen_experts(scores: Tensor, moe) -> list[int]:
+    """Scores with biases [E] of one token: sort, group by group, and take the first."""
+    size = moe.num_experts // moe.num_expert_groups
+    groups = [list(range(g * size, (g + 1) * size)) for g in range(moe.num_expert_groups)]
+    best = sorted(groups, key=lambda g: -sum(sorted(scores[g].tolist())[-2:]))
+    allowed = [e for group in best[: moe.num_limited_groups] for e in group]
+    return sorted(allowed, key=lambda e: -scores[e].item())[: moe.top_k]
+
+
+def mixture(p: Parameters, prefix: str, x: Tensor, moe) -> Tensor:
+    """DeepSeek-V3, equations 12 to 16, a token at a time."""
+    w1, w2, w3 = (p[f"{prefix}experts.w{i}"] for i in (1, 2, 3))
+    rows = []
+    for token in x:
+        scores = p[prefix + "router.gate.weight"] @ token
+        scores = scores.sigmoid() if moe.score_func == "sigmoid" else scores.softmax(-1)
+        chosen = chosen_experts(scores.detach() + p[prefix + "expert_bias"], moe)
+        total = sum(scores[e] for e in chosen) if moe.route_norm else 1.0
+        out = torch.zeros_like(token)
+        for e in chosen:
+            out = out + moe.route_scale * scores[e] / total * swiglu(token, w1[e], w2[e], w3[e])
+        rows.append(out)
+    out = torch.stack(rows)
+    if moe.num_shared_experts:
+        shared = (p[f"{prefix}shared_experts.w{i}.weight"] for i in (1, 2, 3))
+        out = out + swiglu(x, *shared)
+    return out
+
+
 def block(p: Parameters, prefix: str, x: Tensor, documents: Tensor, args) -> Tensor:
     normed = rms_norm(x, p[prefix + "attention_norm.weight"])
-    x = x + attention(p, prefix + "attention.", normed, documents, args)
+    attend = attention if args.latent is None else latent_attention
+    x = x + attend(p, prefix + "attention.", normed, documents, args)
     y = rms_norm(x, p[prefix + "ffn_norm.weight"])
+    if prefix + "moe.expert_bias" in p:
+        return x + mixture(p, prefix + "moe.", y, args.moe)
     f = prefix + "feed_forward."
     gated = F.silu(y @ p[f + "w1.weight"].T) * (y @ p[f + "w3.weight"].T)
     return x + gated @ p[f + "w2.weight"].T

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from torchtitan_mtp.config import MTP
 from torchtitan_mtp.data.targets import Window
-from torchtitan_mtp.models.args import ModelArgs
+from torchtitan_mtp.models.args import LatentArgs, ModelArgs, MoEArgs
 from torchtitan_mtp.models.init import assign, init_weights
 from torchtitan_mtp.models.transformer import Transformer, build_model
 from torchtitan_mtp.mtp import add_heads
@@ -27,12 +27,34 @@ ARGS = ModelArgs(
     attn_mask_type="block_causal",
 )
 
+# DeepSeek-V3's parts: one dense block and two of experts in groups, compressed queries.
+DEEPSEEK = replace(
+    ARGS,
+    n_kv_heads=None,
+    hidden_dim=24,
+    latent=LatentArgs(
+        q_lora_rank=8, kv_lora_rank=12, qk_nope_head_dim=6, qk_rope_head_dim=4, v_head_dim=5
+    ),
+    moe=MoEArgs(
+        num_experts=8,
+        hidden_dim=8,
+        top_k=3,
+        num_expert_groups=4,
+        num_limited_groups=2,
+        route_scale=1.5,
+    ),
+)
+
 
 def small_model(
-    mtp: MTP | None = None, dtype: torch.dtype = torch.float32, seed: int = 0, **args: Any
+    mtp: MTP | None = None,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    shape: ModelArgs = ARGS,
+    **args: Any,
 ) -> Transformer:
     """An initialised model on the CPU, with the heads of `mtp`; norm scales are not all one."""
-    model = build_model(replace(ARGS, **args), dtype)
+    model = build_model(replace(shape, **args), dtype)
     if mtp is not None:
         add_heads(model, mtp)
     model.to_empty(device="cpu")
@@ -42,14 +64,30 @@ def small_model(
     return model
 
 
+def naive_parameters(model: Transformer) -> dict[str, Tensor]:
+    """Copies of a model's parameters, which train where they do, and of the experts' biases."""
+    found = {
+        name: p.detach().clone().requires_grad_(p.requires_grad)
+        for name, p in model.named_parameters()
+    }
+    biases = {n: b.clone() for n, b in model.named_buffers() if n.endswith(".expert_bias")}
+    return found | biases
+
+
 @torch.no_grad()
 def perturb_norms(model: Transformer) -> None:
-    """Make norm scales uneven, so that taking the wrong norm, or none, shows."""
+    """Make norm scales uneven, so that taking the wrong norm, or none, shows. Routers become
+    decided, for a tie would be broken by rounding, and experts' biases take part."""
     for name, param in model.named_parameters():
         if param.ndim == 1:
             generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
             scale = 1 + 0.3 * torch.randn(param.shape, generator=generator)
             assign(param, scale.to(param.dtype))
+        elif name.endswith("router.gate.weight"):
+            param.mul_(50)
+    for name, moe in model.named_mixtures():
+        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+        moe.expert_bias.copy_(0.1 * torch.randn(moe.expert_bias.shape, generator=generator))
 
 
 def small_window(batch: int, width: int, seed: int = 0, vocab: int = 29) -> Window:

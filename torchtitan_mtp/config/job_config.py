@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from torchtitan_mtp.config.sections.checkpoint import Checkpoint
+from torchtitan_mtp.config.sections.model import Model
 from torchtitan_mtp.config.sections.mtp import MTP, Loss
 from torchtitan_mtp.config.sections.parallelism import ActivationCheckpoint, Compile, Parallelism
 from torchtitan_mtp.config.sections.quantize import Quantize
@@ -18,7 +19,6 @@ from torchtitan_mtp.config.sections.run import (
 )
 from torchtitan_mtp.config.sections.training import (
     LRScheduler,
-    Model,
     Optimizer,
     Training,
     Validation,

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from torchtitan_mtp.models.args import ModelArgs
-from torchtitan_mtp.models.attention import AttentionContext, rope_tables
+from torchtitan_mtp.models.attention import AttentionContext
+from torchtitan_mtp.models.rope import rope_tables
 
 # Picks positions from a tensor [B, max_len, ...] as [B, size, ...], to read or to write.
 Index = tuple[Any, Any]
@@ -44,17 +45,29 @@ class Span(NamedTuple):
 class Positions:
     """Makes the spans of a generation: positions 0 .. max_len - 1 of `batch` rows.
 
-    like: a weight, for its device and dtype.
+    like: a weight, for its device and dtype. static: where it is not 0, spans of one size look
+    alike to a compiler (index tensors, all keys and a mask, never slices and an end), and those of
+    heads have at least this size.
     """
 
-    def __init__(self, args: ModelArgs, batch: int, max_len: int, like: Tensor) -> None:
-        self.batch, self.max_len, device = batch, max_len, like.device
+    def __init__(
+        self, args: ModelArgs, batch: int, max_len: int, like: Tensor, static: int = 0
+    ) -> None:
+        self.batch, self.max_len, self.static, device = batch, max_len, static, like.device
         # As long as this generation, whatever length the model was trained at.
         self.cos, self.sin = rope_tables(replace(args, max_seq_len=max_len), device)
         self.all = torch.arange(max_len, device=device)
         self.rows = torch.arange(batch, device=device).unsqueeze(1)  # [B, 1]
         # What a score is raised by: attention would make it of a bool mask in every layer.
         self.seen, self.unseen = like.new_zeros(()), like.new_full((), -torch.inf)
+
+    def states(self, width: int) -> Tensor:
+        """Room for a state of every position: [B, max_len, width]."""
+        return self.seen.new_zeros(self.batch, self.max_len, width)
+
+    def padded(self, size: int) -> int:
+        """The size to run heads with that lack `size` positions."""
+        return max(size, self.static)
 
     def repeat(self, times: int) -> Positions:
         """The same positions for `times` as many rows."""
@@ -66,14 +79,15 @@ class Positions:
     def index(self, starts: Sequence[int], size: int) -> Index:
         """Of the `size` positions from `starts[b]` on in row b."""
         start = starts[0]
-        if all(s == start for s in starts):  # one row, or rows in step: slices, no gathering
+        if not self.static and all(s == start for s in starts):
+            # One row, or rows in step: no gathering.
             return slice(None), slice(start, start + size)
         first = torch.tensor(starts, device=self.all.device).unsqueeze(1)
         return self.rows, first + self.all[:size]  # [B, 1], [B, size]
 
     def span(self, starts: Sequence[int], size: int) -> Span:
         """What a forward over the positions of `index(starts, size)` needs."""
-        index, end = self.index(starts, size), max(starts) + size
+        index, end = self.index(starts, size), self.max_len if self.static else max(starts) + size
         positions = self.all[index[1]].view(-1, size)  # [B or 1, size]
         cos, sin = self.cos[index[1]], self.sin[index[1]]  # [(B,) size, hd/2]
         # A single query at the end, or all from the start: plain causal attention, and faster.
@@ -106,21 +120,23 @@ class LayerCache:
 
     def at(self, span: Span) -> CacheView:
         """This cache for one forward over `span`: what `Attention.forward` takes."""
-        return CacheView(self, span)
+        rows = len(span.starts)  # the cache may have room for more
+        return CacheView(self.k[:rows], self.v[:rows], span.where, span.end)
 
 
 class CacheView(NamedTuple):
     """A `LayerCache` at the positions of one forward."""
 
-    cache: LayerCache
-    span: Span
+    k: Tensor
+    v: Tensor
+    where: Index
+    end: int
 
     def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store k, v [B, KV, size, hd] at the span; all up to its end, [B, KV, end, hd] each."""
-        index, end = self.span.where, self.span.end
-        self.cache.k.transpose(1, 2)[index] = k.transpose(1, 2)
-        self.cache.v.transpose(1, 2)[index] = v.transpose(1, 2)
-        return self.cache.k[:, :, :end], self.cache.v[:, :, :end]
+        self.k.transpose(1, 2)[self.where] = k.transpose(1, 2)
+        self.v.transpose(1, 2)[self.where] = v.transpose(1, 2)
+        return self.k[:, :, : self.end], self.v[:, :, : self.end]
 
 
 def take(x: Tensor, columns: Sequence[int]) -> Tensor:

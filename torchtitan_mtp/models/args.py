@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -16,12 +18,82 @@ class RoPEScaling:
 
 
 @dataclass(frozen=True)
+class YaRN:
+    """YaRN (Peng et al. 2023, arXiv 2309.00071): rotary frequencies scaled as DeepSeek has it.
+
+    `magnitude(mscale) / magnitude(mscale_all_dim)` scales the rotated dimensions of queries and
+    keys, and in latent attention `magnitude(mscale_all_dim)` all of them.
+    """
+
+    factor: float = 40.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float = 1.0
+    mscale_all_dim: float = 1.0
+    original_max_seq_len: int = 4096
+
+    def magnitude(self, mscale: float) -> float:
+        """Equation 22's square root of 1 / t, weighted by `mscale`."""
+        return 0.1 * mscale * math.log(self.factor) + 1.0 if self.factor > 1 else 1.0
+
+
+@dataclass(frozen=True)
+class LatentArgs:
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1).
+
+    Queries and keys of a head have `qk_nope_head_dim` dimensions without positions and
+    `qk_rope_head_dim` rotated ones, the latter shared by all heads' keys. `q_lora_rank = 0`:
+    queries are not compressed.
+    """
+
+    q_lora_rank: int = 0
+    kv_lora_rank: int = 512
+    qk_nope_head_dim: int = 128
+    qk_rope_head_dim: int = 64
+    v_head_dim: int = 128
+
+    @property
+    def qk_head_dim(self) -> int:
+        """Width of a head's query and key."""
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+
+@dataclass(frozen=True)
+class MoEArgs:
+    """DeepSeek's mixture of experts (DeepSeek-V3, arXiv 2412.19437, section 2.1.2).
+
+    The first `n_dense_layers` blocks keep a dense feed-forward. The others have `num_experts`
+    routed experts of width `hidden_dim`, `top_k` of them for each token, out of the
+    `num_limited_groups` best of `num_expert_groups` groups; and shared experts, all of them for
+    every token, which are one feed-forward of width `num_shared_experts * hidden_dim`.
+
+    route_norm: the weights of the chosen experts sum to one, before `route_scale`.
+    load_balance_coeff: gamma, what an expert's bias moves by after a step. aux_loss_coeff: alpha
+    of the sequence-wise balance loss (equations 17 to 20).
+    """
+
+    num_experts: int = 8
+    hidden_dim: int = 256
+    num_shared_experts: int = 1
+    top_k: int = 2
+    n_dense_layers: int = 1
+    num_expert_groups: int = 1
+    num_limited_groups: int = 1
+    score_func: Literal["sigmoid", "softmax"] = "sigmoid"
+    route_norm: bool = True
+    route_scale: float = 1.0
+    load_balance_coeff: float = 1e-3
+    aux_loss_coeff: float = 0.0
+
+
+@dataclass(frozen=True)
 class ModelArgs:
     """Shapes and constants of a `Transformer`; field names are TorchTitan's.
 
     `vocab_size = None` leaves the vocabulary to the tokenizer. `hidden_dim` and `head_size` are
     None where they follow from `dim`. `qk_norm`: RMSNorm of each query's and key's head, before it
-    is rotated (Qwen3, arXiv 2505.09388).
+    is rotated (Qwen3, arXiv 2505.09388). `latent`: its attention in place of heads of keys and
+    values. `moe`: mixtures in place of dense feed-forwards.
     """
 
     dim: int = 4096
@@ -34,9 +106,11 @@ class ModelArgs:
     hidden_dim: int | None = None
     head_size: int | None = None
     qk_norm: bool = False
+    latent: LatentArgs | None = None
+    moe: MoEArgs | None = None
     norm_eps: float = 1e-5
     rope_theta: float = 10000.0
-    rope_scaling: RoPEScaling | None = None
+    rope_scaling: RoPEScaling | YaRN | None = None
     max_seq_len: int = 2048
     tied_embeddings: bool = False
     attn_mask_type: str = "causal"
@@ -45,6 +119,11 @@ class ModelArgs:
     def head_dim(self) -> int:
         """Width of one attention head."""
         return self.head_size or self.dim // self.n_heads
+
+    @property
+    def rope_dim(self) -> int:
+        """How many dimensions of a head turn with its position."""
+        return self.head_dim if self.latent is None else self.latent.qk_rope_head_dim
 
     @property
     def kv_heads(self) -> int:

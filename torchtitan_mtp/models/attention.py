@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
@@ -13,12 +12,13 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from torchtitan_mtp.models.args import ModelArgs
+from torchtitan_mtp.models.rope import apply_rope
 
 
 class AttentionContext(NamedTuple):
     """What every block of one forward shares, made once from the batch.
 
-    cos, sin: [B or 1, S, 1, head_dim / 2] float32. mask: None (causal); [B, 1, Q, K], a
+    cos, sin: [B or 1, S, 1, rope_dim / 2] float32. mask: None (causal); [B, 1, Q, K], a
     bool that is True where attention is allowed or a float that is added to the scores; or a
     FlexAttention `BlockMask`.
     """
@@ -34,33 +34,6 @@ class KVCache(Protocol):
     def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store new k, v [B, KV, S, hd]; return those to attend to [B, KV, K, hd]."""
         ...
-
-
-def rope_tables(args: ModelArgs, device: torch.device | str) -> tuple[Tensor, Tensor]:
-    """cos, sin of every position: [max_seq_len, head_dim / 2] float32.
-
-    RoPE is Su et al. 2021 (arXiv 2104.09864) in Llama's interleaved layout; the scaling is Llama
-    3.1's: frequencies whose wavelength exceeds the old context are divided by `factor`, those well
-    inside it stay, the ones between are interpolated.
-    """
-    half = torch.arange(0, args.head_dim, 2, dtype=torch.float32, device=device)
-    freqs = 1.0 / args.rope_theta ** (half / args.head_dim)  # [hd/2]
-    if (scaling := args.rope_scaling) is not None:
-        old = scaling.original_max_seq_len
-        wavelength = 2 * math.pi / freqs
-        low, high = scaling.low_freq_factor, scaling.high_freq_factor
-        smooth = ((old / wavelength - low) / (high - low)).clamp(0, 1)
-        freqs = (1 - smooth) * freqs / scaling.factor + smooth * freqs
-    positions = torch.arange(args.max_seq_len, dtype=torch.float32, device=device)
-    angles = torch.outer(positions, freqs)  # [max_seq_len, hd/2]
-    return angles.cos(), angles.sin()
-
-
-def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the pairs (x[2j], x[2j+1]) of x [B, S, H, hd] by their position's angle."""
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # [B, S, H, hd/2] each
-    rotated = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
-    return rotated.flatten(-2).type_as(x)
 
 
 @functools.cache
@@ -80,6 +53,26 @@ def document_mask(doc_ids: Tensor) -> Tensor | BlockMask:
         return create_block_mask(visible, batch, None, seq, seq, device=doc_ids.device)
     causal = torch.ones(seq, seq, dtype=torch.bool, device=doc_ids.device).tril()
     return (causal & (doc_ids[:, :, None] == doc_ids[:, None, :])).unsqueeze(1)  # [B, 1, S, S]
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | BlockMask | None, scale: float | None = None
+) -> Tensor:
+    """softmax(scale * q k) v: q [B, H, Q, d], k [B, KV, K, d], v [B, KV, K, e] -> [B, H, Q, e].
+
+    mask: that of an `AttentionContext`; scale: d^-1/2 by default.
+    """
+    grouped = k.shape[1] != q.shape[1]
+    if isinstance(mask, BlockMask):
+        out: Tensor = _compiled_flex_attention()(
+            q, k, v, block_mask=mask, scale=scale, enable_gqa=grouped
+        )
+        return out
+    # A single query, the newest, sees every key, those in the cache included.
+    causal = mask is None and q.shape[2] > 1
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped
+    )
 
 
 class Attention(nn.Module):
@@ -112,17 +105,15 @@ class Attention(nn.Module):
         v = v.transpose(1, 2)
         if cache is not None:
             k, v = cache.update(k, v)
-        grouped = self.n_kv_heads != self.n_heads
-        if isinstance(context.mask, BlockMask):
-            out = _compiled_flex_attention()(q, k, v, block_mask=context.mask, enable_gqa=grouped)
-        else:
-            out = F.scaled_dot_product_attention(
-                q,
-                k,
-                v,
-                attn_mask=context.mask,
-                # A single query, the newest, sees every key, those in the cache included.
-                is_causal=context.mask is None and q.shape[2] > 1,
-                enable_gqa=grouped,
-            )
+        out = attend(q, k, v, context.mask)
         return self.wo(out.transpose(1, 2).flatten(-2))
+
+    @property
+    def cache_shape(self) -> tuple[int, int, int]:
+        """What a cache keeps of a position: heads, width of a key, width of a value."""
+        return self.n_kv_heads, self.head_dim, self.head_dim
+
+    @property
+    def width(self) -> int:
+        """Multiplications of one query with one key and its value, over all heads, halved."""
+        return self.n_heads * self.head_dim

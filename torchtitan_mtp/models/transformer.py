@@ -16,57 +16,45 @@ from torchtitan_mtp.models.attention import (
     AttentionContext,
     KVCache,
     document_mask,
-    rope_tables,
 )
+from torchtitan_mtp.models.latent_attention import LatentAttention
+from torchtitan_mtp.models.layers import FeedForward, RMSNorm
+from torchtitan_mtp.models.moe import MoE
+from torchtitan_mtp.models.rope import rope_tables
 from torchtitan_mtp.ops import LossOutput, chunked_argmax, linear_cross_entropy
 from torchtitan_mtp.ops.head_by_head import HeadByHeadLoss
 
 
-class RMSNorm(nn.RMSNorm):
-    """Zhang and Sennrich 2019, arXiv 1910.07467."""
-
-    def forward(self, x: Tensor, detach: bool = False) -> Tensor:
-        """Normalise x [..., D]; `detach` keeps the gradient of this use from the scale."""
-        weight = self.weight.detach() if detach else self.weight
-        return F.rms_norm(x, self.normalized_shape, weight, self.eps)
-
-
-class FeedForward(nn.Module):
-    """SwiGLU (Shazeer 2020, arXiv 2002.05202): w2(silu(w1 x) * w3 x)."""
-
-    def __init__(self, args: ModelArgs) -> None:
-        super().__init__()
-        self.w1 = nn.Linear(args.dim, args.ffn_dim, bias=False)
-        self.w2 = nn.Linear(args.ffn_dim, args.dim, bias=False)
-        self.w3 = nn.Linear(args.dim, args.ffn_dim, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x [B, S, D] -> [B, S, D]."""
-        return self.w2(F.silu(self.w1(x)) * self.w3(x))
-
-
 class TransformerBlock(nn.Module):
-    """Pre-norm attention and feed-forward, each added to the residual stream.
+    """Pre-norm attention and feed-forward or mixture, each added to the residual stream.
 
-    `depth` (0-based) sets the scale of its two output projections at initialisation.
+    `depth` (0-based) sets the scale of its output projections at initialisation, and whether it is
+    one of the first blocks, which stay dense.
     """
 
     def __init__(self, args: ModelArgs, depth: int) -> None:
         super().__init__()
         self.depth = depth
-        self.attention = Attention(args)
-        self.feed_forward = FeedForward(args)
+        self.attention = Attention(args) if args.latent is None else LatentAttention(args)
+        self.moe: MoE | None = None
+        self.feed_forward: FeedForward | None = None
+        if args.moe is not None and depth >= args.moe.n_dense_layers:
+            self.moe = MoE(args.dim, args.moe)
+        else:
+            self.feed_forward = FeedForward(args.dim, args.ffn_dim)
         self.attention_norm = RMSNorm(args.dim, eps=args.norm_eps)
         self.ffn_norm = RMSNorm(args.dim, eps=args.norm_eps)
 
     def forward(self, x: Tensor, context: AttentionContext, cache: KVCache | None = None) -> Tensor:
         """x [B, S, D] -> [B, S, D]."""
         x = x + self.attention(self.attention_norm(x), context, cache)
-        return x + self.feed_forward(self.ffn_norm(x))
+        feed_forward = self.feed_forward if self.moe is None else self.moe
+        assert feed_forward is not None
+        return x + feed_forward(self.ffn_norm(x))
 
     def init_std(self, name: str) -> float:
         """Standard deviation of the weight `name` at initialisation."""
-        if name in ("attention.wo.weight", "feed_forward.w2.weight", "feed_forward.w3.weight"):
+        if name.removesuffix(".weight").endswith(("wo", "w2", "w3", "router.gate")):
             return 0.02 / (2 * (self.depth + 1)) ** 0.5
         return 0.02
 
@@ -156,6 +144,11 @@ class Transformer(nn.Module):
         """Every transformer block, trunk's and heads'."""
         return (block for _, block in self.named_blocks())
 
+    def named_mixtures(self) -> Iterator[tuple[str, MoE]]:
+        """Every mixture of experts with the name of its block; none in a dense model."""
+        for name, block in self.named_blocks():
+            yield from ((name, part) for part in block.modules() if isinstance(part, MoE))
+
     def context(self, batch: Batch) -> AttentionContext:
         """Rotary angles and attention mask of a batch."""
         packed = self.args.attn_mask_type == "block_causal"
@@ -198,9 +191,11 @@ class Transformer(nn.Module):
         return 1.0
 
     def init_buffers(self) -> None:
-        """Fill the rotary tables, on the device that the buffers are on."""
+        """Fill the rotary tables and zero the experts' biases, on the device that they are on."""
         device = self.rope_cos.device
         self.rope_cos, self.rope_sin = rope_tables(self.args, device)
+        for _, moe in self.named_mixtures():
+            moe.init_buffers()
 
 
 def build_model(args: ModelArgs, dtype: torch.dtype = torch.float32) -> Transformer:

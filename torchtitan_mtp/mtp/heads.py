@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 from torchtitan_mtp.data.targets import Batch
 from torchtitan_mtp.models.attention import AttentionContext, KVCache
-from torchtitan_mtp.models.transformer import RMSNorm, Transformer
+from torchtitan_mtp.models.layers import RMSNorm
+from torchtitan_mtp.models.transformer import Transformer
 
 
 class ParallelHeads(nn.Module):

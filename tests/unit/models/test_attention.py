@@ -14,7 +14,8 @@ from tests.naive import rotate
 from tests.small import ARGS, small_model, small_window
 from torchtitan_mtp.data.targets import make_batch
 from torchtitan_mtp.models.args import RoPEScaling
-from torchtitan_mtp.models.attention import apply_rope, document_mask, rope_tables
+from torchtitan_mtp.models.attention import document_mask
+from torchtitan_mtp.models.rope import apply_rope, rope_tables
 
 
 @pytest.mark.parametrize("theta", [100.0, 10000.0, 500000.0])

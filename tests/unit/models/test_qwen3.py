@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from small import ARGS, small_model
 from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.models.args import RoPEScaling
-from torchtitan_mtp.models.attention import AttentionContext, apply_rope
+from torchtitan_mtp.models.attention import AttentionContext
 from torchtitan_mtp.models.flavors import model_args
+from torchtitan_mtp.models.rope import apply_rope
 from torchtitan_mtp.models.transformer import build_model
 
 

@@ -6,7 +6,14 @@ import pytest
 import torch
 
 from tests.naive import total_loss
-from tests.small import named_gradients, relative_error, small_model, small_window
+from tests.small import (
+    DEEPSEEK,
+    naive_parameters,
+    named_gradients,
+    relative_error,
+    small_model,
+    small_window,
+)
 from torchtitan_mtp.config import MTP
 from torchtitan_mtp.data.targets import IGNORE, Batch, make_batch
 from torchtitan_mtp.mtp import engines, forward_loss, head_scales, head_weights
@@ -30,11 +37,13 @@ def scales_of(mtp: MTP, batch: Batch) -> torch.Tensor:
 
 
 def naive_gradients(model, window, mtp):
-    parameters = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
+    parameters = naive_parameters(model)
     loss, losses = total_loss(parameters, window.tokens, window.doc_ids, model.args, mtp)
     loss.backward()
     gradients = {
-        name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in parameters.items()
+        name: torch.zeros_like(p) if p.grad is None else p.grad
+        for name, p in parameters.items()
+        if p.requires_grad
     }
     return loss.detach(), losses, gradients
 
@@ -45,10 +54,17 @@ PAIRS = [(mtp, "joint") for mtp in CASES] + [
 ]
 
 
-@pytest.mark.parametrize("tied", [False, True])
+SHAPES = {
+    "plain": {},
+    "tied": {"tied_embeddings": True},
+    "deepseek": {"shape": DEEPSEEK},
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(("mtp", "engine"), PAIRS)
-def test_loss_and_gradients_are_the_naive_ones(mtp, engine, tied):
-    model = small_model(mtp, torch.float64, tied_embeddings=tied)
+def test_loss_and_gradients_are_the_naive_ones(mtp, engine, shape):
+    model = small_model(mtp, torch.float64, **SHAPES[shape])
     window = small_window(2, 9 + mtp.num_future_tokens)
     batch = make_batch(window, mtp.num_future_tokens)
     out = engines[engine](model, batch, scales_of(mtp, batch), {"chunk_rows": 5}, True)

@@ -62,10 +62,14 @@ class Parallelism:
     context_parallel_load_balancer: str = "headtail"
     """No effect while context_parallel_degree is 1."""
 
-    expert_parallel_degree: int = setting(1, unsupported="there are no expert layers")
+    expert_parallel_degree: int = setting(
+        1, unsupported="experts are sharded like all parameters, by data_parallel_shard_degree"
+    )
     """Ranks over which experts are spread."""
 
-    expert_tensor_parallel_degree: int = setting(1, unsupported="there are no expert layers")
+    expert_tensor_parallel_degree: int = setting(
+        1, unsupported="experts are sharded like all parameters, by data_parallel_shard_degree"
+    )
     """Ranks over which each expert's matrices are split."""
 
     expert_parallel_comm_backend: Literal["standard", "deepep"] = "standard"

@@ -1,115 +1,10 @@
-"""Tables about what is trained, on what data, and how the weights are updated."""
+"""Tables about the data and how the weights are updated."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from math import inf
-from typing import Any, Literal
+from typing import Literal
 
-from torchtitan_mtp.config.setting import rule, setting
-
-
-@dataclass
-class RoPEScalingArgs:
-    """Llama 3.1's scaling of rotary frequencies, in place of the flavor's."""
-
-    factor: float | None = setting(None, above=0)
-    """Divisor of the frequencies whose wavelength exceeds the old context; None: the flavor's
-    scaling, or none."""
-
-    low_freq_factor: float = setting(1.0, above=0)
-    """original_max_seq_len over this: wavelengths from there on are divided in full."""
-
-    high_freq_factor: float = setting(4.0, above=0)
-    """original_max_seq_len over this: wavelengths up to there stay."""
-
-    original_max_seq_len: int = setting(8192, at_least=1)
-    """Context of the pre-training, in tokens."""
-
-
-@dataclass
-class ModelArgs:
-    """Sizes to set over the flavor's; a key left out is the flavor's."""
-
-    dim: int | None = setting(None, at_least=1)
-    """Width of the model."""
-
-    n_layers: int | None = setting(None, at_least=1)
-    """Transformer blocks of the trunk."""
-
-    n_heads: int | None = setting(None, at_least=1)
-    """Attention heads."""
-
-    n_kv_heads: int | None = setting(None, at_least=1)
-    """Key-value heads, a divisor of n_heads."""
-
-    head_size: int | None = setting(None, at_least=2)
-    """Width of one attention head; where the flavor has none either: dim / n_heads."""
-
-    hidden_dim: int | None = setting(None, at_least=1)
-    """Width of the feed-forward layer."""
-
-    norm_eps: float | None = setting(None, above=0)
-    """Epsilon of every RMSNorm."""
-
-    rope_theta: float | None = setting(None, above=0)
-    """Base of the rotary frequencies."""
-
-    tied_embeddings: bool | None = None
-    """Whether the embedding is also the unembedding."""
-
-    qk_norm: bool | None = None
-    """Whether the heads of queries and keys are normalised (Qwen3)."""
-
-    rope_scaling: RoPEScalingArgs = field(default_factory=RoPEScalingArgs)
-    """Rotary scaling."""
-
-    def given(self) -> dict[str, Any]:
-        """What is set, by name; rope_scaling as a dict of its keys."""
-        values = {key: value for key, value in asdict(self).items() if value is not None}
-        if self.rope_scaling.factor is None:
-            del values["rope_scaling"]
-        return values
-
-
-@dataclass
-class Model:
-    """The model before and after its converters."""
-
-    name: str = "llama3"
-    """Model family."""
-
-    flavor: str = "debugmodel"
-    """Size within the family; "custom" where [model.args] gives all of them."""
-
-    hf_assets_path: str = setting("byte", also_named=("model.tokenizer_path",))
-    """Tokenizer: a folder with Hugging Face's files, a tokenizer file, or the word "byte"."""
-
-    vocab_size: int | None = setting(None, at_least=1)
-    """Rows of the embedding; None: the flavor's, or the tokenizer's where the flavor is open."""
-
-    attn_mask_type: Literal["causal", "block_causal"] = "causal"
-    """Whether a token sees all earlier tokens, or only those of its own document."""
-
-    converters: list[Literal["mtp", "quantize.linear.float8"]] = field(
-        default_factory=list,
-        metadata=rule(
-            distinct=True,
-            also_spelled={"float8": "quantize.linear.float8"},
-            unsupported_values={
-                "mx": "use quantize.linear.float8",
-                "quantize.linear.mx": "use quantize.linear.float8",
-                "quantize.grouped_mm.float8": "there are no expert layers to quantize",
-                "quantize.grouped_mm.mx": "there are no expert layers to quantize",
-            },
-        ),
-    )
-    """Changes applied to the model, in order: "mtp" adds the heads of [mtp],
-    "quantize.linear.float8" (or "float8") trains its linear layers in float8."""
-
-    print_after_conversion: bool = False
-    """Print the model after its converters were applied."""
-
-    args: ModelArgs = field(default_factory=ModelArgs)
-    """Sizes over the flavor's."""
+from torchtitan_mtp.config.setting import setting
 
 
 @dataclass
@@ -245,7 +140,7 @@ class Training:
     debug_moe_force_load_balance: bool = setting(
         False,
         also_named=("debug.moe_force_load_balance",),
-        unsupported="there are no expert layers to balance",
+        unsupported="model.args.moe.load_balance_coeff balances experts",
     )
     """Send the same number of tokens to every expert."""
 

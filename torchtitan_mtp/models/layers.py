@@ -1,0 +1,29 @@
+"""What all blocks are made of."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class RMSNorm(nn.RMSNorm):
+    """Zhang and Sennrich 2019, arXiv 1910.07467."""
+
+    def forward(self, x: Tensor, detach: bool = False) -> Tensor:
+        """Normalise x [..., D]; `detach` keeps the gradient of this use from the scale."""
+        weight = self.weight.detach() if detach else self.weight
+        return F.rms_norm(x, self.normalized_shape, weight, self.eps)
+
+
+class FeedForward(nn.Module):
+    """SwiGLU (Shazeer 2020, arXiv 2002.05202): w2(silu(w1 x) * w3 x)."""
+
+    def __init__(self, dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.w1 = nn.Linear(dim, hidden_dim, bias=False)
+        self.w2 = nn.Linear(hidden_dim, dim, bias=False)
+        self.w3 = nn.Linear(dim, hidden_dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., D] -> [..., D]."""
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))

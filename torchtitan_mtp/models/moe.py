@@ -1,0 +1,196 @@
+"""Mixture of experts (DeepSeek-V3, arXiv 2412.19437, section 2.1.2), balanced without a loss.
+
+With s_e(u) the router's score of expert e for token u, and b_e the expert's bias,
+
+    chosen  = the top k experts by s_e + b_e, within the best groups of experts
+    g_e     = s_e / sum over the chosen of s, times route_scale          (the bias is not in it)
+    mixture = sum over the chosen of g_e FFN_e(u) + FFN_shared(u)
+
+No token is ever dropped: rows are sorted by expert, and every expert takes as many as it gets.
+After a step, b_e rises by gamma for experts that had fewer tokens than the mean and falls for those
+that had more (Wang et al. 2024, arXiv 2408.15664): `torchtitan_mtp.distributed.balance` does that
+with the counts that are gathered here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from torchtitan_mtp.models.args import MoEArgs
+from torchtitan_mtp.models.layers import FeedForward
+from torchtitan_mtp.ops.grouped_linear import grouped_linear
+
+
+class Router(nn.Module):
+    """Chooses each token's experts and weighs them, in float32 whatever the model computes in."""
+
+    def __init__(self, dim: int, args: MoEArgs) -> None:
+        super().__init__()
+        self.args = args
+        self.gate = nn.Linear(dim, args.num_experts, bias=False)
+
+    def forward(self, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x [N, D] -> scores [N, E], experts chosen [N, K] and their weights [N, K].
+
+        bias [E] moves the choice and has no gradient.
+        """
+        args, dtype = self.args, torch.promote_types(x.dtype, torch.float32)
+        logits = F.linear(x.to(dtype), self.gate.weight.to(dtype))
+        scores = logits.sigmoid() if args.score_func == "sigmoid" else logits.softmax(-1)
+        with torch.no_grad():
+            chosen = self._within_best_groups(scores + bias).topk(args.top_k, dim=-1).indices
+        weights = scores.gather(-1, chosen)
+        if args.route_norm:
+            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+        return scores, chosen, weights * args.route_scale
+
+    def _within_best_groups(self, scores: Tensor) -> Tensor:
+        """scores [N, E], -inf in all groups but those whose two best experts have most together."""
+        args = self.args
+        if args.num_limited_groups == args.num_expert_groups:
+            return scores
+        groups = scores.unflatten(-1, (args.num_expert_groups, -1))  # [N, G, E / G]
+        best = groups.topk(2, dim=-1).values.sum(-1).topk(args.num_limited_groups, dim=-1).indices
+        kept = torch.zeros(groups.shape[:-1], dtype=torch.bool, device=scores.device)
+        kept = kept.scatter(-1, best, True)  # [N, G]
+        return groups.masked_fill(~kept.unsqueeze(-1), -torch.inf).flatten(-2)
+
+
+class Experts(nn.Module):
+    """E SwiGLU feed-forwards, their matrices stacked."""
+
+    def __init__(self, dim: int, args: MoEArgs) -> None:
+        super().__init__()
+        count, hidden = args.num_experts, args.hidden_dim
+        self.w1 = nn.Parameter(torch.empty(count, hidden, dim))
+        self.w2 = nn.Parameter(torch.empty(count, dim, hidden))
+        self.w3 = nn.Parameter(torch.empty(count, hidden, dim))
+
+    def forward(self, x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+        """Rows x [R, D], sorted by expert, times their weights [R]: [R, D].
+
+        ends: int32 [E], where each expert's rows end.
+        """
+        hidden = F.silu(grouped_linear(x, self.w1, ends)) * grouped_linear(x, self.w3, ends)
+        # The weight belongs to the output, but the map is linear and its input narrower.
+        hidden = hidden * weights.unsqueeze(-1).to(hidden.dtype)
+        return grouped_linear(hidden, self.w2, ends)
+
+
+class _Dispatch(torch.autograd.Function):
+    """tokens [N, D] -> rows [N * K, D]: row r is token order[r] // K, and place is order's inverse.
+
+    In the backward each token sums its rows; nothing is scattered, so the bits are always the same.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, order: Tensor, place: Tensor, top_k: int) -> Tensor:
+        ctx.save_for_backward(place)
+        ctx.top_k = top_k
+        return tokens[order // top_k]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return grad[ctx.saved_tensors[0]].unflatten(0, (-1, ctx.top_k)).sum(1), None, None, None
+
+
+class _Combine(torch.autograd.Function):
+    """rows [N * K, D] -> tokens [N, D], each the sum of its rows: the transpose of `_Dispatch`."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, order: Tensor, place: Tensor, top_k: int) -> Tensor:
+        ctx.save_for_backward(order)
+        ctx.top_k = top_k
+        return rows[place].unflatten(0, (-1, top_k)).sum(1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return grad[ctx.saved_tensors[0] // ctx.top_k], None, None, None
+
+
+class _AddLoss(torch.autograd.Function):
+    """Passes `x` through, and in the backward adds a loss to what is minimised."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, loss: Tensor) -> Tensor:
+        ctx.save_for_backward(loss)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        return grad, torch.ones_like(ctx.saved_tensors[0])
+
+
+def sequence_balance_loss(scores: Tensor, chosen: Tensor) -> Tensor:
+    """Equations 17 to 20 without alpha, summed over sequences: scores [B, S, E], chosen [B, S, K].
+
+    A sequence whose tokens spread evenly over the experts has 1, one that sends all of them to the
+    same K has up to E / K.
+    """
+    size, count, top_k = scores.shape[1], scores.shape[2], chosen.shape[2]
+    hits = torch.zeros_like(scores).scatter(-1, chosen, 1.0)
+    frequency = hits.sum(1) * (count / (top_k * size))  # f_i [B, E]
+    probability = (scores / scores.sum(-1, keepdim=True)).mean(1)  # P_i [B, E]
+    return (frequency * probability).sum()
+
+
+class MoE(nn.Module):
+    """Routed and shared experts in the place of a block's feed-forward.
+
+    expert_bias [E] float32 is part of a checkpoint; tokens_per_expert [E] int64 counts since the
+    last `balance_experts`. aux_loss_scale: what a sequence's balance loss counts in the total.
+    """
+
+    expert_bias: Tensor
+    tokens_per_expert: Tensor
+
+    def __init__(self, dim: int, args: MoEArgs) -> None:
+        super().__init__()
+        self.args = args
+        self.router = Router(dim, args)
+        self.experts = Experts(dim, args)
+        self.shared_experts = None
+        if args.num_shared_experts:
+            self.shared_experts = FeedForward(dim, args.num_shared_experts * args.hidden_dim)
+        self.aux_loss_scale = 0.0
+        self.register_buffer("expert_bias", torch.zeros(args.num_experts))
+        counts = torch.zeros(args.num_experts, dtype=torch.int64)
+        self.register_buffer("tokens_per_expert", counts, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, S, D] -> [B, S, D]."""
+        tokens, top_k = x.flatten(0, 1), self.args.top_k  # [N, D], N = B * S
+        scores, chosen, weights = self.router(tokens, self.expert_bias)
+        if self.aux_loss_scale and torch.is_grad_enabled():
+            by_sequence = (t.unflatten(0, x.shape[:2]) for t in (scores, chosen))
+            loss = self.aux_loss_scale * sequence_balance_loss(*by_sequence)
+            weights = _AddLoss.apply(weights, loss)
+        expert, order = chosen.flatten().sort(stable=True)  # [N * K]
+        place = order.argsort()  # where each (token, choice) went
+        experts = torch.arange(self.args.num_experts, device=x.device)
+        ends = torch.searchsorted(expert, experts, right=True, out_int32=True)  # [E]
+        if self.training and torch.is_grad_enabled():
+            self._count(ends)
+        rows = _Dispatch.apply(tokens, order, place, top_k)
+        rows = self.experts(rows, weights.flatten()[order], ends)
+        out = _Combine.apply(rows, order, place, top_k)
+        if self.shared_experts is not None:
+            out = out + self.shared_experts(tokens)
+        return out.view(x.shape)
+
+    @torch.no_grad()
+    def _count(self, ends: Tensor) -> None:
+        """Add to the counts of this step, but not when activations are computed a second time,
+        which happens inside of a backward."""
+        if torch._C._current_graph_task_id() == -1:
+            self.tokens_per_expert += torch.diff(ends, prepend=ends.new_zeros(1))
+
+    def init_buffers(self) -> None:
+        """Zero bias and counts, on the device that they are on."""
+        device = self.expert_bias.device
+        self.expert_bias = torch.zeros(self.args.num_experts, device=device)  # always float32
+        self.tokens_per_expert = torch.zeros_like(self.tokens_per_expert)

@@ -1,0 +1,61 @@
+"""Rotary positions (Su et al. 2021, arXiv 2104.09864) in Llama's interleaved layout."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from torchtitan_mtp.models.args import ModelArgs, RoPEScaling, YaRN
+
+
+def rope_tables(args: ModelArgs, device: torch.device | str) -> tuple[Tensor, Tensor]:
+    """cos, sin of every position: [max_seq_len, rope_dim / 2] float32."""
+    half = torch.arange(0, args.rope_dim, 2, dtype=torch.float32, device=device)
+    freqs = 1.0 / args.rope_theta ** (half / args.rope_dim)  # [rope_dim / 2]
+    magnitude = 1.0
+    if isinstance(scaling := args.rope_scaling, RoPEScaling):
+        freqs = _llama(freqs, scaling)
+    elif scaling is not None:
+        freqs = _yarn(freqs, scaling, args.rope_theta)
+        magnitude = scaling.magnitude(scaling.mscale) / scaling.magnitude(scaling.mscale_all_dim)
+    positions = torch.arange(args.max_seq_len, dtype=torch.float32, device=device)
+    angles = torch.outer(positions, freqs)  # [max_seq_len, rope_dim / 2]
+    return magnitude * angles.cos(), magnitude * angles.sin()
+
+
+def _llama(freqs: Tensor, scaling: RoPEScaling) -> Tensor:
+    """Frequencies whose wavelength exceeds the old context are divided by `factor`, those well
+    inside it stay, the ones between are interpolated."""
+    old = scaling.original_max_seq_len
+    wavelength = 2 * math.pi / freqs
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    smooth = ((old / wavelength - low) / (high - low)).clamp(0, 1)
+    return (1 - smooth) * freqs / scaling.factor + smooth * freqs
+
+
+def _yarn(freqs: Tensor, scaling: YaRN, theta: float) -> Tensor:
+    """Section 3.2 of the paper, with DeepSeek's ramp over pairs, whose ends are whole numbers.
+
+    Pairs that turn more than `beta_fast` times within the old context stay, those that turn less
+    than `beta_slow` times are divided by `factor`, the ones between are interpolated.
+    """
+    width = 2 * len(freqs)
+
+    def pair_that_turns(times: float) -> float:
+        period = scaling.original_max_seq_len / (times * 2 * math.pi)
+        return width * math.log(period) / (2 * math.log(theta))
+
+    low = max(math.floor(pair_that_turns(scaling.beta_fast)), 0)
+    high = min(math.ceil(pair_that_turns(scaling.beta_slow)), width - 1)
+    pairs = torch.arange(len(freqs), dtype=torch.float32, device=freqs.device)
+    divided = ((pairs - low) / max(high - low, 0.001)).clamp(0, 1)
+    return divided * freqs / scaling.factor + (1 - divided) * freqs
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the pairs (x[2j], x[2j+1]) of x [B, S, H, hd] by their position's angle."""
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # [B, S, H, hd/2] each
+    rotated = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
+    return rotated.flatten(-2).type_as(x)

@@ -1,0 +1,95 @@
+"""One linear map a group of rows: the matrix products of a mixture of experts.
+
+    y[i] = weight[g] x[i]    for the rows i of group g, which lie together, group after group
+
+torch's grouped product computes it in one kernel where it knows the type and the sizes, without
+telling the host how large the groups are; else a loop over groups does. Both stand behind one
+operator, whose sizes do not depend on the groups', so that torch.compile takes it as it is and
+activation checkpointing can keep its result.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_NATIVE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_ALIGNMENT = 16  # bytes, of every row
+
+
+def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """x [R, in], weight [G, out, in] -> [R, out], differentiable in both.
+
+    ends: int32 [G], where each group ends, in rows; the last one is R. Groups may be empty.
+    """
+    result: Tensor = _product(x, weight, ends)
+    return result
+
+
+@torch.library.custom_op("torchtitan_mtp::grouped_linear", mutates_args=())
+def _product(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    native = _is_native(x.dtype, *weight.shape[1:])
+    return (native_product if native else loop_product)(x, weight, ends)
+
+
+@torch.library.custom_op("torchtitan_mtp::grouped_outer", mutates_args=())
+def _outer(g: Tensor, x: Tensor, ends: Tensor) -> Tensor:
+    """Sum over each group's rows of g [R, out] times x [R, in]: [G, out, in]."""
+    native = _is_native(x.dtype, g.shape[1], x.shape[1])
+    return (native_outer if native else loop_outer)(g, x, ends)
+
+
+@_product.register_fake
+def _(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[1])
+
+
+@_outer.register_fake
+def _(g: Tensor, x: Tensor, ends: Tensor) -> Tensor:
+    return x.new_empty(ends.shape[0], g.shape[1], x.shape[1])
+
+
+def _keep(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    x, weight, ends = ctx.saved_tensors
+    g = g.contiguous()
+    dx = _product(g, weight.transpose(1, 2), ends) if ctx.needs_input_grad[0] else None
+    dw = _outer(g, x, ends) if ctx.needs_input_grad[1] else None
+    return dx, dw, None
+
+
+_product.register_autograd(_backward, setup_context=_keep)
+
+
+def _is_native(dtype: torch.dtype, *widths: int) -> bool:
+    whole = all(width * dtype.itemsize % _ALIGNMENT == 0 for width in widths)
+    return hasattr(F, "grouped_mm") and dtype in _NATIVE_DTYPES and whole
+
+
+def native_product(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """torch's kernel: 16-bit floats and float32, rows of whole 16 bytes."""
+    return F.grouped_mm(x, weight.transpose(1, 2), offs=ends)
+
+
+def native_outer(g: Tensor, x: Tensor, ends: Tensor) -> Tensor:
+    """torch's kernel for the gradient of the weights."""
+    return F.grouped_mm(g.T, x, offs=ends)
+
+
+def loop_product(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """One product a group; waits for the device to know their sizes."""
+    parts = x.tensor_split(ends.tolist()[:-1])
+    return torch.cat([part @ w.T for part, w in zip(parts, weight, strict=True)])
+
+
+def loop_outer(g: Tensor, x: Tensor, ends: Tensor) -> Tensor:
+    """As `loop_product`."""
+    splits = ends.tolist()[:-1]
+    parts = zip(g.tensor_split(splits), x.tensor_split(splits), strict=True)
+    return torch.stack([a.T @ b for a, b in parts])
