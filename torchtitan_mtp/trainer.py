@@ -17,9 +17,9 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from torchtitan_mtp.checkpoint import Checkpointer
-from torchtitan_mtp.checkpoint.folders import step_folder
+from torchtitan_mtp.checkpoint.folders import finished_steps, step_folder
 from torchtitan_mtp.checkpoint.formats.training import save_in_hf
-from torchtitan_mtp.config import JobConfig, to_toml
+from torchtitan_mtp.config import JobConfig, load_toml, to_toml
 from torchtitan_mtp.data.loader import DataLoader, merge_states
 from torchtitan_mtp.data.sources import build_source
 from torchtitan_mtp.data.targets import IGNORE, PADDING, Batch, make_batch
@@ -129,7 +129,8 @@ class Trainer:
         if config.job.description:
             logger.info(config.job.description)
         self.device = self.world.device
-        self.seed = _agree_on_seed(training.seed)
+        # config.toml then says which seed it was, and with it which documents were held out.
+        self.seed = training.seed = _agree_on_seed(config)
         set_determinism(training.deterministic, self.seed)
         self.tokenizer = build_tokenizer(config.model.hf_assets_path)
         self.n = config.mtp.num_future_tokens if "mtp" in config.model.converters else 1
@@ -502,8 +503,15 @@ def set_determinism(deterministic: bool, seed: int) -> None:
         torch.backends.cudnn.benchmark = False
 
 
-def _agree_on_seed(seed: int | None) -> int:
-    """The configured seed, or one that rank 0 draws for all."""
-    drawn = [torch.seed() % 2**31 if seed is None else seed]
-    dist.broadcast_object_list(drawn, src=0)
-    return drawn[0]
+def _agree_on_seed(config: JobConfig) -> int:
+    """The configured seed; else that of the run that is resumed; else one that rank 0 draws."""
+    seeds: list[int | None] = [config.training.seed]
+    if seeds[0] is None and config.checkpoint.enable:
+        folder = Path(config.job.dump_folder)
+        if finished_steps(folder / config.checkpoint.folder) and (folder / "config.toml").is_file():
+            seeds = [load_toml(folder / "config.toml").training.seed]
+    if seeds[0] is None:
+        seeds = [torch.seed() % 2**31]
+    dist.broadcast_object_list(seeds, src=0)
+    assert seeds[0] is not None
+    return seeds[0]

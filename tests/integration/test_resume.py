@@ -22,7 +22,7 @@ from runs import (
     train,
     write_corpus,
 )
-from torchtitan_mtp.config import to_toml
+from torchtitan_mtp.config import load_toml, to_toml
 
 ROOT = Path(__file__).resolve().parents[2]
 SAVES = {
@@ -70,6 +70,20 @@ def test_accumulation_resumes_between_steps(tmp_path):
     second = train(config_of(tmp_path / "parts", keys, SAVES))
     assert second.losses == whole.losses[3:]
     assert same(second.weights, whole.weights)
+
+
+def test_a_drawn_seed_is_kept(tmp_path):
+    unsaid = {"training.seed": None}
+    first = train(config_of(tmp_path / "parts", SAVES, unsaid), interrupt_after(3))
+    config = config_of(tmp_path / "parts", SAVES, unsaid)
+    second = train(config)
+    drawn = load_toml(tmp_path / "parts" / "run" / "config.toml").training.seed
+    assert second.start == 3 and drawn == config.training.seed is not None
+    whole = train(config_of(tmp_path / "whole", {"training.seed": drawn}))
+    assert first.losses + second.losses == whole.losses
+    assert same(second.weights, whole.weights)
+    another = train(config_of(tmp_path / "another", unsaid, {"training.steps": 1}))
+    assert another.losses != whole.losses[:1]
 
 
 def test_a_finished_run_is_not_trained_again(tmp_path, caplog):

@@ -132,7 +132,7 @@ class Training:
     """Collect garbage at every step and report cycles that hold tensors."""
 
     seed: int | None = setting(None, at_least=0, also_named=("debug.seed",))
-    """Seed of weights and data order; None: a different one for each run."""
+    """Seed of weights and data order; None: one is drawn for the run (its config.toml has it)."""
 
     deterministic: bool = setting(False, also_named=("debug.deterministic",))
     """Use deterministic algorithms; slower."""
