@@ -25,14 +25,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.inference.cache import LayerCache, Positions, shifted, take
+from torchtitan_mtp.inference.draft_length import DraftLength
 from torchtitan_mtp.inference.drafting import TrunkStates, build_drafter
 from torchtitan_mtp.inference.rows import Generation, Rows
+from torchtitan_mtp.inference.running import Runner
 from torchtitan_mtp.inference.sampling import Sampler
 from torchtitan_mtp.models.transformer import Transformer
 
@@ -50,7 +53,8 @@ def generate(
     softcap: float | None = None,
     eos_id: int | None = None,
     speculative: bool = False,
-    num_draft: int | None = None,
+    num_draft: int | Literal["auto"] | None = None,
+    compile: bool = False,
 ) -> Generation:
     """Continue each prompt by `max_new_tokens` tokens, or up to and with `eos_id`.
 
@@ -58,7 +62,9 @@ def generate(
         temperature, top_k, top_p, seed, softcap: see `Sampler`; 0 is greedy.
         speculative: draft with heads 2..n. Greedy: the tokens are the same. Sampled: their
             distribution is.
-        num_draft: drafts a step, at most (and by default) n - 1.
+        num_draft: drafts a step, at most (and by default) n - 1; "auto" takes the number that
+            has paid best of late (`DraftLength`).
+        compile: compile a step (`running.py`); the first steps of a batch size wait for it.
 
     Raises:
         UserError: speculative without heads, an empty prompt, a number out of range.
@@ -66,17 +72,21 @@ def generate(
     begin = time.perf_counter()
     _check(model, prompts, max_new_tokens)
     sampler = Sampler(temperature, top_k, top_p, seed, softcap)
-    drafts = _drafts_per_step(model, num_draft) if speculative else 0
-    decoder = Decoder(model, prompts, max_new_tokens, drafts, sampler)
-    rows = Rows(len(prompts), max_new_tokens, eos_id, drafts)
+    most = _most_drafts(model, num_draft) if speculative else 0
+    decoder = Decoder(model, prompts, max_new_tokens, most, sampler, compile)
+    rows = Rows(len(prompts), max_new_tokens, eos_id, most)
+    length = DraftLength(most, len(model.layers), adapt=num_draft == "auto")
 
     rows.start(decoder.prefill())
     prompt_seconds = time.perf_counter() - begin
     while (left := rows.left()) > 0:
-        count = min(drafts, left - 1)  # the last token needs no draft
+        count = length.next()
+        if not compile:  # the last token needs no draft, but a shape of its own would cost more
+            count = min(count, left - 1)
         decoder.predict(count)
         fed, target = decoder.verify(count)
         decoder.accept(rows.accept(fed, target))
+        length.learn(rows.stats)
     return rows.finish(prompt_seconds, time.perf_counter() - begin)
 
 
@@ -94,13 +104,17 @@ class Decoder:
         max_new_tokens: int,
         num_draft: int,
         sampler: Sampler,
+        compile: bool = False,
     ) -> None:
         self.model, self.sampler = model, sampler
-        self.blocks = list(model.layers.values())
         weight, longest = model.tok_embeddings.weight, max(map(len, prompts))
         max_len = longest + max_new_tokens + num_draft
-        self.positions = Positions(model.args, len(prompts), max_len, weight)
-        self.caches = [LayerCache(block.attention, self.positions) for block in self.blocks]
+        static = 1 + num_draft if compile else 0
+        if compile:  # generations of about the same length share what was compiled
+            max_len = -(-max_len // 128) * 128
+        self.run = Runner(static)
+        self.positions = Positions(model.args, len(prompts), max_len, weight, static)
+        self.caches = [LayerCache(b.attention, self.positions) for b in model.layers.values()]
         self.drafter = build_drafter(model, self.positions, num_draft) if num_draft else None
         tokens = torch.zeros(len(prompts), max_len + num_draft + 1, dtype=torch.long)
         for row, prompt in zip(tokens, prompts, strict=True):
@@ -124,8 +138,11 @@ class Decoder:
 
     def predict(self, count: int) -> None:
         """Draft t[p+2] .. t[p+1+count] with heads 2 .. count + 1."""
-        if self.drafter is not None and count:
-            self.drafter.draft(self.tokens, self.states, self.span, self.last, count, self.sampler)
+        if self.drafter is None:
+            return
+        self.drafter.store(self.states, self.span)
+        if count:
+            self.drafter.draft(self.tokens, self.last, count, self.sampler, self.run)
 
     def verify(self, count: int) -> tuple[list[list[int]], list[list[int]]]:
         """t[p+1] and the drafts after it, and what head 1 chooses after each: [B][1 + count]."""
@@ -145,11 +162,8 @@ class Decoder:
 
     def trunk(self, tokens: Tensor) -> TrunkStates:
         """Embedding, layers (the last one is head 1's) and final norm over tokens [B, size]."""
-        x = z = self.model.tok_embeddings(tokens)  # [B, size, D]
-        for block, cache in zip(self.blocks, self.caches, strict=True):
-            z = x
-            x = block(x, self.span.context, cache.at(self.span))
-        return TrunkStates(z, self.model.norm(x))
+        caches = [cache.at(self.span) for cache in self.caches]
+        return TrunkStates(*self.run.trunk(self.model, tokens, self.span.context, caches))
 
 
 @torch.inference_mode()
@@ -159,16 +173,18 @@ def next_logits(model: Transformer, text: Sequence[int]) -> Tensor:
     return model.output(decoder.trunk(decoder.tokens[decoder.span.where]).h[0, -1])
 
 
-def _drafts_per_step(model: Transformer, num_draft: int | None) -> int:
+def _most_drafts(model: Transformer, num_draft: int | Literal["auto"] | None) -> int:
     if model.mtp is None:
         raise UserError(
             "speculative decoding drafts with heads 2..n, but this model has head 1 alone; train "
             'it with "mtp" in model.converters, or decode without'
         )
     most = model.mtp.num_future_tokens - 1
-    if num_draft is not None and not 1 <= num_draft <= most:
+    if num_draft is None or num_draft == "auto":
+        return most
+    if not 1 <= num_draft <= most:
         raise UserError(f"num_draft = {num_draft}: this model's heads draft 1 to {most} tokens")
-    return num_draft or most
+    return num_draft
 
 
 def _check(model: Transformer, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:

@@ -13,8 +13,9 @@ from typing import NamedTuple
 from torch import Tensor
 
 from torchtitan_mtp.inference.cache import LayerCache, Positions, Span, shifted, take
+from torchtitan_mtp.inference.running import Runner
 from torchtitan_mtp.inference.sampling import Sampler
-from torchtitan_mtp.inference.stacking import stack
+from torchtitan_mtp.inference.stacking import first_heads, stack
 from torchtitan_mtp.models.transformer import Transformer
 
 
@@ -28,6 +29,29 @@ class TrunkStates(NamedTuple):
     h: Tensor
 
 
+class Windows:
+    """Which positions each head has yet to run over.
+
+    A step may leave heads out, and what a head kept may rest on drafts (its last `lags[j]`
+    positions, once the row has grown): a head runs again from where its entries stop being those
+    of the text.
+    """
+
+    def __init__(self, positions: Positions, lags: Sequence[int]) -> None:
+        self.positions, self.lags = positions, lags
+        self.right = [[0] * positions.batch for _ in lags]  # entries before this one are right
+
+    def next(self, last: Sequence[int], count: int) -> Span:
+        """One span that ends at p = last[b] and has all that the first `count` heads lack."""
+        for lag, right in zip(self.lags, self.right, strict=True):
+            right[:] = [max(0, min(r, p + 1 - lag)) for r, p in zip(right, last, strict=True)]
+        lacking = [p + 1 - r for row in self.right[:count] for r, p in zip(row, last, strict=True)]
+        size = self.positions.padded(max(1, *lacking))
+        for right in self.right[:count]:
+            right[:] = [p + 1 for p in last]
+        return self.positions.span([max(0, p + 1 - size) for p in last], size)
+
+
 class ParallelDrafter:
     """Heads 2..n beside the last layer (Gloeckle et al. 2024): all drafts at once from z.
 
@@ -37,32 +61,36 @@ class ParallelDrafter:
 
     def __init__(self, model: Transformer, positions: Positions, num_draft: int) -> None:
         self.model, self.positions = model, positions
-        self.heads = num_draft
-        self.block = stack(model.mtp.head_blocks(model)[1 : num_draft + 1])
+        self.windows = Windows(positions, [0] * num_draft)
+        block = stack(model.mtp.head_blocks(model)[1 : num_draft + 1])
         # The heads are rows of one batch: head 2's rows, head 3's rows, ...
-        self.rows = positions.repeat(num_draft)
-        self.cache = LayerCache(self.block.attention, self.rows)
+        self.heads = {
+            count: (first_heads(block, count), positions.repeat(count))
+            for count in range(1, num_draft + 1)
+        }
+        self.cache = LayerCache(block.attention, positions.repeat(num_draft))
+        self.z = positions.states(len(model.norm.weight))
+
+    def store(self, states: TrunkStates, span: Span) -> None:
+        """Keep what the trunk computed at `span`."""
+        self.z[span.where] = states.z
 
     def draft(
-        self,
-        tokens: Tensor,
-        states: TrunkStates,
-        span: Span,
-        last: Sequence[int],
-        count: int,
-        sampler: Sampler,
+        self, tokens: Tensor, last: Sequence[int], count: int, sampler: Sampler, run: Runner
     ) -> None:
         """Write drafts for t[p+2] .. t[p+1+count] into tokens [B, >= max_len], p = last[b].
 
-        states: the trunk's at `span`, which holds p and every position new since the last call.
+        What the trunk computed at p and before has been stored.
         """
-        columns, heads = span.columns(last), self.heads
-        size = max(columns) + 1  # the heads never run over a rejected draft, but to fill a batch
-        span = self.rows.span(span.starts * heads, size)
-        z = states.z[:, :size].repeat(heads, 1, 1)  # [H * B, size, D]
-        h = take(self.block(z, span.context, self.cache.at(span)), columns * heads)
-        h = self.model.norm(h).view(heads, len(last), -1).transpose(0, 1)  # [B, H, D]
-        drafts = sampler.draft(self.model.output(h[:, :count]))  # [B, count]
+        block, positions = self.heads[count]
+        window = self.windows.next(last, count)
+        columns = window.columns(last)
+        z = self.z[window.where].repeat(count, 1, 1)  # [H * B, size, D], H = count
+        rows = positions.span(window.starts * count, window.size)
+        h = run.block(block, z, rows.context, self.cache.at(rows))
+        h = self.model.norm(take(h, columns * count))  # [H * B, 1, D]
+        h = h.view(count, len(last), -1).transpose(0, 1)  # [B, H, D]
+        drafts = sampler.draft(self.model.output(h))  # [B, count]
         tokens[self.positions.index([p + 2 for p in last], count)] = drafts
 
 
@@ -72,36 +100,33 @@ class SequentialDrafter:
     Module k at position i takes emb(t[i+k-1]) and h_{k-1}[i]. At position p, t[p+1] is known and
     t[p+2] .. are the drafts just made, so the entries of module k at positions p+3-k .. p rest on
     drafts, and go stale when one is rejected. With p' > p the next time, nothing before
-    p'+2-k is ever stale. Every module therefore runs over one window that ends at p': the new
-    positions, and at least as many as there are modules (for n = 2, the new positions alone).
+    p'+2-k is ever stale. Every module runs over one window that ends at p': the new positions, and
+    at least as many as there are modules (for n = 2, the new positions alone).
     """
 
     def __init__(self, model: Transformer, positions: Positions, num_draft: int) -> None:
         self.model, self.positions = model, positions
+        depths = range(2, num_draft + 2)
+        self.windows = Windows(positions, [k - 1 for k in depths])
         # A cache a depth, not a module: a shared module has one for each time it is applied.
-        modules = [model.mtp.module(k) for k in range(2, num_draft + 2)]
-        self.caches = [LayerCache(m.block.attention, positions) for m in modules]
-        weight = model.norm.weight
-        self.h = weight.new_zeros(positions.batch, positions.max_len, len(weight))  # h_1
+        self.modules = [model.mtp.module(k) for k in depths]
+        self.caches = [LayerCache(m.block.attention, positions) for m in self.modules]
+        self.h = positions.states(len(model.norm.weight))  # h_1
+
+    def store(self, states: TrunkStates, span: Span) -> None:
+        """As `ParallelDrafter.store`."""
+        self.h[span.where] = states.h
 
     def draft(
-        self,
-        tokens: Tensor,
-        states: TrunkStates,
-        span: Span,
-        last: Sequence[int],
-        count: int,
-        sampler: Sampler,
+        self, tokens: Tensor, last: Sequence[int], count: int, sampler: Sampler, run: Runner
     ) -> None:
         """As `ParallelDrafter.draft`."""
-        self.h[span.where] = states.h
-        size = max(1 + max(span.columns(last)), len(self.caches))
-        window = self.positions.span([max(0, p + 1 - size) for p in last], size)
+        window = self.windows.next(last, count)
         columns = window.columns(last)
         h = self.h[window.where]  # [B, size, D]
-        for k, cache in enumerate(self.caches[:count], start=2):
+        for k, module, cache in zip(range(2, count + 2), self.modules, self.caches, strict=False):
             emb = self.model.tok_embeddings(tokens[shifted(window.where, k - 1)])
-            h = self.model.mtp.module(k)(h, emb, window.context, cache.at(window))
+            h = run.block(module, h, emb, window.context, cache.at(window))
             drafts = sampler.draft(self.model.output(take(h, columns)))  # [B, 1]
             tokens[self.positions.index([p + k for p in last], 1)] = drafts
 

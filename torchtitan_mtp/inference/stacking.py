@@ -66,3 +66,11 @@ def stack(modules: Sequence[nn.Module]) -> nn.Module:
         for name, _ in first.named_children()
     }
     return stacked
+
+
+def first_heads(stacked: nn.Module, count: int) -> nn.Module:
+    """The first `count` of the modules that `stack` put together; nothing is copied."""
+    first = copy.copy(stacked)
+    first._buffers = {name: tensor[:count] for name, tensor in stacked.named_buffers(recurse=False)}
+    first._modules = {name: first_heads(m, count) for name, m in stacked.named_children()}
+    return first

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 from typing import Any
 
 import pytest
@@ -10,7 +12,7 @@ from tiny_models import FAMILIES, batch_of, head_logits, naive_greedy, random_mo
 
 from torchtitan_mtp.data.targets import Window, make_batch
 from torchtitan_mtp.errors import UserError
-from torchtitan_mtp.inference import drafting, generate
+from torchtitan_mtp.inference import drafting, generate, running
 from torchtitan_mtp.inference.decoding import Decoder
 from torchtitan_mtp.inference.rows import Rows
 from torchtitan_mtp.inference.sampling import Sampler
@@ -68,18 +70,20 @@ def test_rows_of_a_batch_do_not_know_of_one_another(
 
 
 @pytest.mark.parametrize("prompts", [[PROMPT], [[2]], PROMPTS])
-@pytest.mark.parametrize("num_draft", [1, 2, 3])
+@pytest.mark.parametrize("counts", [[1], [2], [3], [3, 1, 0, 2, 0, 0, 1, 3, 2, 2]])
 @pytest.mark.parametrize(("heads", "share"), FAMILIES)
 def test_drafts_are_those_of_a_full_forward_over_the_text_and_the_drafts_before(
-    heads: str, share: bool, num_draft: int, prompts: list[list[int]]
+    heads: str, share: bool, counts: list[int], prompts: list[list[int]]
 ) -> None:
-    n, size = 4, 30
+    n, size, most = 4, 30, max(counts)
     model = random_model(heads, n, share, vocab=10)
-    decoder = Decoder(model, prompts, size, num_draft, Sampler())
-    rows = Rows(len(prompts), size, None, num_draft)
+    decoder = Decoder(model, prompts, size, most, Sampler())
+    rows = Rows(len(prompts), size, None, most)
     rows.start(decoder.prefill())
     seen = set()
-    while rows.left() > num_draft:
+    for num_draft in itertools.cycle(counts):
+        if rows.left() <= most:
+            break
         decoder.predict(num_draft)
         for row, (prompt, p) in enumerate(zip(prompts, decoder.last, strict=True)):
             if len(rows.tokens[row]) == size:  # finished: what it drafts is of no account
@@ -101,7 +105,7 @@ def test_drafts_are_those_of_a_full_forward_over_the_text_and_the_drafts_before(
         grown = rows.accept(fed, target)
         decoder.accept(grown)
         seen.update(grown)
-    assert seen >= set(range(1, num_draft + 2))
+    assert seen >= set(range(1, most + 2))
 
 
 def naive_steps(
@@ -261,6 +265,43 @@ def test_single_precision_gives_the_same_text(heads: str) -> None:
     model = random_model(heads, 4, dtype=torch.float32)
     speculative = generate(model, PROMPTS[:1], 40, speculative=True)
     assert speculative.tokens == generate(model, PROMPTS[:1], 40).tokens
+
+
+@pytest.mark.parametrize(("heads", "share"), FAMILIES)
+def test_an_adapted_number_of_drafts_changes_no_token(heads: str, share: bool) -> None:
+    model = random_model(heads, 4, share)
+    adapted = generate(model, PROMPTS, 40, speculative=True, num_draft="auto")
+    assert adapted.tokens == generate(model, PROMPTS, 40).tokens
+    checked = adapted.stats.checked
+    assert 0 < checked[0] < adapted.stats.steps  # random heads: at times not worth a draft
+
+
+@pytest.mark.parametrize("prompts", [PROMPTS[:1], PROMPTS])
+@pytest.mark.parametrize("heads", ["parallel", "sequential"])
+def test_a_compiled_step_gives_the_same_tokens_from_one_graph_a_kind(
+    heads: str, prompts: list[list[int]]
+) -> None:
+    torch.compiler.reset()
+    # Compiled for the reference "eager" backend: what is looked at is the number of graphs.
+    graphs = []
+
+    def count_graphs(graph: torch.fx.GraphModule, _inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    model = random_model(heads, 4)
+    eager = generate(model, prompts, 40, speculative=True)
+    with pytest.MonkeyPatch.context() as patch:
+        compile_with = functools.partial(torch.compile, backend=count_graphs)
+        patch.setattr(running.torch, "compile", compile_with)
+        running._compiled.cache_clear()
+        compiled = generate(model, prompts, 40, speculative=True, compile=True)
+        again = generate(model, [[7, *p] for p in prompts], 43, speculative=True, compile=True)
+    running._compiled.cache_clear()
+    assert compiled.tokens == eager.tokens
+    assert again.tokens == generate(model, [[7, *p] for p in prompts], 43).tokens
+    # The trunk, and the stacked heads or the three modules, which are alike but for weights.
+    assert len(graphs) == 2
 
 
 def test_generation_goes_beyond_the_length_of_training() -> None:

@@ -99,7 +99,7 @@ def test_a_draft_stands_as_often_as_the_distributions_overlap() -> None:
 
 
 def continuations(model: Transformer, length: int, n: int, options: dict[str, Any]) -> Tensor:
-    """P(t[1], .., t[length] | t[0] = 1) of plain sampling, one full forward a prefix: [V^length]."""
+    """P(t[1] .. t[length] | t[0] = 1) of plain sampling, one full forward a prefix: [V^length]."""
     vocab = model.tok_embeddings.num_embeddings
     chances = torch.ones(1)
     prefixes = [[1]]
