@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from torchtitan_mtp.models.args import ModelArgs
-from torchtitan_mtp.models.attention import AttentionContext, rope_tables
+from torchtitan_mtp.models.attention import AttentionContext
+from torchtitan_mtp.models.rope import rope_tables
 
 # Picks positions from a tensor [B, max_len, ...] as [B, size, ...], to read or to write.
 Index = tuple[Any, Any]
