@@ -157,10 +157,11 @@ def find_cause(
                 # Every rank calls `output` as often as the others: its weight is gathered anew.
                 labels, scale = batch.labels[one, :, k : k + 1], torch.ones(1, device=device)
                 out = model.output([hidden[one]], labels, scale, **loss)
-                bad = ~hidden[row].isfinite().all(-1) & (batch.doc_ids[row] != PADDING)  # [S]
-                if not found and bad.any():
-                    position = int(bad.nonzero()[0]) + 1
-                    found = f"{place}, from position {position} on: hidden state not finite"
+                # Not where in the sequence: attention kernels multiply what is masked by zero, and
+                # so spread what is not finite over earlier positions.
+                real = batch.doc_ids[row] != PADDING  # [S]
+                if not found and not hidden[row][real].isfinite().all():
+                    found = f"{place}: hidden state not finite"
                 elif not found and not out.loss_sum.isfinite().all():
                     found = f"{place}: loss {out.loss_sum.item()}"
     for module in model.modules():
