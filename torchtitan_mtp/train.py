@@ -29,6 +29,13 @@ def main(argv: list[str] | None = None) -> int:
         if debug:
             raise
         return _fail(str(error))
+    except RuntimeError as error:
+        if debug or type(error).__name__ != "OutOfMemoryError":  # torch's, maybe not imported
+            raise
+        return _fail(
+            f"{str(error).splitlines()[0]} Lower training.local_batch_size (with "
+            'training.global_batch_size), or set activation_checkpoint.mode = "full"'
+        )
     except KeyboardInterrupt:  # before the first step: from there on it is a request to stop
         if debug:
             raise

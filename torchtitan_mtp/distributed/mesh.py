@@ -64,14 +64,29 @@ def init_world(parallelism: Parallelism, comm: Comm | None = None) -> World:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        # One process needs no port to meet others at.
-        meet: dict[str, Any] = (
-            {"store": dist.HashStore(), "rank": 0, "world_size": 1} if alone else {}
-        )
         timeout = timedelta(seconds=comm.init_timeout_seconds)
-        dist.init_process_group(backend, timeout=timeout, **meet)
+        try:
+            dist.init_process_group(backend, timeout=timeout, **_meeting_place(alone, timeout))
+        except RuntimeError as error:
+            place = ":".join(os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT"))
+            raise UserError(
+                f"can't meet the other ranks at {place}: {str(error).splitlines()[0]}; check that "
+                "all of them started and reach that address"
+            ) from error
     mesh = init_device_mesh(device.type, degrees, mesh_dim_names=("dp_replicate", "dp_shard"))
     return World(dist.get_rank(), dist.get_world_size(), device, mesh)
+
+
+def _meeting_place(alone: bool, timeout: timedelta) -> dict[str, Any]:
+    """Arguments of `init_process_group` that say where the ranks meet."""
+    if alone:  # one process needs no port to meet others at
+        return {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    life = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if life == "0" or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return {}
+    # torchrun keeps one store over restarts (pytorch#135712), with the addresses of the dead.
+    store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
+    return {"store": dist.PrefixStore(f"life {life}", store), "rank": rank, "world_size": size}
 
 
 def set_timeout(seconds: int) -> None:

@@ -1,0 +1,100 @@
+"""What else ends a run: one line each, from the real entry point."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from runs import config_of, write_corpus
+from torchtitan_mtp.config import to_toml
+from torchtitan_mtp.train import main
+from torchtitan_mtp.trainer import Trainer
+
+SAVES = {"checkpoint.enable": True, "checkpoint.interval": 1}
+
+
+@pytest.fixture
+def fails(tmp_path, capsys):
+    """Run with these keys; the one line that it fails with."""
+
+    def run(keys) -> str:
+        (tmp_path / "run.toml").write_text(to_toml(config_of(tmp_path, keys)))
+        assert main(["--job.config_file", str(tmp_path / "run.toml")]) == 1
+        output = capsys.readouterr()
+        errors = [line for line in output.err.splitlines() if "error: " in line]
+        assert len(errors) == 1 and output.err.endswith(errors[0] + "\n"), output.err
+        assert "Traceback" not in output.err
+        return errors[0]
+
+    return run
+
+
+def before_step(monkeypatch, number: int, action) -> None:
+    step = Trainer.train_step
+
+    def act_then_step(self: Trainer) -> None:
+        if self.state.step + 1 == number:
+            action()
+        step(self)
+
+    monkeypatch.setattr(Trainer, "train_step", act_then_step)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "text", "parquet"])
+def test_a_data_file_that_is_cut_short_under_the_run(kind, fails, tmp_path, monkeypatch):
+    data = write_corpus(tmp_path / "data", kind)
+    place = Path(data["training.dataset_path"])
+    files = sorted(place.iterdir()) if place.is_dir() else [place]
+
+    def cut() -> None:
+        for file in files:
+            os.truncate(file, file.stat().st_size // 3)
+
+    before_step(monkeypatch, 3, cut)
+    line = fails({**data, **SAVES, "training.steps": 60})
+    assert "bytes when the run began" in line and str(place) in line
+    assert (tmp_path / "run" / "checkpoint" / "step-2").is_dir()
+
+
+def test_out_of_memory_says_what_to_lower(fails, monkeypatch):
+    def fail() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.\nmore")
+
+    before_step(monkeypatch, 2, fail)
+    line = fails({})
+    assert "Tried to allocate 9 GiB. Lower training.local_batch_size" in line
+
+
+def test_a_failed_background_save_does_not_hide_what_ended_the_run(fails, monkeypatch):
+    from torch.distributed.checkpoint import FileSystemWriter
+
+    def no_space(*_):
+        raise OSError(28, "No space left on device")
+
+    def fail() -> None:
+        raise torch.OutOfMemoryError("the cause.")
+
+    monkeypatch.setattr(FileSystemWriter, "write_data", no_space)
+    before_step(monkeypatch, 2, fail)
+    assert "the cause." in fails({**SAVES, "checkpoint.async_mode": "async"})
+
+
+def test_torchrun_is_told_the_line(fails, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    line = fails({"model.flavor": "9B"})
+    record = json.loads((tmp_path / "error.json").read_text())["message"]
+    assert f"error: {record['message']}" == line
+    assert int(record["extraInfo"]["timestamp"]) > 1e9
+
+
+def test_nobody_to_meet(fails, monkeypatch):
+    meet = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}
+    meet |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    for name, value in meet.items():
+        monkeypatch.setenv(name, value)
+    line = fails({"comm.init_timeout_seconds": 1})
+    assert line.startswith("[rank 1] error: can't meet the other ranks at localhost:1: ")
