@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from formats_run import PARALLEL, QWEN, SEQUENTIAL, SMALL, write_run
-from torchtitan_mtp.checkpoint.formats import export_checkpoint, import_checkpoint
+from torchtitan_mtp.checkpoint.formats import export_checkpoint, find_format, import_checkpoint
 from torchtitan_mtp.checkpoint.formats import exporting as exporting_module
 from torchtitan_mtp.errors import UserError
 
@@ -258,3 +258,8 @@ def test_a_leftover_of_a_killed_export_is_no_obstacle(exported: Path, tmp_path: 
     (tmp_path / "out.tmp" / "model.safetensors").write_bytes(b"half")
     export_checkpoint(exported / "run", tmp_path / "out", "glm4_moe_hf")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_format_that_cannot_be_exact_says_why() -> None:
+    with pytest.raises(UserError, match=r"mimo_hf.*before the final norm.*glm4_moe_hf"):
+        find_format("mimo_hf")

@@ -99,6 +99,11 @@ def find_format(name: str) -> Format:
     """A format by its name. Error: there is none; the nearest is named."""
     if name in FORMATS:
         return FORMATS[name]
+    if name == "mimo_hf":
+        raise UserError(
+            "--format mimo_hf: MiMo's modules read the hidden state before the final norm, those "
+            "here after it, so no conversion computes the same; use glm4_moe_hf or mellum_hf"
+        )
     nearest = difflib.get_close_matches(name, FORMATS, n=1, cutoff=0.4)
     hint = f"; did you mean {nearest[0]}?" if nearest else ""
     raise UserError(f"--format {name}: expected one of {', '.join(FORMATS)}{hint}")
