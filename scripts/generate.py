@@ -1,14 +1,17 @@
-"""Continue a text with a trained model: `python scripts/generate.py CHECKPOINT --prompt TEXT`.
+"""Continue texts with a trained model: `python scripts/generate.py CHECKPOINT --prompt TEXT`.
 
-CHECKPOINT is a step-N folder, or a run's folder, whose latest step is taken. With --speculative,
-heads 2..n draft and head 1 verifies; --compare decodes the same prompt both ways and shows what
-the heads gained.
+CHECKPOINT is a step-N folder, a run's folder, whose latest step is taken, or a Hugging Face folder.
+With --speculative, heads 2..n draft and head 1 verifies; --compare decodes the same prompts both
+ways and shows what the heads gained. --interactive reads texts from the terminal, line by line.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import json
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,29 +19,49 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from torchtitan_mtp.config import JobConfig
+from torchtitan_mtp.data.tokenizer import Tokenizer
 from torchtitan_mtp.errors import UserError
-from torchtitan_mtp.inference import Stats, generate, load_for_inference, next_logits
+from torchtitan_mtp.inference import Generation, Stats, generate, load_for_inference, next_logits
+from torchtitan_mtp.inference.load import DTYPES, find_device
+from torchtitan_mtp.inference.sampling import Sampler
+from torchtitan_mtp.inference.streaming import TextStream, stream
 from torchtitan_mtp.models.transformer import Transformer
-
-DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("checkpoint", help="a step-N folder, or a run's folder")
+    parser.add_argument("checkpoint", help="a step-N folder, a run's folder, or a HF folder")
     prompt = parser.add_mutually_exclusive_group(required=True)
-    prompt.add_argument("--prompt", help="the text to continue")
-    prompt.add_argument("--prompt_file", type=Path, help="a file with the text to continue")
+    prompt.add_argument(
+        "--prompt", action="append", default=[], help="the text to continue; may be repeated"
+    )
+    prompt.add_argument(
+        "--prompt_file",
+        type=Path,
+        help='a file with the text to continue, or FILE.jsonl with a {"prompt": TEXT} a line',
+    )
+    prompt.add_argument(
+        "--interactive", action="store_true", help="ask for text, show its continuation as it comes"
+    )
     parser.add_argument("--max_new_tokens", type=int, default=100, help="default: 100")
     parser.add_argument("--temperature", type=float, default=0.0, help="0, the default: greedy")
     parser.add_argument("--top_k", type=int, help="sample among the k most likely tokens")
     parser.add_argument("--top_p", type=float, help="sample among the tokens of this much mass")
     parser.add_argument("--seed", type=int, default=0, help="of the sampling; default: 0")
     parser.add_argument("--speculative", action="store_true", help="draft with heads 2..n")
-    parser.add_argument("--num_draft", type=int, help="drafts a step; default: n - 1")
+    parser.add_argument(
+        "--num_draft",
+        type=number_of_drafts,
+        metavar="N|auto",
+        help="drafts a step; auto: as many as have paid of late; default: n - 1",
+    )
     parser.add_argument("--compare", action="store_true", help="plain and speculative, compared")
+    parser.add_argument(
+        "--compile", action="store_true", help="compile a step; the first ones take long"
+    )
     parser.add_argument(
         "--dtype", choices=DTYPES, default="float32", help="of weights and cache; default: float32"
     )
@@ -46,32 +69,44 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def read_prompt(args: argparse.Namespace) -> str:
-    """The prompt's text. Errors: an unreadable file, nothing in it."""
-    text = args.prompt
+def number_of_drafts(text: str) -> int | str:
+    return text if text == "auto" else int(text)
+
+
+def read_prompts(args: argparse.Namespace) -> list[str]:
+    """The texts to continue. Errors: an unreadable file, a line that is no record, no text."""
+    prompts = args.prompt
     if args.prompt_file is not None:
         try:
             text = args.prompt_file.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"--prompt_file {args.prompt_file}: can't be read: {error}") from error
-    if not text:
+        is_records = args.prompt_file.suffix == ".jsonl"
+        prompts = read_records(args.prompt_file, text) if is_records else [text]
+    if not prompts or not all(prompts):
         raise UserError("the prompt is empty: give some text to continue")
-    return str(text)
+    return list(prompts)
 
 
-def find_device(name: str | None) -> torch.device:
-    """The named device. Error: torch does not know it, or does not have it."""
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"--device {name}: can't be used: {reason}; try cpu or cuda") from error
-    return device
+def read_records(file: Path, text: str) -> list[str]:
+    """The prompts of a file of JSON records, one a line; empty lines are passed over."""
+    prompts = []
+    for number, line in enumerate(text.splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError:
+            record = None
+        prompt = record.get("prompt") if isinstance(record, dict) else None
+        if not isinstance(prompt, str):
+            raise UserError(f'{file}:{number}: expected {{"prompt": TEXT}}, found {line[:40]}')
+        prompts.append(prompt)
+    return prompts
 
 
-def percent(rate: float) -> str:
-    return "-" if rate != rate else f"{100 * rate:.1f}%"
+def percent(rate: float, of: int) -> str:
+    return f"{100 * rate:.1f}% of {of}" if of else "never compared"
 
 
 def speed_table(runs: dict[str, Stats]) -> Table:
@@ -95,11 +130,12 @@ def speed_table(runs: dict[str, Stats]) -> Table:
 def acceptance_table(stats: Stats) -> Table:
     """One line a head: how often its draft was head 1's own choice."""
     table = Table()
-    for column in ("head", "drafts", "right", "right if all before were", "compared"):
+    for column in ("head", "drafts", "right", "right if all before were"):
         table.add_column(column, justify="right")
-    rates = zip(stats.marginal, stats.conditional, stats.checked, strict=True)
-    for k, (marginal, conditional, checked) in enumerate(rates, start=2):
-        table.add_row(str(k), f"t+{k}", percent(marginal), percent(conditional), str(checked))
+    rates = zip(stats.marginal, stats.drafted, stats.conditional, stats.checked, strict=True)
+    for k, (marginal, drafted, conditional, checked) in enumerate(rates, start=2):
+        rates_shown = percent(marginal, drafted), percent(conditional, checked)
+        table.add_row(str(k), f"t+{k}", *rates_shown)
     return table
 
 
@@ -113,7 +149,7 @@ def comparison(
     place = next((i for i, (a, b) in pairs if a != b), min(len(plain), len(speculative)))
     line = f"different from new token {place + 1} on"
     if not greedy:
-        return line
+        return f"{line}: two samples of one distribution"
     logits = next_logits(model, prompt + plain[:place])
     first, second = logits.double().topk(2).values.tolist()
     # What sums over the width may differ by when they are added in another order.
@@ -123,40 +159,131 @@ def comparison(
     return f"{line}: its two best logits are {first - second:.1e} apart, {verdict} {dtype}"
 
 
-def run(args: argparse.Namespace) -> None:
-    text = read_prompt(args)
-    model, tokenizer, config = load_for_inference(
-        args.checkpoint, find_device(args.device), DTYPES[args.dtype]
-    )
-    prompt = [tokenizer.bos_id, *tokenizer.encode(text).tolist()]
-    options = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "seed")}
-    options |= {"eos_id": tokenizer.eos_id, "softcap": config.loss.softcap}
-    plain: dict[str, Any] = {}
+def comparisons(
+    model: Transformer, prompts: list[list[int]], runs: dict[str, Generation], greedy: bool
+) -> list[str]:
+    """`comparison` of each prompt; those that are identical, together."""
+    texts = zip(prompts, runs["plain"].tokens, runs["speculative"].tokens, strict=True)
+    lines = [comparison(model, *text, greedy) for text in texts]
+    if len(lines) == 1:
+        return lines
+    others = [
+        f"prompt {i}: {line}"
+        for i, line in enumerate(lines, start=1)
+        if not line.startswith("identical")
+    ]
+    same = len(lines) - len(others)
+    return [
+        f"identical: both ways gave the same tokens for {same} of {len(lines)} prompts",
+        *others,
+    ]
+
+
+def sampling(args: argparse.Namespace, config: JobConfig) -> dict[str, Any]:
+    """What `generate` and `Sampler` take."""
+    names = ("temperature", "top_k", "top_p", "seed")
+    return {name: getattr(args, name) for name in names} | {"softcap": config.loss.softcap}
+
+
+def continue_prompts(
+    args: argparse.Namespace, model: Transformer, tokenizer: Tokenizer, config: JobConfig
+) -> None:
+    """All prompts as one batch: their texts, and what they cost."""
+    prompts = [[tokenizer.bos_id, *tokenizer.encode(text).tolist()] for text in read_prompts(args)]
+    options = sampling(args, config) | {"eos_id": tokenizer.eos_id, "compile": args.compile}
     drafting: dict[str, Any] = {"speculative": True, "num_draft": args.num_draft}
-    ways = {"speculative": drafting} if args.speculative or args.compare else {"plain": plain}
+    speculative = args.speculative or args.compare
+    ways: dict[str, dict[str, Any]] = {"speculative": drafting} if speculative else {"plain": {}}
     if args.compare:
-        ways = {"plain": plain, **ways}
+        ways = {"plain": {}, **ways}
 
     for way in ways.values():  # the first forwards of a process are slow
-        generate(model, [prompt], min(8, args.max_new_tokens), **options, **way)
+        generate(model, prompts, min(8, args.max_new_tokens), **options, **way)
     runs = {
-        name: generate(model, [prompt], args.max_new_tokens, **options, **way)
+        name: generate(model, prompts, args.max_new_tokens, **options, **way)
         for name, way in ways.items()
     }
     *_, last = runs.values()
-    print(tokenizer.decode([*prompt, *last.tokens[0]]))
+    for i, (prompt, new) in enumerate(zip(prompts, last.tokens, strict=True), start=1):
+        if len(prompts) > 1:
+            print(f"--- {i} of {len(prompts)}")
+        print(tokenizer.decode([*prompt, *new]))
     # The text alone goes to stdout, so that it can be piped; a comparison is what was asked for.
     console = Console(stderr=not args.compare)
     console.print(speed_table({name: generation.stats for name, generation in runs.items()}))
-    if "speculative" in runs:
+    if speculative:
         console.print(acceptance_table(last.stats))
     if args.compare:
-        both = runs["plain"].tokens[0], runs["speculative"].tokens[0]
-        console.print(comparison(model, prompt, *both, args.temperature == 0))
-    length = len(prompt) + len(last.tokens[0])
-    if length > config.training.seq_len:
-        seen = config.training.seq_len
+        for line in comparisons(model, prompts, runs, args.temperature == 0):
+            console.print(line)
+    length, seen = max(map(len, prompts)) + args.max_new_tokens, config.training.seq_len
+    if length > seen:
         console.print(f"note: {length} tokens, the model was trained on {seen} at a time")
+
+
+def converse(
+    args: argparse.Namespace, model: Transformer, tokenizer: Tokenizer, config: JobConfig
+) -> None:
+    """Continue what is typed, as one growing text, until the input ends.
+
+    Of a text longer than the model was trained on, the beginning is dropped.
+    """
+    if args.compare or args.compile or args.num_draft == "auto":
+        raise UserError("--interactive goes without --compare, --compile and --num_draft auto")
+    heads = 1 if model.mtp is None else model.mtp.num_future_tokens
+    if args.speculative and not 1 <= (args.num_draft or heads - 1) < heads:
+        raise UserError(f"--num_draft {args.num_draft or 1}: heads 2..{heads} draft {heads - 1}")
+    drafts = (args.num_draft or heads - 1) if args.speculative else 0
+    most = max(1, config.training.seq_len - args.max_new_tokens)
+    sampler = Sampler(**sampling(args, config))
+    asking = "> " if sys.stdin.isatty() else ""
+    if asking:
+        print("An empty line begins a new text, Ctrl-C stops one, Ctrl-D ends.", file=sys.stderr)
+    text: list[int] = []
+    with contextlib.suppress(EOFError):
+        while True:
+            line = input(asking)
+            if not line:
+                text = []
+                continue
+            start = [*text, *tokenizer.encode("\n").tolist()] if text else [tokenizer.bos_id]
+            text = [*start, *tokenizer.encode(line).tolist()]
+            text += answer(
+                model, tokenizer, text[-most:], args.max_new_tokens, sampler, drafts, line
+            )
+
+
+def answer(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    prompt: list[int],
+    max_new_tokens: int,
+    sampler: Sampler,
+    drafts: int,
+    line: str,
+) -> list[int]:
+    """Write `line` and its continuation to stdout as it comes, its cost to stderr; the tokens."""
+    shown, steps, begin = TextStream(tokenizer), -1, time.perf_counter()
+    print(line, end="", flush=True)
+    with contextlib.suppress(KeyboardInterrupt):
+        eos_id = tokenizer.eos_id
+        for new in stream(model, prompt, max_new_tokens, sampler, num_draft=drafts, eos_id=eos_id):
+            steps += 1  # the first tokens are the prompt's
+            print(shown.add(new), end="", flush=True)
+    print(shown.finish(), flush=True)
+    count, seconds = len(shown.tokens), time.perf_counter() - begin
+    rate = f"{(count - 1) / steps:.2f} tokens/step, " if steps > 0 else ""
+    print(f"[{count} tokens, {rate}{count / seconds:.1f} tokens/s]", file=sys.stderr)
+    return [token for token in shown.tokens if token != tokenizer.eos_id]
+
+
+def run(args: argparse.Namespace) -> None:
+    if not args.interactive:
+        read_prompts(args)  # what can't be read is said before a model is loaded
+    model, tokenizer, config = load_for_inference(
+        args.checkpoint, find_device(args.device), DTYPES[args.dtype]
+    )
+    (converse if args.interactive else continue_prompts)(args, model, tokenizer, config)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import os
 import subprocess
 import sys
@@ -10,6 +11,9 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from rich.console import Console
+
+from torchtitan_mtp.inference import Stats
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "scripts" / "generate.py"
@@ -27,7 +31,7 @@ def script() -> ModuleType:
 
 @pytest.fixture(scope="module", params=["parallel", "sequential"])
 def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run of three steps."""
+    """The folder of a run that has learned to write ASCII."""
     folder: Path = tmp_path_factory.mktemp(request.param)
     options = {
         "job.dump_folder": str(folder),
@@ -37,7 +41,9 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
         "mtp.num_future_tokens": "3",
         "training.seq_len": "32",
         "training.local_batch_size": "2",
-        "training.steps": "3",
+        "training.steps": "30",
+        "optimizer.lr": "1e-2",
+        "lr_scheduler.warmup_steps": "2",
         "training.mixed_precision_param": "float32",
         "checkpoint.enable": "true",
     }
@@ -82,16 +88,79 @@ def test_the_text_goes_to_stdout_alone(
     assert outputs[0] == outputs[1] == outputs[2]
 
 
-def test_sampling_depends_on_the_seed_and_not_on_drafts(
-    script: ModuleType, run: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("way", [[], ["--speculative"]])
+def test_sampling_depends_on_the_seed(
+    script: ModuleType, run: Path, way: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     def text(*extra: str) -> str:
         sampled = "--temperature", "1.0", "--top_k", "200", "--top_p", "0.99"
-        arguments = [str(run), "--prompt", "x", "--max_new_tokens", "12", *sampled, *extra]
+        arguments = [str(run), "--prompt", "x", "--max_new_tokens", "12", *way, *sampled, *extra]
         assert script.main(arguments) == 0
         return str(capsys.readouterr().out)
 
-    assert text("--seed", "1") == text("--seed", "1", "--speculative") != text("--seed", "2")
+    assert text("--seed", "1") == text("--seed", "1") != text("--seed", "2")
+
+
+def test_several_prompts_are_compared_each(
+    script: ModuleType, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = "--max_new_tokens", "9", "--compare"
+    assert script.main([str(run), "--prompt", "def ", "--prompt", "import os\n", *options]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("--- 1 of 2\ndef ") and "\n--- 2 of 2\nimport os\n" in out
+    assert "for 2 of 2 prompts" in out
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "def "}\n\n{"prompt": "import os\\n", "completion": "x"}\n')
+    assert script.main([str(run), "--prompt_file", str(file), *options]) == 0
+    texts = out[: out.index("\u250f")]  # before the tables
+    assert capsys.readouterr().out.startswith(texts)
+    assert script.main([str(run), "--prompt", "def ", *options]) == 0
+    alone = capsys.readouterr().out
+    assert texts.startswith("--- 1 of 2\n" + alone[: alone.index("\u250f")])
+
+
+def test_what_is_typed_is_continued_as_one_text(
+    script: ModuleType,
+    run: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def typed(lines: str, *extra: str) -> tuple[str, str]:
+        monkeypatch.setattr("sys.stdin", io.StringIO(lines))
+        arguments = [str(run), "--interactive", "--max_new_tokens", "6", *extra]
+        assert script.main(arguments) == 0
+        captured = capsys.readouterr()
+        return captured.out, captured.err
+
+    def continued(text: str) -> str:
+        assert script.main([str(run), "--prompt", text, "--max_new_tokens", "6"]) == 0
+        return str(capsys.readouterr().out).removesuffix("\n")
+
+    first = continued("def ")
+    second = continued(first + "\nab")
+    fresh = continued("x")
+    out, err = typed("def \nab\n\nx\n")
+    assert out == f"{first}\n{second[len(first) + 1 :]}\n{fresh}\n"
+    assert err.count("tokens/s]") == 3 and "6 tokens, 1.00 tokens/step" in err
+    assert typed("def \nab\n\nx\n", "--speculative")[0] == out
+    assert typed("") == ("", "")
+
+
+def test_a_head_that_was_never_compared_has_no_rate(script: ModuleType) -> None:
+    stats = Stats(checked=[3, 0], right=[0, 0], drafted=[3, 2], agreed=[0, 2])
+    console = Console(width=100, file=io.StringIO())
+    console.print(script.acceptance_table(stats))
+    rows = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    (third,) = (row for row in rows if "t+3" in row)
+    assert "never compared" in third and "100.0% of 2" in third
+
+
+def test_samples_are_not_judged_by_the_margin(
+    script: ModuleType, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = "--max_new_tokens", "20", "--temperature", "2", "--compare"
+    assert script.main([str(run), "--prompt", "def ", *options]) == 0
+    assert "two samples of one distribution" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -102,7 +171,10 @@ def test_sampling_depends_on_the_seed_and_not_on_drafts(
         (["--prompt", "a", "--max_new_tokens", "0"], "max_new_tokens = 0"),
         (["--prompt", "a", "--temperature", "-1"], "temperature = -1.0"),
         (["--prompt", "a", "--speculative", "--num_draft", "9"], "num_draft = 9"),
+        (["--prompt", "a", "--prompt", ""], "the prompt is empty"),
         (["--prompt", "a", "--device", "teapot"], "--device teapot"),
+        (["--interactive", "--compare"], "--interactive goes without --compare"),
+        (["--interactive", "--speculative", "--num_draft", "9"], "--num_draft 9: heads 2..3"),
     ],
 )
 def test_errors_are_one_line(
@@ -115,6 +187,16 @@ def test_errors_are_one_line(
     assert script.main([str(run), *arguments]) == 1
     out, err = capsys.readouterr()
     assert not out and err.startswith("error: ") and message in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("line", ["import os", '{"text": "a"}', "[1]", '{"prompt": 3}'])
+def test_a_line_that_is_no_record_is_named(
+    script: ModuleType, tmp_path: Path, line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text(f'{{"prompt": "a"}}\n{line}\n')
+    assert script.main([str(tmp_path), "--prompt_file", str(file)]) == 1
+    assert f"{file}:2: expected " in capsys.readouterr().err
 
 
 def test_a_checkpoint_that_is_not_there_is_one_line(
@@ -139,7 +221,7 @@ def test_a_difference_is_judged_by_the_margin(script: ModuleType) -> None:
         model.output.weight[1] = model.output.weight[0]  # tokens 0 and 1 tie everywhere
     assert script.comparison(model, [1], [3, 4], [3, 4], True).startswith("identical")
     different = script.comparison(model, [1], [3, 4], [3, 2], False)
-    assert different == "different from new token 2 on"
+    assert different.startswith("different from new token 2 on: two samples")
     with torch.no_grad():
         model.output.weight.zero_()
     assert "a tie in float32" in script.comparison(model, [1], [3, 4], [3, 2], True)

@@ -13,9 +13,27 @@ from torchtitan_mtp.checkpoint.formats.training import config_of_hf, load_hf_wei
 from torchtitan_mtp.checkpoint.ranks import Ranks
 from torchtitan_mtp.config import JobConfig, load_toml
 from torchtitan_mtp.data.tokenizer import Tokenizer, build_tokenizer
+from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.models.flavors import model_args
 from torchtitan_mtp.models.transformer import Transformer, build_model
 from torchtitan_mtp.mtp import add_heads
+
+DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
+
+
+def find_device(name: str | None) -> torch.device:
+    """The named device; None: a GPU where there is one, else the CPU.
+
+    Raises:
+        UserError: torch does not know it, or does not have it.
+    """
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--device {name}: can't be used: {reason}; try cpu or cuda") from error
+    return device
 
 
 def load_for_inference(
