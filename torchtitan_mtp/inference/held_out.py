@@ -1,0 +1,184 @@
+"""A text to evaluate on: its documents, its windows, prompts from it, and losses on the windows."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from torchtitan_mtp.config import JobConfig
+from torchtitan_mtp.data.document import Document, Source, StreamSource
+from torchtitan_mtp.data.loader import DataLoader
+from torchtitan_mtp.data.order import split_documents
+from torchtitan_mtp.data.sources import build_source
+from torchtitan_mtp.data.targets import IGNORE, Batch, Window, make_batch
+from torchtitan_mtp.data.tokenizer import Tokenizer
+from torchtitan_mtp.errors import UserError
+from torchtitan_mtp.inference.acceptance import Acceptance, text_agreement
+from torchtitan_mtp.inference.stats import ratio
+from torchtitan_mtp.models.transformer import Transformer
+
+
+@dataclass(frozen=True)
+class Text:
+    """Documents of a source: all of them, or those that a run held out.
+
+    about: for people, which documents these are.
+    """
+
+    source: Source | StreamSource
+    split: dict[str, Any]  # split, seed, validation_fraction, as `DataLoader` takes them
+    about: str
+
+    def windows(
+        self, tokenizer: Tokenizer, num_future_tokens: int, seq_len: int, batch_size: int
+    ) -> Iterable[Window]:
+        """One pass, as validation reads it."""
+        return DataLoader(
+            self.source,
+            tokenizer,
+            seq_len,
+            num_future_tokens,
+            batch_size,
+            infinite=False,
+            **self.split,
+        )
+
+    def prompts(self, tokenizer: Tokenizer, count: int, length: int) -> list[list[int]]:
+        """`count` pieces of at most `length` tokens, each from the middle of another document.
+
+        The documents are spread evenly over the text (of a stream: its first ones).
+        """
+        prompts = []
+        for document in self._spread(count):
+            text = tokenizer.encode(document.prompt + document.text).tolist()
+            tokens = [tokenizer.bos_id, *text]
+            start = max(0, (len(tokens) - length) // 2)
+            prompts.append(tokens[start : start + length])
+        return prompts
+
+    def _spread(self, count: int) -> Iterator[Document]:
+        if isinstance(self.source, StreamSource):
+            yield from itertools.islice(self.source.open_lane(0, 1), count)
+            return
+        numbers = split_documents(
+            len(self.source),
+            self.split["split"],
+            self.split["validation_fraction"],
+            self.split["seed"],
+            self.source.name,
+        )
+        picked = np.linspace(0, len(numbers), min(count, len(numbers)), endpoint=False)
+        yield from (self.source[int(numbers[int(i)])] for i in picked)
+
+
+def find_text(config: JobConfig, name: str | None) -> Text:
+    """What to evaluate a run on.
+
+    name: a dataset, file, folder or glob, all of whose documents are taken; None, or the source
+        that the run trained on: what the run validates on, as it was held out.
+
+    Raises:
+        UserError: nothing there, or nothing that says what was held out.
+    """
+    training, validation = config.training, config.validation
+    if name is not None and name not in (training.dataset, training.dataset_path):
+        is_path = Path(name).expanduser().exists() or any(c in name for c in "*?[")
+        source = build_source("source", name) if is_path else build_source(name)
+        return Text(source, _split("all"), f"all of {name}")
+    if name is None and (validation.dataset or validation.dataset_path):
+        about = validation.dataset_path or validation.dataset
+        source = build_source(validation.dataset, validation.dataset_path)
+        return Text(source, _split("all"), f"all of {about}")
+    source = build_source(training.dataset, training.dataset_path)
+    about = training.dataset_path or training.dataset
+    if not validation.enable or validation.dataset or validation.dataset_path:
+        return Text(source, _split("all"), f"all of {about}, which the run trained on")
+    if training.seed is None:
+        raise UserError(
+            "training.seed: the run's config.toml has none, so which documents it held out isn't "
+            "known; give another text with --source"
+        )
+    split = _split("validation", training.seed, training.validation_fraction)
+    return Text(source, split, f"the documents of {about} that the run held out")
+
+
+def _split(split: str, seed: int = 0, fraction: float = 0.0) -> dict[str, Any]:
+    return {"split": split, "seed": seed, "validation_fraction": fraction}
+
+
+@dataclass(frozen=True)
+class TextMeasure:
+    """What n heads make of a text; lists run from head 1 to head n.
+
+    losses: cross-entropy, nats a token. accuracies: share of targets that are the head's most
+    likely token. targets: how many there were. num_bytes: of head 1's targets, as UTF-8.
+    """
+
+    losses: list[float]
+    accuracies: list[float]
+    targets: list[int]
+    num_bytes: int
+    acceptance: Acceptance
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Head 1's loss in bits over the text's bytes. The end of a document costs bits and has no
+        bytes."""
+        return ratio(self.losses[0] * self.targets[0] / math.log(2), self.num_bytes)
+
+
+@torch.inference_mode()
+def measure_text(
+    model: Transformer,
+    windows: Iterable[Window],
+    tokenizer: Tokenizer,
+    *,
+    batches: int = -1,
+    softcap: float | None = None,
+) -> TextMeasure:
+    """Losses, accuracies and acceptance on `batches` windows [B, S+n] (-1: all of them)."""
+    n = 1 if model.mtp is None else model.mtp.num_future_tokens
+    device = model.norm.weight.device
+    sums = torch.zeros(3, n, dtype=torch.float64, device=device)
+    agreement = torch.zeros(4, n - 1, dtype=torch.int64, device=device)
+    labels = []
+    for window in itertools.islice(windows, batches if batches >= 0 else None):
+        batch = make_batch(window, n)
+        labels.append(batch.labels[..., 0].flatten())
+        batch = Batch(*(t.to(device) for t in batch))
+        hiddens = model(batch)
+        out = model.output(hiddens, batch.labels, softcap=softcap)
+        sums += torch.stack((out.loss_sum, out.correct, out.valid))
+        agreement += text_agreement(model, hiddens, batch.labels)
+    if not labels:
+        raise UserError("the text is empty: nothing to evaluate on")
+    loss_sums, correct, valid = sums.tolist()
+    return TextMeasure(
+        [ratio(*pair) for pair in zip(loss_sums, valid, strict=True)],
+        [ratio(*pair) for pair in zip(correct, valid, strict=True)],
+        [int(count) for count in valid],
+        count_bytes(torch.cat(labels), tokenizer),
+        Acceptance(*agreement.tolist()),
+    )
+
+
+def count_bytes(labels: Tensor, tokenizer: Tokenizer) -> int:
+    """Bytes of UTF-8 that head 1's targets stand for.
+
+    labels: [N] of consecutive positions, IGNORE where a document ends. A document is decoded as a
+    whole, since a character may be spread over several tokens; where the labels begin or end
+    within one, it may count as a byte or two more.
+    """
+    ends = (labels == IGNORE).nonzero().squeeze(1)
+    return sum(
+        len(tokenizer.decode(piece[piece != IGNORE].tolist()).encode())
+        for piece in torch.tensor_split(labels, ends)
+    )
