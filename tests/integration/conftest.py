@@ -2,7 +2,10 @@
 
 import logging
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -28,3 +31,32 @@ def own_world() -> Iterator[None]:
     torch.compiler.reset()
     logger.setLevel(level)
     logger.propagate = propagate
+
+
+@pytest.fixture(scope="session", params=["parallel", "sequential"])
+def trained_run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run, by the command, that has learned to write ASCII; not to be changed."""
+    folder: Path = tmp_path_factory.mktemp(request.param)
+    options = {
+        "job.dump_folder": str(folder),
+        "model.flavor": "quickstart",
+        "model.converters": "mtp",
+        "mtp.heads": request.param,
+        "mtp.num_future_tokens": "3",
+        "training.seq_len": "32",
+        "training.local_batch_size": "2",
+        "training.steps": "30",
+        "training.mixed_precision_param": "float32",
+        "optimizer.lr": "1e-2",
+        "lr_scheduler.warmup_steps": "2",
+        "checkpoint.enable": "true",
+    }
+    arguments = [part for name, value in options.items() for part in (f"--{name}", value)]
+    subprocess.run(
+        [sys.executable, "-m", "torchtitan_mtp.train", *arguments],
+        cwd=Path(__file__).resolve().parents[2],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        check=True,
+        capture_output=True,
+    )
+    return folder

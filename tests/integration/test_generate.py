@@ -29,33 +29,9 @@ def script() -> ModuleType:
     return module
 
 
-@pytest.fixture(scope="module", params=["parallel", "sequential"])
-def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run that has learned to write ASCII."""
-    folder: Path = tmp_path_factory.mktemp(request.param)
-    options = {
-        "job.dump_folder": str(folder),
-        "model.flavor": "quickstart",
-        "model.converters": "mtp",
-        "mtp.heads": request.param,
-        "mtp.num_future_tokens": "3",
-        "training.seq_len": "32",
-        "training.local_batch_size": "2",
-        "training.steps": "30",
-        "optimizer.lr": "1e-2",
-        "lr_scheduler.warmup_steps": "2",
-        "training.mixed_precision_param": "float32",
-        "checkpoint.enable": "true",
-    }
-    arguments = [part for name, value in options.items() for part in (f"--{name}", value)]
-    subprocess.run(
-        [sys.executable, "-m", "torchtitan_mtp.train", *arguments],
-        cwd=ROOT,
-        env=ENVIRONMENT,
-        check=True,
-        capture_output=True,
-    )
-    return folder
+@pytest.fixture
+def run(trained_run: Path) -> Path:
+    return trained_run
 
 
 def test_the_command_of_the_quickstart(run: Path, tmp_path: Path) -> None:

@@ -90,7 +90,8 @@ def find_text(config: JobConfig, name: str | None) -> Text:
     """
     training, validation = config.training, config.validation
     if name is not None and name not in (training.dataset, training.dataset_path):
-        is_path = Path(name).expanduser().exists() or any(c in name for c in "*?[")
+        spelled = name.startswith(("/", "./", "../", "~")) or any(c in name for c in "*?[")
+        is_path = spelled or Path(name).exists()
         source = build_source("source", name) if is_path else build_source(name)
         return Text(source, _split("all"), f"all of {name}")
     if name is None and (validation.dataset or validation.dataset_path):

@@ -1,0 +1,303 @@
+"""Measure what a model's heads are worth: `python scripts/evaluate.py CHECKPOINT`.
+
+CHECKPOINT is a step-N folder, a run's folder, whose latest step is taken, or a Hugging Face folder.
+
+On held-out text: loss, accuracy and acceptance of every head, and bits per byte. On the model's own
+greedy continuation of prompts from that text: how often heads 2..n draft what head 1 says next, and
+the tokens a step that `generate.py --speculative` gets from it. With --tasks, the tasks of
+lm-evaluation-harness instead (`pip install lm-eval`). docs/decoding.md explains the figures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from torchtitan_mtp.config import JobConfig
+from torchtitan_mtp.data.tokenizer import Tokenizer
+from torchtitan_mtp.errors import UserError
+from torchtitan_mtp.inference import load_for_inference
+from torchtitan_mtp.inference.acceptance import Acceptance, Continuation, measure_continuation
+from torchtitan_mtp.inference.held_out import Text, TextMeasure, find_text, measure_text
+from torchtitan_mtp.inference.load import DTYPES, find_device
+from torchtitan_mtp.models.transformer import Transformer
+
+
+def parse_arguments(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("checkpoint", help="a step-N folder, a run's folder, or a HF folder")
+    text = parser.add_argument_group("held-out text")
+    text.add_argument(
+        "--source",
+        help="a dataset's name, a file, a folder or a glob; default (and for the name of what the "
+        "run trained on): what the run held out",
+    )
+    text.add_argument("--seq_len", type=int, help="tokens of a window; default: the run's")
+    text.add_argument("--batch_size", type=int, help="windows at a time; default: the run's")
+    text.add_argument(
+        "--batches", type=int, help="-1: all of the text; default: as the run validates, else 20"
+    )
+    own = parser.add_argument_group("own continuation")
+    own.add_argument("--prompts", type=int, default=32, help="how many; 0: none; default: 32")
+    own.add_argument("--prompt_tokens", type=int, default=64, help="tokens of each; default: 64")
+    own.add_argument("--max_new_tokens", type=int, default=128, help="default: 128")
+    tasks = parser.add_argument_group("lm-evaluation-harness")
+    tasks.add_argument("--tasks", help="names, with commas between them")
+    tasks.add_argument("--include_path", help="a folder with the YAML files of further tasks")
+    tasks.add_argument("--num_fewshot", type=int, help="examples before each question")
+    tasks.add_argument("--limit", type=int, help="questions of each task; default: all")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    parser.add_argument("--plot", type=Path, help="also draw them, as .png, .svg or .pdf")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="float32", help="of weights and cache; default: float32"
+    )
+    parser.add_argument("--device", help="default: cuda where there is one, else cpu")
+    return parser.parse_args(argv)
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Numbers that make no sense are refused before anything is loaded."""
+    lowest = {"seq_len": 1, "batch_size": 1, "batches": -1, "prompts": 0, "prompt_tokens": 1}
+    lowest |= {"max_new_tokens": 2, "num_fewshot": 0, "limit": 1}
+    for name, least in lowest.items():
+        value = getattr(args, name)
+        if value is not None and (value < least or (name == "batches" and value == 0)):
+            raise UserError(f"--{name} {value}: expected {least} or more")
+    if args.plot and (args.tasks or not args.prompts):
+        raise UserError("--plot: draws what is measured on the own continuation: leave out --tasks")
+
+
+def measure_on_text(
+    args: argparse.Namespace, text: Text, model: Transformer, tokenizer: Tokenizer, run: JobConfig
+) -> tuple[TextMeasure, str]:
+    """The heads on windows of the text, and how to call these windows."""
+    validation, training = run.validation, run.training
+    mine = validation if validation.enable else training
+    seq_len, batch_size = args.seq_len or mine.seq_len, args.batch_size or mine.local_batch_size
+    batches = args.batches or (validation.steps if validation.enable else 20)
+    check_length(model, seq_len, "--seq_len")
+    n = 1 if model.mtp is None else model.mtp.num_future_tokens
+    windows = text.windows(tokenizer, n, seq_len, batch_size)
+    measure = measure_text(model, windows, tokenizer, batches=batches, softcap=run.loss.softcap)
+    return measure, f"{measure.targets[0]:,} tokens of {text.about}"
+
+
+def measure_on_continuation(
+    args: argparse.Namespace, text: Text, model: Transformer, tokenizer: Tokenizer
+) -> Continuation:
+    """The heads on the model's greedy continuation of prompts from the text."""
+    name = "--prompt_tokens and --max_new_tokens"
+    check_length(model, args.prompt_tokens + args.max_new_tokens, name)
+    prompts = text.prompts(tokenizer, args.prompts, args.prompt_tokens)
+    return measure_continuation(model, prompts, args.max_new_tokens, eos_id=tokenizer.eos_id)
+
+
+def check_length(model: Transformer, length: int, what: str) -> None:
+    if length > model.args.max_seq_len:
+        longest = model.args.max_seq_len
+        raise UserError(f"{what}: {length} tokens, but the model takes {longest} at most")
+
+
+def percent(rate: float) -> str:
+    return "-" if math.isnan(rate) else f"{100 * rate:.1f}%"
+
+
+def figure(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.2f}"
+
+
+def text_table(measure: TextMeasure, caption: str) -> Table:
+    """One line a head: what it makes of the text, and how often it says what head 1 would."""
+    table = Table(title=caption, title_justify="left", title_style="")
+    for column in ("head", "predicts", "loss", "accuracy", "right", "if all before were"):
+        table.add_column(column, justify="right")
+    rates = [("", "")] + [
+        (percent(marginal), percent(conditional))
+        for marginal, conditional in zip(
+            measure.acceptance.marginal, measure.acceptance.conditional, strict=True
+        )
+    ]
+    rows = zip(measure.losses, measure.accuracies, rates, strict=True)
+    for k, (loss, accuracy, agreement) in enumerate(rows, start=1):
+        table.add_row(str(k), f"t+{k}", f"{loss:.4f}", percent(accuracy), *agreement)
+    return table
+
+
+def continuation_table(measure: Continuation, caption: str) -> Table:
+    """One line a drafting head: acceptance, and what drafting up to that head yields."""
+    table = Table(title=caption, title_justify="left", title_style="")
+    columns = ("head", "drafts", "right", "if all before were", "tokens/step", "position mean")
+    for column in columns:
+        table.add_column(column, justify="right")
+    found = measure.acceptance
+    rows = zip(
+        found.marginal,
+        found.conditional,
+        measure.tokens_per_step,
+        measure.standard_errors,
+        found.tokens_per_step,
+        strict=True,
+    )
+    for k, (marginal, conditional, rate, error, mean) in enumerate(rows, start=2):
+        rates = percent(marginal), percent(conditional)
+        table.add_row(str(k), f"t+{k}", *rates, f"{figure(rate)} ± {figure(error)}", figure(mean))
+    return table
+
+
+def rates_of(acceptance: Acceptance) -> dict[str, list[float]]:
+    """For people's programs: as in docs/decoding.md, from head 2 on."""
+    return {
+        "marginal": acceptance.marginal,
+        "conditional": acceptance.conditional,
+        "position_mean_tokens_per_step": acceptance.tokens_per_step,
+    }
+
+
+def evaluate_heads(
+    args: argparse.Namespace,
+    model: Transformer,
+    tokenizer: Tokenizer,
+    run: JobConfig,
+    console: Console,
+) -> dict[str, Any]:
+    """Measure on text and on the own continuation, print, and return it as plain data."""
+    text = find_text(run, args.source)
+    measure, caption = measure_on_text(args, text, model, tokenizer, run)
+    console.print(text_table(measure, caption))
+    console.print(f"bits per byte: {measure.bits_per_byte:.4f} ({measure.num_bytes:,} bytes)")
+    results: dict[str, Any] = {
+        "text": {
+            "about": text.about,
+            "losses": measure.losses,
+            "accuracies": measure.accuracies,
+            "targets": measure.targets,
+            "bytes": measure.num_bytes,
+            "bits_per_byte": measure.bits_per_byte,
+            **rates_of(measure.acceptance),
+        }
+    }
+    if model.mtp is None or not args.prompts:
+        return results
+    own = measure_on_continuation(args, text, model, tokenizer)
+    caption = f"own greedy continuation of {len(own.tokens)} prompts, {sum(own.tokens):,} tokens"
+    console.print(continuation_table(own, caption))
+    results["continuation"] = {
+        "prompts": len(own.tokens),
+        "tokens": sum(own.tokens),
+        **rates_of(own.acceptance),
+        "tokens_per_step": own.tokens_per_step,
+        "standard_errors": own.standard_errors,
+    }
+    return results
+
+
+def evaluate_tasks(
+    args: argparse.Namespace,
+    model: Transformer,
+    tokenizer: Tokenizer,
+    run: JobConfig,
+    console: Console,
+) -> dict[str, Any]:
+    """Run tasks of lm-evaluation-harness, print their metrics, and return them as plain data."""
+    try:
+        from torchtitan_mtp.inference.lm_eval_adapter import HarnessModel, run_tasks
+    except ImportError as error:
+        raise UserError(
+            f"--tasks needs lm-evaluation-harness: pip install lm-eval ({error})"
+        ) from None
+    lm = HarnessModel(model, tokenizer, run, batch_size=args.batch_size or 8)
+    names = [name.strip() for name in args.tasks.split(",") if name.strip()]
+    found = run_tasks(lm, names, args.include_path, args.num_fewshot, args.limit)
+    table = Table()
+    for column in ("task", "metric", "value", "stderr"):
+        table.add_column(column, justify="right" if column in ("value", "stderr") else "left")
+    for task, metrics in found.items():
+        for metric, (value, error) in metrics.items():
+            table.add_row(task, metric, f"{value:.4f}", "-" if error is None else f"{error:.4f}")
+    console.print(table)
+    return {"tasks": {t: {m: value for m, (value, _) in x.items()} for t, x in found.items()}}
+
+
+def draw(results: dict[str, Any], out: Path) -> None:
+    """Acceptance of every head, and tokens a step by the number of drafts."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError("matplotlib is missing: pip install matplotlib, or the dev extra") from None
+    own, text = results["continuation"], results["text"]
+    heads = range(2, len(own["marginal"]) + 2)
+    left, right = (figure := Figure(figsize=(8, 3.4), layout="constrained")).subplots(1, 2)
+    bars = {"own text": own["marginal"], "own text, if all before were": own["conditional"]}
+    bars["held-out text"] = text["marginal"]
+    for j, (label, rates) in enumerate(bars.items()):
+        left.bar([k + 0.27 * (j - 1) for k in heads], rates, 0.25, label=label)
+    left.set(xlabel="head", ylabel="drafts that are right", xticks=heads, ylim=(0, 1.3))
+    left.set_yticks([0, 0.25, 0.5, 0.75, 1])
+    drafts = range(1, len(own["marginal"]) + 1)
+    measured = own["tokens_per_step"]
+    right.errorbar(drafts, measured, own["standard_errors"], marker="o", label="decoding")
+    mean = own["position_mean_tokens_per_step"]
+    right.plot(drafts, mean, "--", label="mean over positions")
+    right.set(xlabel="drafts a step", ylabel="tokens a step", xticks=drafts, ylim=(1, None))
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="small")
+    try:
+        figure.savefig(out, dpi=110)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--plot {out}: can't be written: {error}") from error
+
+
+def write_json(results: dict[str, Any], out: Path) -> None:
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [plain(item) for item in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    try:
+        out.write_text(json.dumps(plain(results), indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--json {out}: can't be written: {error.strerror}") from error
+
+
+def run(args: argparse.Namespace) -> None:
+    check_arguments(args)
+    model, tokenizer, config = load_for_inference(
+        args.checkpoint, find_device(args.device), DTYPES[args.dtype]
+    )
+    console = Console()
+    measure = evaluate_tasks if args.tasks else evaluate_heads
+    results = {"checkpoint": args.checkpoint, **measure(args, model, tokenizer, config, console)}
+    if args.json:
+        write_json(results, args.json)
+        print(f"wrote {args.json}")
+    if args.plot:
+        if "continuation" not in results:
+            raise UserError("--plot: the model has no heads 2..n to draw")
+        draw(results, args.plot)
+        print(f"wrote {args.plot}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_arguments(sys.argv[1:] if argv is None else argv)
+    try:
+        run(args)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
