@@ -47,7 +47,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         "--batches", type=int, help="-1: all of the text; default: as the run validates, else 20"
     )
     own = parser.add_argument_group("own continuation")
-    own.add_argument("--prompts", type=int, default=32, help="how many; 0: none; default: 32")
+    own.add_argument("--prompts", type=int, default=128, help="how many; 0: none; default: 128")
     own.add_argument("--prompt_tokens", type=int, default=64, help="tokens of each; default: 64")
     own.add_argument("--max_new_tokens", type=int, default=128, help="default: 128")
     tasks = parser.add_argument_group("lm-evaluation-harness")

@@ -52,16 +52,20 @@ class Text:
         )
 
     def prompts(self, tokenizer: Tokenizer, count: int, length: int) -> list[list[int]]:
-        """`count` pieces of at most `length` tokens, each from the middle of another document.
+        """`count` pieces of `length` tokens, spread evenly over the documents and, where these are
+        fewer, over each of them (of a stream: over its first `count` ones).
 
-        The documents are spread evenly over the text (of a stream: its first ones).
+        One piece of a document is its middle. A document that is shorter gives itself, once.
         """
+        documents = list(self._spread(count))
         prompts = []
-        for document in self._spread(count):
+        for j, document in enumerate(documents):
             text = tokenizer.encode(document.prompt + document.text).tolist()
             tokens = [tokenizer.bos_id, *text]
-            start = max(0, (len(tokens) - length) // 2)
-            prompts.append(tokens[start : start + length])
+            share = count * (j + 1) // len(documents) - count * j // len(documents)
+            room = max(0, len(tokens) - length)
+            starts = {room * i // (share + 1) for i in range(1, share + 1)}
+            prompts += [tokens[start : start + length] for start in sorted(starts)]
         return prompts
 
     def _spread(self, count: int) -> Iterator[Document]:

@@ -19,7 +19,7 @@ from torchtitan_mtp.inference.held_out import Text, count_bytes, find_text, meas
 from torchtitan_mtp.models.transformer import Transformer
 
 BYTES = ByteTokenizer()
-TEXTS = [f"document {i:02}, ".ljust(20 + 3 * i, "x") for i in range(40)]
+TEXTS = ["".join(chr(33 + (7 * i + j) % 90) for j in range(20 + 3 * i)) for i in range(40)]
 
 
 @pytest.fixture
@@ -98,7 +98,10 @@ def test_prompts_are_from_the_middle_of_documents_all_over_the_text(run: JobConf
     for i, prompt in enumerate(prompts):
         whole = TEXTS[4 * i]
         assert prompt == whole[(len(whole) + 1 - 12) // 2 - 1 :][:12]
-    assert len(text.prompts(BYTES, 100, 12)) == 40  # no document twice
+    many = text.prompts(BYTES, 100, 12)  # two or three of each
+    assert len(many) == 100 and len({tuple(prompt) for prompt in many}) > 40
+    assert BYTES.decode(many[-1]) == TEXTS[-1][(len(TEXTS[-1]) + 1 - 12) * 3 // 4 - 1 :][:12]
+    assert len(text.prompts(BYTES, 100, 1000)) == 40  # a whole document is there once
     (short,) = text.prompts(BYTES, 1, 100)
     assert short == [BYTES.bos_id, *BYTES.encode(TEXTS[0]).tolist()]
 
