@@ -24,6 +24,7 @@ from torchtitan_mtp.data.loader import DataLoader, merge_states
 from torchtitan_mtp.data.sources import build_source
 from torchtitan_mtp.data.targets import IGNORE, PADDING, Batch, make_batch
 from torchtitan_mtp.data.tokenizer import build_tokenizer
+from torchtitan_mtp.distributed.balance import balance_experts, weigh_balance_losses
 from torchtitan_mtp.distributed.float8 import convert_to_float8, float8_scales_after_step
 from torchtitan_mtp.distributed.heartbeat import Heartbeat
 from torchtitan_mtp.distributed.mesh import all_reduce, init_world, set_timeout
@@ -353,6 +354,8 @@ class Trainer:
         valid = all_reduce(valid.to(self.device, non_blocking=True))
         weights = head_weights(config.mtp, state.step + 1, config.training.steps)
         scales = head_scales(weights, valid)
+        sequences = config.training.local_batch_size * self.accumulation * self.world.size
+        weigh_balance_losses(self.model, weights, sequences)
         losses = StepLosses(self.n, self.device)
         for i, batch in enumerate(batches):
             batch = Batch(*(t.to(self.device, non_blocking=True) for t in batch))
@@ -365,6 +368,7 @@ class Trainer:
             self.optimizer.step()
         if self.float8_scales:
             self.float8_scales(self.model)
+        self.expert_loads = balance_experts(self.model)
         self.scheduler.step()
         self.optimizer.zero_grad()
 
@@ -390,8 +394,12 @@ class Trainer:
             grad_norm=norm,
             lr=lr,
             n_tokens_seen=self.state.tokens,
-            extra_metrics={"skipped_steps": self.state.skipped} if self.state.skipped else None,
+            extra_metrics=self._extra_metrics(),
         )
+
+    def _extra_metrics(self) -> dict[str, float]:
+        loads = self.expert_loads.metrics() if self.expert_loads else {}
+        return loads | ({"skipped_steps": self.state.skipped} if self.state.skipped else {})
 
     # ---------------------------------------------------------------- evaluate
 

@@ -1,5 +1,6 @@
 """FSDP2 and HSDP on gloo ranks, with accumulation and unequal numbers of targets: the loss and
-every gradient are those of one process that sees the whole batch."""
+every gradient are those of one process that sees the whole batch, and so are each expert's tokens
+and what its bias becomes."""
 
 from __future__ import annotations
 
@@ -11,9 +12,18 @@ from torch.distributed.tensor import DTensor
 
 from spawn import run_ranks
 from tests.naive import total_loss
-from tests.small import ARGS, perturb_norms, relative_error, small_model, small_window
+from tests.small import (
+    ARGS,
+    DEEPSEEK,
+    naive_parameters,
+    perturb_norms,
+    relative_error,
+    small_model,
+    small_window,
+)
 from torchtitan_mtp.config import MTP, JobConfig, Parallelism
 from torchtitan_mtp.data.targets import IGNORE, Window, make_batch
+from torchtitan_mtp.distributed.balance import balance_experts
 from torchtitan_mtp.distributed.mesh import all_reduce, init_world
 from torchtitan_mtp.distributed.parallelize import parallelize
 from torchtitan_mtp.models.args import ModelArgs
@@ -60,6 +70,8 @@ def step_on_rank(rank: int, shard: int, replicate: int, mtp: MTP, ac: str, args:
     scales = head_scales(head_weights(mtp, 1, 10), valid)
     for _ in range(2):  # a second step finds whatever state the first one left behind
         model.zero_grad()
+        for _, moe in model.named_mixtures():
+            moe.tokens_per_expert.zero_()
         total = torch.zeros(())
         for i, batch in enumerate(batches):
             out = engines[mtp.engine](model, batch, scales, {}, i == len(batches) - 1)
@@ -69,15 +81,19 @@ def step_on_rank(rank: int, shard: int, replicate: int, mtp: MTP, ac: str, args:
     for name, param in model.named_parameters():
         gradient = param.grad
         gradients[name] = gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
-    return total, gradients
+    return total, gradients, balanced(model)
+
+
+def balanced(model) -> list:
+    """Each expert's tokens and biases after the step."""
+    loads = balance_experts(model)
+    assert all(moe.tokens_per_expert.sum() == 0 for _, moe in model.named_mixtures())
+    return [loads and loads.counts, *(moe.expert_bias.clone() for _, moe in model.named_mixtures())]
 
 
 def naive_step(world_size: int, mtp: MTP, args: ModelArgs):
-    model = small_model(mtp, tied_embeddings=args.tied_embeddings)
-    parameters = {
-        name: p.detach().double().requires_grad_(p.requires_grad)
-        for name, p in model.named_parameters()
-    }
+    model = small_model(mtp, torch.float64, shape=args)
+    parameters = naive_parameters(model)
     windows = [
         micro_batch(rank, i, mtp.num_future_tokens)
         for rank in range(world_size)
@@ -87,7 +103,10 @@ def naive_step(world_size: int, mtp: MTP, args: ModelArgs):
     doc_ids = torch.cat([w.doc_ids for w in windows])
     loss, _ = total_loss(parameters, tokens, doc_ids, args, mtp)
     loss.backward()
-    return loss.detach(), {name: p.grad for name, p in parameters.items()}
+    for window in windows:
+        model(make_batch(window, mtp.num_future_tokens))
+    trained = dict(model.named_parameters())
+    return loss.detach(), {name: parameters[name].grad for name in trained}, balanced(model)
 
 
 def parallel(**keys) -> MTP:
@@ -99,6 +118,10 @@ def sequential(**keys) -> MTP:
 
 
 TIED = replace(ARGS, tied_embeddings=True)
+FEW_EXPERTS = replace(  # fewer than ranks: each rank has rows of all
+    DEEPSEEK,
+    moe=replace(DEEPSEEK.moe, num_experts=2, top_k=1, num_expert_groups=1, num_limited_groups=1),
+)
 MESHES = {  # (shard, replicate) -> cases of (mtp, activation checkpointing, shape)
     (2, 1): [
         (parallel(engine="joint"), "none", ARGS),
@@ -110,12 +133,21 @@ MESHES = {  # (shard, replicate) -> cases of (mtp, activation checkpointing, sha
         (sequential(loss_reduction="mean"), "none", ARGS),
         (sequential(share_weights=True), "full", TIED),
         (sequential(train="heads"), "none", ARGS),
+        (sequential(share_weights=True), "full", DEEPSEEK),
+        (parallel(engine="sequential"), "selective", DEEPSEEK),
+        (sequential(train="heads"), "none", DEEPSEEK),
     ],
-    (4, 1): [(parallel(engine="sequential"), "none", ARGS), (sequential(), "none", ARGS)],
+    (4, 1): [
+        (parallel(engine="sequential"), "none", ARGS),
+        (sequential(), "none", ARGS),
+        (sequential(), "none", DEEPSEEK),
+        (parallel(engine="sequential"), "full", FEW_EXPERTS),
+    ],
     (2, 2): [
         (parallel(engine="sequential"), "none", ARGS),
         (parallel(engine="joint"), "none", ARGS),
         (sequential(), "none", ARGS),
+        (sequential(), "none", DEEPSEEK),
     ],
     (1, 2): [(parallel(engine="sequential"), "none", ARGS)],
 }
@@ -128,8 +160,10 @@ def test_ranks_compute_what_one_process_does(mesh):
     cases = MESHES[mesh]
     results = run_ranks(shard * replicate, steps_on_rank, shard, replicate, cases, timeout=240)
     for i, (mtp, ac, args) in enumerate(cases):
-        loss, expected = naive_step(shard * replicate, mtp, args)
-        for found_loss, found in (of_rank[i] for of_rank in results):
+        loss, expected, expert_state = naive_step(shard * replicate, mtp, args)
+        for found_loss, found, found_state in (of_rank[i] for of_rank in results):
+            for a, b in zip(found_state, expert_state, strict=True):
+                assert a is b is None or torch.equal(a, b), (mtp, ac)
             assert abs(found_loss.item() / loss.item() - 1) < 1e-5, (mtp, ac)
             assert found.keys() == expected.keys()
             for name, gradient in expected.items():

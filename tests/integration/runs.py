@@ -19,11 +19,21 @@ from torch.distributed.tensor import DTensor
 from torchtitan_mtp.config import JobConfig, check
 from torchtitan_mtp.config.setting import options
 from torchtitan_mtp.inference.acceptance import Acceptance
-from torchtitan_mtp.models.args import ModelArgs
+from torchtitan_mtp.models.args import LatentArgs, ModelArgs, MoEArgs
 from torchtitan_mtp.models.flavors import flavors
 from torchtitan_mtp.trainer import Trainer
 
 TINY = ModelArgs(dim=32, n_layers=3, n_heads=4, n_kv_heads=2, multiple_of=32, rope_theta=10000.0)
+EXPERTS = ModelArgs(
+    dim=32,
+    n_layers=3,
+    n_heads=4,
+    hidden_dim=48,
+    latent=LatentArgs(
+        q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=16
+    ),
+    moe=MoEArgs(num_experts=8, hidden_dim=16, num_expert_groups=4, num_limited_groups=2),
+)
 SOURCES = ("python_stdlib", "text", "jsonl", "jsonl.gz", "parquet")
 BASE: dict[str, Any] = {
     "model.flavor": "tiny",
@@ -42,6 +52,7 @@ BASE: dict[str, Any] = {
 }
 SEQUENTIAL = {"mtp.heads": "sequential"}
 ONE_BY_ONE = {"mtp.engine": "sequential"}
+DEEPSEEK = {**SEQUENTIAL, "model.name": "deepseek_v3"}
 
 
 class Interrupted(Exception):
@@ -103,6 +114,7 @@ def config_of(folder: Path, *changes: Mapping[str, Any]) -> JobConfig:
     """A checked configuration: BASE with dotted names changed. `folder` gets the run's output, and
     a corpus where no change names the data."""
     flavors["llama3"].setdefault("tiny", TINY)
+    flavors["deepseek_v3"].setdefault("tiny", EXPERTS)
     values = {**BASE, "job.dump_folder": str(folder / "run")}
     for change in changes:
         values |= change
@@ -152,10 +164,11 @@ def record(trainer: Trainer) -> Run:
 
 
 def weights_of(trainer: Trainer) -> dict[str, Tensor]:
-    """Whole copies of all parameters, on every rank."""
+    """Whole copies of all parameters and of experts' biases, on every rank."""
     return {
         name: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone()
-        for name, p in trainer.model.named_parameters()
+        for name, p in trainer.model.state_dict().items()
+        if not (name == "output.weight" and trainer.args.tied_embeddings)
     }
 
 

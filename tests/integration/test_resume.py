@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from runs import (
+    DEEPSEEK,
     ONE_BY_ONE,
     SEQUENTIAL,
     SOURCES,
@@ -51,6 +52,21 @@ def test_three_and_three_steps_are_six(source, family, tmp_path, monkeypatch):
     assert same(second.weights, whole.weights)
     # The steps did something: losses differ from step to step, so equality means the same data.
     assert len({loss[0] for loss in whole.losses}) == 6
+
+
+def test_experts_biases_resume_too(tmp_path):
+    keys = {**DEEPSEEK, "model.args.moe.aux_loss_coeff": 0.01}
+    whole = train(config_of(tmp_path / "whole", keys))
+    train(config_of(tmp_path / "parts", keys, SAVES), interrupt_after(3))
+    second = train(config_of(tmp_path / "parts", keys, SAVES))
+    assert second.losses == whole.losses[3:]
+    assert same(second.weights, whole.weights)
+    moved = [w for name, w in whole.weights.items() if name.endswith(".moe.expert_bias")]
+    assert len(moved) == 4 and all(bias.abs().max() > 1e-3 for bias in moved)
+    blocks = ("layers.1", "layers.2", "mtp.heads.0", "mtp.heads.1")
+    assert {tag.rsplit("/", 1)[0] for tag in whole.logged[-1]["extra_metrics"]} == {
+        f"moe/{block}" for block in blocks
+    }
 
 
 @pytest.mark.parametrize("mode", ["async", "async_with_pinned_mem"])

@@ -24,7 +24,13 @@ _ATTENTION = (
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
     torch._higher_order_ops.flex_attention,
 )
-_PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten._scaled_mm.default)
+_PRODUCTS = (
+    torch.ops.aten.mm.default,
+    torch.ops.aten._scaled_mm.default,
+    torch.ops.torchtitan_mtp.grouped_linear.default,
+)
+# Which experts a token goes to is decided once.
+_CHOICES = (torch.ops.aten.topk.default,)
 
 
 def _selective_contexts() -> Any:
@@ -36,7 +42,7 @@ def _selective_contexts() -> Any:
             if seen[context.is_recompute] % 2 == 0:
                 return CheckpointPolicy.PREFER_RECOMPUTE
             return CheckpointPolicy.MUST_SAVE
-        if op in _ATTENTION:
+        if op in _ATTENTION or op in _CHOICES:
             return CheckpointPolicy.MUST_SAVE
         return CheckpointPolicy.PREFER_RECOMPUTE
 

@@ -1,4 +1,4 @@
-"""torchao's float8 training for every linear layer but `output`."""
+"""torchao's float8 training for every linear layer but `output` and the routers of experts."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from torchtitan_mtp.errors import UserError
 def convert_to_float8(model: nn.Module, float8: Float8Linear, compiled: bool = False) -> None:
     """Swap `nn.Linear` for torchao's `Float8Linear`, in place, on the meta device.
 
-    Left alone: `output` (its projection runs inside the loss), layers whose name holds an entry of
-    `filter_fqns`, and layers whose sides are not multiples of 16 (float8 products need that).
+    Left alone: `output` (its projection runs inside the loss), routers (which decide in float32),
+    experts (whose products are grouped), layers whose name holds an entry of `filter_fqns`, and
+    layers whose sides are not multiples of 16 (float8 products need that).
     Hardware without float8 products needs `emulate`; a CPU always emulates, which torch.compile
     (`compiled`) can't do.
     """
@@ -52,7 +53,9 @@ def convert_to_float8(model: nn.Module, float8: Float8Linear, compiled: bool = F
     def wanted(module: nn.Module, name: str) -> bool:
         if not isinstance(module, nn.Linear) or any(f in name for f in float8.filter_fqns):
             return False
-        return name != "output" and module.in_features % 16 == module.out_features % 16 == 0
+        if name == "output" or name.endswith("router.gate"):
+            return False
+        return module.in_features % 16 == module.out_features % 16 == 0
 
     convert_to_float8_training(model, config=config, module_filter_fn=wanted)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 
 import torch
+from torch import nn
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
     FSDPModule,
@@ -12,6 +13,7 @@ from torch.distributed.fsdp import (
     OffloadPolicy,
     fully_shard,
 )
+from torch.distributed.tensor import Shard
 
 from torchtitan_mtp.config import JobConfig
 from torchtitan_mtp.distributed.activation_checkpoint import apply_activation_checkpointing
@@ -36,11 +38,16 @@ def parallelize(
     model.to_empty(device="cpu" if config.training.enable_cpu_offload else world.device)
     model.tie_weights()
     if config.training.enable_cpu_offload:
-        model.rope_cos, model.rope_sin = (
-            t.to(world.device) for t in (model.rope_cos, model.rope_sin)
-        )
+        _move_buffers(model, world.device)
     init_weights(model, seed)
     return model
+
+
+def _move_buffers(model: nn.Module, device: torch.device) -> None:
+    """To where the forward runs; offloading takes parameters alone."""
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            module._buffers[name] = buffer.to(device)
 
 
 def apply_fsdp(
@@ -50,8 +57,9 @@ def apply_fsdp(
 
     One rank takes the same way: its shard is the whole parameter, its mixed precision FSDP2's.
 
-    Units: every block (trunk's and heads'), the embedding, the final norm and `output`. Tied
-    embeddings stay with the root, which keeps them gathered from the first use to the last.
+    Units: every block (trunk's and heads', its experts with it), the embedding, the final norm and
+    `output`. Tied embeddings stay with the root, which keeps them gathered from the first use to
+    the last.
     """
     policy = MixedPrecisionPolicy(
         param_dtype=param_dtype,
@@ -67,6 +75,7 @@ def apply_fsdp(
         mesh=world.mesh,
         mp_policy=policy,
         offload_policy=offload,
+        shard_placement_fn=functools.partial(_placement, ranks=world.mesh["dp_shard"].size()),
     )
     reshard = config.parallelism.fsdp_reshard_after_forward != "never"
     blocks = list(model.blocks())
@@ -87,3 +96,9 @@ def apply_fsdp(
             # The loss is normalised by global counts: gradients are summed, not averaged.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+
+
+def _placement(param: nn.Parameter, ranks: int) -> Shard | None:
+    """By rows; stacked experts by expert, unless that would leave ranks without any."""
+    by_row = param.ndim == 3 and ranks > param.shape[0] and param.shape[1] % ranks == 0
+    return Shard(1) if by_row else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 from torchtitan_mtp.errors import UserError
@@ -237,21 +237,21 @@ def _scaling(
 
     A factor of 1 is none.
     """
-    kind = {"llama3": RoPEScaling, "yarn": YaRN}.get(
-        changes.pop("rope_type", ""), RoPEScaling if flavors is None else type(flavors)
-    )
+    kinds: dict[str, type[RoPEScaling] | type[YaRN]] = {"llama3": RoPEScaling, "yarn": YaRN}
+    default = RoPEScaling if flavors is None else type(flavors)
+    kind = kinds.get(changes.pop("rope_type", ""), default)
     of_kind = flavors if isinstance(flavors, kind) else None
     if of_kind is None and "factor" not in changes:
         raise UserError(
             "model.args.rope_scaling: the flavor has no scaling of this kind to change; set "
             "model.args.rope_scaling.factor too, or none of its keys"
         )
+    known = [field.name for field in fields(kind)]
     for key in changes:
-        if key not in kind.__dataclass_fields__:
-            known = ", ".join(kind.__dataclass_fields__)
+        if key not in known:
             raise UserError(
                 f"model.args.rope_scaling.{key}: is not of this kind of scaling, which has "
-                f"{known}; set model.args.rope_scaling.rope_type"
+                f"{', '.join(known)}; set model.args.rope_scaling.rope_type"
             )
     scaling = replace(of_kind, **changes) if of_kind else kind(**changes)
     return None if scaling.factor == 1 else scaling

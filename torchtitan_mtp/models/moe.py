@@ -142,11 +142,12 @@ class MoE(nn.Module):
     """Routed and shared experts in the place of a block's feed-forward.
 
     expert_bias [E] float32 is part of a checkpoint; tokens_per_expert [E] int64 counts since the
-    last `balance_experts`. aux_loss_scale: what a sequence's balance loss counts in the total.
+    last `balance_experts`; aux_loss_scale is what a sequence's balance loss counts in the total.
     """
 
     expert_bias: Tensor
     tokens_per_expert: Tensor
+    aux_loss_scale: Tensor
 
     def __init__(self, dim: int, args: MoEArgs) -> None:
         super().__init__()
@@ -156,16 +157,16 @@ class MoE(nn.Module):
         self.shared_experts = None
         if args.num_shared_experts:
             self.shared_experts = FeedForward(dim, args.num_shared_experts * args.hidden_dim)
-        self.aux_loss_scale = 0.0
         self.register_buffer("expert_bias", torch.zeros(args.num_experts))
         counts = torch.zeros(args.num_experts, dtype=torch.int64)
         self.register_buffer("tokens_per_expert", counts, persistent=False)
+        self.register_buffer("aux_loss_scale", torch.zeros(()), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, S, D] -> [B, S, D]."""
         tokens, top_k = x.flatten(0, 1), self.args.top_k  # [N, D], N = B * S
         scores, chosen, weights = self.router(tokens, self.expert_bias)
-        if self.aux_loss_scale and torch.is_grad_enabled():
+        if self.args.aux_loss_coeff and torch.is_grad_enabled():
             by_sequence = (t.unflatten(0, x.shape[:2]) for t in (scores, chosen))
             loss = self.aux_loss_scale * sequence_balance_loss(*by_sequence)
             weights = _AddLoss.apply(weights, loss)
@@ -185,12 +186,12 @@ class MoE(nn.Module):
     @torch.no_grad()
     def _count(self, ends: Tensor) -> None:
         """Add to the counts of this step, but not when activations are computed a second time,
-        which happens inside of a backward."""
-        if torch._C._current_graph_task_id() == -1:
-            self.tokens_per_expert += torch.diff(ends, prepend=ends.new_zeros(1))
+        which happens inside of a backward. (The compiler recomputes without side effects.)"""
+        if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
+            self.tokens_per_expert.add_(torch.diff(ends, prepend=ends.new_zeros(1)))
 
     def init_buffers(self) -> None:
-        """Zero bias and counts, on the device that they are on."""
-        device = self.expert_bias.device
-        self.expert_bias = torch.zeros(self.args.num_experts, device=device)  # always float32
-        self.tokens_per_expert = torch.zeros_like(self.tokens_per_expert)
+        """Zero all buffers, on the device that they are on; biases are float32 in any model."""
+        for name, buffer in self.named_buffers(recurse=False):
+            dtype = buffer.dtype if name == "tokens_per_expert" else torch.float32
+            setattr(self, name, torch.zeros_like(buffer, dtype=dtype))

@@ -8,6 +8,9 @@ and nanoGPT's `estimate_mfu`, whose 12 * L * H * Q * T becomes 6 by causality:
 
     flops per token = 6 * matmul parameters + 6 * S * sum over attentions of (n_heads * head_dim)
 
+Of routed experts a token multiplies with top_k in num_experts: their active parameters count. Where
+keys and values differ in width (latent attention), head_dim is their mean.
+
 What MTP changes is how often a parameter multiplies: `output` once per head, n times in all; a
 shared head module n - 1 times. A frozen trunk costs its forward only, and where heads leave the
 trunk alone (frozen or detached) their use of `output` lacks the gradient of its weight: 4 for 6.
@@ -21,6 +24,9 @@ from typing import Any
 
 from torch import nn
 
+from torchtitan_mtp.models.attention import Attention
+from torchtitan_mtp.models.latent_attention import LatentAttention
+from torchtitan_mtp.models.moe import MoE
 from torchtitan_mtp.models.transformer import Transformer
 
 
@@ -29,9 +35,9 @@ class ModelFlops:
     """What multiplies for one token, counted once per application.
 
     Attributes:
-        trunk_params: weights of the trunk's linear layers, `output` left out.
+        trunk_params: active weights of the trunk's linear layers, `output` left out.
         trunk_attention: sum of n_heads * head_dim over the trunk's attention layers.
-        head_params: weights of the linear layers of heads 2..n (blocks and `eh_proj`).
+        head_params: active weights of the linear layers of heads 2..n (blocks and `eh_proj`).
         head_attention: sum of n_heads * head_dim over these heads' attention layers.
         output_params: weights of the unembedding, D * V.
         num_heads: n, the applications of `output` to one token.
@@ -74,15 +80,17 @@ def count_model_flops(model: Transformer) -> ModelFlops:
 
 
 def _count(parts: Iterable[Any], skip: nn.Module) -> tuple[int, int]:
-    """Linear weights and attention widths in `parts`, without the shared module `skip`."""
+    """Active linear weights and attention widths in `parts`, without the shared module `skip`."""
     params = attention = 0
     for part in parts:
         for module in part.modules():
             if isinstance(module, nn.Linear) and module is not skip:
                 params += module.weight.numel()
-            inner = module._modules.get("attention")
-            if inner is not None:
-                attention += inner.n_heads * inner.head_dim
+            elif isinstance(module, (Attention, LatentAttention)):
+                attention += module.width
+            elif isinstance(module, MoE):
+                routed = sum(weight.numel() for weight in module.experts.parameters())
+                params += routed * module.args.top_k // module.args.num_experts
     return params, attention
 
 

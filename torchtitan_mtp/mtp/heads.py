@@ -16,7 +16,6 @@ position i predicts t[i+k]; head 1 is next-token prediction.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -120,8 +119,3 @@ class SequentialHeads(nn.Module):
 def last_layer(model: Transformer) -> nn.Module:
     """The trunk's last block."""
     return model.layers[str(len(model.layers) - 1)]
-
-
-def head_parameters(model: Transformer) -> Iterator[tuple[str, nn.Parameter]]:
-    """Name and parameter of everything that is not the trunk."""
-    return ((n, p) for n, p in model.named_parameters() if n.startswith("mtp."))

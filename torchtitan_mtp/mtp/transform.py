@@ -10,12 +10,7 @@ from torch import nn
 from torchtitan_mtp.config import MTP
 from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.models.transformer import Transformer
-from torchtitan_mtp.mtp.heads import (
-    ParallelHeads,
-    SequentialHeads,
-    head_parameters,
-    last_layer,
-)
+from torchtitan_mtp.mtp.heads import ParallelHeads, SequentialHeads, last_layer
 
 
 def add_heads(model: Transformer, mtp: MTP) -> Transformer:
@@ -59,15 +54,14 @@ def _give_up_layers(model: Transformer, count: int) -> None:
 def copy_last_layer(model: Transformer, names: Collection[str] | None = None) -> None:
     """Start heads from the trunk's last block, and their output norm from the final norm.
 
-    names: the parameters to set, all of the heads' by default. A sequential head's projection and
-    input norms have no counterpart in the trunk and keep their own initialisation.
+    names: the parameters (and biases of experts) to set, all of the heads' by default. A sequential
+    head's projection and input norms have no counterpart in the trunk and keep their own
+    initialisation.
     """
-    last = dict(last_layer(model).named_parameters())
-    for name, param in head_parameters(model):
+    last = last_layer(model).state_dict(keep_vars=True)
+    heads = model.mtp.state_dict(prefix="mtp.", keep_vars=True)
+    for name, param in heads.items():
         inner = name.split(".", 3)[3].removeprefix("block.")  # mtp.heads.{i}.[block.]inner
         source = model.norm.weight if inner == "norm.weight" else last.get(inner)
         if source is not None and (names is None or name in names):
             param.copy_(source)
-
-
-__all__ = ["add_heads", "copy_last_layer", "head_parameters"]

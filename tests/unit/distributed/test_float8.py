@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 
+from runs import DEEPSEEK as DEEPSEEK_RUN
 from runs import ONE_BY_ONE, SEQUENTIAL, config_of, interrupt_after, same, train
-from tests.small import ARGS
+from tests.small import ARGS, DEEPSEEK
 from torchtitan_mtp.config import MTP, Float8Linear
 from torchtitan_mtp.distributed.float8 import convert_to_float8, float8_scales_after_step
 from torchtitan_mtp.errors import UserError
@@ -17,7 +20,7 @@ from torchtitan_mtp.mtp import add_heads
 Float8 = pytest.importorskip("torchao.float8.float8_linear").Float8Linear
 FLOAT8 = {"model.converters": ["mtp", "quantize.linear.float8"], "training.steps": 4}
 RECIPE = "quantize.linear.float8.recipe_name"
-FAMILIES = {"joint": {}, "one_by_one": ONE_BY_ONE, "chain": SEQUENTIAL}
+FAMILIES = {"joint": {}, "one_by_one": ONE_BY_ONE, "chain": SEQUENTIAL, "experts": DEEPSEEK_RUN}
 
 
 def kinds(heads: str, **keys) -> dict[str, bool]:
@@ -37,6 +40,17 @@ def test_every_layer_but_output_is_converted(heads, recipe):
     assert any(name.startswith("mtp.heads.1.") for name in found)
     if heads == "sequential":
         assert found["mtp.heads.0.eh_proj"]
+
+
+def test_routers_and_experts_stay():
+    shape = replace(DEEPSEEK, dim=32, moe=replace(DEEPSEEK.moe, num_experts=16, hidden_dim=16))
+    model = add_heads(build_model(shape), MTP(heads="sequential", num_future_tokens=2))
+    convert_to_float8(model, Float8Linear())
+    linear = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    routers = {name for name in linear if name.endswith("moe.router.gate")}
+    assert len(routers) == 3 and not any(isinstance(linear[name], Float8) for name in routers)
+    assert isinstance(linear["layers.1.moe.shared_experts.w1"], Float8)
+    assert isinstance(linear["mtp.heads.0.eh_proj"], Float8)
 
 
 def test_filtered_layers_stay():

@@ -1,6 +1,8 @@
 """FLOPs by formula against FLOPs counted while a naive model runs."""
 
+import math
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from torchtitan_mtp.config.sections.mtp import MTP
 from torchtitan_mtp.data.targets import Batch
-from torchtitan_mtp.models.args import ModelArgs
+from torchtitan_mtp.models.args import LatentArgs, ModelArgs, MoEArgs
 from torchtitan_mtp.models.transformer import Transformer
 from torchtitan_mtp.monitoring.flops import (
     ModelFlops,
@@ -31,11 +33,31 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def build(mtp: MTP) -> Transformer:
-    args = ModelArgs(
-        dim=D, n_layers=LAYERS, n_heads=4, n_kv_heads=2, vocab_size=V, multiple_of=16, max_seq_len=S
-    )
+DENSE = ModelArgs(
+    dim=D, n_layers=LAYERS, n_heads=4, n_kv_heads=2, vocab_size=V, multiple_of=16, max_seq_len=S
+)
+EXPERTS = replace(
+    DENSE,
+    latent=LatentArgs(
+        q_lora_rank=8, kv_lora_rank=12, qk_nope_head_dim=6, qk_rope_head_dim=4, v_head_dim=6
+    ),
+    moe=MoEArgs(num_experts=4, hidden_dim=16, top_k=2, num_shared_experts=2),
+)
+
+
+def build(mtp: MTP, args: ModelArgs = DENSE) -> Transformer:
     return add_heads(Transformer(args), mtp)
+
+
+def grouped_product_flops(a, b, ends, *args, **kwargs) -> int:
+    """Rows a [R, in], matrices b [G, out, in]; or rows a [R, out], rows b [R, in]: 2 R in out."""
+    return 2 * math.prod(a) * b[1]
+
+
+GROUPED = {
+    torch.ops.torchtitan_mtp.grouped_linear: grouped_product_flops,
+    torch.ops.torchtitan_mtp.grouped_outer: grouped_product_flops,
+}
 
 
 def counted_flops_per_token(model: Transformer, n: int) -> float:
@@ -48,7 +70,7 @@ def counted_flops_per_token(model: Transformer, n: int) -> float:
         doc_ids=torch.zeros(B, S, dtype=torch.long),
     )
     detached = model.mtp is not None and model.mtp.detach_trunk
-    counter = FlopCounterMode(display=False)
+    counter = FlopCounterMode(display=False, custom_mapping=GROUPED)
     with sdpa_kernel(SDPBackend.MATH), counter:
         loss = torch.zeros(())
         for k, h in enumerate(model(batch)):
@@ -60,6 +82,7 @@ def counted_flops_per_token(model: Transformer, n: int) -> float:
     return counter.get_total_flops() / (B * S)
 
 
+@pytest.mark.parametrize("args", [DENSE, EXPERTS], ids=["dense", "experts"])
 @pytest.mark.parametrize(
     "mtp",
     [
@@ -74,9 +97,9 @@ def counted_flops_per_token(model: Transformer, n: int) -> float:
     ],
     ids=lambda m: f"{m.heads}-{m.num_future_tokens}-{m.train}-{m.share_weights}-{m.detach_trunk}",
 )
-def test_formula_equals_the_flop_counter(mtp: MTP) -> None:
+def test_formula_equals_the_flop_counter(mtp: MTP, args: ModelArgs) -> None:
     with torch.device("meta"):
-        model = build(mtp)
+        model = build(mtp, args)
     model.to_empty(device="cpu").init_buffers()
     shapes = count_model_flops(model)
     # The counter sees unmasked attention, S keys for every query, where the formula has S / 2.

@@ -10,11 +10,12 @@ import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 
-from tests.small import ARGS, perturb_norms, relative_error, small_window
+from tests.small import ARGS, DEEPSEEK, perturb_norms, relative_error, small_window
 from torchtitan_mtp.config import MTP, JobConfig
 from torchtitan_mtp.data.targets import IGNORE, make_batch
 from torchtitan_mtp.distributed.mesh import init_world
 from torchtitan_mtp.distributed.parallelize import parallelize
+from torchtitan_mtp.models.args import ModelArgs
 from torchtitan_mtp.models.transformer import build_model
 from torchtitan_mtp.mtp import add_heads, engines, forward_loss, head_scales, head_weights
 
@@ -31,6 +32,9 @@ CASES = {  # name -> ([mtp] table, activation checkpointing, graphs to train wit
     # Every second block is checkpointed, the trunk's and the heads'.
     "sequential, checkpointed": ({"heads": "sequential"}, "selective", 4, 4),
     "sequential, shared": ({"heads": "sequential", "share_weights": True}, "none", 2, 2),
+    # The first block is dense.
+    "experts": ({"heads": "sequential"}, "none", 3, 3),
+    "experts, checkpointed": ({"heads": "parallel", "engine": "sequential"}, "full", 2, 2),
 }
 
 
@@ -55,7 +59,7 @@ def graphs() -> int:
 class SmallRun:
     """A model on one rank, its train step and its evaluation."""
 
-    def __init__(self, mtp: MTP, ac: str, compiled: bool) -> None:
+    def __init__(self, mtp: MTP, ac: str, compiled: bool, shape: ModelArgs = ARGS) -> None:
         config = JobConfig()
         config.mtp, self.mtp = mtp, mtp
         config.training.mixed_precision_param = "float32"
@@ -64,7 +68,7 @@ class SmallRun:
         config.compile.enable = compiled
         config.compile.backend = "aot_eager"
         world = init_world(config.parallelism)
-        model = add_heads(build_model(replace(ARGS, n_layers=LAYERS)), mtp)
+        model = add_heads(build_model(replace(shape, n_layers=LAYERS)), mtp)
         self.model = parallelize(model, config, world, torch.float32, seed=0)
         perturb_norms(self.model)
 
@@ -72,17 +76,18 @@ class SmallRun:
         return make_batch(small_window(2, 12 + N, seed=seed), N)
 
     def step(self, seed: int) -> dict[str, torch.Tensor]:
-        """Two micro-batches; the gradients."""
+        """Two micro-batches; the gradients, and the tokens of each expert."""
         batch = self.batch(seed)
         scales = head_scales(head_weights(self.mtp, 1, 10), (batch.labels != IGNORE).sum((0, 1)))
         self.model.zero_grad()
+        counts = {name: moe.tokens_per_expert.zero_() for name, moe in self.model.named_mixtures()}
         for last in (False, True):
             engines[self.mtp.engine](self.model, batch, scales, {}, last)
         return {
             name: p.grad.full_tensor().clone()
             for name, p in self.model.named_parameters()
             if p.grad is not None
-        }
+        } | {name: count.float() for name, count in counts.items()}
 
     @torch.no_grad()
     def evaluate(self, seed: int) -> None:
@@ -96,8 +101,9 @@ class SmallRun:
 @pytest.mark.parametrize("name", CASES)
 def test_one_graph_a_kind_of_block(name):
     table, ac, trained, evaluated = CASES[name]
+    shape = DEEPSEEK if name.startswith("experts") else ARGS
     mtp = MTP(num_future_tokens=N, **table)
-    run = SmallRun(mtp, ac, True)
+    run = SmallRun(mtp, ac, True, shape)
     run.step(0)
     assert graphs() == trained
     run.evaluate(1)
@@ -107,7 +113,7 @@ def test_one_graph_a_kind_of_block(name):
         run.evaluate(3)
         run.step(4)
     assert graphs() == trained + evaluated
-    expected = SmallRun(mtp, ac, False).step(2)
+    expected = SmallRun(mtp, ac, False, shape).step(2)
     assert found.keys() == expected.keys()
     for key, gradient in expected.items():
         assert relative_error(found[key], gradient) < 1e-5, key

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.small import ARGS, small_model
+from tests.small import ARGS, DEEPSEEK, small_model
 from torchtitan_mtp.config import MTP
 from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.models.transformer import build_model
@@ -90,14 +90,15 @@ def test_number_of_modules_of_a_chain(share):
     assert len(set(map(id, modules))) == (1 if share else 3)
 
 
+@pytest.mark.parametrize("shape", [ARGS, DEEPSEEK], ids=["dense", "experts"])
 @pytest.mark.parametrize("heads", ["parallel", "sequential"])
-def test_copying_sets_the_named_parameters_only(heads):
-    model = small_model(MTP(heads=heads, num_future_tokens=3))
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+def test_copying_sets_the_named_parameters_only(heads, shape):
+    model = small_model(MTP(heads=heads, num_future_tokens=3), shape=shape)
+    before = {name: p.detach().clone() for name, p in model.state_dict().items()}
     copy_last_layer(model, [name for name in before if name.startswith("mtp.heads.1.")])
     last = {n.removeprefix("layers.2."): w for n, w in before.items() if n.startswith("layers.2.")}
     copied = 0
-    for name, param in model.named_parameters():
+    for name, param in model.state_dict().items():
         inner = name.removeprefix("mtp.heads.1.").removeprefix("block.")
         if not name.startswith("mtp.heads.1.") or inner in ("enorm.weight", "hnorm.weight"):
             assert torch.equal(param, before[name]), name

@@ -1,0 +1,73 @@
+"""Balance of experts over all ranks (Wang et al. 2024, arXiv 2408.15664)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from torchtitan_mtp.distributed.mesh import all_reduce
+from torchtitan_mtp.models.transformer import Transformer
+
+
+def weigh_balance_losses(model: Transformer, head_weights: Sequence[float], sequences: int) -> None:
+    """Set what each mixture's sequence-wise loss counts in a step of `sequences`, over all ranks
+    and micro-batches: alpha for their mean, times the weight of the head that the mixture is part
+    of (of a module that serves several heads, their mean).
+    """
+    if model.args.moe is None or not model.args.moe.aux_loss_coeff:
+        return
+    for name, moe in model.named_mixtures():
+        weight = 1.0
+        if name.startswith("mtp.heads."):
+            served = head_weights[1 + int(name.split(".")[2]) :: len(model.mtp.heads)]
+            weight = sum(served) / len(served)
+        moe.aux_loss_scale.fill_(weight * moe.args.aux_loss_coeff / sequences)
+
+
+class ExpertLoads:
+    """Tokens of each expert in one step, over all ranks and micro-batches.
+
+    names: of the blocks with experts; counts: [len(names), E] int64, on the device.
+    """
+
+    def __init__(self, names: list[str], counts: Tensor) -> None:
+        self.names, self.counts = names, counts
+
+    def metrics(self) -> dict[str, float]:
+        """For every block: its fullest expert's tokens over the mean, 1 when all have as many, and
+        the entropy of the shares as a fraction of the largest there is, log E."""
+        shares = self.counts.double() / self.counts.sum(1, keepdim=True).clamp(min=1)
+        experts = self.counts.shape[1]
+        fullest = (experts * shares.amax(1)).tolist()
+        entropy = (torch.special.entr(shares).sum(1) / math.log(max(experts, 2))).tolist()
+        return {
+            f"moe/{name}/{what}": value
+            for name, *values in zip(self.names, fullest, entropy, strict=True)
+            for what, value in zip(("load_max_over_mean", "load_entropy"), values, strict=True)
+        }
+
+
+@torch.no_grad()
+def balance_experts(model: Transformer) -> ExpertLoads | None:
+    """Move every expert's bias once, after a step, by what the step's tokens were; count anew.
+
+    An expert with fewer tokens than the mean gains `load_balance_coeff`, one with more loses it.
+    Less the mean of these moves, which changes no choice, biases don't drift away together. A
+    frozen router's biases stay. None for a model without experts.
+    """
+    mixtures = dict(model.named_mixtures())
+    if not mixtures:
+        return None
+    counts = torch.stack([moe.tokens_per_expert for moe in mixtures.values()])  # [M, E]
+    all_reduce(counts)
+    tokens = counts.double()
+    moves = torch.sign(tokens.mean(1, keepdim=True) - tokens)
+    moves -= moves.mean(1, keepdim=True)
+    for moe, move in zip(mixtures.values(), moves, strict=True):
+        if moe.router.gate.weight.requires_grad:
+            moe.expert_bias += moe.args.load_balance_coeff * move
+        moe.tokens_per_expert.zero_()
+    return ExpertLoads(list(mixtures), counts)
