@@ -38,12 +38,13 @@ CASES = {
     "parallel, joint": ("parallel", "joint"),
     "parallel, sequential": ("parallel", "sequential"),
     "sequential, joint": ("sequential", "joint"),
+    "sequential, sequential": ("sequential", "sequential"),
 } | {name: ("parallel", name) for name in PEERS}
 
 
 def run(
     heads: tuple[int, ...] = (1, 2, 4, 8),
-    cases: tuple[str, ...] = tuple(CASES)[:3],
+    cases: tuple[str, ...] = tuple(CASES)[:4],
     layers: int = 6,
     dim: int = 512,
     vocab: int = 32768,
@@ -151,7 +152,7 @@ def prepare(case: str, n: int, **sizes: Any) -> Callable[[], None]:
     """A model and optimizer after one step, whose gradients are still there; the next steps."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, mtp = model_of(case, n, sizes)
-    apply_activation_checkpointing(model, ActivationCheckpoint(mode=sizes["ac"]))
+    apply_activation_checkpointing(model, ActivationCheckpoint(mode=sizes["ac"]), mtp.engine)
     model.to_empty(device=device)
     init_weights(model, seed=0)
     optimizer = build_optimizer(model.parameters(), OptimizerConfig())

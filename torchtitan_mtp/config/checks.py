@@ -138,11 +138,6 @@ def _check_mtp(config: JobConfig) -> None:
             f"mtp.num_future_tokens = {n}: expected at most validation.seq_len = "
             f"{config.validation.seq_len}"
         )
-    if mtp.heads == "sequential" and mtp.engine == "sequential":
-        raise UserError(
-            'mtp.engine = "sequential": takes parallel heads only, since sequential ones need the '
-            'head before them; set mtp.engine = "joint" or mtp.heads = "parallel"'
-        )
     if mtp.engine == "sequential" and n > 1 and config.loss.backend != "chunked":
         raise UserError(
             f'mtp.engine = "sequential": has a loss of its own, found loss.backend = '

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import (
 
 from torchtitan_mtp.config import ActivationCheckpoint
 from torchtitan_mtp.models.transformer import Transformer
+from torchtitan_mtp.mtp.heads import SequentialHeads
 
 # Worth keeping: attention, and every second matrix product; the rest is cheap to compute again.
 _ATTENTION = (
@@ -49,12 +50,22 @@ def _selective_contexts() -> Any:
     return create_selective_checkpoint_contexts(policy)
 
 
-def apply_activation_checkpointing(model: Transformer, config: ActivationCheckpoint) -> None:
+def apply_activation_checkpointing(
+    model: Transformer, config: ActivationCheckpoint, engine: str = "joint"
+) -> None:
     """Make blocks recompute their activations in the backward, heads' blocks included.
 
     `mode = "selective"` with `selective_ac_option = "op"` keeps attention and every second matrix
     product; with a number k, every k-th block is checkpointed whole. Parameter names stay.
+
+    A chain of heads under the sequential `engine` is checkpointed whole in any mode: all its heads
+    run forward before the first backward, and only so does memory not grow by their activations.
     """
+    chain: list[nn.Module] = []
+    if engine == "sequential" and isinstance(model.mtp, SequentialHeads):
+        chain = list(model.mtp.heads)
+    for head in chain:
+        _checkpoint_block(head, False, config.early_stop)
     if config.mode == "none":
         return
     by_op = config.mode == "selective" and config.selective_ac_option == "op"
@@ -62,7 +73,7 @@ def apply_activation_checkpointing(model: Transformer, config: ActivationCheckpo
     if config.mode == "selective" and not by_op:
         every = int(config.selective_ac_option)
     for i, block in enumerate(model.blocks()):
-        if i % every == 0:
+        if i % every == 0 and not any(block is head for head in chain):
             _checkpoint_block(block, by_op, config.early_stop)
 
 

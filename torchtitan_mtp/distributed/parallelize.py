@@ -20,6 +20,7 @@ from torchtitan_mtp.distributed.activation_checkpoint import apply_activation_ch
 from torchtitan_mtp.distributed.mesh import World
 from torchtitan_mtp.models.init import init_weights
 from torchtitan_mtp.models.transformer import Transformer
+from torchtitan_mtp.mtp.heads import ParallelHeads
 
 
 def parallelize(
@@ -30,7 +31,7 @@ def parallelize(
     The model comes from the meta device with its converters applied (heads, float8). It returns
     materialised, sharded and initialised.
     """
-    apply_activation_checkpointing(model, config.activation_checkpoint)
+    apply_activation_checkpointing(model, config.activation_checkpoint, config.mtp.engine)
     if config.compile.enable and "model" in config.compile.components:
         for block in model.blocks():
             block.compile(backend=config.compile.backend, fullgraph=True)
@@ -57,9 +58,9 @@ def apply_fsdp(
 
     One rank takes the same way: its shard is the whole parameter, its mixed precision FSDP2's.
 
-    Units: every block (trunk's and heads', its experts with it), the embedding, the final norm and
-    `output`. Tied embeddings stay with the root, which keeps them gathered from the first use to
-    the last.
+    Units: every block (trunk's and heads', its experts with it), the embedding and `output`. The
+    final norm, of which every head makes use, and tied embeddings stay with the root, which keeps
+    them gathered from the first use to the last.
     """
     policy = MixedPrecisionPolicy(
         param_dtype=param_dtype,
@@ -79,17 +80,17 @@ def apply_fsdp(
     )
     reshard = config.parallelism.fsdp_reshard_after_forward != "never"
     blocks = list(model.blocks())
-    one_after_another = config.mtp.engine == "sequential" and model.mtp is not None
+    parallel = isinstance(model.mtp, ParallelHeads)
+    one_after_another = config.mtp.engine == "sequential" and parallel
     for i, block in enumerate(blocks):
         # What the backward needs first is not worth freeing: the last block, and with the
-        # sequential engine every head, whose backward follows its forward at once.
+        # sequential engine every parallel head, whose backward follows its forward at once.
         is_head = one_after_another and i >= len(model.layers) - 1
         at_once = is_head or i == len(blocks) - 1
         shard(block, reshard_after_forward=reshard and not at_once)
     if not model.args.tied_embeddings:
         shard(model.tok_embeddings, reshard_after_forward=reshard)
         shard(model.output, reshard_after_forward=False)
-    shard(model.norm, reshard_after_forward=False)
     shard(model, reshard_after_forward=False)
     for module in model.modules():
         if isinstance(module, FSDPModule):

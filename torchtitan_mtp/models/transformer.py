@@ -45,12 +45,19 @@ class TransformerBlock(nn.Module):
         self.attention_norm = RMSNorm(args.dim, eps=args.norm_eps)
         self.ffn_norm = RMSNorm(args.dim, eps=args.norm_eps)
 
-    def forward(self, x: Tensor, context: AttentionContext, cache: KVCache | None = None) -> Tensor:
-        """x [B, S, D] -> [B, S, D]."""
+    def forward(
+        self,
+        x: Tensor,
+        context: AttentionContext,
+        cache: KVCache | None = None,
+        norm: Tensor | None = None,
+    ) -> Tensor:
+        """x [B, S, D] -> [B, S, D], normalised where the scale [D] of a `norm` is given."""
         x = x + self.attention(self.attention_norm(x), context, cache)
         feed_forward = self.feed_forward if self.moe is None else self.moe
         assert feed_forward is not None
-        return x + feed_forward(self.ffn_norm(x))
+        x = x + feed_forward(self.ffn_norm(x))
+        return x if norm is None else F.rms_norm(x, norm.shape, norm, self.ffn_norm.eps)
 
     def init_std(self, name: str) -> float:
         """Standard deviation of the weight `name` at initialisation."""
@@ -84,9 +91,9 @@ class Unembedding(nn.Linear):
         """Logits [..., V] of one tensor [..., D]; with labels [B, S, n] the loss of n heads.
 
         hiddens: n tensors [B, S, D]; head_scales [n]; options of `linear_cross_entropy`. `detach`
-        keeps the gradient from the weight. With `head_loss`, the loss of one head alone: hiddens
-        [B, S, D], labels [B, S], and options of that object's call. With `argmax`, the most likely
-        tokens [B, S, n] int64 of n heads, without gradients.
+        keeps the gradient from the weight. With `head_loss`, that object computes the loss, with
+        options of its call. With `argmax`, the most likely tokens [B, S, n] int64 of n heads,
+        without gradients.
         """
         if argmax:
             rows = [chunked_argmax(h.flatten(0, 1), self.weight) for h in hiddens]  # n of [N]
@@ -95,11 +102,10 @@ class Unembedding(nn.Linear):
         if labels is None:
             assert isinstance(hiddens, Tensor)
             return F.linear(hiddens, weight)
-        labels = labels.flatten(0, 1)  # [N, n] or [N], N = B * S
-        if head_loss is not None:
-            assert isinstance(hiddens, Tensor)
-            return head_loss(hiddens.flatten(0, 1), weight, labels, **options)
+        labels = labels.flatten(0, 1)  # [N, n], N = B * S
         flat = [h.flatten(0, 1) for h in hiddens]  # n of [N, D]
+        if head_loss is not None:
+            return head_loss(flat, weight, labels, **options)
         return linear_cross_entropy(flat, weight, labels, head_scales, **options)
 
 

@@ -2,37 +2,50 @@
 
 `joint` is ordinary autograd: all hidden states, one loss, one backward. It suits every model.
 
-`sequential` is the algorithm of Gloeckle et al. 2024, figure 2, for parallel heads. The trunk runs
-once; then each head runs forward, through the loss and backward before the next one starts, and
-leaves its gradient in the trunk's state; at the end the trunk's backward runs once:
+`sequential` runs the heads' losses and backwards in turn, so that what a head needs for its
+backward is gone before the next one's loss. For parallel heads that is the algorithm of Gloeckle et
+al. 2024, figure 2: the trunk runs once; each head runs forward, through the loss and backward
+before the next one starts, and leaves its gradient in the trunk's state; then the trunk's backward
+runs once:
 
     z = trunk(x)
     for k in n..1:  backward(loss_k(head_k(z.detach())));  dz += gradient of z
     z.backward(dz)
 
-So only one head's activations are alive at a time and memory does not grow with n, with nothing
+Only one head's activations are alive at a time, and memory does not grow with n, with nothing
 computed twice.
 
-Under FSDP2 the n + 1 backwards have to look like one. FSDP2 ends every backward by reducing and
-resharding what is unsharded, which would take `output`, `norm` and the root's own parameters from
-under the later heads. `_hold` keeps these gathered, and every gradient local until it is complete:
-so `output` is gathered once and its gradient reduced once, whatever n is.
+A chain can't forget a head's state before the next head has used it. Its heads run forward first,
+each checkpointed (`apply_activation_checkpointing` sees to that), and only the n states [N, D]
+stay. Then the chain is walked back, each loss just before its head's backward:
+
+    h_1 = trunk(x);  h_k = head_k(h_{k-1}.detach())
+    for k in n..2:  backward(loss_k(h_k));  backward(head_k) into h_{k-1}
+    backward(loss_1(h_1));  backward(trunk)
+
+In both, a state's gradient takes the place of the state.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from torchtitan_mtp.data.targets import Batch
 from torchtitan_mtp.models.transformer import Transformer
-from torchtitan_mtp.mtp.heads import ParallelHeads
-from torchtitan_mtp.ops import LossOptions, LossOutput
-from torchtitan_mtp.ops.head_by_head import HeadByHeadLoss
+from torchtitan_mtp.mtp.heads import ParallelHeads, SequentialHeads
+from torchtitan_mtp.mtp.turns import (
+    finish_with_next_backward,
+    hold,
+    reduce_after_next_backward,
+    release,
+    stay_gathered,
+)
+from torchtitan_mtp.ops import HeadByHeadLoss, LossOptions, LossOutput
 
 LossArguments = dict[str, Any]
 
@@ -46,13 +59,13 @@ def forward_loss(
     `reshard()` on the FSDP modules afterwards: nothing else frees what a forward gathered.
     """
     hiddens = model(batch)
-    if not (model.mtp is not None and model.mtp.detach_trunk):
-        return model.output(hiddens, batch.labels, head_scales, **loss)
-    first = model.output(hiddens[:1], batch.labels[..., :1], head_scales[:1], **loss)
-    rest = model.output(hiddens[1:], batch.labels[..., 1:], head_scales[1:], detach=True, **loss)
-    return LossOutput(
-        first.loss + rest.loss, *(torch.cat(pair) for pair in zip(first[1:], rest[1:], strict=True))
-    )
+    outputs = [
+        model.output(
+            hiddens[heads], batch.labels[..., heads], head_scales[heads], detach=aside, **loss
+        )
+        for heads, aside in _groups(model, len(hiddens))
+    ]
+    return _together(outputs)
 
 
 def joint(
@@ -69,14 +82,11 @@ def joint(
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(last_micro_batch)
         model.set_is_last_backward(last_micro_batch)
-    norm = model.norm
-    if isinstance(norm, FSDPModule):
-        norm.set_reshard_after_backward(False)  # n uses, one gather
-    out = forward_loss(model, batch, head_scales, loss)
+    if loss.get("backend", "chunked") == "chunked":
+        out = _forward_loss_in_place(model, batch, head_scales, loss)
+    else:
+        out = forward_loss(model, batch, head_scales, loss)
     out.loss.backward()
-    if isinstance(norm, FSDPModule):
-        norm.set_reshard_after_backward(True)
-        norm.reshard()
     return _detached(out)
 
 
@@ -87,109 +97,166 @@ def sequential(
     loss: LossArguments,
     last_micro_batch: bool = True,
 ) -> LossOutput:
-    """As `joint`, head by head. A model without parallel heads has no heads to take in turn."""
-    if not isinstance(model.mtp, ParallelHeads):
+    """As `joint`, head by head."""
+    if isinstance(model.mtp, ParallelHeads):
+        turns = _parallel_turns
+    elif isinstance(model.mtp, SequentialHeads):
+        turns = _chained_turns
+    else:
         return joint(model, batch, head_scales, loss, last_micro_batch)
+    outputs = turns(model, batch, _head_loss(head_scales, loss), last_micro_batch)
+    release(model)
+    return _together([outputs[k] for k in sorted(outputs)])
+
+
+def _parallel_turns(
+    model: Transformer, batch: Batch, head_loss: HeadByHeadLoss, last_micro_batch: bool
+) -> dict[int, LossOutput]:
+    heads = model.mtp
     z, context = model(batch, heads=False)  # [B, S, D]
     dz = torch.zeros_like(z, dtype=torch.promote_types(z.dtype, torch.float32))
-    options = {name: value for name, value in loss.items() if name != "backend"}
-    head_loss = HeadByHeadLoss(head_scales, LossOptions(**options))
-    outputs: list[LossOutput | None] = [None] * model.mtp.num_future_tokens
-    order = _order(model, z)
-    blocks = model.mtp.head_blocks(model)
-    _hold(model)
+    order = _order(heads.num_future_tokens, z.requires_grad)
+    blocks = heads.head_blocks(model)
+    # The heads' blocks stay as their own last turn left them: nothing has gathered them yet.
+    hold(model, list(model.layers.values())[:-1])
+    outputs: dict[int, LossOutput] = {}
     for k in order:
+        last = k == order[-1]
         # What no later head uses is reduced as soon as this head's backward is through.
-        done = (blocks[k - 1],) if k != order[-1] else (blocks[k - 1], model.norm, model.output)
-        _reduce_after_next_backward(done, last_micro_batch)
-        if k == order[-1] and not z.requires_grad:
-            _finish_with_next_backward(model, last_micro_batch)
-        leaf = z.detach().requires_grad_(z.requires_grad)
-        hidden = model.mtp.hidden(model, k, leaf, context)
-        labels, aside = batch.labels[..., k - 1], model.mtp.detach_trunk and k > 1
-        out = model.output(
-            hidden, labels, detach=aside, head_loss=head_loss, head=k - 1, last=k == order[-1]
-        )
-        if out.loss.requires_grad:
-            out.loss.backward()
+        done = (blocks[k - 1], model.output) if last else (blocks[k - 1],)
+        reduce_after_next_backward(done, last_micro_batch)
+        if last and not z.requires_grad:
+            finish_with_next_backward(model, last_micro_batch)
+        leaf = _leaf(z, z.requires_grad)
+        hidden = heads.hidden(model, k, leaf, context)
+        outputs[k] = _backward_of_loss(model, batch, head_loss, k, hidden, last)
         if leaf.grad is not None:
             dz += leaf.grad
-        outputs[k - 1] = _detached(out)
     if z.requires_grad:
-        _finish_with_next_backward(model, last_micro_batch)
+        finish_with_next_backward(model, last_micro_batch)
         z.backward(dz.to(z.dtype))
-    _reshard(model)
-    return _stacked(outputs)
+    return outputs
 
 
-def _order(model: Transformer, z: Tensor) -> list[int]:
-    """Heads in the order they run: the last one is the last to need `norm` and `output`."""
-    extra = list(range(model.mtp.num_future_tokens, 1, -1))
+def _chained_turns(
+    model: Transformer, batch: Batch, head_loss: HeadByHeadLoss, last_micro_batch: bool
+) -> dict[int, LossOutput]:
+    heads, n = model.mtp, model.mtp.num_future_tokens
+    embedded, h_1, context = model(batch, heads=False)  # [B, S+n-1, D], [B, S, D]
+    trained = h_1.requires_grad
+    into_trunk = trained and not heads.detach_trunk
+    d_embedded = torch.zeros_like(
+        embedded, dtype=torch.promote_types(embedded.dtype, torch.float32)
+    )
+    # ends[k] is h_k with its graph back to states[k-1] and ahead[k]; states[k] is h_k cut from it.
+    ends, states = {1: h_1}, {1: _leaf(h_1, trained)}
+    ahead = {k: _leaf(heads.ahead(embedded, k), into_trunk) for k in range(2, n + 1)}
+    for k in range(2, n + 1):
+        aside = k == 2 and not into_trunk
+        ends[k] = heads.module(k)(
+            states[k - 1].detach() if aside else states[k - 1], ahead[k], context
+        )
+        states[k] = _leaf(ends[k], True)
+    hold(model, (*model.layers.values(), *heads.heads))
+    stay_gathered(heads.heads, True)
+    order = _order(n, trained)
+    outputs: dict[int, LossOutput] = {}
+    for k in order:
+        last, state, end = k == order[-1], states.pop(k), ends.pop(k)
+        if last:
+            reduce_after_next_backward((model.output,), last_micro_batch)
+        outputs[k] = _backward_of_loss(model, batch, head_loss, k, state, last)
+        if k > 1:
+            if k == 2 or heads.module(k) is not heads.module(k - 1):
+                stay_gathered((heads.module(k),), False)
+                reduce_after_next_backward((heads.module(k),), last_micro_batch)
+            if last:
+                finish_with_next_backward(model, last_micro_batch)
+            end.backward(state.grad)
+            if into_trunk:
+                heads.ahead(d_embedded, k).add_(ahead.pop(k).grad)
+        elif trained:
+            finish_with_next_backward(model, last_micro_batch)
+            roots = (end, embedded) if into_trunk else (end,)
+            d_roots = (state.grad, d_embedded.to(embedded.dtype))[: len(roots)]
+            torch.autograd.backward(roots, d_roots)
+    return outputs
+
+
+def _order(n: int, trunk_trains: bool) -> list[int]:
+    """Heads in the order of their losses: the last one is the last to need `output`."""
+    extra = list(range(n, 1, -1))
     # A frozen trunk's head 1 has no backward; with a trunk that trains, head 1 comes last because
-    # it is the only one whose gradient reaches `norm` and `output` under detach_trunk.
-    return [*extra, 1] if z.requires_grad else [1, *extra]
+    # it is the only one whose gradient reaches `output` under detach_trunk.
+    return [*extra, 1] if trunk_trains else [1, *extra]
 
 
-def _hold(model: Transformer) -> None:
-    """FSDP2: from now on no gradient is reduced, and what the heads share (`norm`, `output`, the
-    root's own parameters) stays gathered.
-
-    The heads' blocks are left as their own last turn left them: FSDP2 can't be told to keep the
-    gradients of a block whose parameters were never gathered, as in the first step.
-    """
-    if not isinstance(model, FSDPModule):
-        return
-    model.set_is_last_backward(False)
-    trunk = list(model.layers.values())[:-1]
-    for part in (model, model.tok_embeddings, model.norm, model.output, *trunk):
-        if isinstance(part, FSDPModule):
-            part.set_requires_gradient_sync(False, recurse=False)
-    for unit in (*_shared_units(model), model):
-        unit.set_reshard_after_backward(False, recurse=False)
-
-
-def _reduce_after_next_backward(units: Iterable[nn.Module], reduce: bool) -> None:
-    """FSDP2: the units' gradients are complete with the next backward. `reduce`: whether this
-    micro-batch reduces any.
-
-    `norm` and `output` stay gathered all the same: FSDP2 prefetches in the reverse of the forwards'
-    order, and before the last head's block comes another head's `output`, which would be gathered
-    once more.
-    """
-    for unit in units:
-        if isinstance(unit, FSDPModule):
-            unit.set_requires_gradient_sync(reduce)
+def _backward_of_loss(
+    model: Transformer, batch: Batch, head_loss: HeadByHeadLoss, k: int, hidden: Tensor, last: bool
+) -> LossOutput:
+    """Head k's loss and its backward; `hidden` [B, S, D] is lost."""
+    out = model.output(
+        [hidden],
+        batch.labels[..., k - 1 : k],
+        detach=model.mtp.detach_trunk and k > 1,
+        head_loss=head_loss,
+        first=k - 1,
+        last=last,
+        in_place=[True],
+    )
+    if out.loss.requires_grad:
+        out.loss.backward()
+    return _detached(out)
 
 
-def _finish_with_next_backward(model: Transformer, reduce: bool) -> None:
-    """FSDP2: the next backward is the step's last."""
-    if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(reduce)
-        model.set_is_last_backward(reduce)
+def _forward_loss_in_place(
+    model: Transformer, batch: Batch, head_scales: Tensor, loss: LossArguments
+) -> LossOutput:
+    """As `forward_loss`, for one backward; states give way to their gradients where they can."""
+    hiddens = model(batch)
+    head_loss = _head_loss(head_scales, loss)
+    # In a chain the next head needs the state.
+    in_place = [not isinstance(model.mtp, SequentialHeads)] * (len(hiddens) - 1) + [True]
+    outputs = [
+        model.output(
+            hiddens[heads],
+            batch.labels[..., heads],
+            detach=aside,
+            head_loss=head_loss,
+            first=heads.start,
+            in_place=in_place[heads],
+        )
+        for heads, aside in _groups(model, len(hiddens))
+    ]
+    return _together(outputs)
 
 
-def _reshard(model: Transformer) -> None:
-    """FSDP2: the end of `_hold`."""
-    if not isinstance(model, FSDPModule):
-        return
-    for unit in (*_shared_units(model), model):
-        unit.set_reshard_after_backward(True, recurse=False)
-        unit.reshard()
+def _groups(model: Transformer, n: int) -> list[tuple[slice, bool]]:
+    """The heads whose gradient reaches `output`, and those kept from it."""
+    if model.mtp is None or not model.mtp.detach_trunk:
+        return [(slice(0, n), False)]
+    return [(slice(0, 1), False), (slice(1, n), True)]
 
 
-def _shared_units(model: Transformer) -> list[FSDPModule]:
-    return [m for m in (model.norm, model.output) if isinstance(m, FSDPModule)]
+def _head_loss(head_scales: Tensor, loss: LossArguments) -> HeadByHeadLoss:
+    options = {name: value for name, value in loss.items() if name != "backend"}
+    return HeadByHeadLoss(head_scales, LossOptions(**options))
+
+
+def _leaf(x: Tensor, requires_grad: bool) -> Tensor:
+    return x.detach().requires_grad_(requires_grad)
 
 
 def _detached(out: LossOutput) -> LossOutput:
     return out._replace(loss=out.loss.detach())
 
 
-def _stacked(outputs: list[LossOutput | None]) -> LossOutput:
-    """n outputs of one head -> one of n heads."""
-    heads = [out for out in outputs if out is not None]
-    losses, *statistics = (torch.stack(parts) for parts in zip(*heads, strict=True))
-    return LossOutput(losses.sum(), *statistics)
+def _together(outputs: Sequence[LossOutput]) -> LossOutput:
+    """Outputs of some heads each, in the heads' order -> one of all."""
+    if len(outputs) == 1:
+        return outputs[0]
+    losses, *statistics = zip(*outputs, strict=True)
+    return LossOutput(torch.stack(losses).sum(), *(torch.cat(parts) for parts in statistics))
 
 
 Engine = Callable[[Transformer, Batch, Tensor, LossArguments, bool], LossOutput]

@@ -47,10 +47,17 @@ class ParallelHeads(nn.Module):
         return [last_layer(model), *self.heads]
 
     def hidden(self, model: Transformer, k: int, z: Tensor, context: AttentionContext) -> Tensor:
-        """Head k's hidden state [B, S, D] from the trunk's z [B, S, D]."""
-        aside = self.detach_trunk and k > 1
+        """Head k's hidden state [B, S, D] from the trunk's z [B, S, D].
+
+        The final norm is part of the block's call, so that a checkpointed or compiled block keeps
+        nothing for it.
+        """
         block = self.head_blocks(model)[k - 1]
-        return model.norm(block(z.detach() if aside else z, context), detach=aside)
+        scale: Tensor = model.norm.weight
+        # (Without gradients there is nothing to detach, and one kind of call less to compile.)
+        if self.detach_trunk and k > 1 and torch.is_grad_enabled():
+            z, scale = z.detach(), scale.detach()
+        return block(z, context, norm=scale)
 
     def forward(self, model: Transformer, batch: Batch) -> list[Tensor]:
         """n hidden states [B, S, D]."""
@@ -100,18 +107,28 @@ class SequentialHeads(nn.Module):
         """The module that computes h_k, k = 2..n."""
         return self.heads[min(k - 2, len(self.heads) - 1)]
 
+    def trunk(self, model: Transformer, batch: Batch) -> tuple[Tensor, Tensor, AttentionContext]:
+        """Embeddings of t[0..S+n-2] [B, S+n-1, D], h_1 [B, S, D], the context all blocks share."""
+        # Each token once, although up to n heads read it: the batch is a stretch of one window.
+        tokens = torch.cat((batch.tokens, batch.future_tokens[:, -1]), dim=1)  # [B, S+n-1]
+        embedded = model.tok_embeddings(tokens)
+        x = embedded[:, : batch.tokens.shape[1]].contiguous()
+        h, context = model.encode(batch, embedded=x)
+        return embedded, model.norm(h), context
+
+    def ahead(self, embedded: Tensor, k: int) -> Tensor:
+        """What head k reads of `trunk`'s embeddings: those of t[i+k-1] [B, S, D], a view."""
+        seq_len = embedded.shape[1] - self.num_future_tokens + 1
+        return embedded[:, k - 1 : k - 1 + seq_len]
+
     def forward(self, model: Transformer, batch: Batch) -> list[Tensor]:
         """n hidden states [B, S, D]."""
-        # One lookup for all n tokens of a position: one gather and one gradient of the embedding.
-        tokens = torch.cat((batch.tokens.unsqueeze(0), batch.future_tokens.movedim(-1, 0)))
-        x, *future = model.tok_embeddings(tokens).unbind(0)  # n of [B, S, D]
-        h, context = model.encode(batch, embedded=x)
-        hiddens = [model.norm(h)]
-        h = hiddens[0]
+        embedded, h, context = self.trunk(model, batch)
+        hiddens = [h]
         if self.detach_trunk:
-            h, future = h.detach(), [e.detach() for e in future]
-        for k, emb in enumerate(future, start=2):
-            h = self.module(k)(h, emb, context)
+            h, embedded = h.detach(), embedded.detach()
+        for k in range(2, self.num_future_tokens + 1):
+            h = self.module(k)(h, self.ahead(embedded, k), context)
             hiddens.append(h)
         return hiddens
 

@@ -19,24 +19,30 @@ def chunked_linear_cross_entropy(
     weight: Tensor,
     labels: Tensor,
     head_scales: Tensor,
+    row_weights: Tensor | None,
     options: LossOptions,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The joint engine's loss: all heads in one pass, one buffer for the weight's gradient.
+    """All heads in one pass, with one buffer for the weight's gradient.
 
     Arguments and results are those of `linear_cross_entropy`.
     """
     needs_grad = [t.requires_grad and torch.is_grad_enabled() for t in (weight, *hiddens)]
     mm = matmul_dtype(hiddens[0])
-    return _AllHeads.apply(weight, labels, head_scales, options, mm, needs_grad, *hiddens)
+    return _AllHeads.apply(
+        weight, labels, head_scales, row_weights, options, mm, needs_grad, *hiddens
+    )
 
 
 class _AllHeads(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, weight, labels, head_scales, options, mm, needs_grad, *hiddens):  # type: ignore[no-untyped-def]
+    def forward(  # type: ignore[no-untyped-def]
+        ctx, weight, labels, head_scales, row_weights, options, mm, needs_grad, *hiddens
+    ):
         run = _all_heads_op if torch.compiler.is_compiling() else _all_heads
-        unit = gradient_unit(head_scales)
+        unit = gradient_unit(head_scales, hiddens[0].dtype, mm)
+        scales = head_scales if unit is None else head_scales / unit
         loss_sum, valid, correct, *gradients = run(
-            list(hiddens), weight, labels, head_scales / unit, mm, needs_grad, *options
+            list(hiddens), weight, labels, scales, row_weights, mm, needs_grad, *options
         )
         loss = (loss_sum * head_scales).sum()
         ctx.mark_non_differentiable(loss_sum, valid, correct)
@@ -52,7 +58,8 @@ class _AllHeads(torch.autograd.Function):
                 "linear_cross_entropy: a second backward over one forward, whose gradients the "
                 "first has used up; pass retain_graph=True to the first, or run the op again"
             )
-        gradients, factor = ctx.gradients, grad_loss * ctx.unit
+        gradients = ctx.gradients
+        factor = grad_loss if ctx.unit is None else grad_loss * ctx.unit
         if _keeps_graph():
             gradients = [gradient * factor for gradient in gradients]
         else:
@@ -63,7 +70,7 @@ class _AllHeads(torch.autograd.Function):
             gradients[0] = gradients[0].to(ctx.weight_dtype)
         rest = iter(gradients)
         d_weight, *d_hiddens = (next(rest) if need else None for need in ctx.needs_grad)
-        return d_weight, None, None, None, None, None, *d_hiddens
+        return d_weight, None, None, None, None, None, None, *d_hiddens
 
 
 def _keeps_graph() -> bool:
@@ -78,6 +85,7 @@ def _all_heads(
     weight: Tensor,
     labels: Tensor,
     head_scales: Tensor,
+    row_weights: Tensor | None,
     mm: torch.dtype,
     needs_grad: list[bool],
     ignore_index: int,
@@ -105,6 +113,7 @@ def _all_heads(
             labels[:, k],
             head_scales[k],
             options,
+            row_weights=None if row_weights is None else row_weights[:, k],
             need_d_hidden=needs_grad[1 + k],
             d_weight=d_weight,
             mm=mm,
@@ -125,14 +134,14 @@ _all_heads_op = torch.library.custom_op(
     "torchtitan_mtp::linear_cross_entropy_heads",
     _all_heads,
     mutates_args=(),
-    schema="(Tensor[] hiddens, Tensor weight, Tensor labels, Tensor head_scales, ScalarType mm, "
-    "bool[] needs_grad, int ignore_index, float z_loss, float? softcap, float label_smoothing, "
-    "SymInt? chunk_rows) -> Tensor[]",
+    schema="(Tensor[] hiddens, Tensor weight, Tensor labels, Tensor head_scales, "
+    "Tensor? row_weights, ScalarType mm, bool[] needs_grad, int ignore_index, float z_loss, "
+    "float? softcap, float label_smoothing, SymInt? chunk_rows) -> Tensor[]",
 )
 
 
 @_all_heads_op.register_fake
-def _(hiddens, weight, labels, head_scales, mm, needs_grad, *_):  # type: ignore[no-untyped-def]
+def _(hiddens, weight, labels, head_scales, row_weights, mm, needs_grad, *_):  # type: ignore[no-untyped-def]
     acc, n = accumulation_dtype(weight.dtype), len(hiddens)
     like = [torch.empty_like(weight, dtype=acc, memory_format=torch.contiguous_format)]
     like += [torch.empty_like(h, memory_format=torch.contiguous_format) for h in hiddens]

@@ -1,7 +1,8 @@
 """The backends of `linear_cross_entropy` by name: ours, plain torch, other libraries'.
 
-Each takes (hiddens, weight [V, D], labels [N, n], head_scales [n], options) and returns
-(loss, loss_sum [n], valid [n], correct [n]). Only "chunked" and "naive" have every option.
+Each takes (hiddens, weight [V, D], labels [N, n], head_scales [n], row_weights [N, n] or None,
+options) and returns (loss, loss_sum [n], valid [n], correct [n]). Only "chunked" and "naive" have
+every option.
 """
 
 from __future__ import annotations
@@ -24,7 +25,12 @@ Result = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def naive(
-    hiddens: Heads, weight: Tensor, labels: Tensor, head_scales: Tensor, options: LossOptions
+    hiddens: Heads,
+    weight: Tensor,
+    labels: Tensor,
+    head_scales: Tensor,
+    row_weights: Tensor | None,
+    options: LossOptions,
 ) -> Result:
     """Whole logits in float32 and plain autograd: the reference."""
     sums, correct = [], []
@@ -34,23 +40,30 @@ def naive(
         if options.softcap is not None:
             logits = options.softcap * torch.tanh(logits / options.softcap)
         y = labels[:, k]
-        total = F.cross_entropy(
+        losses = F.cross_entropy(
             logits,
             y,
             ignore_index=options.ignore_index,
             label_smoothing=options.label_smoothing,
-            reduction="sum",
-        )
+            reduction="none",
+        )  # [N]
         if options.z_loss:
             lse = torch.logsumexp(logits, -1).masked_fill(y == options.ignore_index, 0)
-            total = total + options.z_loss * lse.square().sum()
-        sums.append(total)
+            losses = losses + options.z_loss * lse.square()
+        if row_weights is not None:
+            losses = losses * row_weights[:, k]
+        sums.append(losses.sum())
         correct.append((logits.detach().argmax(-1) == y).sum())
     return _result(sums, labels, head_scales, options, torch.stack(correct))
 
 
 def torch_chunked(
-    hiddens: Heads, weight: Tensor, labels: Tensor, head_scales: Tensor, options: LossOptions
+    hiddens: Heads,
+    weight: Tensor,
+    labels: Tensor,
+    head_scales: Tensor,
+    row_weights: Tensor | None,
+    options: LossOptions,
 ) -> Result:
     """`torch.nn.functional.linear_cross_entropy` (torch 2.13 on), chunked."""
     if not hasattr(F, "linear_cross_entropy"):
@@ -58,7 +71,7 @@ def torch_chunked(
             "linear_cross_entropy: backend 'torch' needs torch >= 2.13, found "
             f"{torch.__version__}; use 'chunked'"
         )
-    _refuse("torch", options, "z_loss", "softcap", "label_smoothing")
+    _refuse("torch", row_weights, options, "z_loss", "softcap", "label_smoothing")
     chunking = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=options.chunk_rows)
     sums = [
         F.linear_cross_entropy(
@@ -76,11 +89,16 @@ def torch_chunked(
 
 @torch.compiler.disable  # Liger is silently wrong under torch.compile with ignored labels
 def liger(
-    hiddens: Heads, weight: Tensor, labels: Tensor, head_scales: Tensor, options: LossOptions
+    hiddens: Heads,
+    weight: Tensor,
+    labels: Tensor,
+    head_scales: Tensor,
+    row_weights: Tensor | None,
+    options: LossOptions,
 ) -> Result:
     """Liger-Kernel's fused linear cross-entropy (Triton), accumulating in float32."""
+    _refuse("liger", row_weights, options, "chunk_rows")
     module = _import("liger", "liger_kernel.transformers", "liger-kernel", weight)
-    _refuse("liger", options, "chunk_rows")
     loss_of = module.LigerFusedLinearCrossEntropyLoss(
         ignore_index=options.ignore_index,
         lse_square_scale=options.z_loss,
@@ -95,11 +113,16 @@ def liger(
 
 @torch.compiler.disable
 def cce(
-    hiddens: Heads, weight: Tensor, labels: Tensor, head_scales: Tensor, options: LossOptions
+    hiddens: Heads,
+    weight: Tensor,
+    labels: Tensor,
+    head_scales: Tensor,
+    row_weights: Tensor | None,
+    options: LossOptions,
 ) -> Result:
     """Apple's cut cross-entropy (Triton), exact: no gradient is filtered out."""
+    _refuse("cce", row_weights, options, "z_loss", "label_smoothing", "chunk_rows")
     module = _import("cce", "cut_cross_entropy", "cut-cross-entropy", weight)
-    _refuse("cce", options, "z_loss", "label_smoothing", "chunk_rows")
     sums = [
         module.linear_cross_entropy(
             hidden.contiguous(),
@@ -131,8 +154,12 @@ def _import(backend: str, module: str, package: str, weight: Tensor) -> Any:
         ) from error
 
 
-def _refuse(backend: str, options: LossOptions, *names: str) -> None:
-    """An error for the first of the options `names` that is not at its default."""
+def _refuse(backend: str, row_weights: Tensor | None, options: LossOptions, *names: str) -> None:
+    """An error for row weights, or for the first of the options `names` not at its default."""
+    if row_weights is not None:
+        raise UserError(
+            f"linear_cross_entropy: backend {backend!r} has no row_weights; use 'chunked'"
+        )
     for name in names:
         value = getattr(options, name)
         if value != LossOptions._field_defaults[name]:
@@ -158,7 +185,9 @@ def _result(
     return loss, loss_sum.detach(), valid, correct
 
 
-BACKENDS: dict[str, Callable[[Heads, Tensor, Tensor, Tensor, LossOptions], Result]] = {
+BACKENDS: dict[
+    str, Callable[[Heads, Tensor, Tensor, Tensor, Tensor | None, LossOptions], Result]
+] = {
     "chunked": chunked_linear_cross_entropy,
     "naive": naive,
     "torch": torch_chunked,

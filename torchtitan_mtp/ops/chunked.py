@@ -65,7 +65,9 @@ def head_loss_and_grad(
     scale: Tensor | None,
     options: LossOptions,
     *,
+    row_weights: Tensor | None = None,
     need_d_hidden: bool = True,
+    in_place: bool = False,
     d_weight: Tensor | None = None,
     mm: torch.dtype | None = None,
 ) -> HeadLoss:
@@ -81,7 +83,9 @@ def head_loss_and_grad(
         labels: [N] int64; ``options.ignore_index`` marks rows that do not count.
         scale: [] factor of the gradients, None for 1. ``loss_sum`` is not scaled.
         options: what a token's loss is.
+        row_weights: [N] factors of the rows' losses, None for 1.
         need_d_hidden: whether to compute the gradient of ``hidden``.
+        in_place: whether the gradient takes the place of ``hidden``, whose values are lost.
         d_weight: [V, D] in `accumulation_dtype(weight.dtype)`; the weight's gradient is ADDED to
             it. None: it is not computed.
         mm: dtype of the matrix products; None: `matmul_dtype(hidden)`.
@@ -95,14 +99,16 @@ def head_loss_and_grad(
     correct = torch.zeros((), dtype=torch.int64, device=device)
     d_hidden = None
     if need_d_hidden:
-        d_hidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format)
+        empty = functools.partial(torch.empty_like, memory_format=torch.contiguous_format)
+        d_hidden = hidden.detach() if in_place else empty(hidden)
     chunk = min(options.chunk_rows or default_chunk_rows(hidden), max(hidden.shape[0], 1))
     buffer = torch.empty(chunk, weight.shape[0], dtype=acc, device=device)
     with torch.autocast(device.type, enabled=False):  # `mm` has decided
         for rows in _row_chunks(labels, options.ignore_index, chunk):
             h = hidden[rows].to(mm)  # [C, D]
             logits = project(h, weight, buffer[: h.shape[0]])  # [C, V]
-            part, grad, factor = token_losses(logits, labels[rows], options, need_grad)
+            weights = None if row_weights is None else row_weights[rows].to(acc)  # [C]
+            part, grad, factor = token_losses(logits, labels[rows], options, need_grad, weights)
             loss_sum += part.loss_sum
             valid += part.valid
             correct += part.correct
@@ -113,10 +119,12 @@ def head_loss_and_grad(
             if mm != acc:  # the pass over [C, V] that rounds applies the factor as well
                 grad = torch.mul(grad, factor, out=torch.empty_like(grad, dtype=mm))
                 factor = torch.ones_like(factor)
-            if d_hidden is not None:
-                d_hidden[rows] = (_times_weight(grad, weight) * factor).to(hidden.dtype)
             if d_weight is not None:
                 _accumulate(d_weight, grad, (h * factor).to(mm))
+            if d_hidden is not None:  # last, for `h` may be a view of what it overwrites
+                d_hidden[rows] = (_times_weight(grad, weight) * factor).to(hidden.dtype)
+    if d_hidden is not None and device.type == "cpu":  # where such rows are left out
+        d_hidden.masked_fill_((labels == options.ignore_index).unsqueeze(1), 0)
     return HeadLoss(loss_sum, valid, correct, d_hidden)
 
 
@@ -208,10 +216,13 @@ def _accumulate(d_weight: Tensor, grad: Tensor, h: Tensor) -> None:
             d_weight[v : v + _TILE_ROWS] += grad[:, v : v + _TILE_ROWS].t() @ h
 
 
-def gradient_unit(head_scales: Tensor) -> Tensor:
-    """What gradients are in units of until the backward: the largest scale [], or 1 for zeros.
+def gradient_unit(head_scales: Tensor, *dtypes: torch.dtype) -> Tensor | None:
+    """What gradients are in units of until the backward: nothing, but where one of the dtypes is
+    float16 the largest scale [], or 1 for zeros.
 
-    Scales are about 1 / valid tokens, under which half-precision gradients would underflow.
+    Scales are about 1 / valid tokens, and float16 would underflow with them.
     """
+    if torch.float16 not in dtypes:
+        return None
     unit = head_scales.abs().amax()
     return unit.masked_fill(unit == 0, 1)

@@ -20,7 +20,8 @@ class LossOutput(NamedTuple):
     """
 
     loss: Tensor  # [] sum_k head_scales[k] * loss_sum[k]; float32 (float64 for float64 inputs)
-    loss_sum: Tensor  # [n] sum of each head's token losses over its valid labels, unscaled
+    # [n] sum of each head's token losses over its valid labels, times row_weights, unscaled
+    loss_sum: Tensor
     valid: Tensor  # [n] int64, labels that are not ignore_index
     # [n] int64, valid labels whose logit is above every other of its row; -1: backend has no count
     correct: Tensor
@@ -32,6 +33,7 @@ def linear_cross_entropy(
     labels: Tensor,
     head_scales: Tensor | None = None,
     *,
+    row_weights: Tensor | None = None,
     ignore_index: int = -100,
     z_loss: float = 0.0,
     softcap: float | None = None,
@@ -46,6 +48,7 @@ def linear_cross_entropy(
 
         token loss = (1 - label_smoothing) * (lse - x[y]) + label_smoothing * (lse - mean(x))
                      + z_loss * lse**2
+        loss = sum_k head_scales[k] * sum_i row_weights[i, k] * token loss
 
     The losses are SUMMED, never divided: put weight_k / valid_k, with the global number of valid
     labels, into `head_scales`. So an all-ignored batch gives 0 and zero gradients, and
@@ -58,6 +61,8 @@ def linear_cross_entropy(
         weight: [V, D], the unembedding.
         labels: [N, n] int64 in 0..V-1, or `ignore_index`.
         head_scales: [n] float32, factors of the heads' losses in `loss`; None: all 1.
+        row_weights: [N] or [N, n], factors of the rows' losses, constants to autograd; None: all
+            1. Valid and correct labels are counted without them.
         ignore_index: the label of rows that do not count.
         z_loss: coefficient of lse**2 (PaLM, arXiv 2204.02311, section 5).
         softcap: cap of the logits (Gemma 2, arXiv 2408.00118, section 2); None: none.
@@ -70,6 +75,8 @@ def linear_cross_entropy(
             option that the backend does not have; one line that names it.
     """
     heads = _check(hiddens, weight, labels, head_scales)
+    if row_weights is not None:
+        row_weights = _check_row_weights(row_weights, labels)
     options = LossOptions(ignore_index, z_loss, softcap, label_smoothing, chunk_rows)
     _check_options(options)
     if backend not in BACKENDS:
@@ -79,7 +86,7 @@ def linear_cross_entropy(
     if head_scales is None:
         head_scales = torch.ones(len(heads), device=weight.device)
     head_scales = head_scales.detach()
-    return LossOutput(*BACKENDS[backend](heads, weight, labels, head_scales, options))
+    return LossOutput(*BACKENDS[backend](heads, weight, labels, head_scales, row_weights, options))
 
 
 def _check(
@@ -116,6 +123,22 @@ def _check(
     if scales is not None and tuple(scales.shape) != (len(heads),):
         raise _error("head_scales", scales, f"[n] = [{len(heads)}]")
     return heads
+
+
+def _check_row_weights(row_weights: Tensor, labels: Tensor) -> Tensor:
+    """The weights [N, n], detached."""
+    shape = tuple(row_weights.shape)
+    if shape not in (tuple(labels.shape), tuple(labels.shape[:1])):
+        n_rows, n = labels.shape
+        raise _error("row_weights", row_weights, f"[N] = [{n_rows}] or [N, n] = [{n_rows}, {n}]")
+    if row_weights.device != labels.device:
+        raise UserError(
+            f"linear_cross_entropy: row_weights is on {row_weights.device} and labels on "
+            f"{labels.device}; expected one device"
+        )
+    if len(shape) == 1:
+        row_weights = row_weights.unsqueeze(1).expand(labels.shape)
+    return row_weights.detach()
 
 
 def _check_options(options: LossOptions) -> None:

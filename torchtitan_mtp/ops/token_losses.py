@@ -27,11 +27,16 @@ class TokenLosses(NamedTuple):
 
 
 def token_losses(
-    logits: Tensor, labels: Tensor, options: LossOptions, need_grad: bool
+    logits: Tensor,
+    labels: Tensor,
+    options: LossOptions,
+    need_grad: bool,
+    weights: Tensor | None = None,
 ) -> tuple[TokenLosses, Tensor, Tensor]:
     """Losses of a chunk, and its logits' gradient as ``factor * G``, factor [C, 1], G [C, V].
 
-    ``logits`` [C, V] is overwritten; G lives in it. For the loss of a row with label y,
+    ``logits`` [C, V] is overwritten; G lives in it. ``weights`` [C] multiply the rows' losses. For
+    the loss of a row with label y,
 
         (1 - a) (lse - x_y) + a (lse - mean(x)) + z lse^2,    lse = logsumexp(x), a = smoothing
 
@@ -64,6 +69,8 @@ def token_losses(
     if options.z_loss:
         losses = losses + options.z_loss * lse.square()
     losses = losses.squeeze(1).masked_fill(~is_valid, 0)  # [C]
+    if weights is not None:
+        losses = losses * weights
     part = TokenLosses(losses.sum(), is_valid.sum(), (correct & is_valid).sum())
     if not need_grad:
         return part, logits, sums
@@ -74,4 +81,5 @@ def token_losses(
     grad = exps.scatter_add_(1, y, per_row * (smoothing - 1))
     if slope is not None:
         grad.mul_(slope)
-    return part, grad, (factor / sums).masked_fill_(~is_valid.unsqueeze(1), 0)
+    factor = (factor / sums).masked_fill_(~is_valid.unsqueeze(1), 0)
+    return part, grad, factor if weights is None else factor * weights.unsqueeze(1)

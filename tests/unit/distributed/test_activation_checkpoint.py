@@ -28,10 +28,10 @@ class Count(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def step(heads, **config):
+def step(heads, engine="joint", **config):
     """Operations of the forward, of the backward, and the gradients by name."""
     model = small_model(MTP(heads=heads, num_future_tokens=N), attn_mask_type="causal")
-    apply_activation_checkpointing(model, ActivationCheckpoint(**config))
+    apply_activation_checkpointing(model, ActivationCheckpoint(**config), engine)
     batch = make_batch(small_window(2, 11), N)
     with Count() as forward:
         hiddens = model(batch)
@@ -68,9 +68,19 @@ def test_what_is_computed_again(heads, option):
     assert gradients.keys() == expected.keys()  # no wrapper in the names
 
 
-@pytest.mark.parametrize(("heads", "spared"), [("parallel", 5), ("sequential", 3)])
+@pytest.mark.parametrize("mode", ["none", "selective"])
+def test_the_sequential_engine_recomputes_a_chain_in_any_mode(mode):
+    _, plain, expected = step("sequential", mode="none")
+    _, backward, gradients = step("sequential", engine="sequential", mode=mode)
+    trunk, heads = PRODUCTS["sequential"][:3], PRODUCTS["sequential"][3:]
+    again = sum(heads) + (sum(trunk[::2]) if mode == "selective" else 0)
+    assert backward["mm"] - plain["mm"] == again
+    assert all(torch.equal(gradients[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize(("heads", "spared"), [("parallel", 2), ("sequential", 3)])
 def test_early_stop_spares_last_products(heads, spared):
-    """Nothing needs the product that ends a block, but in a module of a chain its norm does."""
+    """Nothing needs the product that ends a block, but in a head its norm does."""
     _, plain, _ = step(heads, mode="none")
     _, backward, _ = step(heads, mode="full", early_stop=True)
     assert backward["mm"] - plain["mm"] == sum(PRODUCTS[heads]) - spared

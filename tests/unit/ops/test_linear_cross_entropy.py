@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import re
+import sys
 import warnings
 
 import pytest
@@ -17,6 +19,7 @@ from torchtitan_mtp.ops import (
     head_loss_and_grad,
     linear_cross_entropy,
 )
+from torchtitan_mtp.ops.backends import BACKENDS
 from torchtitan_mtp.ops.chunked import _CPU_CHUNK_ROWS
 
 IGNORE = -100
@@ -90,6 +93,61 @@ def test_equals_definition_in_float64(backend, options):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("a_head", [False, True])
+@pytest.mark.parametrize("options", [OPTIONS[0], OPTIONS[-1]], ids=str)
+@pytest.mark.parametrize("backend", ["chunked", "naive"])
+def test_row_weights_in_float64(backend, options, a_head):
+    """Token by token: weights of either sign, a zero among them; [N] counts for every head."""
+    hiddens, weight, labels = make_inputs()
+    scales = torch.tensor([1.0, 0.3, 2.0])
+    weights = torch.linspace(-1, 2, labels.numel(), dtype=torch.float64).view(labels.shape)
+    weights[5] = 0
+    weights = weights if a_head else weights[:, 0]
+    got = linear_cross_entropy(
+        hiddens,
+        weight,
+        labels,
+        scales,
+        row_weights=weights,
+        chunk_rows=8,
+        backend=backend,
+        **options,
+    )
+    sums = []
+    for k in range(3):
+        rows = [  # one row at a time, so that only the weights are new
+            reference([hiddens[k][[i]]], weight, labels[[i], k : k + 1], scales[:1], **options)
+            for i in range(len(labels))
+        ]
+        of_head = weights[:, k] if a_head else weights
+        sums.append(sum(w * row[1][0] for w, row in zip(of_head, rows, strict=True)))
+    expected = sum(s * total for s, total in zip(scales.double(), sums, strict=True))
+    torch.testing.assert_close(got.loss, expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(got.loss_sum, torch.stack(sums).detach(), rtol=1e-10, atol=0)
+    plain = linear_cross_entropy(hiddens, weight, labels, scales, backend=backend, **options)
+    assert torch.equal(got.valid, plain.valid) and torch.equal(got.correct, plain.correct)
+    for a, b in zip(
+        gradients(got.loss, hiddens, weight, 1.5),
+        gradients(expected, hiddens, weight, 1.5),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
+def test_row_weights_compile_and_are_constants():
+    hiddens, weight, labels = make_inputs(n=2)
+    weights = torch.rand(len(labels), dtype=torch.float64, requires_grad=True)
+
+    def loss(hiddens, weight):
+        return linear_cross_entropy(hiddens, weight, labels, row_weights=weights).loss
+
+    expected = gradients(loss(hiddens, weight), hiddens, weight)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    found = compiled(hiddens, weight)
+    torch.testing.assert_close(gradients(found, hiddens, weight), expected)
+    assert torch.autograd.grad(loss(hiddens, weight), weights, allow_unused=True) == (None,)
+
+
 @pytest.mark.parametrize("options", OPTIONS[::3], ids=str)
 def test_float32_close_to_float64(options):
     hiddens, weight, labels = make_inputs(n=2, n_rows=130, dim=32, vocab=517)
@@ -105,9 +163,10 @@ def test_float32_close_to_float64(options):
         assert (a.double() - b).norm() <= 1e-6 * b.norm()
 
 
+@pytest.mark.parametrize("vocab", [5001, 128256])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_low_precision_close_to_float64(dtype):
-    hiddens, weight, labels = make_inputs(n=2, n_rows=64, dim=16, vocab=5001, dtype=dtype)
+def test_low_precision_close_to_float64(dtype, vocab):
+    hiddens, weight, labels = make_inputs(n=2, n_rows=64, dim=16, vocab=vocab, dtype=dtype)
     with torch.no_grad():
         weight.mul_(0.25)
     scales = torch.tensor([1.0, 0.3])
@@ -427,6 +486,11 @@ def test_torch_backend():
         ({"labels": torch.zeros(37, dtype=torch.int64)}, r"labels is \[37\]; .* \[37, 1\]"),
         ({"labels": torch.zeros(37, 1)}, "labels is torch.float32"),
         ({"head_scales": torch.ones(2)}, r"head_scales is \[2\]; expected \[n\] = \[1\]"),
+        (
+            {"row_weights": torch.ones(36)},
+            r"row_weights is \[36\]; expected \[N\] = \[37\] or \[N, n\] = \[37, 1\]",
+        ),
+        ({"row_weights": torch.ones(37, device="meta")}, "is on meta and labels on cpu"),
         ({"backend": "fast"}, "'fast'; expected one of chunked, naive, torch, liger, cce"),
         ({"backend": "liger"}, "'liger' runs on CUDA only"),
         ({"backend": "cce"}, "'cce' runs on CUDA only"),
@@ -444,7 +508,46 @@ def test_errors_name_what_is_wrong(change, message):
     assert "\n" not in str(error.value)
 
 
-def test_backend_refuses_missing_option():
+@pytest.mark.parametrize(
+    ("backend", "option"),
+    [
+        ("torch", {"z_loss": 1e-3}),
+        ("torch", {"softcap": 5.0}),
+        ("torch", {"label_smoothing": 0.1}),
+        ("torch", {"row_weights": torch.ones(37)}),
+        ("liger", {"chunk_rows": 8}),
+        ("liger", {"row_weights": torch.ones(37)}),
+        ("cce", {"z_loss": 1e-3}),
+        ("cce", {"label_smoothing": 0.1}),
+        ("cce", {"chunk_rows": 8}),
+        ("cce", {"row_weights": torch.ones(37, 1)}),
+    ],
+    ids=str,
+)
+def test_backend_refuses_missing_option(backend, option):
     hiddens, weight, labels = make_inputs(n=1, dtype=torch.float32)
-    with pytest.raises(UserError, match=r"'torch' (has no z_loss|needs torch)"):
-        linear_cross_entropy(hiddens, weight, labels, backend="torch", z_loss=1e-3)
+    (name,) = option
+    message = rf"'{backend}' has no {name}"
+    if backend == "torch":
+        message += "|'torch' needs torch >= 2.13"
+    with pytest.raises(UserError, match=message) as error:
+        linear_cross_entropy(hiddens, weight, labels, backend=backend, **option)
+    assert "\n" not in str(error.value)
+
+
+def test_torch_backend_names_the_version_it_needs(monkeypatch):
+    hiddens, weight, labels = make_inputs(n=1, dtype=torch.float32)
+    monkeypatch.delattr(F, "linear_cross_entropy", raising=False)
+    with pytest.raises(UserError, match=f"found {re.escape(torch.__version__)}"):
+        linear_cross_entropy(hiddens, weight, labels, backend="torch")
+
+
+@pytest.mark.parametrize(("backend", "package"), [("liger", "liger-kernel"), ("cce", "cut-cross")])
+def test_backends_of_other_libraries_name_what_to_install(backend, package, monkeypatch):
+    """What a machine with a GPU and without the library says."""
+    hiddens, weight, labels = make_inputs(n=1, dtype=torch.float32)
+    for module in ("liger_kernel.transformers", "cut_cross_entropy"):
+        monkeypatch.setitem(sys.modules, module, None)  # importing it fails
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    with pytest.raises(UserError, match=f"{backend!r} needs the package {package}"):
+        BACKENDS[backend](tuple(hiddens), weight, labels, torch.ones(1), None, LossOptions())

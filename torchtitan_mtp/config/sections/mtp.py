@@ -44,8 +44,8 @@ class MTP:
     """Fraction of training.steps that the curriculum takes."""
 
     engine: Literal["joint", "sequential"] = "joint"
-    """"joint": one backward for all heads; "sequential": head by head, with memory flat in n.
-    The same gradients; "sequential" takes parallel heads only."""
+    """"joint": one backward for all heads; "sequential": head by head, with memory flat in n
+    (a chain of heads keeps one state of each and recomputes its blocks). The same gradients."""
 
     share_weights: bool = False
     """Apply one sequential module n - 1 times instead of training n - 1 modules."""
