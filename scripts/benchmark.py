@@ -5,13 +5,14 @@ from __future__ import annotations
 import sys
 
 import tyro
-from benchmarks import gemm, gpu, heads, loss, train
+from benchmarks import gemm, gpu, heads, loss, speed, train
 
 from torchtitan_mtp.errors import UserError
 
 COMMANDS = {
     "loss": loss.run,
     "heads": heads.run,
+    "speed": speed.run,
     "train": train.run,
     "gemm": gemm.run,
     "gpu": gpu.run,

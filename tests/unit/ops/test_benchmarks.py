@@ -1,4 +1,4 @@
-"""`scripts/benchmark.py` at small sizes: `heads` and its peers, and all that `gpu` runs."""
+"""`scripts/benchmark.py` at small sizes: `heads` and its peers, `speed`, all that `gpu` runs."""
 
 from __future__ import annotations
 
@@ -46,6 +46,23 @@ def test_heads_beside_held_logits(tmp_path: Path) -> None:
     assert rows["logits held"]["more MiB"] > 4 * 32
     assert rows["parallel, sequential"]["peak / n=1"] < 1.2
     assert "| limit: measured matmul rate | 4 |" in run.stdout
+
+
+@pytest.mark.slow
+def test_speed_is_tokens_over_the_rate_of_products(tmp_path: Path) -> None:
+    out = tmp_path / "speed.json"
+    sizes = ["--layers", "2", "--dim", "64", "--n-heads", "4", "--vocab", "64", "--seq-len", "32"]
+    sizes += ["--batch-size", "2", "--matmul", "64", "--steps", "2", "--warmup", "1"]
+    run = benchmark("speed", "--dtype", "bfloat16", *sizes, "--json", str(out))
+    assert run.returncode == 0, run.stderr
+    result = json.loads(out.read_text())
+    assert [row["mode"] for row in result["rows"]] == ["eager", "compiled"]
+    for row in result["rows"]:
+        rate = row["GFLOP/s of 64^3"]
+        assert (row["dtype"], row["n"]) == ("bfloat16", 1) and rate > 0
+        assert row["tokens/s"] == pytest.approx(2 * 32 / row["s a step"])
+        assert row["tokens/s per GFLOP/s"] == pytest.approx(row["tokens/s"] / rate)
+        assert f"| {row['mode']} | bfloat16 | 1 |" in run.stdout
 
 
 def test_gpu_refuses_a_cpu() -> None:
