@@ -242,6 +242,9 @@ def _scaling(
     kind = kinds.get(changes.pop("rope_type", ""), default)
     of_kind = flavors if isinstance(flavors, kind) else None
     if of_kind is None and "factor" not in changes:
+        defaults = {field.name: field.default for field in fields(kind)}
+        if changes.items() <= defaults.items():  # as a written config has them: nothing is asked
+            return flavors
         raise UserError(
             "model.args.rope_scaling: the flavor has no scaling of this kind to change; set "
             "model.args.rope_scaling.factor too, or none of its keys"
