@@ -79,7 +79,7 @@ def test_errors(arguments, message):
 
 def test_what_the_run_decides_is_filled_in():
     args = model_args(
-        "llama3", "8B", tokenizer_vocab=9, max_seq_len=77, attn_mask_type="block_causal"
+        "llama3", "quickstart", tokenizer_vocab=9, max_seq_len=77, attn_mask_type="block_causal"
     )
     assert (args.max_seq_len, args.attn_mask_type) == (77, "block_causal")
     assert flavors["llama3"]["8B"].max_seq_len != 77  # the table itself does not change
@@ -88,9 +88,9 @@ def test_what_the_run_decides_is_filled_in():
 def test_a_scaling_of_defaults_without_a_factor_asks_for_nothing() -> None:
     def scaling(**changes: float) -> object:
         changed = {"rope_scaling": changes}
-        return model_args("llama3", "8B", tokenizer_vocab=9, changes=changed).rope_scaling
+        return model_args("llama3", "quickstart", tokenizer_vocab=9, changes=changed).rope_scaling
 
-    default = model_args("llama3", "8B", tokenizer_vocab=9).rope_scaling
+    default = model_args("llama3", "quickstart", tokenizer_vocab=9).rope_scaling
     assert scaling(low_freq_factor=1.0, high_freq_factor=4.0) == default is None
     with pytest.raises(UserError, match="rope_scaling.factor"):
         scaling(low_freq_factor=2.0)
