@@ -78,8 +78,8 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 def measure_on_text(
     args: argparse.Namespace, text: Text, model: Transformer, tokenizer: Tokenizer, run: JobConfig
-) -> tuple[TextMeasure, str]:
-    """The heads on windows of the text, and how to call these windows."""
+) -> TextMeasure:
+    """The heads on windows of the text."""
     validation, training = run.validation, run.training
     mine = validation if validation.enable else training
     seq_len, batch_size = args.seq_len or mine.seq_len, args.batch_size or mine.local_batch_size
@@ -87,8 +87,7 @@ def measure_on_text(
     check_length(model, seq_len, "--seq_len")
     n = 1 if model.mtp is None else model.mtp.num_future_tokens
     windows = text.windows(tokenizer, n, seq_len, batch_size)
-    measure = measure_text(model, windows, tokenizer, batches=batches, softcap=run.loss.softcap)
-    return measure, f"{measure.targets[0]:,} tokens of {text.about}"
+    return measure_text(model, windows, tokenizer, batches=batches, softcap=run.loss.softcap)
 
 
 def measure_on_continuation(
@@ -115,9 +114,9 @@ def figure(value: float) -> str:
     return "-" if math.isnan(value) else f"{value:.2f}"
 
 
-def text_table(measure: TextMeasure, caption: str) -> Table:
+def text_table(measure: TextMeasure) -> Table:
     """One line a head: what it makes of the text, and how often it says what head 1 would."""
-    table = Table(title=caption, title_justify="left", title_style="")
+    table = Table()
     for column in ("head", "predicts", "loss", "accuracy", "right", "if all before were"):
         table.add_column(column, justify="right")
     rates = [("", "")] + [
@@ -132,9 +131,9 @@ def text_table(measure: TextMeasure, caption: str) -> Table:
     return table
 
 
-def continuation_table(measure: Continuation, caption: str) -> Table:
+def continuation_table(measure: Continuation) -> Table:
     """One line a drafting head: acceptance, and what drafting up to that head yields."""
-    table = Table(title=caption, title_justify="left", title_style="")
+    table = Table()
     columns = ("head", "drafts", "right", "if all before were", "tokens/step", "position mean")
     for column in columns:
         table.add_column(column, justify="right")
@@ -171,8 +170,9 @@ def evaluate_heads(
 ) -> dict[str, Any]:
     """Measure on text and on the own continuation, print, and return it as plain data."""
     text = find_text(run, args.source)
-    measure, caption = measure_on_text(args, text, model, tokenizer, run)
-    console.print(text_table(measure, caption))
+    measure = measure_on_text(args, text, model, tokenizer, run)
+    console.print(f"text: {measure.targets[0]:,} tokens of {text.about}")
+    console.print(text_table(measure))
     console.print(f"bits per byte: {measure.bits_per_byte:.4f} ({measure.num_bytes:,} bytes)")
     results: dict[str, Any] = {
         "text": {
@@ -188,8 +188,10 @@ def evaluate_heads(
     if model.mtp is None or not args.prompts:
         return results
     own = measure_on_continuation(args, text, model, tokenizer)
-    caption = f"own greedy continuation of {len(own.tokens)} prompts, {sum(own.tokens):,} tokens"
-    console.print(continuation_table(own, caption))
+    console.print(
+        f"own greedy continuation: {sum(own.tokens):,} tokens of {len(own.tokens)} prompts"
+    )
+    console.print(continuation_table(own))
     results["continuation"] = {
         "prompts": len(own.tokens),
         "tokens": sum(own.tokens),

@@ -97,22 +97,22 @@ def find_text(config: JobConfig, name: str | None) -> Text:
         spelled = name.startswith(("/", "./", "../", "~")) or any(c in name for c in "*?[")
         is_path = spelled or Path(name).exists()
         source = build_source("source", name) if is_path else build_source(name)
-        return Text(source, _split("all"), f"all of {name}")
+        return Text(source, _split("all"), name)
     if name is None and (validation.dataset or validation.dataset_path):
         about = validation.dataset_path or validation.dataset
         source = build_source(validation.dataset, validation.dataset_path)
-        return Text(source, _split("all"), f"all of {about}")
+        return Text(source, _split("all"), about)
     source = build_source(training.dataset, training.dataset_path)
     about = training.dataset_path or training.dataset
     if not validation.enable or validation.dataset or validation.dataset_path:
-        return Text(source, _split("all"), f"all of {about}, which the run trained on")
+        return Text(source, _split("all"), f"{about}, which the run trained on")
     if training.seed is None:
         raise UserError(
             "training.seed: the run's config.toml has none, so which documents it held out isn't "
             "known; give another text with --source"
         )
     split = _split("validation", training.seed, training.validation_fraction)
-    return Text(source, split, f"the documents of {about} that the run held out")
+    return Text(source, split, f"what the run held out of {about}")
 
 
 def _split(split: str, seed: int = 0, fraction: float = 0.0) -> dict[str, Any]:

@@ -65,7 +65,7 @@ def test_any_other_source_is_taken_whole(run: JobConfig, tmp_path: Path) -> None
         (tmp_path / "other" / name).write_text(name)
     for name in ("other", "other/*.txt"):
         text = find_text(run, str(tmp_path / name))
-        assert documents(text) == ["a.txt", "b.txt"] and text.about.startswith("all of ")
+        assert documents(text) == ["a.txt", "b.txt"] and text.about == str(tmp_path / name)
 
 
 def test_a_run_with_a_validation_set_of_its_own(run: JobConfig, tmp_path: Path) -> None:
