@@ -109,14 +109,16 @@ def shifted(index: Index, by: int) -> Index:
 
 
 class LayerCache:
-    """Keys and values of one `Attention`: [B, KV, max_len, hd] each, allocated once."""
+    """Keys and values of one attention, [B, KV, max_len, hd] each, allocated once; of a latent one
+    what these are made of."""
 
     def __init__(self, attention: Any, positions: Positions) -> None:
-        like = attention.wk.weight  # for its device and dtype
-        heads, width = attention.n_kv_heads, attention.head_dim
-        shape = (positions.batch, heads, positions.max_len, width)
+        like = attention.wo.weight  # for its device and dtype
+        heads, *widths = attention.cache_shape
         # Zeros: a masked key still takes part in the arithmetic, and 0 * NaN is NaN.
-        self.k, self.v = like.new_zeros(shape), like.new_zeros(shape)
+        self.k, self.v = (
+            like.new_zeros(positions.batch, heads, positions.max_len, width) for width in widths
+        )
 
     def at(self, span: Span) -> CacheView:
         """This cache for one forward over `span`: what `Attention.forward` takes."""

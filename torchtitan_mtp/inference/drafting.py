@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from torchtitan_mtp.inference.cache import LayerCache, Positions, Span, shifted, take
@@ -82,16 +83,36 @@ class ParallelDrafter:
 
         What the trunk computed at p and before has been stored.
         """
+        h = self.hidden(self.windows.next(last, count), last, count, run)  # [B, count, D]
+        drafts = sampler.draft(self.model.output(self.model.norm(h)))  # [B, count]
+        tokens[self.positions.index([p + 2 for p in last], count)] = drafts
+
+    def hidden(self, window: Span, last: Sequence[int], count: int, run: Runner) -> Tensor:
+        """Run `count` heads over a window; their states at p: [B, count, D]."""
         block, positions = self.heads[count]
-        window = self.windows.next(last, count)
-        columns = window.columns(last)
         z = self.z[window.where].repeat(count, 1, 1)  # [H * B, size, D], H = count
         rows = positions.span(window.starts * count, window.size)
         h = run.block(block, z, rows.context, self.cache.at(rows))
-        h = self.model.norm(take(h, columns * count))  # [H * B, 1, D]
-        h = h.view(count, len(last), -1).transpose(0, 1)  # [B, H, D]
-        drafts = sampler.draft(self.model.output(h))  # [B, count]
-        tokens[self.positions.index([p + 2 for p in last], count)] = drafts
+        h = take(h, window.columns(last) * count)  # [H * B, 1, D]
+        return h.view(count, len(last), -1).transpose(0, 1)
+
+
+class InTurnDrafter(ParallelDrafter):
+    """The same for blocks that can't be stacked (experts, latent attention): head by head."""
+
+    def __init__(self, model: Transformer, positions: Positions, num_draft: int) -> None:
+        self.model, self.positions = model, positions
+        self.windows = Windows(positions, [0] * num_draft)
+        self.blocks = model.mtp.head_blocks(model)[1 : num_draft + 1]
+        self.caches = [LayerCache(block.attention, positions) for block in self.blocks]
+        self.z = positions.states(len(model.norm.weight))
+
+    def hidden(self, window: Span, last: Sequence[int], count: int, run: Runner) -> Tensor:
+        """As `ParallelDrafter.hidden`."""
+        z, columns = self.z[window.where], window.columns(last)
+        heads = zip(self.blocks[:count], self.caches, strict=False)
+        states = [run.block(block, z, window.context, cache.at(window)) for block, cache in heads]
+        return torch.cat([take(h, columns) for h in states], dim=1)
 
 
 class SequentialDrafter:
@@ -136,5 +157,7 @@ Drafter = ParallelDrafter | SequentialDrafter
 
 def build_drafter(model: Transformer, positions: Positions, num_draft: int) -> Drafter:
     """What drafts up to `num_draft` tokens a step with the model's family of heads."""
-    parallel = model.mtp.family == "parallel"
-    return (ParallelDrafter if parallel else SequentialDrafter)(model, positions, num_draft)
+    if model.mtp.family != "parallel":
+        return SequentialDrafter(model, positions, num_draft)
+    stackable = model.args.latent is None and model.args.moe is None
+    return (ParallelDrafter if stackable else InTurnDrafter)(model, positions, num_draft)
