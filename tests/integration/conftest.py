@@ -45,6 +45,7 @@ def trained_run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
         "mtp.num_future_tokens": "3",
         "training.seq_len": "32",
         "training.local_batch_size": "2",
+        "training.seed": "0",
         "training.steps": "30",
         "training.mixed_precision_param": "float32",
         "optimizer.lr": "1e-2",
