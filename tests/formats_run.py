@@ -29,6 +29,34 @@ SMALL: dict[str, Any] = {
     "training.seq_len": 64,
 }
 QWEN = SMALL | {"model.name": "qwen3", "model.args.head_size": 12}
+DEEPSEEK = {
+    "model.name": "deepseek_v3",
+    "model.flavor": "custom",
+    "model.vocab_size": 320,
+    "model.args.dim": 32,
+    "model.args.n_layers": 4,
+    "model.args.n_heads": 4,
+    "model.args.hidden_dim": 48,
+    "model.args.latent.q_lora_rank": 16,
+    "model.args.latent.kv_lora_rank": 12,
+    "model.args.latent.qk_nope_head_dim": 10,
+    "model.args.latent.qk_rope_head_dim": 6,
+    "model.args.latent.v_head_dim": 14,
+    "model.args.moe.num_experts": 6,
+    "model.args.moe.hidden_dim": 24,
+    "model.args.moe.num_expert_groups": 2,
+    "model.args.moe.num_limited_groups": 1,
+    "model.args.moe.route_scale": 1.5,
+    "training.seq_len": 64,
+}
+PLAIN_QUERIES = {"model.args.latent.q_lora_rank": 0}
+YARN = {
+    "model.args.rope_scaling.rope_type": "yarn",
+    "model.args.rope_scaling.factor": 4.0,
+    "model.args.rope_scaling.original_max_seq_len": 16,
+    "model.args.rope_scaling.mscale": 0.7,
+    "model.args.rope_scaling.mscale_all_dim": 0.9,
+}
 PARALLEL = {"model.converters": ["mtp"], "mtp.num_future_tokens": 3}
 SEQUENTIAL = PARALLEL | {"mtp.heads": "sequential"}
 LLAMA_3_1 = {"model.args.rope_scaling.factor": 4.0, "model.args.rope_scaling.low_freq_factor": 1.5}

@@ -131,8 +131,10 @@ def total_bytes(state: dict[str, Any]) -> int:
 
 
 def cast_floating(state: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Floating tensors of `state` in `dtype`, others as they are."""
-    return {k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items()}
+    """Floating tensors of `state` in `dtype`, others as they are, and so are experts' biases, which
+    are many small steps added up."""
+    kept = {k for k, v in state.items() if not v.is_floating_point() or k.endswith(".expert_bias")}
+    return {k: v if k in kept else v.to(dtype) for k, v in state.items()}
 
 
 @contextmanager

@@ -11,7 +11,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from formats_run import LLAMA_3_1, PARALLEL, QWEN, SEQUENTIAL, SMALL, weights, write_run
+from formats_run import (
+    DEEPSEEK,
+    LLAMA_3_1,
+    PARALLEL,
+    PLAIN_QUERIES,
+    QWEN,
+    SEQUENTIAL,
+    SMALL,
+    YARN,
+    weights,
+    write_run,
+)
 from torchtitan_mtp.checkpoint import find_checkpoint
 from torchtitan_mtp.checkpoint.folders import kind_of
 from torchtitan_mtp.checkpoint.formats import FORMATS, export_checkpoint, import_checkpoint
@@ -30,7 +41,8 @@ CASES = {
     "glm4_moe_hf": [SMALL | SEQUENTIAL, QWEN | SEQUENTIAL | TIED, SMALL],
     "mellum_hf": [QWEN | SEQUENTIAL | {"mtp.num_future_tokens": 2}, QWEN | LLAMA_3_1],
     "meta": [SMALL | PARALLEL, SMALL | PARALLEL | {"mtp.match_parameters": True}, SMALL],
-    "torchtitan": [SMALL, QWEN, SMALL | TIED],
+    "deepseek_v3_hf": [DEEPSEEK | SEQUENTIAL, DEEPSEEK | PLAIN_QUERIES | YARN | TIED],
+    "torchtitan": [SMALL, QWEN, SMALL | TIED, DEEPSEEK],
 }
 
 

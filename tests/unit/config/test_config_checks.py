@@ -32,7 +32,6 @@ UNSUPPORTED = [
     "memory_estimation.enable=true",
     "job.custom_config_module=x",
     "experimental.custom_import=x",
-    "checkpoint.initial_load_in_hf_quantized=true",
     "training.dataloader.num_workers=2",
 ]
 

@@ -9,7 +9,7 @@ from typing import Any
 from torchtitan_mtp.checkpoint.formats.names import GLM_EXPERTS
 from torchtitan_mtp.checkpoint.formats.spec import ModelSpec
 from torchtitan_mtp.errors import UserError
-from torchtitan_mtp.models.args import ModelArgs, RoPEScaling
+from torchtitan_mtp.models.args import ModelArgs, RoPEScaling, YaRN
 
 # ---- Hugging Face ----
 
@@ -38,7 +38,11 @@ def _common(spec: ModelSpec, architecture: str, model_type: str) -> dict[str, An
         "rope_theta": args.rope_theta,  # for readers older than rope_parameters
         "rope_parameters": rope,
     }
-    if (scaling := args.rope_scaling) is not None:
+    if isinstance(scaling := args.rope_scaling, YaRN):
+        raise UserError(
+            f"{architecture}: YaRN is written for DeepSeek's models only; try torchtitan"
+        )
+    if scaling is not None:
         rope["rope_type"] = "llama3"
         rope["factor"] = scaling.factor
         rope["low_freq_factor"] = scaling.low_freq_factor
@@ -101,7 +105,7 @@ def mellum_config(spec: ModelSpec) -> dict[str, Any]:
     }
 
 
-class _Reader:
+class Reader:
     """Values of a config file, each missing or unfit one refused by name."""
 
     def __init__(self, file: Path, values: Mapping[str, Any]) -> None:
@@ -128,11 +132,11 @@ class _Reader:
             )
 
 
-def _rope(reader: _Reader, nested: str | None = None) -> tuple[float, RoPEScaling | None]:
+def _rope(reader: Reader, nested: str | None = None) -> tuple[float, RoPEScaling | None]:
     """Base and scaling, wherever this version of transformers wrote them."""
     values = reader.values.get("rope_parameters") or reader.values.get("rope_scaling") or {}
     values = values.get(nested, values) if nested else values
-    inner = _Reader(reader.file, {"rope_theta": reader.values.get("rope_theta"), **values})
+    inner = Reader(reader.file, {"rope_theta": reader.values.get("rope_theta"), **values})
     theta = float(inner.number("rope_theta", 10000.0))
     kind = inner.values.get("rope_type", inner.values.get("type", "default"))
     if kind == "default":
@@ -150,7 +154,7 @@ def _rope(reader: _Reader, nested: str | None = None) -> tuple[float, RoPEScalin
     )
 
 
-def _read_common(reader: _Reader, qk_norm: bool, rope: str | None = None) -> ModelArgs:
+def _read_common(reader: Reader, qk_norm: bool, rope: str | None = None) -> ModelArgs:
     for key in ("attention_bias", "mlp_bias", "use_sliding_window"):
         reader.expect(key, False, None)
     reader.expect("hidden_act", "silu")
@@ -176,17 +180,17 @@ def _read_common(reader: _Reader, qk_norm: bool, rope: str | None = None) -> Mod
 
 def read_llama(file: Path, values: Mapping[str, Any]) -> ModelSpec:
     """The model of a LlamaConfig."""
-    return ModelSpec(_read_common(_Reader(file, values), qk_norm=False))
+    return ModelSpec(_read_common(Reader(file, values), qk_norm=False))
 
 
 def read_qwen3(file: Path, values: Mapping[str, Any]) -> ModelSpec:
     """The model of a Qwen3Config."""
-    return ModelSpec(_read_common(_Reader(file, {"head_dim": 128, **values}), qk_norm=True))
+    return ModelSpec(_read_common(Reader(file, {"head_dim": 128, **values}), qk_norm=True))
 
 
 def read_glm4_moe(file: Path, values: Mapping[str, Any]) -> ModelSpec:
     """The model of a Glm4MoeConfig that `glm4_moe_config` wrote; real mixtures are refused."""
-    reader = _Reader(file, values)
+    reader = Reader(file, values)
     args = _read_common(reader, qk_norm=bool(values.get("use_qk_norm", False)))
     reader.expect("first_k_dense_replace", args.n_layers - 1)
     reader.expect("moe_intermediate_size", args.ffn_dim)
@@ -194,26 +198,27 @@ def read_glm4_moe(file: Path, values: Mapping[str, Any]) -> ModelSpec:
     reader.expect("n_routed_experts", GLM_EXPERTS)
     rope = values.get("rope_parameters") or {}
     factor = rope.get("partial_rotary_factor", values.get("partial_rotary_factor"))
-    _Reader(file, {"partial_rotary_factor": factor}).expect("partial_rotary_factor", 1.0)
-    return _with_modules(reader, args)
+    Reader(file, {"partial_rotary_factor": factor}).expect("partial_rotary_factor", 1.0)
+    return with_modules(reader, args)
 
 
 def read_mellum(file: Path, values: Mapping[str, Any]) -> ModelSpec:
     """The model of a MellumConfig that is dense and looks at everything."""
-    reader = _Reader(file, values)
+    reader = Reader(file, values)
     args = _read_common(reader, qk_norm=True, rope="full_attention")
     for prefix, count in (("", args.n_layers), ("mtp_", _modules(values))):
         for key, only in (("layer_types", "full_attention"), ("mlp_layer_types", "dense")):
             if count:
                 reader.expect(prefix + key, [only] * count)
-    return _with_modules(reader, args)
+    return with_modules(reader, args)
 
 
 def _modules(values: Mapping[str, Any]) -> int:
     return int(values.get("num_nextn_predict_layers", values.get("num_mtp_layers")) or 0)
 
 
-def _with_modules(reader: _Reader, args: ModelArgs) -> ModelSpec:
+def with_modules(reader: Reader, args: ModelArgs) -> ModelSpec:
+    """A trunk with as many MTP modules as the config says."""
     modules = _modules(reader.values)
     return ModelSpec(args, "sequential" if modules else "", modules + 1)
 
@@ -252,7 +257,7 @@ def meta_params(spec: ModelSpec) -> dict[str, Any]:
 
 def read_meta(file: Path, values: Mapping[str, Any]) -> ModelSpec:
     """The model of a params.json."""
-    reader = _Reader(file, values)
+    reader = Reader(file, values)
     n = reader.integer("n_future_tokens", 1)
     multiplier = values.get("ffn_dim_multiplier")
     heads = reader.integer("n_heads")

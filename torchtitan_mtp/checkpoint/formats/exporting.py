@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,12 @@ from torchtitan_mtp.checkpoint.formats.formats import (
     FORMATS,
     Format,
     check_tensors,
+    dtype_of,
     find_format,
     open_tensors,
     verify,
 )
-from torchtitan_mtp.checkpoint.formats.names import Names, to_halves
+from torchtitan_mtp.checkpoint.formats.names import Entry, Names, to_halves
 from torchtitan_mtp.checkpoint.formats.read import DCPTensors, Tensors
 from torchtitan_mtp.checkpoint.formats.spec import ModelSpec, spec_of_run
 from torchtitan_mtp.checkpoint.formats.tokenizer_files import copy_tokenizer
@@ -95,6 +96,9 @@ def _fitting(
     form: Format, name: str, spec: ModelSpec, source: Tensors, drop_heads: bool
 ) -> ModelSpec:
     """`spec`, or its trunk where its heads are to be dropped. Error: the format can't hold it."""
+    if form.kind not in (None, spec.kind):
+        fit = [k for k, f in FORMATS.items() if f.kind in (None, spec.kind)]
+        raise UserError(f"--format {name}: is for models of another kind; try {', '.join(fit)}")
     if form.qk_norm is not None and form.qk_norm != spec.args.qk_norm:
         other = "no " if spec.args.qk_norm else ""
         fit = [k for k, f in FORMATS.items() if f.qk_norm in (None, spec.args.qk_norm)]
@@ -124,18 +128,20 @@ def _outward(
 ) -> list[Output]:
     """What to write, in their names."""
     head_dim = spec.args.head_dim
+    stacked = lru_cache(maxsize=1)(source.read)  # its parts are written one after another
 
-    def read(name: str, rotary: bool, to: torch.dtype) -> Tensor:
-        tensor = source.read(name)
-        return (to_halves(tensor, head_dim) if rotary else tensor).to(to)
+    def read(entry: Entry, to: torch.dtype) -> Tensor:
+        if entry.part is not None:
+            return stacked(entry.ours)[entry.part].to(to)
+        tensor = source.read(entry.ours)
+        return (to_halves(tensor, head_dim) if entry.rotary else tensor).to(to)
 
     outputs = []
     for entry in table.entries:
         kind = source.kinds[entry.ours]
-        to = dtype or kind.dtype
-        outputs.append(
-            Output(entry.theirs, kind.shape, to, partial(read, entry.ours, entry.rotary, to))
-        )
+        to = dtype_of(entry.ours, kind, dtype)
+        theirs = kind.shape if entry.part is None else Size(kind.shape[1:])
+        outputs.append(Output(entry.theirs, theirs, to, partial(read, entry, to)))
     for name, shape in table.zeros.items():
         # Routers and their biases are read in float32, whatever the model's dtype is.
         to = torch.float32 if name.endswith("_bias") else outputs[0].dtype

@@ -13,10 +13,12 @@ import torch
 from torch import Size
 
 from torchtitan_mtp.checkpoint.folders import find_checkpoint
-from torchtitan_mtp.checkpoint.formats import configs, names
+from torchtitan_mtp.checkpoint.formats import configs, deepseek_v3, names
+from torchtitan_mtp.checkpoint.formats.fp8 import without_quantization
 from torchtitan_mtp.checkpoint.formats.names import Names
 from torchtitan_mtp.checkpoint.formats.read import (
     DCPTensors,
+    Kind,
     PthTensors,
     SafetensorsTensors,
     Tensors,
@@ -33,13 +35,15 @@ logger = logging.getLogger(__name__)
 class Format:
     """One format.
 
-    container: "safetensors", "pth" or "dcp". heads: the family that it holds, if any, and
+    container: "safetensors", "pth" or "dcp". kind: of the blocks that it holds (`ModelSpec.kind`),
+    None for any. heads: the family that it holds, if any, and
     most_modules how many of them. qk_norm: what it needs, None for either. Without read_config its
     folders do not say which model they hold.
     """
 
     names: Callable[[ModelSpec], Names]
     container: str
+    kind: str | None = "llama"
     heads: str = ""
     most_modules: int | None = None
     qk_norm: bool | None = None
@@ -91,7 +95,16 @@ FORMATS: dict[str, Format] = {
         write_config=configs.meta_params,
         read_config=configs.read_meta,
     ),
-    "torchtitan": Format(names.torchtitan, "dcp"),
+    "deepseek_v3_hf": Format(
+        deepseek_v3.names,
+        "safetensors",
+        kind="deepseek_v3",
+        heads="sequential",
+        architecture="DeepseekV3ForCausalLM",
+        write_config=deepseek_v3.write_config,
+        read_config=deepseek_v3.read_config,
+    ),
+    "torchtitan": Format(names.torchtitan, "dcp", kind=None),
 }
 
 
@@ -114,7 +127,7 @@ def open_tensors(form: Format, folder: Path) -> Tensors:
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
     if form.container == "safetensors":
-        return SafetensorsTensors(folder)
+        return without_quantization(SafetensorsTensors(folder))
     return PthTensors(folder) if form.container == "pth" else DCPTensors(find_checkpoint(folder))
 
 
@@ -135,6 +148,12 @@ def check_tensors(
             raise UserError(
                 f"{source.where}: {name} has shape {tuple(found)}, expected {tuple(shape)}"
             )
+
+
+def dtype_of(name: str, kind: Kind, wanted: torch.dtype | None) -> torch.dtype:
+    """What one of our tensors is converted to: experts' biases are small steps added up, and stay
+    as they are."""
+    return kind.dtype if wanted is None or name.endswith(".expert_bias") else wanted
 
 
 def verify(written: Tensors, outputs: Sequence[Output]) -> None:

@@ -14,6 +14,7 @@ from torchtitan_mtp.checkpoint.formats.formats import (
     FORMATS,
     Format,
     check_tensors,
+    dtype_of,
     find_format,
     open_tensors,
     verify,
@@ -101,7 +102,19 @@ def read_spec(form: Format, name: str, folder: Path) -> ModelSpec:
         right = [key for key, f in FORMATS.items() if f.architecture and f.architecture in found]
         hint = f"; use --format {right[0]}" if right else "; it is not supported here"
         raise UserError(f"{file}: architectures = {found}, but {name} is {form.architecture}{hint}")
-    return form.read_config(file, values)
+    return _with_modules_there(form, form.read_config(file, values), folder)
+
+
+def _with_modules_there(form: Format, spec: ModelSpec, folder: Path) -> ModelSpec:
+    """Without modules where none of their tensors is there: transformers saves but the count."""
+    if not spec.modules or form.container != "safetensors":
+        return spec
+    kinds = open_tensors(form, folder).kinds
+    theirs = [e.theirs for e in form.names(spec).entries if e.ours.startswith("mtp.")]
+    if any(name in kinds for name in theirs):
+        return spec
+    logger.warning("%s: names %d modules and holds none of them", folder, spec.modules)
+    return spec.without_heads()
 
 
 def inward(
@@ -113,10 +126,16 @@ def inward(
         UserError: a tensor is missing, has no place or another shape, or should be zero.
     """
     table, shapes = form.names(spec), spec.shapes()
-    by_ours: dict[str, Entry] = {}
+    by_ours: dict[str, list[Entry]] = {}
     for entry in table.entries:
-        by_ours.setdefault(entry.ours, entry)
-    expected = {entry.theirs: shapes[name] for name, entry in by_ours.items()}
+        known = by_ours.setdefault(entry.ours, [])
+        if entry.part is not None or not known:
+            known.append(entry)
+    expected = {
+        entry.theirs: shapes[name] if entry.part is None else Size(shapes[name][1:])
+        for name, entries in by_ours.items()
+        for entry in entries
+    }
     expected |= {name: Size(shape) for name, shape in table.zeros.items()}
     repeated = {entry.theirs for entry in table.entries} - expected.keys()
     check_tensors(tensors, expected, repeated | table.ignored)
@@ -128,13 +147,17 @@ def inward(
             )
     head_dim = spec.args.head_dim
 
-    def read(name: str, rotary: bool, to: torch.dtype) -> Tensor:
-        tensor = tensors.read(name)
-        return (to_pairs(tensor, head_dim) if rotary else tensor).to(to)
+    def read(entries: list[Entry], shape: Size, to: torch.dtype) -> Tensor:
+        if entries[0].part is None:
+            tensor = tensors.read(entries[0].theirs)
+            return (to_pairs(tensor, head_dim) if entries[0].rotary else tensor).to(to)
+        whole = torch.empty(shape, dtype=to)
+        for entry in entries:
+            whole[entry.part].copy_(tensors.read(entry.theirs))
+        return whole
 
     outputs = []
-    for name, entry in by_ours.items():
-        to = dtype or tensors.kinds[entry.theirs].dtype
-        get = partial(read, entry.theirs, entry.rotary, to)
-        outputs.append(Output(name, shapes[name], to, get))
+    for name, entries in by_ours.items():
+        to = dtype_of(name, tensors.kinds[entries[0].theirs], dtype)
+        outputs.append(Output(name, shapes[name], to, partial(read, entries, shapes[name], to)))
     return outputs

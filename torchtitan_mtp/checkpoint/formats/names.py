@@ -17,11 +17,13 @@ from torchtitan_mtp.checkpoint.formats.spec import ModelSpec
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor under both names. `rotary`: its rows are in the layout of rotary positions."""
+    """One tensor under both names. `rotary`: its rows are in the layout of rotary positions.
+    `part`: theirs is one of the tensors that ours stacks, by its place."""
 
     ours: str
     theirs: str
     rotary: bool = False
+    part: int | None = None
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ _ATTENTION = {
     "attention_norm.weight": "input_layernorm.weight",
     "ffn_norm.weight": "post_attention_layernorm.weight",
 }
-_FEED_FORWARD = {
+FEED_FORWARD = {
     "feed_forward.w1.weight": "gate_proj.weight",
     "feed_forward.w2.weight": "down_proj.weight",
     "feed_forward.w3.weight": "up_proj.weight",
@@ -73,7 +75,7 @@ _TRUNK = {
     "norm.weight": "model.norm.weight",
     "output.weight": "lm_head.weight",
 }
-_GLM_MODULE = {
+GLM_MODULE = {
     "enorm.weight": "enorm.weight",
     "hnorm.weight": "hnorm.weight",
     "eh_proj.weight": "eh_proj.weight",
@@ -89,23 +91,25 @@ _MELLUM_MODULE = {
 
 def _block(spec: ModelSpec, ours: str, theirs: str, feed_forward: str = "mlp") -> list[Entry]:
     rotary = _ROTARY | (_ROTARY_NORMS if spec.args.qk_norm else {})
-    plain = _ATTENTION | {a: f"{feed_forward}.{b}" for a, b in _FEED_FORWARD.items()}
+    plain = _ATTENTION | {a: f"{feed_forward}.{b}" for a, b in FEED_FORWARD.items()}
     return [
         *(Entry(f"{ours}.{a}", f"{theirs}.{b}", rotary=True) for a, b in rotary.items()),
         *(Entry(f"{ours}.{a}", f"{theirs}.{b}") for a, b in plain.items()),
     ]
 
 
-def _module(table: Mapping[str, str], ours: str, theirs: str) -> list[Entry]:
+def module_entries(table: Mapping[str, str], ours: str, theirs: str) -> list[Entry]:
+    """What a module has beside its block."""
     return [Entry(f"{ours}.{a}", f"{theirs}.{b}") for a, b in table.items()]
 
 
-def _trunk(spec: ModelSpec) -> list[Entry]:
+def trunk_entries(spec: ModelSpec) -> list[Entry]:
+    """What a trunk has beside its blocks."""
     tied = spec.args.tied_embeddings
     return [Entry(a, b) for a, b in _TRUNK.items() if not (tied and a == "output.weight")]
 
 
-def _repeated(spec: ModelSpec) -> frozenset[str]:
+def repeated_names(spec: ModelSpec) -> frozenset[str]:
     """What checkpoints may say once more: the tied unembedding, and rotary frequencies."""
     layers = range(spec.args.n_layers)
     frequencies = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq" for i in layers}
@@ -114,10 +118,10 @@ def _repeated(spec: ModelSpec) -> frozenset[str]:
 
 def llama_hf(spec: ModelSpec) -> Names:
     """LlamaForCausalLM, and Qwen3ForCausalLM, whose blocks have norms of queries and keys more."""
-    entries = _trunk(spec)
+    entries = trunk_entries(spec)
     for i in range(spec.args.n_layers):
         entries += _block(spec, f"layers.{i}", f"model.layers.{i}")
-    return Names(entries, ignored=_repeated(spec))
+    return Names(entries, ignored=repeated_names(spec))
 
 
 GLM_EXPERTS = 2  # the router's top-k within a group looks at two
@@ -127,7 +131,7 @@ def glm4_moe_hf(spec: ModelSpec) -> Names:
     """Glm4MoeForCausalLM: MTP modules as layers behind the last, their feed-forward and that of the
     last layer as a shared expert beside routed experts that are zero."""
     args, layers = spec.args, spec.args.n_layers
-    entries, repeated = _trunk(spec), set(_repeated(spec))
+    entries, repeated = trunk_entries(spec), set(repeated_names(spec))
     zeros: dict[str, tuple[int, ...]] = {}
     blocks = [(f"layers.{i}", i) for i in range(layers)]
     blocks += [(f"mtp.heads.{k}.block", layers + k) for k in range(spec.modules)]
@@ -144,7 +148,7 @@ def glm4_moe_hf(spec: ModelSpec) -> Names:
             zeros[f"{theirs}.mlp.experts.{e}.down_proj.weight"] = (args.dim, args.ffn_dim)
     for k in range(spec.modules):
         theirs = f"model.layers.{layers + k}"
-        entries += _module(_GLM_MODULE, f"mtp.heads.{k}", theirs)
+        entries += module_entries(GLM_MODULE, f"mtp.heads.{k}", theirs)
         # Released checkpoints repeat the shared embedding and unembedding in every module.
         repeated |= {f"{theirs}.embed_tokens.weight", f"{theirs}.shared_head.head.weight"}
     return Names(entries, zeros, frozenset(repeated))
@@ -155,7 +159,7 @@ def mellum_hf(spec: ModelSpec) -> Names:
     names = llama_hf(spec)
     if spec.modules:
         names.entries.extend(_block(spec, "mtp.heads.0.block", "mtp.layers.0"))
-        names.entries.extend(_module(_MELLUM_MODULE, "mtp.heads.0", "mtp"))
+        names.entries.extend(module_entries(_MELLUM_MODULE, "mtp.heads.0", "mtp"))
     return names
 
 
@@ -169,7 +173,7 @@ def meta(spec: ModelSpec) -> Names:
 
 
 def torchtitan(spec: ModelSpec) -> Names:
-    """TorchTitan's llama3 and qwen3; the latter in Hugging Face's rotary layout."""
+    """TorchTitan's llama3, deepseek_v3 and qwen3; the last in Hugging Face's rotary layout."""
     rotary = set(_ROTARY | _ROTARY_NORMS) if spec.args.qk_norm else set()
     entries = [Entry(name, name, rotary=name.split(".", 2)[-1] in rotary) for name in spec.shapes()]
     if spec.args.tied_embeddings:

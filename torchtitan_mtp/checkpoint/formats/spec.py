@@ -9,7 +9,7 @@ from typing import Any
 from torch import Size
 
 from torchtitan_mtp.config import MTP, JobConfig
-from torchtitan_mtp.models.args import ModelArgs
+from torchtitan_mtp.models.args import ModelArgs, YaRN
 from torchtitan_mtp.models.flavors import flavors, model_args
 from torchtitan_mtp.models.transformer import build_model
 from torchtitan_mtp.mtp import add_heads
@@ -37,23 +37,34 @@ class ModelSpec:
         further = self.num_future_tokens - 1
         return min(further, 1) if self.share_weights else further
 
+    @property
+    def kind(self) -> str:
+        """What its blocks are: "llama" (heads of keys and values, dense), "deepseek_v3" (latent
+        attention, mixtures of experts), or "" for another combination."""
+        return {(True, True): "deepseek_v3", (False, False): "llama"}.get(
+            (self.args.latent is not None, self.args.moe is not None), ""
+        )
+
     def without_heads(self) -> ModelSpec:
         """The trunk alone."""
         return ModelSpec(self.args)
 
     def summary(self) -> str:
         """One line for people."""
-        count = sum(shape.numel() for shape in self.shapes().values())
+        shapes = self.shapes().items()
+        count = sum(shape.numel() for name, shape in shapes if not name.endswith("expert_bias"))
         heads = f" and {self.modules} {self.heads} heads" if self.heads else ", no further heads"
         return f"{count:,} parameters in {self.args.n_layers} layers{heads}"
 
     def shapes(self) -> dict[str, Size]:
-        """Name -> shape of every parameter; of two tied names, the embedding's alone."""
+        """Name -> shape of every parameter and expert's bias; of two tied names, the embedding's
+        alone."""
         model = build_model(self.args)
         mtp = MTP(num_future_tokens=self.num_future_tokens, share_weights=self.share_weights)
         mtp.heads = "sequential" if self.heads == "sequential" else "parallel"
         add_heads(model, mtp)
-        return {name: param.shape for name, param in model.named_parameters()}
+        biases = {n: b.shape for n, b in model.named_buffers() if n.endswith(".expert_bias")}
+        return {name: param.shape for name, param in model.named_parameters()} | biases
 
 
 def spec_of_run(config: JobConfig, vocab_size: int) -> ModelSpec:
@@ -77,7 +88,10 @@ def spec_of_run(config: JobConfig, vocab_size: int) -> ModelSpec:
 def describe_run(config: JobConfig, spec: ModelSpec) -> None:
     """Write a model into a configuration: by its flavor's name where one fits, else by sizes."""
     args, model = spec.args, config.model
-    model.name = "qwen3" if args.qk_norm else "llama3"
+    if spec.kind == "deepseek_v3":
+        model.name = "deepseek_v3"
+    else:
+        model.name = "qwen3" if args.qk_norm else "llama3"
     model.vocab_size = args.vocab_size
     config.training.seq_len = config.validation.seq_len = args.max_seq_len
     wanted = _sizes(args)
@@ -86,12 +100,15 @@ def describe_run(config: JobConfig, spec: ModelSpec) -> None:
     if model.flavor == "custom":
         for key in _SIZES:
             setattr(model.args, key, wanted[key])
-        model.args.n_kv_heads = args.kv_heads
         model.args.hidden_dim = args.ffn_dim
-        model.args.head_size = args.head_dim
-        if (scaling := args.rope_scaling) is not None:
-            for key, value in vars(scaling).items():
-                setattr(model.args.rope_scaling, key, value)
+        if args.latent is None:
+            model.args.n_kv_heads, model.args.head_size = args.kv_heads, args.head_dim
+        if args.rope_scaling is not None:
+            yarn = isinstance(args.rope_scaling, YaRN)
+            model.args.rope_scaling.rope_type = "yarn" if yarn else "llama3"
+        for name in ("rope_scaling", "latent", "moe"):
+            for key, value in _fields(getattr(args, name)).items():
+                setattr(getattr(model.args, name), key, value)
     if spec.heads:
         model.converters = ["mtp"]
         config.mtp.heads = "sequential" if spec.heads == "sequential" else "parallel"
@@ -102,12 +119,22 @@ def describe_run(config: JobConfig, spec: ModelSpec) -> None:
 def _sizes(args: ModelArgs) -> dict[str, Any]:
     """All that decides a trunk's parameters and what they compute, but for the vocabulary."""
     sizes = {key: getattr(args, key) for key in _SIZES}
-    derived = {"kv": args.kv_heads, "ffn": args.ffn_dim, "head": args.head_dim}
+    derived: dict[str, Any] = {"ffn": args.ffn_dim}
+    if args.latent is None:
+        derived |= {"kv": args.kv_heads, "head": args.head_dim}
+    for name in ("latent", "moe"):
+        derived |= {f"{name}.{key}": v for key, v in _fields(getattr(args, name)).items()}
     return sizes | derived | {"rope_scaling": args.rope_scaling}
+
+
+def _fields(part: Any) -> dict[str, Any]:
+    """What a part of the shape says, but for how experts are balanced, which is the run's."""
+    values = {} if part is None else vars(part)
+    return {key: value for key, value in values.items() if not key.endswith("_coeff")}
 
 
 def differing_sizes(ours: ModelArgs, theirs: ModelArgs) -> Collection[str]:
     """The sizes, as "name = ours, not theirs", in which two trunks differ."""
     a, b = _sizes(ours), _sizes(theirs)
     a["vocab_size"], b["vocab_size"] = ours.vocab_size, theirs.vocab_size
-    return [f"{key} = {a[key]}, not {b[key]}" for key in a if a[key] != b[key]]
+    return [f"{key} = {a.get(key)}, not {b.get(key)}" for key in a | b if a.get(key) != b.get(key)]

@@ -84,7 +84,9 @@ def _format_of(path: Path) -> str:
 
 def save_in_hf(step: Path, model: Transformer, dtype: torch.dtype | None) -> Path:
     """Export a finished step-N beside itself, as step-N.hf, in the format that holds its heads."""
-    if model.mtp is not None:
+    if model.args.moe is not None:
+        name = "deepseek_v3_hf"
+    elif model.mtp is not None:
         name = "glm4_moe_hf"
     else:
         name = "qwen3_hf" if model.args.qk_norm else "llama_hf"

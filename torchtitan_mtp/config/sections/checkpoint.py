@@ -35,10 +35,8 @@ class Checkpoint:
     """Read initial_load_path, or without one model.hf_assets_path, as a Hugging Face folder:
     config.json and safetensors files of the run's model."""
 
-    initial_load_in_hf_quantized: bool = setting(
-        False, unsupported="convert the weights with scripts/import_checkpoint.py first"
-    )
-    """Read initial_load_path in Hugging Face's format with quantized weights."""
+    initial_load_in_hf_quantized: bool = False
+    """No effect: weights in FP8 with a scale a block (DeepSeek's) are recognised without it."""
 
     last_save_model_only: bool = setting(
         True,

@@ -1,0 +1,251 @@
+"""DeepseekV3ForCausalLM: names and config.json, both ways.
+
+Its rotary layout is ours (interleaved pairs), so no rows change places. Experts are tensors of
+their own there and parts of stacked ones here; MTP modules are layers behind the last, each with
+copies of the shared embedding and unembedding, which are left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torchtitan_mtp.checkpoint.formats.configs import Reader, with_modules
+from torchtitan_mtp.checkpoint.formats.names import (
+    FEED_FORWARD,
+    GLM_MODULE,
+    Entry,
+    Names,
+    module_entries,
+    repeated_names,
+    trunk_entries,
+)
+from torchtitan_mtp.checkpoint.formats.spec import ModelSpec
+from torchtitan_mtp.errors import UserError
+from torchtitan_mtp.models.args import LatentArgs, ModelArgs, MoEArgs, YaRN
+
+_BLOCK = {
+    "attention.wkv_a.weight": "self_attn.kv_a_proj_with_mqa.weight",
+    "attention.kv_norm.weight": "self_attn.kv_a_layernorm.weight",
+    "attention.wkv_b.weight": "self_attn.kv_b_proj.weight",
+    "attention.wo.weight": "self_attn.o_proj.weight",
+    "attention_norm.weight": "input_layernorm.weight",
+    "ffn_norm.weight": "post_attention_layernorm.weight",
+}
+_QUERIES = {"attention.wq.weight": "self_attn.q_proj.weight"}
+_COMPRESSED_QUERIES = {
+    "attention.wq_a.weight": "self_attn.q_a_proj.weight",
+    "attention.q_norm.weight": "self_attn.q_a_layernorm.weight",
+    "attention.wq_b.weight": "self_attn.q_b_proj.weight",
+}
+_DENSE = {ours: f"mlp.{theirs}" for ours, theirs in FEED_FORWARD.items()}
+_MIXTURE = {
+    "moe.router.gate.weight": "mlp.gate.weight",
+    "moe.expert_bias": "mlp.gate.e_score_correction_bias",
+    "moe.shared_experts.w1.weight": "mlp.shared_experts.gate_proj.weight",
+    "moe.shared_experts.w2.weight": "mlp.shared_experts.down_proj.weight",
+    "moe.shared_experts.w3.weight": "mlp.shared_experts.up_proj.weight",
+}
+_EXPERTS = {
+    "moe.experts.w1": "gate_proj.weight",
+    "moe.experts.w2": "down_proj.weight",
+    "moe.experts.w3": "up_proj.weight",
+}
+_EPS = 1e-6  # what transformers gives the norms within attention, whatever config.json says
+
+
+def names(spec: ModelSpec) -> Names:
+    """Every tensor of a trunk and its modules."""
+    layers = spec.args.n_layers
+    entries, repeated = trunk_entries(spec), set(repeated_names(spec))
+    for i in range(layers):
+        entries += _block(spec.args, f"layers.{i}", i, dense=i < _moe(spec).n_dense_layers)
+    for k in range(spec.modules):
+        theirs = f"model.layers.{layers + k}"
+        entries += _block(spec.args, f"mtp.heads.{k}.block", layers + k, dense=False)
+        entries += module_entries(GLM_MODULE, f"mtp.heads.{k}", theirs)
+        repeated |= {f"{theirs}.embed_tokens.weight", f"{theirs}.shared_head.head.weight"}
+    return Names(entries, ignored=frozenset(repeated))
+
+
+def _block(args: ModelArgs, ours: str, index: int, dense: bool) -> list[Entry]:
+    assert args.latent is not None and args.moe is not None
+    theirs = f"model.layers.{index}"
+    table = _BLOCK | (_COMPRESSED_QUERIES if args.latent.q_lora_rank else _QUERIES)
+    table |= _DENSE if dense else _MIXTURE
+    entries = [Entry(f"{ours}.{a}", f"{theirs}.{b}") for a, b in table.items()]
+    if not dense:
+        entries += [
+            Entry(f"{ours}.{a}", f"{theirs}.mlp.experts.{e}.{b}", part=e)
+            for a, b in _EXPERTS.items()
+            for e in range(args.moe.num_experts)
+        ]
+    return entries
+
+
+def _moe(spec: ModelSpec) -> MoEArgs:
+    assert spec.args.moe is not None
+    return spec.args.moe
+
+
+def write_config(spec: ModelSpec) -> dict[str, Any]:
+    """DeepseekV3Config.
+
+    Raises:
+        UserError: a model that this class computes otherwise.
+    """
+    args, moe, latent = spec.args, _moe(spec), spec.args.latent
+    assert latent is not None
+    _check(spec)
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": args.rope_theta}
+    if isinstance(yarn := args.rope_scaling, YaRN):
+        rope |= {
+            "rope_type": "yarn",
+            "type": "yarn",  # for readers older than rope_parameters
+            "factor": yarn.factor,
+            "beta_fast": yarn.beta_fast,
+            "beta_slow": yarn.beta_slow,
+            "mscale": yarn.mscale,
+            "mscale_all_dim": yarn.mscale_all_dim,
+            "original_max_position_embeddings": yarn.original_max_seq_len,
+        }
+    return {
+        "architectures": ["DeepseekV3ForCausalLM"],
+        "model_type": "deepseek_v3",
+        "vocab_size": args.vocab_size,
+        "hidden_size": args.dim,
+        "intermediate_size": args.ffn_dim,
+        "moe_intermediate_size": moe.hidden_dim,
+        "num_hidden_layers": args.n_layers,
+        "num_nextn_predict_layers": spec.modules,
+        "num_attention_heads": args.n_heads,
+        "num_key_value_heads": args.n_heads,
+        "q_lora_rank": latent.q_lora_rank or None,
+        "kv_lora_rank": latent.kv_lora_rank,
+        "qk_nope_head_dim": latent.qk_nope_head_dim,
+        "qk_rope_head_dim": latent.qk_rope_head_dim,
+        "v_head_dim": latent.v_head_dim,
+        "n_routed_experts": moe.num_experts,
+        "n_shared_experts": moe.num_shared_experts,
+        "num_experts_per_tok": moe.top_k,
+        "first_k_dense_replace": moe.n_dense_layers,
+        "moe_layer_freq": 1,
+        "n_group": moe.num_expert_groups,
+        "topk_group": moe.num_limited_groups,
+        "topk_method": "noaux_tc",
+        "scoring_func": "sigmoid",
+        "norm_topk_prob": moe.route_norm,
+        "routed_scaling_factor": moe.route_scale,
+        "hidden_act": "silu",
+        "max_position_embeddings": args.max_seq_len,
+        "initializer_range": 0.02,
+        "rms_norm_eps": args.norm_eps,
+        "tie_word_embeddings": args.tied_embeddings,
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "use_cache": True,
+        "rope_interleave": True,
+        "rope_theta": args.rope_theta,
+        "rope_parameters": rope,
+        "rope_scaling": rope if args.rope_scaling else None,
+    }
+
+
+def _check(spec: ModelSpec) -> None:
+    args, moe = spec.args, _moe(spec)
+    wrong = ""
+    if moe.score_func != "sigmoid":
+        wrong = f'score_func = "{moe.score_func}", and its router takes sigmoids'
+    elif not moe.num_shared_experts:
+        wrong = "no shared expert, and it has one at least"
+    elif moe.num_experts < 2 * moe.num_expert_groups:
+        wrong = "groups of one expert, and its router looks at the two best of each"
+    elif args.norm_eps != _EPS:
+        wrong = f"norm_eps = {args.norm_eps}, and the norms within its attention have {_EPS}"
+    elif args.rope_scaling is not None and not isinstance(args.rope_scaling, YaRN):
+        wrong = "Llama 3.1's rotary scaling, and it has YaRN's"
+    elif spec.modules and moe.n_dense_layers >= args.n_layers:
+        wrong = "dense layers alone, and its modules are mixtures"
+    if wrong:
+        raise UserError(f"deepseek_v3_hf: the model has {wrong}; try torchtitan")
+
+
+def read_config(file: Path, values: Mapping[str, Any]) -> ModelSpec:
+    """The model of a DeepseekV3Config, released ones included."""
+    reader = Reader(file, values)
+    heads = reader.integer("num_attention_heads")
+    for key, only in (
+        ("hidden_act", "silu"),
+        ("attention_bias", False),
+        ("rope_interleave", True),
+        ("rms_norm_eps", _EPS),
+        ("scoring_func", "sigmoid"),
+        ("topk_method", "noaux_tc"),
+        ("moe_layer_freq", 1),
+        ("num_key_value_heads", heads),
+    ):
+        reader.expect(key, only)
+    theta, yarn = _rope(reader)
+    args = ModelArgs(
+        dim=reader.integer("hidden_size"),
+        n_layers=reader.integer("num_hidden_layers"),
+        n_heads=heads,
+        vocab_size=reader.integer("vocab_size"),
+        hidden_dim=reader.integer("intermediate_size"),
+        latent=LatentArgs(
+            q_lora_rank=0 if values.get("q_lora_rank") is None else reader.integer("q_lora_rank"),
+            kv_lora_rank=reader.integer("kv_lora_rank"),
+            qk_nope_head_dim=reader.integer("qk_nope_head_dim"),
+            qk_rope_head_dim=reader.integer("qk_rope_head_dim"),
+            v_head_dim=reader.integer("v_head_dim"),
+        ),
+        moe=MoEArgs(
+            num_experts=reader.integer("n_routed_experts"),
+            hidden_dim=reader.integer("moe_intermediate_size"),
+            num_shared_experts=reader.integer("n_shared_experts"),
+            top_k=reader.integer("num_experts_per_tok"),
+            n_dense_layers=0
+            if values.get("first_k_dense_replace") == 0
+            else reader.integer("first_k_dense_replace"),
+            num_expert_groups=reader.integer("n_group"),
+            num_limited_groups=reader.integer("topk_group"),
+            route_norm=bool(values.get("norm_topk_prob", True)),
+            route_scale=float(reader.number("routed_scaling_factor")),
+        ),
+        norm_eps=_EPS,
+        rope_theta=theta,
+        rope_scaling=yarn,
+        max_seq_len=reader.integer("max_position_embeddings", 4096),
+        tied_embeddings=bool(values.get("tie_word_embeddings", False)),
+    )
+    return with_modules(reader, args)
+
+
+def _rope(reader: Reader) -> tuple[float, YaRN | None]:
+    """Base and scaling, wherever this version of transformers wrote them."""
+    values = reader.values.get("rope_parameters") or reader.values.get("rope_scaling") or {}
+    inner = Reader(reader.file, {"rope_theta": reader.values.get("rope_theta"), **values})
+    theta = float(inner.number("rope_theta", 10000.0))
+    kind = inner.values.get("rope_type", inner.values.get("type", "default"))
+    if kind == "default":
+        return theta, None
+    if kind != "yarn":
+        raise UserError(
+            f"{reader.file}: rope_type = {kind!r} is not supported here, only 'default' and 'yarn'"
+        )
+    inner.expect("attention_factor", None)
+    inner.expect("truncate", True)
+    scales = [inner.values.get(key) or 0.0 for key in ("mscale", "mscale_all_dim")]
+    if not all(scales):
+        if any(scales):
+            raise UserError(f"{reader.file}: expected both mscale and mscale_all_dim, or neither")
+        scales = [1.0, 0.0]
+    return theta, YaRN(
+        factor=float(inner.number("factor")),
+        beta_fast=float(inner.number("beta_fast", 32)),
+        beta_slow=float(inner.number("beta_slow", 1)),
+        mscale=float(scales[0]),
+        mscale_all_dim=float(scales[1]),
+        original_max_seq_len=inner.integer("original_max_position_embeddings"),
+    )
