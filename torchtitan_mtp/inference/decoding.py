@@ -24,7 +24,7 @@ dtype can tell, plain and speculative decoding may choose differently; else they
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import torch
@@ -76,18 +76,28 @@ def generate(
     decoder = Decoder(model, prompts, max_new_tokens, most, sampler, compile)
     rows = Rows(len(prompts), max_new_tokens, eos_id, most)
     length = DraftLength(most, len(model.layers), adapt=num_draft == "auto")
-
-    rows.start(decoder.prefill())
+    steps = decode(decoder, rows, length)
+    next(steps)
     prompt_seconds = time.perf_counter() - begin
+    for _ in steps:
+        pass
+    return rows.finish(prompt_seconds, time.perf_counter() - begin)
+
+
+def decode(decoder: Decoder, rows: Rows, length: DraftLength) -> Iterator[None]:
+    """The steps of a generation, the prompt's first: after each one, `rows` has what it gave."""
+    rows.start(decoder.prefill())
+    yield
     while (left := rows.left()) > 0:
         count = length.next()
-        if not compile:  # the last token needs no draft, but a shape of its own would cost more
+        if not decoder.positions.static:
+            # The last token needs no draft; compiled, a shape of its own would cost more.
             count = min(count, left - 1)
         decoder.predict(count)
         fed, target = decoder.verify(count)
         decoder.accept(rows.accept(fed, target))
         length.learn(rows.stats)
-    return rows.finish(prompt_seconds, time.perf_counter() - begin)
+        yield
 
 
 class Decoder:

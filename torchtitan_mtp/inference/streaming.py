@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from torchtitan_mtp.data.tokenizer import Tokenizer
-from torchtitan_mtp.inference.decoding import Decoder
+from torchtitan_mtp.inference.decoding import Decoder, decode
+from torchtitan_mtp.inference.draft_length import DraftLength
 from torchtitan_mtp.inference.rows import Rows
 from torchtitan_mtp.inference.sampling import Sampler
 from torchtitan_mtp.models.transformer import Transformer
@@ -31,15 +32,9 @@ def stream(
     """
     decoder = Decoder(model, [prompt], max_new_tokens, num_draft, sampler)
     rows, told = Rows(1, max_new_tokens, eos_id, num_draft), 0
-    rows.start(decoder.prefill())
-    while True:
+    for _ in decode(decoder, rows, DraftLength(num_draft, len(model.layers), adapt=False)):
         yield rows.tokens[0][told:]
         told = len(rows.tokens[0])
-        if (left := rows.left()) == 0:
-            return
-        count = min(num_draft, left - 1)
-        decoder.predict(count)
-        decoder.accept(rows.accept(*decoder.verify(count)))
 
 
 class TextStream:

@@ -1,4 +1,4 @@
-"""Speculative decoding on prompts of real text, in float32, by models that have learned a little."""
+"""Speculative decoding on prompts of real text, in float32, by models that learned a little."""
 
 from __future__ import annotations
 

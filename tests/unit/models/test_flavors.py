@@ -92,5 +92,5 @@ def test_a_scaling_of_defaults_without_a_factor_asks_for_nothing() -> None:
 
     default = model_args("llama3", "quickstart", tokenizer_vocab=9).rope_scaling
     assert scaling(low_freq_factor=1.0, high_freq_factor=4.0) == default is None
-    with pytest.raises(UserError, match="rope_scaling.factor"):
+    with pytest.raises(UserError, match=r"rope_scaling\.factor"):
         scaling(low_freq_factor=2.0)
