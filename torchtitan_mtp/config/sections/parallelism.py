@@ -162,8 +162,8 @@ class Compile:
     components: list[Literal["model", "loss"]] = field(
         default_factory=lambda: ["model", "loss"], metadata=rule(distinct=True)
     )
-    """What is compiled: "model" is each transformer block. "loss" is accepted and changes nothing:
-    the loss is one operator with fused passes, which gained nothing from compilation."""
+    """What is compiled: "model" is each transformer block. "loss" is accepted beside it and changes
+    nothing, alone it is refused: the loss is one operator, and its passes were slower compiled."""
 
     backend: str = "inductor"
     """torch.compile's backend."""
