@@ -113,8 +113,9 @@ class SequentialHeads(nn.Module):
         tokens = torch.cat((batch.tokens, batch.future_tokens[:, -1]), dim=1)  # [B, S+n-1]
         embedded = model.tok_embeddings(tokens)
         x = embedded[:, : batch.tokens.shape[1]].contiguous()
-        h, context = model.encode(batch, embedded=x)
-        return embedded, model.norm(h), context
+        h, context = model.encode(batch, len(model.layers) - 1, embedded=x)
+        # The final norm is part of the last block's call, as every head's is.
+        return embedded, last_layer(model)(h, context, norm=model.norm.weight), context
 
     def ahead(self, embedded: Tensor, k: int) -> Tensor:
         """What head k reads of `trunk`'s embeddings: those of t[i+k-1] [B, S, D], a view."""

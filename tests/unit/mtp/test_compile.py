@@ -25,18 +25,18 @@ LAYERS, N = 10, 4
 PARALLEL = {"heads": "parallel"}
 # Without gradients the graphs are others.
 CASES = {  # name -> ([mtp] table, activation checkpointing, graphs to train with, to evaluate with)
-    # A head's block normalises its output, a block of the trunk doesn't.
+    # A block before a head's output (so the chain's last trunk block) is one that normalises.
     "parallel, joint": ({**PARALLEL, "engine": "joint"}, "none", 2, 2),
     "parallel, checkpointed": ({**PARALLEL, "engine": "sequential"}, "full", 2, 2),
     # Heads on a detached state need no gradient of their input.
     "parallel, detached": ({**PARALLEL, "detach_trunk": True}, "none", 3, 2),
     # Every second block is checkpointed, the trunk's and the heads'.
-    "sequential, checkpointed": ({"heads": "sequential"}, "selective", 4, 4),
-    "sequential, shared": ({"heads": "sequential", "share_weights": True}, "none", 2, 2),
+    "sequential, checkpointed": ({"heads": "sequential"}, "selective", 5, 5),
+    "sequential, shared": ({"heads": "sequential", "share_weights": True}, "none", 3, 3),
     # The first block is dense.
-    "experts": ({"heads": "sequential"}, "none", 3, 3),
+    "experts": ({"heads": "sequential"}, "none", 4, 4),
     "experts, checkpointed": ({"heads": "parallel", "engine": "sequential"}, "full", 3, 3),
-    "sequential, in turn": ({"heads": "sequential", "engine": "sequential"}, "none", 2, 2),
+    "sequential, in turn": ({"heads": "sequential", "engine": "sequential"}, "none", 3, 3),
 }
 
 
