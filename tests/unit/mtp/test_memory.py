@@ -1,0 +1,71 @@
+"""Bytes alive in a step, counted at every allocation: what heads add to a plain model's peak."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+
+from tests.small import small_model
+from torchtitan_mtp.config import MTP, ActivationCheckpoint
+from torchtitan_mtp.data.targets import Window, make_batch
+from torchtitan_mtp.distributed.activation_checkpoint import apply_activation_checkpointing
+from torchtitan_mtp.mtp import engines
+
+SEQ, DIM, VOCAB = 64, 32, 8192
+STATE = 4 * SEQ * DIM  # bytes of one [N, D] in float32
+LOGITS = 4 * SEQ * VOCAB
+
+
+def peak(n: int, mode: str, **table) -> int:
+    """Most bytes that a step has alive above parameters and gradients, which are there already."""
+    mtp = MTP(num_future_tokens=n, **table)
+    shape = {"dim": DIM, "vocab_size": VOCAB, "attn_mask_type": "causal", "max_seq_len": SEQ}
+    model = small_model(mtp, **shape)
+    apply_activation_checkpointing(model, ActivationCheckpoint(mode=mode), mtp.engine)
+    tokens = torch.randint(VOCAB, (1, SEQ + n), generator=torch.Generator().manual_seed(0))
+    batch = make_batch(Window(tokens, torch.zeros_like(tokens)), n)
+    scales = torch.full((n,), 1 / SEQ)
+    engines[mtp.engine](model, batch, scales, {}, True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with torch.profiler.profile(
+            profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]
+        ) as profile:
+            engines[mtp.engine](model, batch, scales, {}, True)
+    alive = most = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            alive += event.nbytes()
+            most = max(most, alive)
+    return most
+
+
+CASES = {  # [mtp] table, activation checkpointing, [N, D] for each head at most
+    "parallel, in turn": ({"engine": "sequential"}, "none", 0),
+    "parallel, in turn, checkpointed": ({"engine": "sequential"}, "full", 0),
+    "parallel, joint, checkpointed": ({"engine": "joint"}, "full", 1),
+    "chain, in turn": ({"heads": "sequential", "engine": "sequential"}, "none", 1),
+    "chain, in turn, checkpointed": ({"heads": "sequential", "engine": "sequential"}, "full", 1),
+    # A state is the next head's input until the backward, when its gradient is there as well.
+    "chain, joint, checkpointed": ({"heads": "sequential"}, "full", 2),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_a_head_keeps(name):
+    table, mode, states = CASES[name]
+    plain, four, eight = peak(1, mode), peak(4, mode, **table), peak(8, mode, **table)
+    assert plain > LOGITS  # the loss is where most is alive
+    few = STATE / 2  # labels, a chain's tokens ahead
+    assert eight - four <= 4 * states * STATE + few
+    # The sequential engine itself has the trunk state's gradient in float32.
+    assert eight - plain <= max(8 * states, 2) * STATE + few
+    if states:
+        assert eight - four > 4 * (states - 1) * STATE  # as the table in the docs says
+
+
+def test_no_second_gradient_of_the_unembedding():
+    """What accumulates goes where it stays: a step keeps less than its logits and [V, D]."""
+    assert peak(1, "full") < LOGITS + 4 * VOCAB * DIM
