@@ -36,6 +36,7 @@ def test_a_recipes_model_builds(recipe):
         vocab_size=config.model.vocab_size,
         max_seq_len=config.training.seq_len,
         attn_mask_type=config.model.attn_mask_type,
+        changes=config.model.args.given(),
     )
     model = build_model(args, getattr(torch, config.training.dtype))
     trunk = sum(p.numel() for p in model.parameters())
