@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 import tyro
-from benchmarks import gemm, gpu, heads, loss, speed, train
+from benchmarks import checkpoint, gemm, gpu, heads, loss, speed, train
 
 from torchtitan_mtp.errors import UserError
 
@@ -16,6 +16,7 @@ COMMANDS = {
     "train": train.run,
     "gemm": gemm.run,
     "gpu": gpu.run,
+    "checkpoint": checkpoint.run,
 }
 
 

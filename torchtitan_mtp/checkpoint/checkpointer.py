@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 import torch.distributed.checkpoint as dcp
 import torch.nn as nn
-from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter
+from torch.distributed.checkpoint import DefaultSavePlanner
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
@@ -27,13 +27,16 @@ from torchtitan_mtp.checkpoint.load import (
     excluded,
     first_failure,
     load_opened_weights,
+    one_line,
     open_checkpoint,
     stored_model_names,
 )
-from torchtitan_mtp.checkpoint.manifest import FULL, MODEL_ONLY, Manifest, hash_files
+from torchtitan_mtp.checkpoint.manifest import FULL, MODEL_ONLY, Manifest
 from torchtitan_mtp.checkpoint.ranks import Ranks
+from torchtitan_mtp.checkpoint.remote import RemotePath
 from torchtitan_mtp.checkpoint.resume import Stateful, restore
 from torchtitan_mtp.checkpoint.state import OPTIMIZER, RNG
+from torchtitan_mtp.checkpoint.storage import SummingWriter
 from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.models.transformer import Transformer
 
@@ -75,7 +78,12 @@ class Checkpointer:
                 "damaged checkpoint is not the end of the run"
             )
         self.config = config
-        self.folder = Path(dump_folder) / config.folder
+        self.folder = folders.checkpoint_folder(dump_folder, config.folder)
+        if config.last_save_in_hf and isinstance(self.folder, RemotePath):
+            raise UserError(
+                "checkpoint.last_save_in_hf = true: needs a local folder, found "
+                f"checkpoint.folder = {self.folder}; run scripts/export_checkpoint.py afterwards"
+            )
         self.model = model
         self.optimizer = optimizer
         self.extra = dict(extra or {})
@@ -173,28 +181,28 @@ class Checkpointer:
         start = time.perf_counter()
         ranks, folder = self._ranks, self.folder
         tmp = folders.tmp_folder(folder, step)
+        writer = SummingWriter(tmp)
         try:
             with states_of.quiet(alone=not ranks.distributed):
                 dcp.save(
                     states,
-                    storage_writer=FileSystemWriter(tmp),
+                    storage_writer=writer,
                     planner=DefaultSavePlanner(
                         flatten_state_dict=False, flatten_sharded_tensors=False
                     ),
                     process_group=ranks.group,
                     no_dist=not ranks.distributed,
                 )
-            # Each rank hashes what it wrote, from the page cache.
-            own = [tmp / ".metadata"] if ranks.rank == 0 else []
-            own += sorted(tmp.glob(f"__{ranks.rank}_*.distcp"))
-            written = ranks.gather(ranks.together(lambda: hash_files(own)))
+            written = ranks.gather(writer.entries)
             files = {name: entry for part in written for name, entry in part.items()}
             manifest = Manifest(step, kind, ranks.world_size, files)
             final = ranks.first(lambda: folders.finish_writing(folder, manifest))
         except (CheckpointException, UserError, OSError) as error:
             if ranks.rank == 0:
                 folders.discard_writing(folder, step)
-            cause = first_failure(error) if isinstance(error, CheckpointException) else error
+            cause = str(error)
+            if isinstance(error, CheckpointException):
+                cause = one_line(first_failure(error))
             raise UserError(f"{tmp}: can't be saved: {cause}") from error
         logger.info(
             "saved %s (%s, %.1f MB, %.1f s)",
@@ -274,8 +282,11 @@ class Checkpointer:
                     "checkpoint.initial_load_path, or set checkpoint.initial_load_model_only = true"
                 )
             return self._resume(path)
-        self._load_weights(open_checkpoint(path, self._ranks), HEADS)
+        self._load_weights(self._open(path), HEADS)
         return None
+
+    def _open(self, path: Path) -> Opened:
+        return open_checkpoint(path, self._ranks, self.config.verify)
 
     def _choose(self, step: int) -> tuple[Path, str] | None:
         """The checkpoint of this run's folder to load, and its kind (rank 0)."""
@@ -312,7 +323,7 @@ class Checkpointer:
     def _start_from(self, path: Path) -> int:
         """Weights only, from this run's own folder: a seed, or a model-only step asked for."""
         logger.warning("%s holds the model only: training starts at step 0 with it", path)
-        self._load_weights(open_checkpoint(path, self._ranks), ())
+        self._load_weights(self._open(path), ())
         return 0
 
     def _load_weights(self, opened: Opened, allowed: Sequence[str], exact: bool = False) -> None:
@@ -341,7 +352,7 @@ class Checkpointer:
 
     def _resume(self, path: Path) -> int:
         """Everything, from a full checkpoint; returns its step."""
-        opened = open_checkpoint(path, self._ranks)
+        opened = self._open(path)
         self._load_weights(opened, (), exact=True)
         exclude = self.config.exclude_from_loading
         extra = {name: item for name, item in self.extra.items() if name not in exclude}

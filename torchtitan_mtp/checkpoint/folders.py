@@ -3,14 +3,21 @@
 A checkpoint is written as `step-N.tmp`, finished (manifest last), flushed to disk and renamed, so
 that a death at any moment leaves either no `step-N` or a whole one. Nothing ever writes into an
 existing `step-N`.
+
+An object store can't rename a folder, but has a file whole or not at all. There `step-N` is written
+in place, DCP's `.metadata` after the shards and the manifest last, and counts once it has
+`.metadata`, which a removal takes away first.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
 import shutil
+import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 from torchtitan_mtp.checkpoint.manifest import (
@@ -22,6 +29,7 @@ from torchtitan_mtp.checkpoint.manifest import (
     write_manifest,
 )
 from torchtitan_mtp.checkpoint.metadata import read_metadata
+from torchtitan_mtp.checkpoint.remote import RemotePath, place
 from torchtitan_mtp.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -31,12 +39,18 @@ _REMOVING = ".removing"
 _FREE_SPACE_MARGIN = 1.02  # file headers and metadata beside the tensors
 
 
+def checkpoint_folder(dump_folder: str | os.PathLike[str], folder: str) -> Path:
+    """Where a run's checkpoints lie: below its dump folder, or at a URL of their own."""
+    return place(folder) if "://" in folder else place(dump_folder) / folder
+
+
 def step_folder(folder: Path, step: int) -> Path:
     return folder / f"step-{step}"
 
 
 def tmp_folder(folder: Path, step: int) -> Path:
-    return folder / f"step-{step}.tmp"
+    """Where step-N is written: aside, or in place where there is no rename."""
+    return folder / (f"step-{step}" if isinstance(folder, RemotePath) else f"step-{step}.tmp")
 
 
 def finished_steps(folder: Path) -> list[int]:
@@ -55,11 +69,15 @@ def warn_about_leftovers(folder: Path) -> None:
     """Name the folders of interrupted saves, which are ignored."""
     if not folder.is_dir():
         return
-    for entry in sorted(folder.iterdir()):
+    for entry in _by_name(folder.iterdir()):
         if entry.name.endswith(".tmp") and _STEP.match(entry.name.removesuffix(".tmp")):
             logger.warning("%s: left by an interrupted save, ignored", entry)
         elif _STEP.match(entry.name) and entry.is_dir() and not _finished(entry):
             logger.warning("%s: neither .metadata nor manifest: not finished, ignored", entry)
+
+
+def _by_name(paths: Iterable[Path]) -> list[Path]:
+    return sorted(paths, key=lambda path: path.name)
 
 
 def kind_of(path: Path) -> str:
@@ -97,16 +115,20 @@ def latest_full_step(folder: Path) -> int | None:
 
 
 def start_writing(folder: Path, step: int, total_bytes: int) -> None:
-    """Make the empty `step-N.tmp`, after checking that `total_bytes` fit on the disk.
+    """Make the empty folder to write in, after checking that `total_bytes` fit on the disk.
 
     Raises:
         UserError: not enough free space, or the folder can't be made.
     """
     tmp = tmp_folder(folder, step)
     try:
-        if tmp.exists():
+        if isinstance(tmp, RemotePath) and _finished(tmp):
+            _keep_aside(tmp)
+        elif tmp.exists():
             logger.warning("%s: left by an interrupted save, removed", tmp)
-            shutil.rmtree(tmp)
+            _remove(tmp)
+        if isinstance(folder, RemotePath):
+            return  # stores make folders by themselves, and have room
         folder.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(folder).free
         needed = int(total_bytes * _FREE_SPACE_MARGIN)
@@ -121,23 +143,39 @@ def start_writing(folder: Path, step: int, total_bytes: int) -> None:
 
 
 def finish_writing(folder: Path, manifest: Manifest) -> Path:
-    """Write the manifest into `step-N.tmp`, flush it and rename it to `step-N`.
+    """Write the manifest into the folder that was written, flush it and rename it to `step-N`.
 
     What lies at `step-N` already (a model-only checkpoint that a full one replaces, a damaged one)
     is kept beside it as `step-N.model_only` or `step-N.damaged`.
     """
     tmp, final = tmp_folder(folder, manifest.step), step_folder(folder, manifest.step)
     write_manifest(tmp, manifest)
-    _sync_folder(tmp)
-    if final.exists():
-        aside = final.with_name(f"{final.name}.{whole_kind(final) or 'damaged'}")
-        if aside.exists():
-            raise UserError(f"{aside}: in the way of keeping the old {final.name}; move it away")
-        final.rename(aside)
-        logger.warning("%s: was there already, kept as %s", final, aside.name)
-    tmp.rename(final)
-    _sync_folder(folder)
+    if not isinstance(folder, RemotePath):
+        _sync_folder(tmp)
+        if final.exists():
+            _keep_aside(final)
+        tmp.rename(final)
+        _sync_folder(folder)
     return final
+
+
+def _keep_aside(path: Path) -> None:
+    """Rename what is in the place of a new step-N after what it is."""
+    aside = path.with_name(f"{path.name}.{whole_kind(path) or 'damaged'}")
+    if aside.exists():
+        raise UserError(f"{aside}: in the way of keeping the old {path.name}; move it away")
+    path.rename(aside)
+    logger.warning("%s: was there already, kept as %s", path, aside.name)
+
+
+def _remove(path: Path) -> None:
+    """Remove a folder; a remote one stops to count as finished first."""
+    if isinstance(path, RemotePath):
+        for name in ("manifest.json", ".metadata"):
+            (path / name).unlink(missing_ok=True)
+        path.remove_tree()
+    else:
+        shutil.rmtree(path)
 
 
 def _sync_folder(path: Path) -> None:
@@ -151,7 +189,8 @@ def _sync_folder(path: Path) -> None:
 
 def discard_writing(folder: Path, step: int) -> None:
     """Remove what a failed save wrote."""
-    shutil.rmtree(tmp_folder(folder, step), ignore_errors=True)
+    with contextlib.suppress(OSError):
+        _remove(tmp_folder(folder, step))
 
 
 def steps_to_remove(kinds: dict[int, str], keep: int, written: int) -> list[int]:
@@ -175,10 +214,15 @@ def remove_old(folder: Path, keep: int, written: int) -> None:
     whole = {step: kind for step, kind in kinds.items() if kind is not None}
     for step in steps_to_remove(whole, keep, written):
         path = step_folder(folder, step)
-        path.rename(path.with_name(f"{path.name}{_REMOVING}"))  # dying here leaves no half step
         logger.info("removing step-%d (checkpoint.keep_latest_k = %d)", step, keep)
-    for removing in folder.glob(f"step-*{_REMOVING}"):  # those of an earlier death, too
-        shutil.rmtree(removing, ignore_errors=True)
+        if isinstance(path, RemotePath):
+            with contextlib.suppress(OSError):
+                _remove(path)
+        else:
+            path.rename(path.with_name(f"{path.name}{_REMOVING}"))  # dying leaves no half step
+    if not isinstance(folder, RemotePath):
+        for removing in folder.glob(f"step-*{_REMOVING}"):  # those of an earlier death, too
+            shutil.rmtree(removing, ignore_errors=True)
 
 
 def find_checkpoint(path: str | os.PathLike[str]) -> Path:
@@ -186,19 +230,20 @@ def find_checkpoint(path: str | os.PathLike[str]) -> Path:
 
     Args:
         path: a `step-N` folder (or any DCP folder), a folder of `step-N` folders, or a run's dump
-            folder. Of several steps the latest finished one is meant, model-only ones included.
+            folder; each also as a URL that fsspec knows. Of several steps the latest finished one
+            is meant, model-only ones included.
 
     Raises:
         UserError: there is none, or a dump folder holds several folders of checkpoints.
     """
-    given = Path(path)
+    given = place(path)
     if not given.is_dir():
         raise UserError(f"{given}: no such folder; expected a checkpoint or a run's folder")
     if _finished(given):
         return given
     if steps := finished_steps(given):
         return step_folder(given, steps[-1])
-    inside = sorted(entry for entry in given.iterdir() if entry.is_dir() and finished_steps(entry))
+    inside = _by_name(e for e in given.iterdir() if e.is_dir() and finished_steps(e))
     named = [entry for entry in inside if entry.name == "checkpoint"] or inside
     if len(named) > 1:
         names = ", ".join(entry.name for entry in named)
@@ -217,9 +262,14 @@ def find_config(path: str | os.PathLike[str]) -> Path:
         UserError: no checkpoint, or no config.toml near it.
     """
     checkpoint = find_checkpoint(path)
-    for folder in (Path(path), checkpoint, *checkpoint.resolve().parents[:3]):
-        if (file := folder / "config.toml").is_file():
-            return file
+    for folder in (place(path), checkpoint, *checkpoint.resolve().parents[:3]):
+        if not (file := folder / "config.toml").is_file():
+            continue
+        if isinstance(file, RemotePath):
+            local = Path(tempfile.mkdtemp()) / "config.toml"
+            local.write_text(file.read_text())
+            return local
+        return file
     raise UserError(
         f"{checkpoint}: no config.toml in this folder or the three above it; it says which model "
         "this is: copy it from the run's job.dump_folder"

@@ -20,15 +20,11 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from torchtitan_mtp.checkpoint.folders import find_checkpoint
-from torchtitan_mtp.checkpoint.manifest import (
-    Manifest,
-    check_checksums,
-    check_sizes,
-    read_manifest,
-)
-from torchtitan_mtp.checkpoint.metadata import SafeLoadPlanner, SafeReader, read_metadata
+from torchtitan_mtp.checkpoint.manifest import Manifest, check_sizes, read_manifest
+from torchtitan_mtp.checkpoint.metadata import read_metadata
 from torchtitan_mtp.checkpoint.ranks import Ranks
 from torchtitan_mtp.checkpoint.state import model_state, quiet
+from torchtitan_mtp.checkpoint.storage import SafeLoadPlanner, SafeReader
 from torchtitan_mtp.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -56,33 +52,44 @@ class LoadReport:
 
 @dataclass(frozen=True)
 class Opened:
-    """A checkpoint whose files were verified. `manifest` is None where other tools wrote it."""
+    """A checkpoint whose files are all there, and whose content is compared as it is read.
+
+    `manifest` is None where other tools wrote it; `verify`: whether to compare contents.
+    """
 
     path: Path
     metadata: Metadata
     manifest: Manifest | None
+    verify: bool = True
 
     @property
     def stored(self) -> dict[str, Any]:
         return self.metadata.state_dict_metadata
 
 
-def open_checkpoint(path: Path, ranks: Ranks) -> Opened:
-    """Verify the files of a checkpoint, each rank its share, and read its metadata.
+def open_checkpoint(path: Path, ranks: Ranks, verify: bool = True) -> Opened:
+    """Read a checkpoint's manifest and metadata, and see that all its files are there.
+
+    Args:
+        verify: compare everything that is read, here and later, with the manifest's checksums.
 
     Raises:
         UserError: on every rank, naming the file that is missing, truncated or altered.
     """
 
-    def verify() -> Opened:
+    def read() -> Opened:
         manifest = read_manifest(path)
-        if manifest is not None:
-            check_sizes(path, manifest)
-            check_checksums(path, manifest, ranks.rank, ranks.world_size)
-        return Opened(path, read_metadata(path), manifest)
+        if manifest is None:
+            return Opened(path, read_metadata(path), None, verify)
+        check_sizes(path, manifest)
+        metadata = read_metadata(path, manifest.files.get(".metadata") if verify else None)
+        named = {info.relative_path for info in metadata.storage_data.values()}
+        if unknown := sorted(named - manifest.files.keys()):
+            raise UserError(f"{path}: .metadata names {unknown[0]}, which the manifest does not")
+        return Opened(path, metadata, manifest, verify)
 
-    opened = ranks.together(verify)
-    if opened.manifest is None:
+    opened = ranks.together(read)
+    if opened.manifest is None and verify:
         logger.warning("%s: no manifest.json, so its content can't be verified", path)
     return opened
 
@@ -91,25 +98,36 @@ def read_states(opened: Opened, states: dict[str, Any], ranks: Ranks) -> None:
     """Read the entries of flat `states` from the checkpoint: tensors in place, objects replaced.
 
     Raises:
-        UserError: a file can't be read.
+        UserError: a file can't be read, or is not what was written; the states are then part old,
+            part new.
     """
     try:
         with quiet(alone=not ranks.distributed):
             dcp.load(
                 states,
-                storage_reader=SafeReader(opened.path, opened.metadata),
+                storage_reader=SafeReader(
+                    opened.path, opened.metadata, opened.manifest if opened.verify else None
+                ),
                 planner=SafeLoadPlanner(),
                 process_group=ranks.group,
                 no_dist=not ranks.distributed,
             )
     except CheckpointException as error:
-        cause = first_failure(error)
-        raise UserError(f"{opened.path}: can't be read: {cause}") from error
+        failure = first_failure(error)
+        what = str(failure) if isinstance(failure, UserError) else one_line(failure)
+        if what.startswith(str(opened.path)):  # it names the file itself
+            raise UserError(what) from error
+        raise UserError(f"{opened.path}: can't be read: {what}") from error
 
 
-def first_failure(error: CheckpointException) -> str:
-    """One line for the first rank's failure in DCP's collection of tracebacks."""
-    failure = next(iter(error.failures.values()))[0]
+def first_failure(error: CheckpointException) -> BaseException:
+    """The first rank's failure in DCP's collection; one of the user's before the others."""
+    failures = [failure for failure, _ in error.failures.values()]
+    return next((f for f in failures if isinstance(f, UserError)), failures[0])
+
+
+def one_line(failure: BaseException) -> str:
+    """Kind and message of an exception."""
     return f"{type(failure).__name__}: {failure}".splitlines()[0]
 
 
@@ -146,6 +164,7 @@ def load_model_weights(
     allow_unexpected_prefixes: Sequence[str] = HEADS,
     exclude: Sequence[str] = (),
     allow_cast: bool = False,
+    verify: bool = True,
     ranks: Ranks | None = None,
 ) -> LoadReport:
     """Load a checkpoint's weights into `model`, in place, from any number of ranks into any other.
@@ -157,6 +176,7 @@ def load_model_weights(
         allow_unexpected_prefixes: parameters of the checkpoint that the model may lack.
         exclude: names, or parents of names, not to load ("model" is all of them).
         allow_cast: round to a narrower dtype where the model has one; widening is always allowed.
+        verify: compare what is read with the manifest's checksums.
         ranks: the ranks that load together; all of the default group when left out.
 
     Raises:
@@ -164,7 +184,7 @@ def load_model_weights(
             head that is there in part; another shape or a dtype that would lose precision.
     """
     ranks = ranks or Ranks()
-    opened = open_checkpoint(ranks.first(lambda: find_checkpoint(path)), ranks)
+    opened = open_checkpoint(ranks.first(lambda: find_checkpoint(path)), ranks, verify)
     return load_opened_weights(
         opened,
         model,

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
-from torch.distributed.checkpoint.planner import ReadItem
+from torch.distributed.checkpoint.metadata import Metadata
 
+from torchtitan_mtp.checkpoint.checksums import FileEntry, check_file
+from torchtitan_mtp.checkpoint.remote import file_size
 from torchtitan_mtp.errors import UserError
 
 _DCP_METADATA = {
@@ -54,8 +54,11 @@ def bare_name(name: str) -> bool:
     return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & set("/\\\0")
 
 
-def read_metadata(path: Path) -> Metadata:
+def read_metadata(path: Path, entry: FileEntry | None = None) -> Metadata:
     """The `.metadata` of a DCP folder, checked.
+
+    Args:
+        entry: the file's entry in the manifest, to compare it with.
 
     Raises:
         UserError: the file is absent, damaged, holds anything but DCP's own classes, or the
@@ -65,8 +68,14 @@ def read_metadata(path: Path) -> Metadata:
     if not file.is_file():
         raise UserError(f"{path}: no .metadata: not a DCP checkpoint, or one that was not finished")
     try:
-        with file.open("rb") as stream:
-            metadata = _MetadataUnpickler(stream).load()
+        if entry is None:
+            with file.open("rb") as stream:
+                content = stream.read()
+        else:
+            content = check_file(file, entry)
+        metadata = _MetadataUnpickler(io.BytesIO(content)).load()
+    except UserError:
+        raise
     except Exception as error:  # a damaged pickle raises nearly anything
         raise UserError(f"{file}: not the metadata of a DCP checkpoint: {error}") from error
     if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
@@ -93,38 +102,8 @@ def _check_files(path: Path, metadata: Metadata) -> None:
             raise UserError(
                 f"{file}: missing, but .metadata names it; restore it or load another step"
             )
-        if file.stat().st_size < length:
+        if (size := file_size(file)) < length:
             raise UserError(
-                f"{file}: {file.stat().st_size} bytes, expected at least {length}: truncated; "
+                f"{file}: {size} bytes, expected at least {length}: truncated; "
                 "restore it, or load another step (checkpoint.load_step)"
             )
-
-
-class SafeReader(FileSystemReader):
-    """DCP's reader over metadata that has been read and checked already."""
-
-    def __init__(self, path: Path, metadata: Metadata) -> None:
-        super().__init__(path)
-        self._checked = metadata
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        if self._checked.storage_meta is None:
-            self._checked.storage_meta = StorageMeta()
-        self._checked.storage_meta.load_id = self.load_id
-        return self._checked
-
-
-class SafeLoadPlanner(DefaultLoadPlanner):
-    """DCP's planner for flat state dicts, whose Python objects may hold plain data only."""
-
-    def __init__(self) -> None:
-        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-
-    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        name = read_item.dest_index.fqn
-        try:
-            self.state_dict[name] = torch.load(value, map_location="cpu", weights_only=True)
-        except pickle.UnpicklingError as error:
-            raise UserError(
-                f"{name}: the checkpoint holds more than plain data: refused"
-            ) from error

@@ -17,7 +17,8 @@ class Checkpoint:
     """No effect while fault_tolerance.enable is false."""
 
     folder: str = "checkpoint"
-    """Folder of the checkpoints, below job.dump_folder."""
+    """Folder of the checkpoints, below job.dump_folder; or a URL that fsspec knows
+    ("s3://bucket/run")."""
 
     interval: int = setting(500, at_least=1)
     """Steps from one save to the next."""
@@ -59,6 +60,9 @@ class Checkpoint:
 
     load_step: int = setting(-1, at_least=0, special=(-1,))
     """Step to resume from; -1: the latest."""
+
+    verify: bool = True
+    """Compare what is loaded with the checksums of what was saved."""
 
     exclude_from_loading: list[str] = field(default_factory=list)
     """Parts not to load: "optimizer", "lr_scheduler", "dataloader", "train_state"."""

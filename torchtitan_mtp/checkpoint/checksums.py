@@ -1,0 +1,165 @@
+"""CRC-32 of every 4 MiB piece of a file: made while it is written, compared while it is read.
+
+Pieces rather than files, so that many are checked at once, also of one large file, and so that
+only what is read has to be. CRC-32 because it has to keep up with the disk on a core or two:
+it notices any burst of 32 bits and any two flipped bits of a piece, and all but one in 4 * 10^9 of
+other accidents. It does not protect from forgers, who would write a new manifest.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import zlib
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from torchtitan_mtp.checkpoint.remote import RemotePath, file_size, read_span
+from torchtitan_mtp.errors import UserError
+
+PIECE = 4 << 20
+_THREADS = min(8, os.cpu_count() or 1)
+_REMEDY = "restore it, or load another step (checkpoint.load_step)"
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """One file of a checkpoint: its size in bytes, and the CRC-32 of its pieces, 8 hex digits each.
+
+    As one string, since a large checkpoint has a hundred thousand pieces.
+    """
+
+    bytes: int
+    crc32: str
+
+    def piece(self, number: int) -> int:
+        return int(self.crc32[8 * number : 8 * number + 8], 16)
+
+
+class Checksum:
+    """The `FileEntry` of what is written, from beginning to end."""
+
+    def __init__(self) -> None:
+        self._size, self._crc = 0, 0
+        self._done: list[str] = []
+
+    def update(self, data: memoryview) -> None:
+        """Add bytes; the interpreter lock is free meanwhile."""
+        start = 0
+        while start < len(data):
+            part = data[start : start + PIECE - self._size % PIECE]
+            self._crc = zlib.crc32(part, self._crc)
+            self._size += len(part)
+            start += len(part)
+            if self._size % PIECE == 0:
+                self._done.append(f"{self._crc:08x}")
+                self._crc = 0
+
+    def entry(self) -> FileEntry:
+        last = [f"{self._crc:08x}"] if self._size % PIECE else []
+        return FileEntry(self._size, "".join([*self._done, *last]))
+
+
+def hash_files(files: Iterable[Path]) -> dict[str, FileEntry]:
+    """The entry of each file, by name; many pieces are read at once."""
+    sizes = {file: file.stat().st_size for file in files}
+    with ThreadPoolExecutor(_THREADS) as pool:
+        crcs = {
+            file: pool.map(lambda start, file=file: _crc_at(file, start), range(0, size, PIECE))
+            for file, size in sizes.items()
+        }
+        return {file.name: FileEntry(sizes[file], "".join(crcs[file])) for file in sizes}
+
+
+def _crc_at(file: Path, start: int) -> str:
+    return f"{zlib.crc32(read_span(file, start, start + PIECE)):08x}"
+
+
+def check_file(file: Path, entry: FileEntry) -> bytes:
+    """The content of a small file, which is what was written.
+
+    Raises:
+        UserError: it is not.
+    """
+    content = read_span(file, 0, max(entry.bytes, 1))
+    for number in range(-(-entry.bytes // PIECE)):
+        check_piece(file, entry, number, content[number * PIECE : (number + 1) * PIECE])
+    return content
+
+
+def check_piece(
+    file: Path | RemotePath, entry: FileEntry, number: int, data: bytes | memoryview
+) -> None:
+    """Raises UserError unless `data` is the file's piece of that number."""
+    start = number * PIECE
+    size = min(PIECE, entry.bytes - start)
+    if len(data) != size:
+        raise UserError(f"{file}: ends before byte {start + size}: damaged; {_REMEDY}")
+    if (found := zlib.crc32(data)) != entry.piece(number):
+        raise UserError(
+            f"{file}: bytes {start} to {start + size - 1} have the checksum {found:08x}, expected "
+            f"{entry.piece(number):08x}: damaged; {_REMEDY}"
+        )
+
+
+def check_size(file: Path, entry: FileEntry, listed_in: str) -> None:
+    """Raises UserError unless the file is there with its size."""
+    if not file.is_file():
+        raise UserError(f"{file}: missing, but {listed_in} lists it; {_REMEDY}")
+    if (size := file_size(file)) != entry.bytes:
+        raise UserError(f"{file}: {size} bytes, expected {entry.bytes}: damaged; {_REMEDY}")
+
+
+class Verifier:
+    """Compares the pieces of files that are about to be read, in threads, some way ahead.
+
+    Args:
+        folder: of the files.
+        entries: what they must be, by name.
+        spans: (name, start, length) of all that will be waited for, in about that order.
+    """
+
+    def __init__(
+        self, folder: Path, entries: dict[str, FileEntry], spans: Iterable[tuple[str, int, int]]
+    ) -> None:
+        self._folder, self._entries = folder, entries
+        self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="checksums")
+        self._buffers = threading.local()
+        pieces = dict.fromkeys(piece for span in spans for piece in _pieces(*span))
+        self._checks = {piece: self._pool.submit(self._check, *piece) for piece in pieces}
+
+    def wait(self, name: str, start: int, length: int) -> None:
+        """Return once a span is known to be what was written.
+
+        Raises:
+            UserError: naming file and place, when it is not.
+        """
+        for piece in _pieces(name, start, length):
+            self._checks[piece].result()
+
+    def close(self) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def _check(self, name: str, number: int) -> None:
+        file, entry = self._folder / name, self._entries[name]
+        if isinstance(file, RemotePath):
+            check_piece(file, entry, number, file.read_span(number * PIECE, (number + 1) * PIECE))
+        else:
+            check_piece(file, entry, number, self._read(file, number))
+
+    def _read(self, file: Path, number: int) -> memoryview:
+        """A piece in this thread's buffer: fresh memory for each would cost more than the sum."""
+        if not hasattr(self._buffers, "view"):
+            self._buffers.view = memoryview(bytearray(PIECE))
+        view: memoryview = self._buffers.view
+        with open(file, "rb", buffering=0) as stream:
+            count = os.preadv(stream.fileno(), [view], number * PIECE)
+        return view[:count]
+
+
+def _pieces(name: str, start: int, length: int) -> list[tuple[str, int]]:
+    """The pieces that a span touches."""
+    last = start + max(length, 1) - 1
+    return [(name, number) for number in range(start // PIECE, last // PIECE + 1)]

@@ -1,0 +1,116 @@
+"""Checkpoints in object stores: a folder named by a URL, with what is used here of pathlib."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any, cast
+
+from torchtitan_mtp.errors import UserError
+
+
+class RemotePath:
+    """A file or folder of a file system that fsspec knows: `s3://bucket/run`, `memory://run`.
+
+    It goes for a `pathlib.Path` in this folder: the methods have its meanings and raise OSErrors.
+    There is no rename of a folder at one stroke (folders.py says what follows from that).
+
+    Raises:
+        UserError: no such kind of store, or its package is not installed.
+    """
+
+    def __init__(self, url: str) -> None:
+        import fsspec  # comes with torch
+
+        self.url = url.rstrip("/")
+        try:
+            self.fs, self.path = fsspec.core.url_to_fs(self.url)
+        except (ImportError, ValueError) as error:
+            raise UserError(f"{url}: can't be reached through fsspec: {error}") from error
+
+    def __str__(self) -> str:
+        return self.url
+
+    __fspath__ = __str__
+
+    def __truediv__(self, name: str | os.PathLike[str]) -> RemotePath:
+        return RemotePath(f"{self.url}/{os.fspath(name)}")
+
+    @property
+    def name(self) -> str:
+        return self.url.rpartition("/")[2]
+
+    @property
+    def parents(self) -> list[RemotePath]:
+        scheme, _, rest = self.url.partition("://")
+        parts = rest.split("/")
+        return [
+            RemotePath(f"{scheme}://{'/'.join(parts[:i])}") for i in range(len(parts) - 1, 0, -1)
+        ]
+
+    def with_name(self, name: str) -> RemotePath:
+        return RemotePath(f"{self.url.rpartition('/')[0]}/{name}")
+
+    def resolve(self) -> RemotePath:
+        return self
+
+    def exists(self) -> bool:
+        return bool(self.fs.exists(self.path))
+
+    def is_dir(self) -> bool:
+        return bool(self.fs.isdir(self.path))
+
+    def is_file(self) -> bool:
+        return bool(self.fs.isfile(self.path))
+
+    def size(self) -> int:
+        return int(self.fs.size(self.path))
+
+    def iterdir(self) -> Iterator[RemotePath]:
+        self.fs.invalidate_cache()  # other ranks and other jobs write here too
+        for found in self.fs.ls(self.path, detail=False):
+            yield self / found.rstrip("/").rpartition("/")[2]
+
+    def open(self, mode: str = "r") -> IO[Any]:
+        return cast("IO[Any]", self.fs.open(self.path, mode))
+
+    def read_text(self, encoding: str = "utf-8") -> str:
+        return cast("bytes", self.fs.cat_file(self.path)).decode(encoding)
+
+    def read_span(self, start: int, stop: int) -> bytes:
+        """Bytes start..stop-1, fewer at the file's end."""
+        return cast("bytes", self.fs.cat_file(self.path, start, stop))
+
+    def mkdir(self, parents: bool = False, exist_ok: bool = False) -> None:
+        self.fs.makedirs(self.path, exist_ok=exist_ok)
+
+    def rename(self, target: RemotePath) -> None:
+        """A copy and a removal, in most stores."""
+        self.fs.mv(self.path, target.path, recursive=True)
+
+    def unlink(self, missing_ok: bool = False) -> None:
+        if self.exists() or not missing_ok:
+            self.fs.rm_file(self.path)
+
+    def remove_tree(self) -> None:
+        if self.exists():
+            self.fs.rm(self.path, recursive=True)
+
+
+def place(path: str | os.PathLike[str]) -> Path:
+    """A Path; for a URL, the RemotePath that goes for one."""
+    text = os.fspath(path)
+    return cast(Path, RemotePath(text)) if "://" in text else Path(text)
+
+
+def file_size(file: Path) -> int:
+    return file.size() if isinstance(file, RemotePath) else file.stat().st_size
+
+
+def read_span(file: Path, start: int, stop: int) -> bytes:
+    """Bytes start..stop-1 of a file, fewer at its end."""
+    if isinstance(file, RemotePath):
+        return file.read_span(start, stop)
+    with open(file, "rb", buffering=0) as stream:
+        return os.pread(stream.fileno(), stop - start, start)
