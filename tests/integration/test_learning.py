@@ -6,15 +6,21 @@ import json
 
 import pytest
 
-from runs import ONE_BY_ONE, SEQUENTIAL, config_of, train
+from runs import DEEPSEEK, ONE_BY_ONE, SEQUENTIAL, config_of, train
 
 TEXT = "the quick brown fox jumps over the lazy dog while five wizards box "
 
 
 @pytest.mark.parametrize(
     "keys",
-    [{}, ONE_BY_ONE, SEQUENTIAL, {**SEQUENTIAL, "mtp.share_weights": True}],
-    ids=["joint", "one_by_one", "chain", "shared chain"],
+    [
+        {},
+        ONE_BY_ONE,
+        SEQUENTIAL,
+        {**SEQUENTIAL, "mtp.share_weights": True},
+        DEEPSEEK,
+    ],
+    ids=["joint", "one_by_one", "chain", "shared chain", "experts"],
 )
 def test_every_head_learns_a_text_by_heart(keys, tmp_path):
     path = tmp_path / "text.jsonl"
