@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from torchtitan_mtp.checkpoint import Checkpointer
 from torchtitan_mtp.checkpoint.folders import finished_steps, step_folder
-from torchtitan_mtp.checkpoint.formats.training import save_in_hf
+from torchtitan_mtp.checkpoint.formats.training import hf_format, save_in_hf
 from torchtitan_mtp.config import JobConfig, load_toml, to_toml
 from torchtitan_mtp.data.loader import DataLoader, merge_states
 from torchtitan_mtp.data.sources import build_source
@@ -145,6 +145,8 @@ class Trainer:
             attn_mask_type=config.model.attn_mask_type,
             changes=config.model.args.given(),
         )
+        if config.checkpoint.last_save_in_hf:
+            hf_format(self.args, self.n - 1)  # before the training, not after it
         self.accumulation = micro_batches_per_step(config, self.world.size)
         self.loader, self.validation = self._build_data()
 

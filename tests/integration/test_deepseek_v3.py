@@ -15,6 +15,7 @@ from runs import config_of, train
 from test_export import count_drafts, load, our_logits, tokens
 from torchtitan_mtp.checkpoint.formats import export_checkpoint, import_checkpoint
 from torchtitan_mtp.data.targets import Batch
+from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.inference import generate, load_for_inference
 
 transformers = pytest.importorskip("transformers")
@@ -355,3 +356,17 @@ def test_a_run_starts_from_and_leaves_such_a_folder(tmp_path: Path, theirs_of) -
     assert torch.equal(
         after[f"model.layers.{LAYERS}.eh_proj.weight"], run.weights["mtp.heads.0.eh_proj.weight"]
     )
+
+
+def test_what_no_folder_holds_is_refused_before_the_training(tmp_path: Path) -> None:
+    keys = {
+        "checkpoint.enable": True,
+        "checkpoint.last_save_in_hf": True,
+        "mtp.heads": "sequential",
+    }
+    softmax = {"model.name": "deepseek_v3", "model.args.moe.score_func": "softmax"}
+    experts = {"model.args.moe.num_experts": 4}  # in a Llama
+    for changes, message in ((softmax, "takes sigmoids"), (experts, "no Hugging Face format")):
+        with pytest.raises(UserError, match=message):
+            train(config_of(tmp_path, keys, changes))
+        assert not (tmp_path / "run").exists()

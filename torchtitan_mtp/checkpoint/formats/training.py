@@ -13,12 +13,13 @@ from torchtitan_mtp.checkpoint.formats.exporting import export_checkpoint
 from torchtitan_mtp.checkpoint.formats.formats import FORMATS, open_tensors
 from torchtitan_mtp.checkpoint.formats.importing import inward, read_spec
 from torchtitan_mtp.checkpoint.formats.read import read_json
-from torchtitan_mtp.checkpoint.formats.spec import describe_run, differing_sizes
+from torchtitan_mtp.checkpoint.formats.spec import ModelSpec, describe_run, differing_sizes
 from torchtitan_mtp.checkpoint.load import HEADS, LoadReport, check_names, excluded, log_report
 from torchtitan_mtp.checkpoint.ranks import Ranks
 from torchtitan_mtp.checkpoint.state import model_state
 from torchtitan_mtp.config import JobConfig
 from torchtitan_mtp.errors import UserError
+from torchtitan_mtp.models.args import ModelArgs
 from torchtitan_mtp.models.init import assign
 from torchtitan_mtp.models.transformer import Transformer
 
@@ -82,14 +83,29 @@ def _format_of(path: Path) -> str:
     raise UserError(f"{path / 'config.json'}: architectures = {found}, expected one of {known}")
 
 
-def save_in_hf(step: Path, model: Transformer, dtype: torch.dtype | None) -> Path:
-    """Export a finished step-N beside itself, as step-N.hf, in the format that holds its heads."""
-    if model.args.moe is not None:
+def hf_format(args: ModelArgs, modules: int) -> str:
+    """The HF format that holds a model with sequential heads. Error: there is none."""
+    spec = ModelSpec(args, "sequential" if modules else "", 1 + modules)
+    if spec.kind == "deepseek_v3":
         name = "deepseek_v3_hf"
-    elif model.mtp is not None:
+    elif spec.kind != "llama":
+        raise UserError(
+            "checkpoint.last_save_in_hf = true: no Hugging Face format here holds this combination "
+            "of attention and experts; unset it"
+        )
+    elif modules:
         name = "glm4_moe_hf"
     else:
-        name = "qwen3_hf" if model.args.qk_norm else "llama_hf"
+        name = "qwen3_hf" if args.qk_norm else "llama_hf"
+    write_config = FORMATS[name].write_config
+    assert write_config is not None
+    write_config(spec)  # refuses what it can't say
+    return name
+
+
+def save_in_hf(step: Path, model: Transformer, dtype: torch.dtype | None) -> Path:
+    """Export a finished step-N beside itself, as step-N.hf, in the format that holds its heads."""
+    name = hf_format(model.args, 0 if model.mtp is None else len(model.mtp.heads))
     out = step.with_name(f"{step.name}.hf")
     export_checkpoint(step, out, name, dtype=dtype)
     logger.info("saved %s (%s)", out, name)
