@@ -52,14 +52,18 @@ def run_ranks(
 
 
 def _collect(connections: list[Connection], processes: list[Any], deadline: float) -> list[Any]:
-    """Wait for one message from every rank; raise at the first failure."""
+    """Wait for one message from every rank; raise what failed first."""
     results: dict[int, Any] = {}
+    failures: list[tuple[float, str]] = []
     waiting = {connection: rank for rank, connection in enumerate(connections)}
     while waiting:
-        ready = wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
-        if not ready:
+        # After a failure, those that it came from may be on their way still.
+        patience = 2.0 if failures else max(0.0, deadline - time.monotonic())
+        ready = wait(list(waiting), timeout=patience)
+        if not ready and not failures:
             raise TimeoutError(f"no answer in time from ranks {sorted(waiting.values())}")
-        failures: list[tuple[float, str]] = []
+        if not ready:
+            break
         for connection in ready:
             assert isinstance(connection, Connection)
             rank = waiting.pop(connection)
@@ -68,13 +72,14 @@ def _collect(connections: list[Connection], processes: list[Any], deadline: floa
             except EOFError:
                 processes[rank].join(5)
                 code = processes[rank].exitcode
-                failures.append((time.monotonic(), f"rank {rank} died with exit code {code}"))
+                # Others' deaths make a rank fail; nothing but its own makes it die without a word.
+                failures.append((0.0, f"rank {rank} died with exit code {code}"))
                 continue
             if error:
                 failures.append((when, f"rank {rank} failed:\n{error}"))
             results[rank] = result
-        if failures:  # a rank that fails takes others with it: the first is the one to show
-            raise RuntimeError(min(failures)[1])
+    if failures:  # a rank that fails takes others with it: the first is the one to show
+        raise RuntimeError(min(failures)[1])
     return [results[rank] for rank in sorted(results)]
 
 

@@ -229,9 +229,8 @@ def test_gradients_are_reduced_in_the_last_micro_batch_only(name, ranks):
     for results in ranks:
         *before, last = results[f"{name} reductions"]
         assert before == [0, 0]
-        # Three layers, two heads, the embedding, the norm and `output`. The joint engine uses the
-        # norm once a head, and reduces what earlier micro-batches left in it at the first use.
-        assert last == (9 if name == "joint" else 8)
+        # Three layers, two heads, the embedding, the norm and `output`.
+        assert last == 8
 
 
 @pytest.mark.parametrize("option", OPTIONS)

@@ -19,10 +19,10 @@ def poison(trainer: Trainer, steps: set[int], row: int = 1, position: int = 5) -
         return engine(model, batch, *rest)
 
     def spoil(module, arguments, output):
-        ids = arguments[0].reshape(-1, *arguments[0].shape[-2:])  # a chain embeds n tokens at once
-        if any(torch.equal(ids[0], tokens) for tokens in bad):
+        ids = arguments[0]  # a chain embeds the tokens after the batch's last one as well
+        if any(torch.equal(ids[:, : tokens.shape[1]], tokens) for tokens in bad):
             spoilt = output.clone()
-            spoilt.view(*ids.shape, -1)[0, row, position] = torch.nan
+            spoilt[row, position] = torch.nan
             return spoilt
         return None
 

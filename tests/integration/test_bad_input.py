@@ -62,7 +62,6 @@ WRONG = {
     "--model.vocab_size 100": ["100", "model.vocab_size", "at least 259"],
     "--mtp.num_future_tokens 33": ["mtp.num_future_tokens", "33", "training.seq_len"],
     "--mtp.loss_weights 1,2,3": ["mtp.loss_weights", "3 entries", "2"],
-    "--mtp.heads sequential --mtp.engine sequential": ["mtp.engine", 'mtp.engine = "joint"'],
     "--mtp.num_future_tokens 4 --mtp.match_parameters": ["mtp.match_parameters", "lower"],
     "--parallelism.data_parallel_shard_degree 2": ["data_parallel_shard_degree", "2", "-1"],
     "--parallelism.data_parallel_replicate_degree 3": ["replicate_degree = 3", "1"],
