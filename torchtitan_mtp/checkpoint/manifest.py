@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from torchtitan_mtp.checkpoint.checksums import PIECE, FileEntry, check_size
+from torchtitan_mtp.checkpoint.checksums import PIECE, FileEntry, check_size, hash_files
 from torchtitan_mtp.checkpoint.metadata import bare_name
 from torchtitan_mtp.checkpoint.remote import RemotePath
 from torchtitan_mtp.errors import UserError
@@ -63,15 +63,35 @@ def read_manifest(path: Path) -> Manifest | None:
     try:
         body = json.loads(file.read_text())
         intact = body.pop("sha256") == _digest(body)
-        if intact and (body["format"], body.get("piece")) == (FORMAT, PIECE):
+        whole = intact and all(map(bare_name, body["files"])) and body["kind"] in (FULL, MODEL_ONLY)
+        if whole and body["format"] == 1:
+            files = _entries_of_format_1(path, body["files"])
+            return Manifest(body["step"], body["kind"], body["world_size"], files)
+        if whole and (body["format"], body.get("piece")) == (FORMAT, PIECE):
             files = {name: FileEntry(**entry) for name, entry in body["files"].items()}
-            if all(map(bare_name, files)) and body["kind"] in (FULL, MODEL_ONLY):
-                return Manifest(body["step"], body["kind"], body["world_size"], files)
+            return Manifest(body["step"], body["kind"], body["world_size"], files)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{file}: not a manifest ({error}); {_REMEDY}") from error
     if intact:
         raise UserError(f"{file}: format {body['format']}, expected {FORMAT}; update this program")
     raise UserError(f"{file}: its checksum is wrong: damaged; {_REMEDY}")
+
+
+def _entries_of_format_1(path: Path, listed: dict[str, Any]) -> dict[str, FileEntry]:
+    """Entries for files that are listed with the SHA-256 of their whole content, checked here.
+
+    Raises:
+        UserError: naming the first file that is not what was written.
+    """
+    for name, entry in listed.items():
+        check_size(path / name, FileEntry(entry["bytes"], ""), NAME)
+        digest = hashlib.sha256()
+        with (path / name).open("rb") as stream:
+            while block := stream.read(PIECE):
+                digest.update(block)
+        if digest.hexdigest() != entry["sha256"]:
+            raise UserError(f"{path / name}: its SHA-256 is not the manifest's: damaged; {_REMEDY}")
+    return hash_files(path / name for name in listed)
 
 
 def check_sizes(path: Path, manifest: Manifest) -> None:

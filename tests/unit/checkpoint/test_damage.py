@@ -1,9 +1,11 @@
 """What a crash, a broken disk or a hostile file does: nothing silently."""
 
+import json
 import pickle
 import shutil
 import subprocess
 import sys
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -69,6 +71,31 @@ def test_truncated_file_is_named(tmp_path, saved, name, length):
 def test_missing_file_is_named(tmp_path, saved, name):
     step_4(tmp_path, name).unlink()
     assert_refused(tmp_path, rf"{name}: missing, but manifest.json lists it")
+
+
+def as_format_1(step: Path) -> None:
+    """Rewrite a step's manifest as it was before files were summed up piece by piece."""
+    file = step / "manifest.json"
+    body = json.loads(file.read_text())
+    body = {key: value for key, value in body.items() if key not in ("sha256", "piece")}
+    body["format"] = 1
+    for name, entry in body["files"].items():
+        content = (step / name).read_bytes()
+        body["files"][name] = {"bytes": entry["bytes"], "sha256": sha256(content).hexdigest()}
+    digest = sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+    file.write_text(json.dumps(body | {"sha256": digest}))
+
+
+def test_earlier_checkpoints_load_and_are_checked(tmp_path, saved):
+    as_format_1(tmp_path / "checkpoint" / "step-4")
+    run = Run(tmp_path)
+    assert run.checkpointer.load() == 4
+    assert equal(snapshot(run), snapshot(saved))
+    shard = step_4(tmp_path, "__0_0.distcp")
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 4
+    shard.write_bytes(content)
+    assert_refused(tmp_path, r"__0_0\.distcp: its SHA-256 is not the manifest's")
 
 
 def test_truncation_is_noticed_without_a_manifest(tmp_path, saved):
