@@ -190,9 +190,10 @@ def test_a_second_signal_ends_the_process_at_once(number):
     assert time.monotonic() - start < 10
 
 
-def test_under_torchrun_an_echo_is_no_second_signal(monkeypatch):
+@pytest.mark.parametrize("launcher", ["TORCHELASTIC_RUN_ID", "SLURM_JOB_ID"])
+def test_under_a_launcher_an_echo_is_no_second_signal(launcher, monkeypatch):
     """The terminal's Ctrl-C reaches workers twice: by itself, and passed on by torchrun."""
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    monkeypatch.setenv(launcher, "x")
 
     def action() -> None:
         stopping = Stopping()

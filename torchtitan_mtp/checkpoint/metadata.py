@@ -9,11 +9,17 @@ from __future__ import annotations
 
 import io
 import pickle
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorStorageMetadata,
+)
 
 from torchtitan_mtp.checkpoint.checksums import FileEntry, check_file
 from torchtitan_mtp.checkpoint.remote import file_size
@@ -78,24 +84,47 @@ def read_metadata(path: Path, entry: FileEntry | None = None) -> Metadata:
         raise
     except Exception as error:  # a damaged pickle raises nearly anything
         raise UserError(f"{file}: not the metadata of a DCP checkpoint: {error}") from error
-    if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
+    if not (isinstance(metadata, Metadata) and _well_formed(metadata)):
         raise UserError(f"{file}: not the metadata of a DCP checkpoint")
     _check_files(path, metadata)
     return metadata
+
+
+def _well_formed(metadata: Metadata) -> bool:
+    """Whether the fields have the types that DCP relies on, and sizes that can be."""
+    try:
+        return all(
+            isinstance(name, str) and _plausible(entry)
+            for name, entry in metadata.state_dict_metadata.items()
+        ) and all(
+            isinstance(index, MetadataIndex) and _counts((info.offset, info.length))
+            for index, info in metadata.storage_data.items()
+        )
+    except (AttributeError, TypeError):  # a field is absent, or nothing that has fields
+        return False
+
+
+def _plausible(entry: Any) -> bool:
+    if not isinstance(entry, TensorStorageMetadata):
+        return isinstance(entry, BytesStorageMetadata)
+    chunks = all(
+        _counts(chunk.offsets) and _counts(chunk.sizes) and len(chunk.sizes) == len(entry.size)
+        for chunk in entry.chunks
+    )
+    return _counts(entry.size) and chunks and isinstance(entry.properties.dtype, torch.dtype)
+
+
+def _counts(numbers: Iterable[Any]) -> bool:
+    return all(type(number) is int and 0 <= number < 2**63 for number in numbers)
 
 
 def _check_files(path: Path, metadata: Metadata) -> None:
     """Every file that the metadata names is a bare name, present and long enough."""
     lengths: dict[str, int] = {}
     for info in metadata.storage_data.values():
-        if not bare_name(getattr(info, "relative_path", "")):
-            raise UserError(
-                f"{path / '.metadata'}: names the file {info.relative_path!r}, expected a bare name"
-            )
-        if not (isinstance(info.offset, int) and isinstance(info.length, int)):
-            raise UserError(f"{path / '.metadata'}: not the metadata of a DCP checkpoint")
-        end = info.offset + info.length
-        lengths[info.relative_path] = max(lengths.get(info.relative_path, 0), end)
+        if not bare_name(name := getattr(info, "relative_path", "")):
+            raise UserError(f"{path / '.metadata'}: names the file {name!r}, expected a bare name")
+        lengths[name] = max(lengths.get(name, 0), info.offset + info.length)
     for name, length in lengths.items():
         file = path / name
         if not file.is_file():

@@ -151,6 +151,8 @@ class HFTokenizer:
         self.fingerprint = f"hf:{hashlib.sha256(data).hexdigest()}:{self.bos_id}:{self.eos_id}"
 
     def encode(self, text: str) -> np.ndarray:
+        # A lone surrogate (JSON can spell one) has no UTF-8; "?" stands for it.
+        text = text.encode("utf-8", errors="replace").decode("utf-8")
         return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int32)
 
     def decode(self, ids: Sequence[int]) -> str:

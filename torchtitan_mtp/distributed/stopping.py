@@ -16,9 +16,10 @@ import torch.distributed as dist
 logger = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-# torchrun passes on a Ctrl-C that the terminal has sent to its workers too: within this many
-# seconds, two signals under torchrun are one.
+# torchrun passes on a Ctrl-C that the terminal has sent to its workers too, and Slurm signals tasks
+# and the script that passes it on: within this many seconds, two signals under them are one.
 _ECHO = 2.0
+_LAUNCHERS = ("TORCHELASTIC_RUN_ID", "SLURM_JOB_ID")
 
 
 class Stopping:
@@ -107,6 +108,6 @@ class Stopping:
                     "%s: stopping after this step; another signal ends the run at once",
                     signal.Signals(number).name,
                 )
-            elif time.monotonic() - since > _ECHO or "TORCHELASTIC_RUN_ID" not in os.environ:
+            elif time.monotonic() - since > _ECHO or not os.environ.keys() & set(_LAUNCHERS):
                 os._exit(128 + number)
         os.close(read_end)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torchtitan_mtp.data.targets import Batch
+from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.models.args import ModelArgs
 from torchtitan_mtp.models.attention import (
     Attention,
@@ -206,5 +207,12 @@ class Transformer(nn.Module):
 
 def build_model(args: ModelArgs, dtype: torch.dtype = torch.float32) -> Transformer:
     """A model on the meta device, with parameters of `dtype`: shapes only, no memory."""
-    with torch.device("meta"):
-        return Transformer(args).to(dtype)
+    try:
+        with torch.device("meta"):
+            return Transformer(args).to(dtype)
+    except (TypeError, RuntimeError) as error:
+        if "overflow" not in str(error).lower():
+            raise
+        raise UserError(
+            "model: a size of the flavor or of [model.args] is beyond any tensor's; lower it"
+        ) from error

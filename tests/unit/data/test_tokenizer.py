@@ -194,3 +194,13 @@ def test_hf_without_an_end_token(hf_file):
     (hf_file.parent / "tokenizer_config.json").write_text("[")
     with pytest.raises(UserError, match=r"tokenizer_config\.json: not a JSON object"):
         build_tokenizer(str(hf_file))
+
+
+@pytest.mark.parametrize("kind", ["ranks_file", "hf_file"])
+def test_a_lone_surrogate_is_a_question_mark(kind, request):
+    """JSON can spell one, and no encoding of text has it."""
+    tokenizer = build_tokenizer(str(request.getfixturevalue(kind)))
+    expected = tokenizer.encode("a?b").tolist()
+    if kind == "ranks_file":  # tiktoken's own stand-in
+        expected = tokenizer.encode("a\ufffdb").tolist()
+    assert tokenizer.encode("a\ud800b").tolist() == expected
