@@ -98,3 +98,32 @@ def test_nobody_to_meet(fails, monkeypatch):
         monkeypatch.setenv(name, value)
     line = fails({"comm.init_timeout_seconds": 1})
     assert line.startswith("[rank 1] error: can't meet the other ranks at localhost:1: ")
+
+
+class Payload:
+    """Unpickled without care, it writes the canary file."""
+
+    def __init__(self, canary: Path) -> None:
+        self.canary = canary
+
+    def __reduce__(self):
+        return (Path.write_text, (self.canary, "ran"))
+
+
+@pytest.mark.parametrize("value", ["dict", "tensor"])
+def test_a_malicious_pth_does_not_run(value, tmp_path):
+    from torchtitan_mtp.checkpoint.formats import import_checkpoint
+    from torchtitan_mtp.errors import UserError
+
+    canary, source = tmp_path / "canary", tmp_path / "source"
+    source.mkdir()
+    (source / "params.json").write_text(
+        json.dumps({"dim": 32, "n_layers": 1, "n_heads": 4, "vocab_size": 320, "norm_eps": 1e-5})
+    )
+    state = {"tok_embeddings.weight": torch.zeros(320, 32), "x": Payload(canary)}
+    torch.save(state if value == "dict" else Payload(canary), source / "consolidated.00.pth")
+    with pytest.raises(UserError, match=r"consolidated.00.pth: can't be read as plain tensors"):
+        import_checkpoint(source, tmp_path / "out", "meta")
+    assert not canary.exists() and not (tmp_path / "out").exists()
+    torch.load(source / "consolidated.00.pth", weights_only=False)
+    assert canary.exists()  # the payload does work

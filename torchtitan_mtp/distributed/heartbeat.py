@@ -19,6 +19,7 @@ logger = logging.getLogger(__name__)
 
 _INTERVAL = 1.0  # seconds; the store serves some ten thousand keys a second
 _RANKS_A_SECOND = 2000
+_SILENCE = 3  # beats that are missing before a rank counts as silent
 
 
 class Heartbeat:
@@ -42,6 +43,10 @@ class Heartbeat:
         self._end = threading.Event()
         self._thread: threading.Thread | None = None
         self._beats = 0
+        self._watched = ""  # where this rank has been since `_since`
+        self._since = self._read_at = 0.0
+        self._before: dict[int, list[str]] | None = None  # what the others had left at `_read_at`
+        self._told = False
 
     def __enter__(self) -> Heartbeat:
         if self._world > 1:
@@ -69,8 +74,22 @@ class Heartbeat:
                 place = f"{socket.gethostname()} (process {os.getpid()})"
                 self._store.set(str(self._rank), f"{self._beats}\n{self.where}\n{place}")
                 self._end.wait(self._interval)
+                self._watch()
         except RuntimeError:
             pass  # the store went with the rank that holds it; the main thread will notice
+
+    def _watch(self) -> None:
+        """Say who is missing shortly before NCCL's watchdog ends a process that waits in vain: it
+        does so without a word in Python."""
+        now = time.monotonic()
+        if self.where != self._watched:
+            self._watched, self._since, self._before, self._told = self.where, now, None, False
+        elif self._before is None and now - self._since > 0.7 * self.timeout:
+            self._before, self._read_at = self._read(), now
+        elif self._before and not self._told and now - self._read_at > _SILENCE * self._interval:
+            self._told = True
+            if missing := self._named(self._before, self._read()):
+                logger.error("%s for %d s: %s", self.where, now - self._since, missing)
 
     def _missing(self) -> str:
         """Who has given no sign of life lately, or else who is elsewhere than this rank.
@@ -80,22 +99,23 @@ class Heartbeat:
         before, which leaves the cause as the first failure in its log.
         """
         try:
-            first = self._read()
-            time.sleep(3 * self._interval)
-            second = self._read()
+            before = self._read()
+            time.sleep(_SILENCE * self._interval)
+            named = self._named(before, self._read())
         except RuntimeError:
             return "rank 0, which keeps the job's store, does not answer"
-        silent = [rank for rank in second if first[rank][0] == second[rank][0]]
+        return named or f"no answer of another rank for {self.timeout} s, all are in {self.where}"
+
+    def _named(self, before: dict[int, list[str]], now: dict[int, list[str]]) -> str:
+        """The ranks whose beats stand still, or else those elsewhere; "" where there are none."""
+        silent = [rank for rank in before if before[rank][0] == now[rank][0]]
         if silent:
             return "; ".join(
-                f"rank {rank} gives no sign of life, last seen in {second[rank][1]} on "
-                f"{second[rank][2]}"
+                f"rank {rank} gives no sign of life, last seen in {now[rank][1]} on {now[rank][2]}"
                 for rank in silent
             )
-        elsewhere = [rank for rank in second if second[rank][1] != self.where]
-        if elsewhere:
-            return "; ".join(f"rank {rank} is in {second[rank][1]}" for rank in elsewhere)
-        return f"no answer of another rank for {self.timeout} s, all are in {self.where}"
+        elsewhere = [rank for rank in now if now[rank][1] != self.where]
+        return "; ".join(f"rank {rank} is in {now[rank][1]}" for rank in elsewhere)
 
     def _read(self) -> dict[int, list[str]]:
         """rank -> beats, where, place; of the others that have ever beaten."""
