@@ -23,6 +23,24 @@ from torchtitan_mtp.models.rope import rope_tables
 # Picks positions from a tensor [B, max_len, ...] as [B, size, ...], to read or to write.
 Index = tuple[Any, Any]
 
+# A position of every row: numbers, of which slices can be made, or [B, 1] for compiled code, which
+# would take numbers for constants.
+Places = Sequence[int] | Tensor
+
+
+def later(places: Places, by: int) -> Places:
+    """Each place moved on by `by` positions, and to 0 where that is before the text."""
+    if isinstance(places, Tensor):
+        return (places + by).clamp(min=0)
+    return [max(0, place + by) for place in places]
+
+
+def repeat(places: Places, times: int) -> Places:
+    """The places of `times` as many rows."""
+    if isinstance(places, Tensor):
+        return places.repeat(times, 1)
+    return list(places) * times
+
 
 class Span(NamedTuple):
     """`size` consecutive positions of every row, from `starts[b]` on: what one forward computes.
@@ -31,29 +49,27 @@ class Span(NamedTuple):
     context: rotary angles, and which keys each position sees.
     """
 
-    starts: list[int]
+    starts: Places
     size: int
     where: Index
     end: int
     context: AttentionContext
 
-    def columns(self, positions: Sequence[int]) -> list[int]:
-        """Where `positions[b]` lies in row b of the span; 0 for a finished row, left behind it."""
-        return [max(0, p - start) for p, start in zip(positions, self.starts, strict=True)]
+    def columns(self, places: Places) -> Places:
+        """Where `places[b]` lies in row b of the span; 0 for a finished row, left behind it."""
+        if isinstance(places, Tensor) and isinstance(self.starts, Tensor):
+            return (places - self.starts).clamp(min=0)
+        return [max(0, p - start) for p, start in zip(places, self.starts, strict=True)]
 
 
 class Positions:
     """Makes the spans of a generation: positions 0 .. max_len - 1 of `batch` rows.
 
-    like: a weight, for its device and dtype. static: where it is not 0, spans of one size look
-    alike to a compiler (index tensors, all keys and a mask, never slices and an end), and those of
-    heads have at least this size.
+    like: a weight, for its device and dtype.
     """
 
-    def __init__(
-        self, args: ModelArgs, batch: int, max_len: int, like: Tensor, static: int = 0
-    ) -> None:
-        self.batch, self.max_len, self.static, device = batch, max_len, static, like.device
+    def __init__(self, args: ModelArgs, batch: int, max_len: int, like: Tensor) -> None:
+        self.batch, self.max_len, device = batch, max_len, like.device
         # As long as this generation, whatever length the model was trained at.
         self.cos, self.sin = rope_tables(replace(args, max_seq_len=max_len), device)
         self.all = torch.arange(max_len, device=device)
@@ -65,9 +81,9 @@ class Positions:
         """Room for a state of every position: [B, max_len, width]."""
         return self.seen.new_zeros(self.batch, self.max_len, width)
 
-    def padded(self, size: int) -> int:
-        """The size to run heads with that lack `size` positions."""
-        return max(size, self.static)
+    def on_device(self, places: Sequence[int]) -> Tensor:
+        """The same places [B, 1], as compiled code takes them."""
+        return torch.tensor(places, device=self.all.device).unsqueeze(1)
 
     def repeat(self, times: int) -> Positions:
         """The same positions for `times` as many rows."""
@@ -76,18 +92,23 @@ class Positions:
         other.rows = torch.arange(other.batch, device=self.rows.device).unsqueeze(1)
         return other
 
-    def index(self, starts: Sequence[int], size: int) -> Index:
+    def index(self, starts: Places, size: int) -> Index:
         """Of the `size` positions from `starts[b]` on in row b."""
-        start = starts[0]
-        if not self.static and all(s == start for s in starts):
-            # One row, or rows in step: no gathering.
-            return slice(None), slice(start, start + size)
-        first = torch.tensor(starts, device=self.all.device).unsqueeze(1)
-        return self.rows, first + self.all[:size]  # [B, 1], [B, size]
+        if not isinstance(starts, Tensor):
+            start = starts[0]
+            if all(s == start for s in starts):  # one row, or rows in step: no gathering
+                return slice(None), slice(start, start + size)
+            starts = self.on_device(starts)
+        return self.rows, starts + self.all[:size]  # [B, 1], [B, size]
 
-    def span(self, starts: Sequence[int], size: int) -> Span:
-        """What a forward over the positions of `index(starts, size)` needs."""
-        index, end = self.index(starts, size), self.max_len if self.static else max(starts) + size
+    def span(self, starts: Places, size: int) -> Span:
+        """What a forward over the positions of `index(starts, size)` needs.
+
+        From places on the device, spans of one size look alike to a compiler: index tensors, all
+        keys and a mask, never slices and an end.
+        """
+        index = self.index(starts, size)
+        end = self.max_len if isinstance(starts, Tensor) else max(starts) + size
         positions = self.all[index[1]].view(-1, size)  # [B or 1, size]
         cos, sin = self.cos[index[1]], self.sin[index[1]]  # [(B,) size, hd/2]
         # A single query at the end, or all from the start: plain causal attention, and faster.
@@ -97,7 +118,7 @@ class Positions:
             visible = self.all[:end] <= positions.unsqueeze(-1)  # [B or 1, size, end]
             mask = torch.where(visible, self.seen, self.unseen).unsqueeze(1)
         cos, sin = (table.view(-1, size, 1, table.shape[-1]) for table in (cos, sin))
-        return Span(list(starts), size, index, end, AttentionContext(cos, sin, mask))
+        return Span(starts, size, index, end, AttentionContext(cos, sin, mask))
 
 
 def shifted(index: Index, by: int) -> Index:
@@ -141,8 +162,10 @@ class CacheView(NamedTuple):
         return self.k[:, :, : self.end], self.v[:, :, : self.end]
 
 
-def take(x: Tensor, columns: Sequence[int]) -> Tensor:
-    """x [B, size, ...] -> [B, 1, ...]: column `columns[b]` of row b."""
+def take(x: Tensor, columns: Places) -> Tensor:
+    """x [B, size, D] -> [B, 1, D]: column `columns[b]` of row b."""
+    if isinstance(columns, Tensor):
+        return x.take_along_dim(columns.unsqueeze(-1), dim=1)
     first = columns[0]
     if all(c == first for c in columns):
         return x[:, first : first + 1]

@@ -23,19 +23,19 @@ dtype can tell, plain and speculative decoding may choose differently; else they
 
 from __future__ import annotations
 
+import functools
 import time
-from collections.abc import Iterator, Sequence
-from typing import Literal
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from torchtitan_mtp.errors import UserError
-from torchtitan_mtp.inference.cache import LayerCache, Positions, shifted, take
+from torchtitan_mtp.inference.cache import LayerCache, Positions, Span, later, shifted, take
 from torchtitan_mtp.inference.draft_length import DraftLength
-from torchtitan_mtp.inference.drafting import TrunkStates, build_drafter
+from torchtitan_mtp.inference.drafting import Plan, TrunkStates, build_drafter
 from torchtitan_mtp.inference.rows import Generation, Rows
-from torchtitan_mtp.inference.running import Runner
 from torchtitan_mtp.inference.sampling import Sampler
 from torchtitan_mtp.models.transformer import Transformer
 
@@ -64,7 +64,7 @@ def generate(
             distribution is.
         num_draft: drafts a step, at most (and by default) n - 1; "auto" takes the number that
             has paid best of late (`DraftLength`).
-        compile: compile a step (`running.py`); the first steps of a batch size wait for it.
+        compile: compile a step; the first steps of a batch size wait for it.
 
     Raises:
         UserError: speculative without heads, an empty prompt, a number out of range.
@@ -90,12 +90,10 @@ def decode(decoder: Decoder, rows: Rows, length: DraftLength) -> Iterator[None]:
     yield
     while (left := rows.left()) > 0:
         count = length.next()
-        if not decoder.positions.static:
+        if not decoder.compiled_window:
             # The last token needs no draft; compiled, a shape of its own would cost more.
             count = min(count, left - 1)
-        decoder.predict(count)
-        fed, target = decoder.verify(count)
-        decoder.accept(rows.accept(fed, target))
+        decoder.accept(rows.accept(*decoder.step(count)))
         length.learn(rows.stats)
         yield
 
@@ -104,7 +102,8 @@ class Decoder:
     """The model with its caches and the text of every row: the steps of the essay above.
 
     tokens: [B, width] int64, each row's prompt, what was accepted, and the drafts after it.
-    last: p of each row. states: the trunk's, at the positions `span` of its last forward.
+    last: p of each row. compiled_window: steps whose heads run over at most so many positions are
+    compiled, padded to it; 0 compiles none.
     """
 
     def __init__(
@@ -119,11 +118,11 @@ class Decoder:
         self.model, self.sampler = model, sampler
         weight, longest = model.tok_embeddings.weight, max(map(len, prompts))
         max_len = longest + max_new_tokens + num_draft
-        static = 1 + num_draft if compile else 0
+        # A step adds so many positions at most; a prompt, and heads that were left out, more.
+        self.compiled_window = 1 + num_draft if compile else 0
         if compile:  # generations of about the same length share what was compiled
             max_len = -(-max_len // 128) * 128
-        self.run = Runner(static)
-        self.positions = Positions(model.args, len(prompts), max_len, weight, static)
+        self.positions = Positions(model.args, len(prompts), max_len, weight)
         self.caches = [LayerCache(b.attention, self.positions) for b in model.layers.values()]
         self.drafter = build_drafter(model, self.positions, num_draft) if num_draft else None
         tokens = torch.zeros(len(prompts), max_len + num_draft + 1, dtype=torch.long)
@@ -131,56 +130,92 @@ class Decoder:
             row[: len(prompt)] = torch.tensor(prompt)
         self.tokens = tokens.to(weight.device)
         self.last = [len(prompt) - 1 for prompt in prompts]
-        self.span = self.positions.span([0] * len(prompts), longest)
-        self.states: TrunkStates
 
     def prefill(self) -> list[list[int]]:
         """Run the trunk over the prompts, in one forward; each row's first new token [B][1].
 
         What this leaves in the caches after a shorter prompt is overwritten as its row grows.
         """
-        self.states = self.trunk(self.tokens[self.span.where])
-        first = [p + 1 for p in self.last]
-        logits = self.model.output(take(self.states.h, self.last))  # [B, 1, V]
-        target = self.sampler.verify(logits, self.tokens[:, :0])  # [B, 1]
-        self.tokens[self.positions.index(first, 1)] = target
+        longest = max(self.last) + 1
+        h = self.trunk(self.positions.span([0] * len(self.last), longest))
+        logits = self.model.output(take(h, self.last))  # [B, 1, V]
+        target = self.sampler.verify(logits, self.tokens[:, :0], None, self.plan(0).noise)  # [B, 1]
+        self.tokens[self.positions.index(later(self.last, 1), 1)] = target
         return target.tolist()
 
-    def predict(self, count: int) -> None:
-        """Draft t[p+2] .. t[p+1+count] with heads 2 .. count + 1."""
-        if self.drafter is None:
-            return
-        self.drafter.store(self.states, self.span)
-        if count:
-            self.drafter.draft(self.tokens, self.last, count, self.sampler, self.run)
-
-    def verify(self, count: int) -> tuple[list[list[int]], list[list[int]]]:
+    def step(self, count: int) -> tuple[list[list[int]], list[list[int]]]:
         """t[p+1] and the drafts after it, and what head 1 chooses after each: [B][1 + count]."""
-        self.span = self.positions.span([p + 1 for p in self.last], 1 + count)
-        fed = self.tokens[self.span.where]  # [B, 1 + count]
-        self.states = self.trunk(fed)
-        target = self.sampler.verify(self.model.output(self.states.h), fed[:, 1:])
-        seen, chosen = torch.stack((fed, target)).tolist()  # the one wait for the device
+        plan, run = self.plan(count), predict_and_verify
+        if self.compiled_window and plan.window <= self.compiled_window:
+            last = self.positions.on_device(self.last)
+            window = self.compiled_window if count else 0
+            plan, run = plan._replace(last=last, window=window), _compiled(run)
+        seen, chosen = run(self, plan).tolist()  # the one wait for the device
+        return seen, chosen
+
+    def plan(self, count: int) -> Plan:
+        """A step with `count` drafts from where the text is now."""
+        window = self.drafter.windows.next(self.last, count) if self.drafter else 0
+        vocab = self.model.tok_embeddings.num_embeddings
+        noise = self.sampler.noise(len(self.last), count, vocab, self.tokens.device)
+        return Plan(self.last, count, window, noise)
+
+    def predict(self, plan: Plan) -> Tensor | None:
+        """Draft t[p+2] .. t[p+1+count] with heads 2 .. count + 1; what they were drawn from."""
+        if self.drafter is None or not plan.drafts:
+            return None
+        return self.drafter.draft(self.tokens, plan, self.sampler)
+
+    def verify(self, plan: Plan, q: Tensor | None) -> Tensor:
+        """t[p+1] and the drafts after it, and head 1's choice after each: [2, B, 1 + drafts]."""
+        span = self.positions.span(later(plan.last, 1), 1 + plan.drafts)
+        fed = self.tokens[span.where]  # [B, 1 + drafts]
+        target = self.sampler.verify(self.model.output(self.trunk(span)), fed[:, 1:], q, plan.noise)
+        both = torch.stack((fed, target))  # before `fed`, which may be a view, is written to
         # Leaves accepted drafts as they are and puts head 1's choice after them; what follows is
         # of no account.
-        self.tokens[shifted(self.span.where, 1)] = target
-        return seen, chosen
+        self.tokens[shifted(span.where, 1)] = target
+        return both
 
     def accept(self, grown: Sequence[int]) -> None:
         """Row b's text has `grown[b]` more tokens."""
         self.last = [p + new for p, new in zip(self.last, grown, strict=True)]
 
-    def trunk(self, tokens: Tensor) -> TrunkStates:
-        """Embedding, layers (the last one is head 1's) and final norm over tokens [B, size]."""
-        caches = [cache.at(self.span) for cache in self.caches]
-        return TrunkStates(*self.run.trunk(self.model, tokens, self.span.context, caches))
+    def trunk(self, span: Span) -> Tensor:
+        """Embedding, layers (the last one is head 1's) and final norm: head 1's h [B, size, D].
+
+        What the drafting heads need of it is kept.
+        """
+        x = z = self.model.tok_embeddings(self.tokens[span.where])
+        for block, cache in zip(self.model.layers.values(), self.caches, strict=True):
+            z, x = x, block(x, span.context, cache.at(span))
+        h = self.model.norm(x)
+        if self.drafter is not None:
+            self.drafter.store(TrunkStates(z, h), span)
+        return h
+
+
+def predict_and_verify(decoder: Decoder, plan: Plan) -> Tensor:
+    """One step up to the host's part in it, [2, B, 1 + drafts]: see `Decoder.verify`."""
+    return decoder.verify(plan, decoder.predict(plan))
+
+
+@functools.cache
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A whole step as one graph.
+
+    Prompts and catching up come in every length and run as they are. A step does not: with caches
+    of a fixed length, all of which is attended to under a mask, every step looks alike to a
+    compiler, and nothing is compiled twice (the static shapes of gpt-fast).
+    """
+    return torch.compile(function, dynamic=False)
 
 
 @torch.inference_mode()
 def next_logits(model: Transformer, text: Sequence[int]) -> Tensor:
     """Head 1's logits [V] for the token after `text`."""
     decoder = Decoder(model, [text], 1, 0, Sampler())
-    return model.output(decoder.trunk(decoder.tokens[decoder.span.where]).h[0, -1])
+    return model.output(decoder.trunk(decoder.positions.span([0], len(text)))[0, -1])
 
 
 def _most_drafts(model: Transformer, num_draft: int | Literal["auto"] | None) -> int:

@@ -13,9 +13,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from torchtitan_mtp.inference.cache import LayerCache, Positions, Span, shifted, take
-from torchtitan_mtp.inference.running import Runner
-from torchtitan_mtp.inference.sampling import Sampler
+from torchtitan_mtp.inference.cache import (
+    LayerCache,
+    Places,
+    Positions,
+    Span,
+    later,
+    repeat,
+    shifted,
+    take,
+)
+from torchtitan_mtp.inference.sampling import Noise, Sampler
 from torchtitan_mtp.inference.stacking import first_heads, stack
 from torchtitan_mtp.models.transformer import Transformer
 
@@ -30,27 +38,39 @@ class TrunkStates(NamedTuple):
     h: Tensor
 
 
+class Plan(NamedTuple):
+    """What a step is to do, as the host has decided it.
+
+    last: p of every row. drafts: how many tokens to draft. window: over how many positions, the
+    last of them p, the drafting heads run. noise: what is random in it, if anything.
+    """
+
+    last: Places
+    drafts: int
+    window: int
+    noise: Noise | None
+
+
 class Windows:
-    """Which positions each head has yet to run over.
+    """How many positions the heads have yet to run over.
 
     A step may leave heads out, and what a head kept may rest on drafts (its last `lags[j]`
     positions, once the row has grown): a head runs again from where its entries stop being those
     of the text.
     """
 
-    def __init__(self, positions: Positions, lags: Sequence[int]) -> None:
-        self.positions, self.lags = positions, lags
-        self.right = [[0] * positions.batch for _ in lags]  # entries before this one are right
+    def __init__(self, batch: int, lags: Sequence[int]) -> None:
+        self.lags = lags
+        self.right = [[0] * batch for _ in lags]  # entries before this one are right
 
-    def next(self, last: Sequence[int], count: int) -> Span:
-        """One span that ends at p = last[b] and has all that the first `count` heads lack."""
+    def next(self, last: Sequence[int], count: int) -> int:
+        """The size of a window that ends at p = last[b] and has all that `count` heads lack."""
         for lag, right in zip(self.lags, self.right, strict=True):
             right[:] = [max(0, min(r, p + 1 - lag)) for r, p in zip(right, last, strict=True)]
         lacking = [p + 1 - r for row in self.right[:count] for r, p in zip(row, last, strict=True)]
-        size = self.positions.padded(max(1, *lacking))
         for right in self.right[:count]:
             right[:] = [p + 1 for p in last]
-        return self.positions.span([max(0, p + 1 - size) for p in last], size)
+        return max(1, *lacking) if count else 0
 
 
 class ParallelDrafter:
@@ -62,7 +82,7 @@ class ParallelDrafter:
 
     def __init__(self, model: Transformer, positions: Positions, num_draft: int) -> None:
         self.model, self.positions = model, positions
-        self.windows = Windows(positions, [0] * num_draft)
+        self.windows = Windows(positions.batch, [0] * num_draft)
         block = stack(model.mtp.head_blocks(model)[1 : num_draft + 1])
         # The heads are rows of one batch: head 2's rows, head 3's rows, ...
         self.heads = {
@@ -76,25 +96,27 @@ class ParallelDrafter:
         """Keep what the trunk computed at `span`."""
         self.z[span.where] = states.z
 
-    def draft(
-        self, tokens: Tensor, last: Sequence[int], count: int, sampler: Sampler, run: Runner
-    ) -> None:
-        """Write drafts for t[p+2] .. t[p+1+count] into tokens [B, >= max_len], p = last[b].
+    def draft(self, tokens: Tensor, plan: Plan, sampler: Sampler) -> Tensor | None:
+        """Write drafts for t[p+2] .. t[p+1+count] into tokens [B, >= max_len].
 
-        What the trunk computed at p and before has been stored.
+        What the trunk computed at p and before has been stored. Returns what they were drawn from
+        [B, drafts, V]; None when greedy.
         """
-        h = self.hidden(self.windows.next(last, count), last, count, run)  # [B, count, D]
-        drafts = sampler.draft(self.model.output(self.model.norm(h)))  # [B, count]
-        tokens[self.positions.index([p + 2 for p in last], count)] = drafts
+        window = self.positions.span(later(plan.last, 1 - plan.window), plan.window)
+        h = self.hidden(window, plan)  # [B, drafts, D]
+        drafts, q = sampler.draft(self.model.output(self.model.norm(h)), plan.noise)
+        tokens[self.positions.index(later(plan.last, 2), plan.drafts)] = drafts
+        return q
 
-    def hidden(self, window: Span, last: Sequence[int], count: int, run: Runner) -> Tensor:
-        """Run `count` heads over a window; their states at p: [B, count, D]."""
+    def hidden(self, window: Span, plan: Plan) -> Tensor:
+        """Run as many heads over a window; their states at p: [B, drafts, D]."""
+        count = plan.drafts
         block, positions = self.heads[count]
         z = self.z[window.where].repeat(count, 1, 1)  # [H * B, size, D], H = count
-        rows = positions.span(window.starts * count, window.size)
-        h = run.block(block, z, rows.context, self.cache.at(rows))
-        h = take(h, window.columns(last) * count)  # [H * B, 1, D]
-        return h.view(count, len(last), -1).transpose(0, 1)
+        rows = positions.span(repeat(window.starts, count), window.size)
+        h = block(z, rows.context, self.cache.at(rows))
+        h = take(h, repeat(window.columns(plan.last), count))  # [H * B, 1, D]
+        return h.view(count, -1, h.shape[-1]).transpose(0, 1)
 
 
 class InTurnDrafter(ParallelDrafter):
@@ -102,16 +124,16 @@ class InTurnDrafter(ParallelDrafter):
 
     def __init__(self, model: Transformer, positions: Positions, num_draft: int) -> None:
         self.model, self.positions = model, positions
-        self.windows = Windows(positions, [0] * num_draft)
+        self.windows = Windows(positions.batch, [0] * num_draft)
         self.blocks = model.mtp.head_blocks(model)[1 : num_draft + 1]
         self.caches = [LayerCache(block.attention, positions) for block in self.blocks]
         self.z = positions.states(len(model.norm.weight))
 
-    def hidden(self, window: Span, last: Sequence[int], count: int, run: Runner) -> Tensor:
+    def hidden(self, window: Span, plan: Plan) -> Tensor:
         """As `ParallelDrafter.hidden`."""
-        z, columns = self.z[window.where], window.columns(last)
-        heads = zip(self.blocks[:count], self.caches, strict=False)
-        states = [run.block(block, z, window.context, cache.at(window)) for block, cache in heads]
+        z, columns = self.z[window.where], window.columns(plan.last)
+        heads = zip(self.blocks[: plan.drafts], self.caches, strict=False)
+        states = [block(z, window.context, cache.at(window)) for block, cache in heads]
         return torch.cat([take(h, columns) for h in states], dim=1)
 
 
@@ -128,7 +150,7 @@ class SequentialDrafter:
     def __init__(self, model: Transformer, positions: Positions, num_draft: int) -> None:
         self.model, self.positions = model, positions
         depths = range(2, num_draft + 2)
-        self.windows = Windows(positions, [k - 1 for k in depths])
+        self.windows = Windows(positions.batch, [k - 1 for k in depths])
         # A cache a depth, not a module: a shared module has one for each time it is applied.
         self.modules = [model.mtp.module(k) for k in depths]
         self.caches = [LayerCache(m.block.attention, positions) for m in self.modules]
@@ -138,18 +160,23 @@ class SequentialDrafter:
         """As `ParallelDrafter.store`."""
         self.h[span.where] = states.h
 
-    def draft(
-        self, tokens: Tensor, last: Sequence[int], count: int, sampler: Sampler, run: Runner
-    ) -> None:
+    def draft(self, tokens: Tensor, plan: Plan, sampler: Sampler) -> Tensor | None:
         """As `ParallelDrafter.draft`."""
-        window = self.windows.next(last, count)
-        columns = window.columns(last)
+        window = self.positions.span(later(plan.last, 1 - plan.window), plan.window)
+        columns = window.columns(plan.last)
+        drawn_from: list[Tensor] = []
         h = self.h[window.where]  # [B, size, D]
-        for k, module, cache in zip(range(2, count + 2), self.modules, self.caches, strict=False):
-            emb = self.model.tok_embeddings(tokens[shifted(window.where, k - 1)])
-            h = run.block(module, h, emb, window.context, cache.at(window))
-            drafts = sampler.draft(self.model.output(take(h, columns)))  # [B, 1]
-            tokens[self.positions.index([p + k for p in last], 1)] = drafts
+        for j, (module, cache) in enumerate(
+            zip(self.modules[: plan.drafts], self.caches, strict=False)
+        ):
+            emb = self.model.tok_embeddings(tokens[shifted(window.where, j + 1)])
+            h = module(h, emb, window.context, cache.at(window))
+            logits = self.model.output(take(h, columns))  # [B, 1, V]
+            drafts, q = sampler.draft(logits, plan.noise, j)
+            tokens[self.positions.index(later(plan.last, j + 2), 1)] = drafts  # [B, 1]
+            if q is not None:
+                drawn_from.append(q)
+        return torch.cat(drawn_from, dim=1) if drawn_from else None
 
 
 Drafter = ParallelDrafter | SequentialDrafter

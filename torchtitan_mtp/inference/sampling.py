@@ -17,11 +17,29 @@ sampling whatever the drafts are worth; they stand as often as any rule can let 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from torchtitan_mtp.errors import UserError
+
+
+class Noise(NamedTuple):
+    """What is random in a step with m drafts, drawn before it: compiled code draws nothing.
+
+    An exponential clock a token, of its weight's rate: the first to ring wins. Unlike
+    torch.multinomial that does not wait for the device, and weights need no sum.
+    """
+
+    drafts: Tensor  # [B, m, V] clocks of rate 1, > 0
+    tokens: Tensor  # [B, m + 1, V] the same
+    stands: Tensor  # [B, m] in [0, 1)
+
+
+def draw(weights: Tensor, clocks: Tensor) -> Tensor:
+    """Tokens [...], each with a probability in proportion to its weight, of [..., V]."""
+    return (weights / clocks).argmax(-1)
 
 
 @dataclass
@@ -38,8 +56,6 @@ class Sampler:
     top_p: float | None = None
     seed: int = 0
     softcap: float | None = None
-    # What the drafts of this step were drawn from, [B, m, V] each, until they are verified.
-    _drafted: list[Tensor] = field(default_factory=list, init=False)
     _generator: torch.Generator | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
@@ -50,35 +66,51 @@ class Sampler:
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise UserError(f"top_p = {self.top_p}: expected more than 0, at most 1")
 
-    def draft(self, logits: Tensor) -> Tensor:
-        """Drafts [B, m] from the logits [B, m, V] of drafting heads."""
+    def noise(self, batch: int, drafts: int, vocab: int, device: torch.device) -> Noise | None:
+        """For a step of `batch` rows with `drafts` drafts each; None when greedy."""
         if self.temperature == 0:
-            return logits.argmax(-1)
-        q = self.probabilities(logits)
-        self._drafted.append(q)
-        return self._draw(q)
+            return None
+        if self._generator is None:
+            self._generator = torch.Generator(device).manual_seed(self.seed)
+        clocks = torch.empty(batch, 2 * drafts + 1, vocab, device=device)
+        clocks.exponential_(generator=self._generator).clamp_(min=torch.finfo(clocks.dtype).tiny)
+        stands = torch.rand(batch, drafts, device=device, generator=self._generator)
+        return Noise(clocks[:, :drafts], clocks[:, drafts:], stands)
 
-    def verify(self, logits: Tensor, drafts: Tensor) -> Tensor:
+    def draft(
+        self, logits: Tensor, noise: Noise | None, first: int = 0
+    ) -> tuple[Tensor, Tensor | None]:
+        """Drafts [B, j] and what they were drawn from [B, j, V], from heads' logits [B, j, V].
+
+        first: how many drafts of this step there are already.
+        """
+        if noise is None:
+            return logits.argmax(-1), None
+        q = self.probabilities(logits)
+        return draw(q, noise.drafts[:, first : first + q.shape[1]]), q
+
+    def verify(
+        self, logits: Tensor, drafts: Tensor, q: Tensor | None, noise: Noise | None
+    ) -> Tensor:
         """The tokens [B, m + 1] of m places with drafts [B, m] and the one after, from head 1.
 
         logits: [B, m + 1, V]. A draft stands where its token is here again; what comes after the
-        first place where it does not is of no account. The drafts are those of `draft` since the
-        last call.
+        first place where it does not is of no account. q: [B, m, V], what the drafts were drawn
+        from; None without drafts, or when greedy.
         """
-        if self.temperature == 0:
+        if noise is None:
             return logits.argmax(-1)
         p = self.probabilities(logits)
-        after = self._draw(p[:, -1:])
-        if not drafts.shape[1]:
+        after = draw(p[:, -1:], noise.tokens[:, -1:])
+        if q is None:
             return after
-        q = torch.cat(self._drafted, dim=1)  # [B, m, V]
-        self._drafted.clear()
         p, at = p[:, :-1], drafts.unsqueeze(-1)  # [B, m, V], [B, m, 1]
-        u = torch.rand(drafts.shape, device=p.device, generator=self._noise(p))  # [0, 1)
-        stands = u * q.gather(-1, at).squeeze(-1) < p.gather(-1, at).squeeze(-1)
+        chance = noise.stands * q.gather(-1, at).squeeze(-1)
+        stands = chance < p.gather(-1, at).squeeze(-1)
         rest = (p - q).clamp(min=0)
         # All zero where p and q differ by rounding alone: p then, as good as never.
-        instead = self._draw(torch.where(rest.sum(-1, keepdim=True) > 0, rest, p))
+        rest = torch.where(rest.sum(-1, keepdim=True) > 0, rest, p)
+        instead = draw(rest, noise.tokens[:, :-1])
         return torch.cat((torch.where(stands, drafts, instead), after), dim=1)
 
     def probabilities(self, logits: Tensor) -> Tensor:
@@ -96,17 +128,3 @@ class Sampler:
             outside = probs.cumsum(-1) - probs >= self.top_p  # the mass before it suffices
             logits = logits.masked_fill(outside.scatter(-1, order, outside), -torch.inf)
         return logits.softmax(-1)
-
-    def _draw(self, weights: Tensor) -> Tensor:
-        """Tokens [...], each with a probability in proportion to its weight, of [..., V].
-
-        An exponential clock a token, of its weight's rate: the first to ring wins. Unlike
-        torch.multinomial it does not wait for the device, and weights need no sum.
-        """
-        clocks = torch.empty_like(weights).exponential_(generator=self._noise(weights))
-        return (weights / clocks.clamp_(min=torch.finfo(clocks.dtype).tiny)).argmax(-1)
-
-    def _noise(self, like: Tensor) -> torch.Generator:
-        if self._generator is None:
-            self._generator = torch.Generator(like.device).manual_seed(self.seed)
-        return self._generator

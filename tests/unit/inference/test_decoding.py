@@ -12,7 +12,7 @@ from tiny_models import FAMILIES, batch_of, head_logits, naive_greedy, random_mo
 
 from torchtitan_mtp.data.targets import Window, make_batch
 from torchtitan_mtp.errors import UserError
-from torchtitan_mtp.inference import drafting, generate, running
+from torchtitan_mtp.inference import decoding, drafting, generate
 from torchtitan_mtp.inference.decoding import Decoder
 from torchtitan_mtp.inference.rows import Rows
 from torchtitan_mtp.inference.sampling import Sampler
@@ -84,7 +84,8 @@ def test_drafts_are_those_of_a_full_forward_over_the_text_and_the_drafts_before(
     for num_draft in itertools.cycle(counts):
         if rows.left() <= most:
             break
-        decoder.predict(num_draft)
+        plan = decoder.plan(num_draft)
+        decoder.predict(plan)
         for row, (prompt, p) in enumerate(zip(prompts, decoder.last, strict=True)):
             if len(rows.tokens[row]) == size:  # finished: what it drafts is of no account
                 continue
@@ -96,7 +97,7 @@ def test_drafts_are_those_of_a_full_forward_over_the_text_and_the_drafts_before(
             assert drafts == logits.argmax(-1).tolist()
         # In place of head 1, a hand that accepts 0, 1, .. drafts in turn.
         before = decoder.last
-        fed, target = decoder.verify(num_draft)
+        fed, target = decoder.verify(plan, None).tolist()
         for row, p in enumerate(before):
             right = (rows.stats.forwards + row) % (num_draft + 1)
             target[row] = [*fed[row][1:], 5]
@@ -278,7 +279,7 @@ def test_an_adapted_number_of_drafts_changes_no_token(heads: str, share: bool) -
 
 @pytest.mark.parametrize("prompts", [PROMPTS[:1], PROMPTS])
 @pytest.mark.parametrize("heads", ["parallel", "sequential"])
-def test_a_compiled_step_gives_the_same_tokens_from_one_graph_a_kind(
+def test_a_compiled_step_gives_the_same_tokens_from_one_graph(
     heads: str, prompts: list[list[int]]
 ) -> None:
     torch.compiler.reset()
@@ -293,15 +294,14 @@ def test_a_compiled_step_gives_the_same_tokens_from_one_graph_a_kind(
     eager = generate(model, prompts, 40, speculative=True)
     with pytest.MonkeyPatch.context() as patch:
         compile_with = functools.partial(torch.compile, backend=count_graphs)
-        patch.setattr(running.torch, "compile", compile_with)
-        running._compiled.cache_clear()
+        patch.setattr(decoding.torch, "compile", compile_with)
+        decoding._compiled.cache_clear()
         compiled = generate(model, prompts, 40, speculative=True, compile=True)
         again = generate(model, [[7, *p] for p in prompts], 43, speculative=True, compile=True)
-    running._compiled.cache_clear()
+    decoding._compiled.cache_clear()
     assert compiled.tokens == eager.tokens
     assert again.tokens == generate(model, [[7, *p] for p in prompts], 43).tokens
-    # The trunk, and the stacked heads or the three modules, which are alike but for weights.
-    assert len(graphs) == 2
+    assert len(graphs) == 1  # drafts and their verification together
 
 
 def test_generation_goes_beyond_the_length_of_training() -> None:

@@ -11,16 +11,19 @@ from tiny_models import FAMILIES, head_logits, random_model
 from torch import Tensor
 
 from torchtitan_mtp.inference import generate
-from torchtitan_mtp.inference.sampling import Sampler
+from torchtitan_mtp.inference.sampling import Noise, Sampler, draw
 from torchtitan_mtp.models.transformer import Transformer
 
 LOGITS = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0, -3.0])
+CPU = torch.device("cpu")
 NONE = torch.empty(1, 0, dtype=torch.long)
 
 
 def draws(count: int, logits: Tensor = LOGITS, **options: Any) -> Tensor:
     """Tokens of `count` rows whose logits are all the same: [count]."""
-    return Sampler(**options).verify(logits.expand(count, 1, -1), NONE.expand(count, 0))[:, 0]
+    sampler = Sampler(**options)
+    noise = sampler.noise(count, 0, len(logits), CPU)
+    return sampler.verify(logits.expand(count, 1, -1), NONE.expand(count, 0), None, noise)[:, 0]
 
 
 def fits(tokens: Tensor, probabilities: Tensor) -> bool:
@@ -85,15 +88,18 @@ def test_the_seed_decides() -> None:
 
 def test_temperature_zero_is_greedy() -> None:
     logits = torch.randn(3, 4, 9)
-    assert torch.equal(Sampler().verify(logits, torch.zeros(3, 3)), logits.argmax(-1))
-    assert torch.equal(Sampler().draft(logits), logits.argmax(-1))
+    assert Sampler().noise(3, 3, 9, CPU) is None
+    assert torch.equal(Sampler().verify(logits, torch.zeros(3, 3), None, None), logits.argmax(-1))
+    assert torch.equal(Sampler().draft(logits, None)[0], logits.argmax(-1))
 
 
 def test_a_draft_stands_as_often_as_the_distributions_overlap() -> None:
     p, q = LOGITS.softmax(-1), LOGITS.flip(0).softmax(-1)
     sampler = Sampler(temperature=1.0)
-    drafts = sampler.draft(LOGITS.flip(0).expand(20000, 1, -1))
-    stands = (sampler.verify(LOGITS.expand(20000, 2, -1), drafts)[:, :1] == drafts).float().mean()
+    noise = sampler.noise(20000, 1, 6, CPU)
+    drafts, drawn_from = sampler.draft(LOGITS.flip(0).expand(20000, 1, -1), noise)
+    tokens = sampler.verify(LOGITS.expand(20000, 2, -1), drafts, drawn_from, noise)
+    stands = (tokens[:, :1] == drafts).float().mean()
     overlap = torch.minimum(p, q).sum()
     assert abs(stands - overlap) < 4 * (overlap * (1 - overlap) / 20000) ** 0.5
 
@@ -130,15 +136,18 @@ def test_drafts_do_not_change_the_distribution(
     assert fits(sampled(model, 4, options), continuations(model, 4, 3, options))
 
 
-def keep_every_draft(sampler: Sampler, logits: Tensor, drafts: Tensor) -> Tensor:
-    after = sampler._draw(sampler.probabilities(logits)[:, -1:])
-    sampler._drafted.clear()
+def keep_every_draft(
+    sampler: Sampler, logits: Tensor, drafts: Tensor, q: Tensor | None, noise: Noise
+) -> Tensor:
+    after = draw(sampler.probabilities(logits)[:, -1:], noise.tokens[:, -1:])
     return torch.cat((drafts, after), dim=1)
 
 
-def draw_again_from_p(sampler: Sampler, logits: Tensor, drafts: Tensor) -> Tensor:
-    right = right_rule(sampler, logits, drafts)
-    again = sampler._draw(sampler.probabilities(logits))
+def draw_again_from_p(
+    sampler: Sampler, logits: Tensor, drafts: Tensor, q: Tensor | None, noise: Noise
+) -> Tensor:
+    right = right_rule(sampler, logits, drafts, q, noise)
+    again = draw(sampler.probabilities(logits), noise.tokens)
     rejected = right[:, :-1] != drafts
     return torch.where(torch.nn.functional.pad(rejected, (0, 1)), again, right)
 
@@ -152,7 +161,7 @@ def test_a_wrong_rule_would_be_noticed(
     monkeypatch: pytest.MonkeyPatch,
     heads: str,
     share: bool,
-    wrong_rule: Callable[[Sampler, Tensor, Tensor], Tensor],
+    wrong_rule: Callable[..., Tensor],
 ) -> None:
     model, options = random_model(heads, 3, share, vocab=4), {"temperature": 0.7}
     monkeypatch.setattr(Sampler, "verify", wrong_rule)
