@@ -1,19 +1,22 @@
-"""What two ranks saved, exported by one process; what was exported, started from by two ranks."""
+"""What four ranks saved, exported by one process; what was exported, started from by two ranks."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
+from torch import Tensor
 
 from formats_run import weights
 from runs import SEQUENTIAL, Run, config_of, same, train, weights_of
 from spawn import run_ranks
 from torchtitan_mtp.checkpoint.formats import export_checkpoint, import_checkpoint
 from torchtitan_mtp.config import load_toml
+from torchtitan_mtp.data.targets import Batch
 from torchtitan_mtp.trainer import Trainer
 
 RUN: dict[str, Any] = {
@@ -24,52 +27,66 @@ RUN: dict[str, Any] = {
 }
 
 
-def train_and_start_again(rank: int, folder: Path) -> tuple[Run, dict[str, torch.Tensor]]:
-    first = train(config_of(folder, RUN | here(folder)))
-    torch.distributed.barrier()  # rank 0 has exported
-    again = config_of(
-        folder,
-        RUN | here(folder),
-        {
-            "job.dump_folder": str(folder / "again"),
-            "checkpoint.initial_load_in_hf": True,
-            "checkpoint.initial_load_path": str(folder / "run/checkpoint/step-2.hf"),
-        },
-    )
-    started: list[dict[str, torch.Tensor]] = []
+def train_on(rank: int, folder: Path) -> Run:
+    return train(config_of(folder, RUN | here(folder)))
+
+
+class FirstStep(NamedTuple):
+    """What a rank started with: all weights, its batch, and the loss that was logged for all."""
+
+    weights: dict[str, Tensor]
+    batch: Batch
+    loss: float  # of head 1
+
+
+def start_from(rank: int, folder: Path, exported: Path) -> FirstStep:
+    changes = {
+        "job.dump_folder": str(folder / "again"),
+        "checkpoint.initial_load_in_hf": True,
+        "checkpoint.initial_load_path": str(exported),
+    }
+    started: list[Any] = []
 
     def look(trainer: Trainer) -> None:
+        engine = trainer.engine
+
+        def watched(model: Any, batch: Batch, *rest: Any) -> Any:
+            if len(started) == 1:
+                started.append(batch)
+            return engine(model, batch, *rest)
+
+        trainer.engine = watched
         started.append(weights_of(trainer))
 
-    train(again, look)
-    return first, started[0]
+    run = train(config_of(folder, RUN | here(folder), changes), look)
+    return FirstStep(*started, run.losses[0][0])
 
 
 def here(folder: Path) -> dict[str, Any]:
-    """Both ranks read and write one folder."""
+    """All ranks read and write one folder."""
     return {"job.dump_folder": str(folder / "run")}
 
 
 @pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory) -> tuple[Path, list[Any]]:
+def four_ranks(tmp_path_factory) -> tuple[Path, Run]:
     folder = tmp_path_factory.mktemp("export")
     config_of(folder)  # writes the corpus
-    return folder, run_ranks(2, train_and_start_again, folder)
+    return folder, run_ranks(4, train_on, folder)[0]
 
 
-def test_one_process_exports_what_two_ranks_saved(two_ranks, tmp_path: Path) -> None:
-    folder, results = two_ranks
+def test_one_process_exports_what_four_ranks_saved(four_ranks, tmp_path: Path) -> None:
+    folder, run = four_ranks
     config_of(tmp_path)  # this process knows the flavor, too
     step = folder / "run" / "checkpoint" / "step-2"
-    assert len(list(step.glob("__1_*.distcp"))) == 1
+    assert len(list(step.glob("__3_*.distcp"))) == 1
     export_checkpoint(step, tmp_path / "hf", "glm4_moe_hf", max_shard_size=20_000)
     import_checkpoint(tmp_path / "hf", tmp_path / "back", "glm4_moe_hf")
     found = weights(tmp_path / "back", load_toml(tmp_path / "back" / "config.toml"))
-    assert same(found, results[0][0].weights)
+    assert same(found, run.weights)
 
 
-def test_the_last_step_is_a_hugging_face_folder(two_ranks, tmp_path: Path) -> None:
-    folder, _ = two_ranks
+def test_the_last_step_is_a_hugging_face_folder(four_ranks, tmp_path: Path) -> None:
+    folder, _ = four_ranks
     config_of(tmp_path)
     export_checkpoint(folder / "run", tmp_path / "hf", "glm4_moe_hf")
     saved = folder / "run" / "checkpoint" / "step-2.hf"
@@ -80,7 +97,17 @@ def test_the_last_step_is_a_hugging_face_folder(two_ranks, tmp_path: Path) -> No
     assert names < {file.name for file in saved.iterdir()}
 
 
-def test_two_ranks_start_from_it(two_ranks) -> None:
-    _, results = two_ranks
-    for first, started in results:
-        assert same(started, first.weights)
+def test_two_ranks_start_from_it_with_the_loss_that_transformers_computes(four_ranks) -> None:
+    transformers = pytest.importorskip("transformers")
+    folder, run = four_ranks
+    exported = folder / "run/checkpoint/step-2.hf"
+    ranks = run_ranks(2, start_from, folder, exported)
+    assert all(same(first.weights, run.weights) for first in ranks)
+
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(exported)
+    tokens = torch.cat([first.batch.tokens for first in ranks])
+    labels = torch.cat([first.batch.labels[..., 0] for first in ranks])
+    with torch.no_grad():
+        expected = F.cross_entropy(theirs(tokens).logits.flatten(0, 1), labels.flatten()).item()
+    assert not torch.equal(ranks[0].batch.tokens, ranks[1].batch.tokens)
+    assert all(abs(first.loss - expected) < 1e-4 for first in ranks)

@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor
 
-from formats_run import LLAMA_3_1, QWEN, SEQUENTIAL, SMALL, write_run
-from runs import TINY, config_of, train, weights_of
+from formats_run import LLAMA_3_1, QWEN, SEQUENTIAL, SMALL, weights, write_run
+from runs import TINY, config_of, same, train, weights_of
 from torchtitan_mtp.checkpoint.formats import export_checkpoint, import_checkpoint
+from torchtitan_mtp.config import load_toml
 from torchtitan_mtp.data.targets import Batch
 from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.inference import generate, load_for_inference
@@ -279,6 +281,40 @@ def test_a_run_starts_from_a_hugging_face_folder(tmp_path: Path) -> None:
         start(tmp_path / "b", tmp_path / "hf", **{"model.args.rope_theta": 500.0})
     with pytest.raises(UserError, match=r"config\.json: missing"):
         start(tmp_path / "c", tmp_path / "saved")
+
+
+@pytest.mark.parametrize(
+    ("keys", "name"),
+    [({"mtp.engine": "sequential"}, "meta"), ({"mtp.heads": "sequential"}, "glm4_moe_hf")],
+    ids=["parallel", "sequential"],
+)
+def test_heads_are_added_to_an_imported_trunk(tmp_path: Path, keys, name) -> None:
+    """What finetune_add_heads.toml does, from a Hugging Face folder to another one."""
+    plain = {"model.converters": [], "mtp.num_future_tokens": 1, "training.steps": 80}
+    saves = {"checkpoint.enable": True, "checkpoint.last_save_in_hf": True, "optimizer.lr": 1e-2}
+    trunk = train(config_of(tmp_path / "trunk", plain, saves)).weights
+    given = tmp_path / "trunk/run/checkpoint/step-80.hf"
+    before = {file.name: file.read_bytes() for file in given.iterdir()}
+
+    changes: dict[str, object] = {"mtp.train": "heads", "mtp.init": "copy_last_layer"}
+    changes |= {"checkpoint.initial_load_in_hf": True, "checkpoint.initial_load_path": str(given)}
+    changes |= {"validation.enable": True, "validation.freq": 5, "training.steps": 80}
+    changes |= {"checkpoint.last_save_in_hf": False}
+    run = train(config_of(tmp_path / "heads", saves, keys, changes))
+    assert same(run.trunk, trunk)
+    first, *_, last = (acceptance.marginal for acceptance in run.acceptance)
+    assert all(b > a for a, b in zip(first, last, strict=True)), (first, last)
+    assert sum(last) > sum(first) + 0.3
+
+    out = tmp_path / "out"
+    export_checkpoint(tmp_path / "heads/run", out, name)
+    import_checkpoint(out, tmp_path / "back", name)
+    found = weights(tmp_path / "back", load_toml(tmp_path / "back/config.toml"))
+    assert same(found, run.weights)
+    export_checkpoint(tmp_path / "heads/run", tmp_path / "hf", "llama_hf", drop_heads=True)
+    same_trunk = load_file(tmp_path / "hf/model.safetensors")
+    assert same(same_trunk, load_file(given / "model.safetensors"))
+    assert before == {file.name: file.read_bytes() for file in given.iterdir()}
 
 
 def test_a_run_leaves_a_hugging_face_folder(tmp_path: Path) -> None:
