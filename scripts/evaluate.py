@@ -41,7 +41,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         help="a dataset's name, a file, a folder or a glob; default (and for the name of what the "
         "run trained on): what the run held out",
     )
-    text.add_argument("--seq_len", type=int, help="tokens of a window; default: the run's")
+    text.add_argument("--seq_len", type=int, help="tokens of a window; default: the run's, or 2048")
     text.add_argument("--batch_size", type=int, help="windows at a time; default: the run's")
     text.add_argument(
         "--batches", type=int, help="-1: all of the text; default: as the run validates, else 20"
@@ -66,11 +66,13 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 
 def check_arguments(args: argparse.Namespace) -> None:
     """Numbers that make no sense are refused before anything is loaded."""
-    lowest = {"seq_len": 1, "batch_size": 1, "batches": -1, "prompts": 0, "prompt_tokens": 1}
+    if args.batches is not None and args.batches < 1 and args.batches != -1:
+        raise UserError(f"--batches {args.batches}: expected 1 or more, or -1 for all")
+    lowest = {"seq_len": 1, "batch_size": 1, "prompts": 0, "prompt_tokens": 1}
     lowest |= {"max_new_tokens": 2, "num_fewshot": 0, "limit": 1}
     for name, least in lowest.items():
         value = getattr(args, name)
-        if value is not None and (value < least or (name == "batches" and value == 0)):
+        if value is not None and value < least:
             raise UserError(f"--{name} {value}: expected {least} or more")
     if args.plot and (args.tasks or not args.prompts):
         raise UserError("--plot: draws what is measured on the own continuation: leave out --tasks")
@@ -275,10 +277,17 @@ def write_json(results: dict[str, Any], out: Path) -> None:
 
 def run(args: argparse.Namespace) -> None:
     check_arguments(args)
+    is_hf = (Path(args.checkpoint) / "config.json").is_file()
+    if is_hf and not (args.source or args.tasks):
+        raise UserError(
+            "--source: a Hugging Face folder does not say what to evaluate it on; name a text"
+        )
     model, tokenizer, config = load_for_inference(
         args.checkpoint, find_device(args.device), DTYPES[args.dtype]
     )
     console = Console()
+    if is_hf and args.seq_len is None:  # the file has the longest that the model takes
+        args.seq_len = min(config.training.seq_len, 2048)
     measure = evaluate_tasks if args.tasks else evaluate_heads
     results = {"checkpoint": args.checkpoint, **measure(args, model, tokenizer, config, console)}
     if args.json:

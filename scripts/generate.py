@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -23,8 +24,10 @@ from torchtitan_mtp.config import JobConfig
 from torchtitan_mtp.data.tokenizer import Tokenizer
 from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.inference import Generation, Stats, generate, load_for_inference, next_logits
+from torchtitan_mtp.inference.decoding import check, most_drafts
 from torchtitan_mtp.inference.load import DTYPES, find_device
 from torchtitan_mtp.inference.sampling import Sampler
+from torchtitan_mtp.inference.stats import ratio
 from torchtitan_mtp.inference.streaming import TextStream, stream
 from torchtitan_mtp.models.transformer import Transformer
 
@@ -91,7 +94,7 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
 def read_records(file: Path, text: str) -> list[str]:
     """The prompts of a file of JSON records, one a line; empty lines are passed over."""
     prompts = []
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -109,20 +112,24 @@ def percent(rate: float, of: int) -> str:
     return f"{100 * rate:.1f}% of {of}" if of else "never compared"
 
 
+def figure(value: float, form: str) -> str:
+    return "-" if math.isnan(value) else form.format(value)
+
+
 def speed_table(runs: dict[str, Stats]) -> Table:
     """One line a run: what came out, in how many forwards, how fast."""
     table = Table()
     for column in ("decoding", "tokens", "forwards", "tokens/step", "tokens/s", "speed-up"):
         table.add_column(column, justify="left" if column == "decoding" else "right")
-    base = next(iter(runs.values()))
+    base = next(iter(runs.values())).tokens_per_second
     for name, stats in runs.items():
         table.add_row(
             name,
             str(stats.tokens),
             str(stats.forwards),
-            f"{stats.tokens_per_step:.2f}",
-            f"{stats.tokens_per_second:.1f}",
-            f"{stats.tokens_per_second / base.tokens_per_second:.2f}x",
+            figure(stats.tokens_per_step, "{:.2f}"),
+            figure(stats.tokens_per_second, "{:.1f}"),
+            figure(ratio(stats.tokens_per_second, base), "{:.2f}x"),
         )
     return table
 
@@ -186,10 +193,14 @@ def sampling(args: argparse.Namespace, config: JobConfig) -> dict[str, Any]:
 
 
 def continue_prompts(
-    args: argparse.Namespace, model: Transformer, tokenizer: Tokenizer, config: JobConfig
+    args: argparse.Namespace,
+    texts: list[str],
+    model: Transformer,
+    tokenizer: Tokenizer,
+    config: JobConfig,
 ) -> None:
     """All prompts as one batch: their texts, and what they cost."""
-    prompts = [[tokenizer.bos_id, *tokenizer.encode(text).tolist()] for text in read_prompts(args)]
+    prompts = [[tokenizer.bos_id, *tokenizer.encode(text).tolist()] for text in texts]
     options = sampling(args, config) | {"eos_id": tokenizer.eos_id, "compile": args.compile}
     drafting: dict[str, Any] = {"speculative": True, "num_draft": args.num_draft}
     speculative = args.speculative or args.compare
@@ -197,8 +208,10 @@ def continue_prompts(
     if args.compare:
         ways = {"plain": {}, **ways}
 
-    for way in ways.values():  # the first forwards of a process are slow
-        generate(model, prompts, min(8, args.max_new_tokens), **options, **way)
+    # The first forwards of a process are slow, and what is compiled is of one length.
+    warm_up = args.max_new_tokens if args.compile else min(8, args.max_new_tokens)
+    for way in ways.values():
+        generate(model, prompts, warm_up, **options, **way)
     runs = {
         name: generate(model, prompts, args.max_new_tokens, **options, **way)
         for name, way in ways.items()
@@ -226,21 +239,22 @@ def converse(
 ) -> None:
     """Continue what is typed, as one growing text, until the input ends.
 
-    Of a text longer than the model was trained on, the beginning is dropped.
+    Of a text longer than the model was trained on, answer included, the beginning is dropped.
     """
     if args.compare or args.compile or args.num_draft == "auto":
         raise UserError("--interactive goes without --compare, --compile and --num_draft auto")
-    heads = 1 if model.mtp is None else model.mtp.num_future_tokens
-    if args.speculative and not 1 <= (args.num_draft or heads - 1) < heads:
-        raise UserError(f"--num_draft {args.num_draft or 1}: heads 2..{heads} draft {heads - 1}")
-    drafts = (args.num_draft or heads - 1) if args.speculative else 0
-    most = max(1, config.training.seq_len - args.max_new_tokens)
+    check(model, [[tokenizer.bos_id]], args.max_new_tokens)
+    drafts = most_drafts(model, args.num_draft) if args.speculative else 0
+    seq_len = config.training.seq_len
+    most = max(seq_len - args.max_new_tokens, seq_len // 2)  # of the text before an answer
     sampler = Sampler(**sampling(args, config))
     asking = "> " if sys.stdin.isatty() else ""
     if asking:
-        print("An empty line begins a new text, Ctrl-C stops one, Ctrl-D ends.", file=sys.stderr)
+        print(
+            "An empty line begins a new text, Ctrl-C stops an answer, Ctrl-D ends.", file=sys.stderr
+        )
     text: list[int] = []
-    with contextlib.suppress(EOFError):
+    with contextlib.suppress(EOFError, KeyboardInterrupt):
         while True:
             line = input(asking)
             if not line:
@@ -278,12 +292,17 @@ def answer(
 
 
 def run(args: argparse.Namespace) -> None:
-    if not args.interactive:
-        read_prompts(args)  # what can't be read is said before a model is loaded
+    if args.num_draft is not None and not (args.speculative or args.compare):
+        raise UserError("--num_draft: needs --speculative or --compare")
+    # What can't be read is said before a model is loaded.
+    texts = None if args.interactive else read_prompts(args)
     model, tokenizer, config = load_for_inference(
         args.checkpoint, find_device(args.device), DTYPES[args.dtype]
     )
-    (converse if args.interactive else continue_prompts)(args, model, tokenizer, config)
+    if texts is None:
+        converse(args, model, tokenizer, config)
+    else:
+        continue_prompts(args, texts, model, tokenizer, config)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -496,12 +496,16 @@ def micro_batches_per_step(config: JobConfig, data_ranks: int) -> int:
 
 
 def loss_arguments(config: JobConfig) -> dict[str, Any]:
-    """Keyword arguments of `linear_cross_entropy`: the [loss] table. Error: no such backend."""
+    """Keyword arguments of `linear_cross_entropy`: the [loss] table, and whether to compile.
+
+    Error: no such backend.
+    """
     if config.loss.backend not in BACKENDS:
         raise UserError(
             f'loss.backend = "{config.loss.backend}": expected one of {", ".join(BACKENDS)}'
         )
-    return asdict(config.loss)
+    compiled = config.compile.enable and "loss" in config.compile.components
+    return asdict(config.loss) | {"compile": compiled}
 
 
 def set_determinism(deterministic: bool, seed: int) -> None:

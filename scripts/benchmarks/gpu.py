@@ -57,7 +57,7 @@ def run(json: Path = Path("gpu.json"), small: bool = False) -> None:
 
 def _loss_ops() -> tuple[str, ...]:
     """The loss ops whose libraries are installed."""
-    ops = ["chunked", "naive_compiled"]
+    ops = ["chunked", "chunked_compiled", "naive_compiled"]
     if hasattr(F, "linear_cross_entropy"):
         ops.append("torch")
     for name, module in (("liger", "liger_kernel"), ("cce", "cut_cross_entropy")):

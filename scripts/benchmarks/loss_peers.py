@@ -23,10 +23,11 @@ def _cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
 
 
 def _ours(
-    backend: str, chunk_rows: int | None = None
+    backend: str, chunk_rows: int | None = None, compile: bool = False
 ) -> Callable[[Sequence[Tensor], Tensor, Tensor], None]:
     def run(hiddens: Sequence[Tensor], weight: Tensor, labels: Tensor) -> None:
-        out = linear_cross_entropy(hiddens, weight, labels, backend=backend, chunk_rows=chunk_rows)
+        options = {"backend": backend, "chunk_rows": chunk_rows, "compile": compile}
+        out = linear_cross_entropy(hiddens, weight, labels, **options)
         out.loss.backward()
 
     return run
@@ -76,6 +77,7 @@ def naive_compiled(hiddens: Sequence[Tensor], weight: Tensor, labels: Tensor) ->
 
 PEERS: dict[str, Callable[[Sequence[Tensor], Tensor, Tensor], None]] = {
     "chunked": _ours("chunked"),
+    "chunked_compiled": _ours("chunked", compile=True),
     "torch": _ours("torch"),  # the chunk that torch chooses
     "torch_512": _ours("torch", 512),
     "titan_chunked": titan_chunked,

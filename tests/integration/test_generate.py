@@ -13,7 +13,7 @@ from types import ModuleType
 import pytest
 from rich.console import Console
 
-from torchtitan_mtp.inference import Stats
+from torchtitan_mtp.inference import Stats, decoding
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "scripts" / "generate.py"
@@ -131,6 +131,29 @@ def test_a_head_that_was_never_compared_has_no_rate(script: ModuleType) -> None:
     assert "never compared" in third and "100.0% of 2" in third
 
 
+def test_one_token_has_no_speed(
+    script: ModuleType, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert script.main([str(run), "--prompt", "a", "--max_new_tokens", "1", "--compare"]) == 0
+    assert "identical" in capsys.readouterr().out
+
+
+def test_what_is_timed_is_compiled_before(
+    script: ModuleType, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Caches of 256 and of 128 positions are two compilations."""
+    lengths: list[int] = []
+    monkeypatch.setattr(decoding, "_compiled", lambda step: step)
+    plan = decoding.Decoder.plan
+    monkeypatch.setattr(
+        decoding.Decoder,
+        "plan",
+        lambda decoder, count: lengths.append(decoder.positions.max_len) or plan(decoder, count),
+    )
+    assert script.main([str(run), "--prompt", "a", "--max_new_tokens", "140", "--compile"]) == 0
+    assert set(lengths) == {256}
+
+
 def test_samples_are_not_judged_by_the_margin(
     script: ModuleType, run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -150,7 +173,9 @@ def test_samples_are_not_judged_by_the_margin(
         (["--prompt", "a", "--prompt", ""], "the prompt is empty"),
         (["--prompt", "a", "--device", "teapot"], "--device teapot"),
         (["--interactive", "--compare"], "--interactive goes without --compare"),
-        (["--interactive", "--speculative", "--num_draft", "9"], "--num_draft 9: heads 2..3"),
+        (["--interactive", "--speculative", "--num_draft", "9"], "num_draft = 9"),
+        (["--interactive", "--max_new_tokens", "-5"], "max_new_tokens = -5"),
+        (["--prompt", "a", "--num_draft", "1"], "--num_draft: needs --speculative"),
     ],
 )
 def test_errors_are_one_line(

@@ -87,7 +87,12 @@ def test_every_key_of_the_loss_table_is_passed_on():
         "z_loss": 1e-4,
         "softcap": None,
         "label_smoothing": 0.0,
+        "compile": False,
     }
+    config.compile.enable = True
+    assert loss_arguments(config)["compile"]
+    config.compile.components = ["model"]
+    assert not loss_arguments(config)["compile"]
     config.loss.backend = "best"
     with pytest.raises(UserError, match=r'loss.backend = "best": expected one of chunked'):
         loss_arguments(config)

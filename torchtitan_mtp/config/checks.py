@@ -18,7 +18,6 @@ def check(config: JobConfig, given: Collection[str] = ()) -> None:
             _check_key(option, option.get(config))
     _check_batch(config)
     _check_profiling(config)
-    _check_compile(config)
     _check_checkpointing(config)
     _check_float8(config)
     if "mtp" in config.model.converters:
@@ -58,14 +57,6 @@ def _check_profiling(config: JobConfig) -> None:
         raise UserError(
             f"profiling.profile_freq = {profiling.profile_freq}: expected at least "
             f"profiler_warmup + profiler_active = {cycle}"
-        )
-
-
-def _check_compile(config: JobConfig) -> None:
-    if config.compile.enable and config.compile.components == ["loss"]:
-        raise UserError(
-            'compile.components = ["loss"]: would compile nothing, since the loss is one operator '
-            'that compilation does not speed up; add "model" or set compile.enable = false'
         )
 
 

@@ -70,9 +70,9 @@ def generate(
         UserError: speculative without heads, an empty prompt, a number out of range.
     """
     begin = time.perf_counter()
-    _check(model, prompts, max_new_tokens)
+    check(model, prompts, max_new_tokens)
     sampler = Sampler(temperature, top_k, top_p, seed, softcap)
-    most = _most_drafts(model, num_draft) if speculative else 0
+    most = most_drafts(model, num_draft) if speculative else 0
     decoder = Decoder(model, prompts, max_new_tokens, most, sampler, compile)
     rows = Rows(len(prompts), max_new_tokens, eos_id, most)
     length = DraftLength(most, len(model.layers), adapt=num_draft == "auto")
@@ -205,9 +205,12 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """A whole step as one graph.
 
     Prompts and catching up come in every length and run as they are. A step does not: with caches
-    of a fixed length, all of which is attended to under a mask, every step looks alike to a
-    compiler, and nothing is compiled twice (the static shapes of gpt-fast).
+    of a fixed length, all of which is attended to under a mask, every step with as many drafts
+    looks alike to a compiler (the static shapes of gpt-fast).
     """
+    # Sizes of a batch, numbers of drafts, lengths: more than the 8 variants that torch stops at.
+    limit = torch._dynamo.config.recompile_limit
+    torch._dynamo.config.recompile_limit = max(limit, 64)
     return torch.compile(function, dynamic=False)
 
 
@@ -218,7 +221,8 @@ def next_logits(model: Transformer, text: Sequence[int]) -> Tensor:
     return model.output(decoder.trunk(decoder.positions.span([0], len(text)))[0, -1])
 
 
-def _most_drafts(model: Transformer, num_draft: int | Literal["auto"] | None) -> int:
+def most_drafts(model: Transformer, num_draft: int | Literal["auto"] | None) -> int:
+    """The most tokens that a step drafts: `num_draft`, or all that the heads can."""
     if model.mtp is None:
         raise UserError(
             "speculative decoding drafts with heads 2..n, but this model has head 1 alone; train "
@@ -232,7 +236,8 @@ def _most_drafts(model: Transformer, num_draft: int | Literal["auto"] | None) ->
     return num_draft
 
 
-def _check(model: Transformer, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+def check(model: Transformer, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+    """UserError where there is nothing to continue, or nothing to continue it with."""
     if not prompts or not all(len(prompt) for prompt in prompts):
         raise UserError("the prompt is empty: give at least one token to go on from")
     if max_new_tokens < 1:

@@ -48,6 +48,7 @@ class HarnessModel(TemplateLM):
         self.model, self.tok, self.batch_size = model, tokenizer, batch_size
         self.softcap, self.max_length = config.loss.softcap, config.training.seq_len
         self._device = model.norm.weight.device
+        self._generations = 0
 
     @property
     def eot_token_id(self) -> int:
@@ -180,9 +181,10 @@ class HarnessModel(TemplateLM):
                 eos_id=self.eot_token_id,
                 softcap=self.softcap,
                 speculative=self.model.mtp is not None,
-                seed=len(new[left[0]]),
+                seed=self._generations,
                 **sampling,
             )
+            self._generations += 1  # equal requests get samples of their own
             for b, tokens in zip(left, generation.tokens, strict=True):
                 new[b] += tokens
             left = [b for b in left if not self._ended(new[b], until)]

@@ -53,11 +53,6 @@ class Stats:
         had to correct, or after all drafts were right."""
         return [ratio(*pair) for pair in zip(self.agreed, self.drafted, strict=True)]
 
-    @property
-    def expected_tokens_per_step(self) -> float:
-        """1 + sum_k prod_{j <= k} a_j: `tokens_per_step`, if no step is cut short."""
-        return expected_tokens_per_step(self.conditional)
-
     def count_step(self, drafts: int, accepted: int) -> None:
         """A step of one row that fed `drafts` drafts, of which the first `accepted` were right."""
         self.steps += 1

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from torchtitan_mtp.data.tokenizer import Tokenizer
-from torchtitan_mtp.inference.decoding import Decoder, decode
+from torchtitan_mtp.inference.decoding import Decoder, check, decode
 from torchtitan_mtp.inference.draft_length import DraftLength
 from torchtitan_mtp.inference.rows import Rows
 from torchtitan_mtp.inference.sampling import Sampler
@@ -30,6 +30,7 @@ def stream(
 
     num_draft: drafts a step, up to n - 1; 0 decodes plainly.
     """
+    check(model, [prompt], max_new_tokens)
     decoder = Decoder(model, [prompt], max_new_tokens, num_draft, sampler)
     rows, told = Rows(1, max_new_tokens, eos_id, num_draft), 0
     for _ in decode(decoder, rows, DraftLength(num_draft, len(model.layers), adapt=False)):

@@ -6,15 +6,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-class RMSNorm(nn.RMSNorm):
-    """Zhang and Sennrich 2019, arXiv 1910.07467."""
-
-    def forward(self, x: Tensor, detach: bool = False) -> Tensor:
-        """Normalise x [..., D]; `detach` keeps the gradient of this use from the scale."""
-        weight = self.weight.detach() if detach else self.weight
-        return F.rms_norm(x, self.normalized_shape, weight, self.eps)
-
-
 class FeedForward(nn.Module):
     """SwiGLU (Shazeer 2020, arXiv 2002.05202): w2(silu(w1 x) * w3 x)."""
 

@@ -19,7 +19,7 @@ from torchtitan_mtp.models.attention import (
     document_mask,
 )
 from torchtitan_mtp.models.latent_attention import LatentAttention
-from torchtitan_mtp.models.layers import FeedForward, RMSNorm
+from torchtitan_mtp.models.layers import FeedForward
 from torchtitan_mtp.models.moe import MoE
 from torchtitan_mtp.models.rope import rope_tables
 from torchtitan_mtp.ops import LossOutput, chunked_argmax, linear_cross_entropy
@@ -43,8 +43,8 @@ class TransformerBlock(nn.Module):
             self.moe = MoE(args.dim, args.moe)
         else:
             self.feed_forward = FeedForward(args.dim, args.ffn_dim)
-        self.attention_norm = RMSNorm(args.dim, eps=args.norm_eps)
-        self.ffn_norm = RMSNorm(args.dim, eps=args.norm_eps)
+        self.attention_norm = nn.RMSNorm(args.dim, eps=args.norm_eps)
+        self.ffn_norm = nn.RMSNorm(args.dim, eps=args.norm_eps)
 
     def forward(
         self,
@@ -125,7 +125,7 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleDict(
             {str(i): TransformerBlock(args, depth=i) for i in range(args.n_layers)}
         )
-        self.norm = RMSNorm(args.dim, eps=args.norm_eps)
+        self.norm = nn.RMSNorm(args.dim, eps=args.norm_eps)
         self.output = Unembedding(args)
         self.tie_weights()
         self.mtp: Any = None

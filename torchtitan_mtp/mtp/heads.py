@@ -22,7 +22,6 @@ from torch import Tensor, nn
 
 from torchtitan_mtp.data.targets import Batch
 from torchtitan_mtp.models.attention import AttentionContext, KVCache
-from torchtitan_mtp.models.layers import RMSNorm
 from torchtitan_mtp.models.transformer import Transformer
 
 
@@ -71,11 +70,11 @@ class SequentialHead(nn.Module):
     def __init__(self, model: Transformer) -> None:
         super().__init__()
         dim, eps = model.args.dim, model.args.norm_eps
-        self.enorm = RMSNorm(dim, eps=eps)
-        self.hnorm = RMSNorm(dim, eps=eps)
+        self.enorm = nn.RMSNorm(dim, eps=eps)
+        self.hnorm = nn.RMSNorm(dim, eps=eps)
         self.eh_proj = nn.Linear(2 * dim, dim, bias=False)
         self.block = copy.deepcopy(last_layer(model))
-        self.norm = RMSNorm(dim, eps=eps)
+        self.norm = nn.RMSNorm(dim, eps=eps)
 
     def forward(
         self, h: Tensor, emb: Tensor, context: AttentionContext, cache: KVCache | None = None

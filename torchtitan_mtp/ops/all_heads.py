@@ -93,12 +93,13 @@ def _all_heads(
     softcap: float | None,
     label_smoothing: float,
     chunk_rows: int | None,
+    compile: bool,
 ) -> list[Tensor]:
     """[loss_sum [n], valid [n], correct [n]] and the gradients of those that need one.
 
     `needs_grad` and the gradients are in the order (weight, *hiddens).
     """
-    options = LossOptions(ignore_index, z_loss, softcap, label_smoothing, chunk_rows)
+    options = LossOptions(ignore_index, z_loss, softcap, label_smoothing, chunk_rows, compile)
     d_weight = None
     if needs_grad[0]:
         d_weight = torch.zeros_like(
@@ -136,7 +137,7 @@ _all_heads_op = torch.library.custom_op(
     mutates_args=(),
     schema="(Tensor[] hiddens, Tensor weight, Tensor labels, Tensor head_scales, "
     "Tensor? row_weights, ScalarType mm, bool[] needs_grad, int ignore_index, float z_loss, "
-    "float? softcap, float label_smoothing, SymInt? chunk_rows) -> Tensor[]",
+    "float? softcap, float label_smoothing, SymInt? chunk_rows, bool compile) -> Tensor[]",
 )
 
 

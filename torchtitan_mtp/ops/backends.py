@@ -53,8 +53,16 @@ def naive(
         if row_weights is not None:
             losses = losses * row_weights[:, k]
         sums.append(losses.sum())
-        correct.append((logits.detach().argmax(-1) == y).sum())
+        correct.append(_count_correct(logits.detach(), y, options.ignore_index))
     return _result(sums, labels, head_scales, options, torch.stack(correct))
+
+
+def _count_correct(logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
+    """How many valid labels [N] have a logit above every other of [N, V]; ties are not."""
+    is_valid = labels != ignore_index
+    y = labels.masked_fill(~is_valid, 0).unsqueeze(1)
+    others = logits.scatter(1, y, -torch.inf).amax(1)
+    return ((logits.gather(1, y).squeeze(1) > others) & is_valid).sum()
 
 
 def torch_chunked(

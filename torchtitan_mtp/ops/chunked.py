@@ -21,7 +21,8 @@ gradients. The backward multiplies by grad_output.
 The softmax is never normalised: with e = exp(logits - max) and s = sum(e), the gradient is
 ``(e - s * onehot) / s``, and the division by s, the scale of the head, the z-loss factor and the
 mask of ignored labels are all factors of a ROW. They go to the rows of ``dh`` and ``h``, which are
-[C, D], and not over [C, V] (in low precision: into the pass that rounds G).
+[C, D], and not over [C, V] (in low precision: into the pass that rounds G; compiled: into the one
+that makes G).
 
 Ignored labels: on the CPU their rows are left out; on other devices, where the number of valid rows
 is not known without a synchronisation, they are computed and multiplied by 0.
@@ -40,7 +41,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from torchtitan_mtp.ops.token_losses import LossOptions, token_losses
+from torchtitan_mtp.ops.token_losses import LossOptions, compiled_token_losses, token_losses
 
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
 _TILE_ROWS = 4096  # rows of the weight that are upcast at a time
@@ -108,21 +109,26 @@ def head_loss_and_grad(
             h = hidden[rows].to(mm)  # [C, D]
             logits = project(h, weight, buffer[: h.shape[0]])  # [C, V]
             weights = None if row_weights is None else row_weights[rows].to(acc)  # [C]
-            part, grad, factor = token_losses(logits, labels[rows], options, need_grad, weights)
+            y, factor = labels[rows], None
+            if options.compile and need_grad:
+                part, grad = compiled_token_losses()(logits, y, options, scale, weights, mm)
+            else:
+                part, grad, factor = token_losses(logits, y, options, need_grad, weights)
             loss_sum += part.loss_sum
             valid += part.valid
             correct += part.correct
             if not need_grad:
                 continue
-            if scale is not None:
+            if factor is not None and scale is not None:
                 factor = factor * scale.to(acc)  # [C, 1]
-            if mm != acc:  # the pass over [C, V] that rounds applies the factor as well
-                grad = torch.mul(grad, factor, out=torch.empty_like(grad, dtype=mm))
-                factor = torch.ones_like(factor)
+            if factor is not None and mm != acc:
+                # The pass over [C, V] that rounds applies the factor as well.
+                grad, factor = torch.mul(grad, factor, out=torch.empty_like(grad, dtype=mm)), None
             if d_weight is not None:
-                _accumulate(d_weight, grad, (h * factor).to(mm))
+                _accumulate(d_weight, grad, h if factor is None else h * factor)
             if d_hidden is not None:  # last, for `h` may be a view of what it overwrites
-                d_hidden[rows] = (_times_weight(grad, weight) * factor).to(hidden.dtype)
+                d_h = _times_weight(grad, weight)
+                d_hidden[rows] = (d_h if factor is None else d_h * factor).to(hidden.dtype)
     if d_hidden is not None and device.type == "cpu":  # where such rows are left out
         d_hidden.masked_fill_((labels == options.ignore_index).unsqueeze(1), 0)
     return HeadLoss(loss_sum, valid, correct, d_hidden)

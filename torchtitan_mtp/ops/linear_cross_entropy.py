@@ -39,6 +39,7 @@ def linear_cross_entropy(
     softcap: float | None = None,
     label_smoothing: float = 0.0,
     chunk_rows: int | None = None,
+    compile: bool = False,
     backend: str = "chunked",
 ) -> LossOutput:
     """Cross-entropy of n heads that share one unembedding, without their whole logits.
@@ -68,6 +69,7 @@ def linear_cross_entropy(
         softcap: cap of the logits (Gemma 2, arXiv 2408.00118, section 2); None: none.
         label_smoothing: share of the uniform distribution in the target (arXiv 1512.00567).
         chunk_rows: rows whose logits are alive at a time; None: chosen from shapes and device.
+        compile: let torch.compile fuse the passes over a chunk's logits; "chunked" alone.
         backend: "chunked" (this project's), "naive" (whole logits), "torch", "liger" or "cce".
 
     Raises:
@@ -76,8 +78,8 @@ def linear_cross_entropy(
     """
     heads = _check(hiddens, weight, labels, head_scales)
     if row_weights is not None:
-        row_weights = _check_row_weights(row_weights, labels)
-    options = LossOptions(ignore_index, z_loss, softcap, label_smoothing, chunk_rows)
+        row_weights = _check_row_weights(row_weights, labels, weight)
+    options = LossOptions(ignore_index, z_loss, softcap, label_smoothing, chunk_rows, compile)
     _check_options(options)
     if backend not in BACKENDS:
         raise UserError(
@@ -106,11 +108,7 @@ def _check(
     for k, hidden in enumerate(heads):
         if tuple(hidden.shape) != (n_rows, dim):
             raise _error(f"hiddens[{k}]", hidden, f"[N, D] = [{n_rows}, {dim}]")
-        if hidden.device != weight.device:
-            raise UserError(
-                f"linear_cross_entropy: hiddens[{k}] is on {hidden.device} and weight on "
-                f"{weight.device}; expected one device"
-            )
+        _check_device(f"hiddens[{k}]", hidden, weight)
         if hidden.dtype != weight.dtype and not torch.is_autocast_enabled(weight.device.type):
             raise UserError(
                 f"linear_cross_entropy: hiddens[{k}] is {hidden.dtype} and weight {weight.dtype}; "
@@ -118,24 +116,31 @@ def _check(
             )
     if tuple(labels.shape) != (n_rows, len(heads)):
         raise _error("labels", labels, f"[N, n] = [{n_rows}, {len(heads)}]")
+    _check_device("labels", labels, weight)
     if labels.dtype != torch.int64:
         raise UserError(f"linear_cross_entropy: labels is {labels.dtype}; expected torch.int64")
     if scales is not None and tuple(scales.shape) != (len(heads),):
         raise _error("head_scales", scales, f"[n] = [{len(heads)}]")
+    if scales is not None:
+        _check_device("head_scales", scales, weight)
     return heads
 
 
-def _check_row_weights(row_weights: Tensor, labels: Tensor) -> Tensor:
+def _check_device(name: str, tensor: Tensor, weight: Tensor) -> None:
+    if tensor.device != weight.device:
+        raise UserError(
+            f"linear_cross_entropy: {name} is on {tensor.device} and weight on {weight.device}; "
+            "expected one device"
+        )
+
+
+def _check_row_weights(row_weights: Tensor, labels: Tensor, weight: Tensor) -> Tensor:
     """The weights [N, n], detached."""
     shape = tuple(row_weights.shape)
     if shape not in (tuple(labels.shape), tuple(labels.shape[:1])):
         n_rows, n = labels.shape
         raise _error("row_weights", row_weights, f"[N] = [{n_rows}] or [N, n] = [{n_rows}, {n}]")
-    if row_weights.device != labels.device:
-        raise UserError(
-            f"linear_cross_entropy: row_weights is on {row_weights.device} and labels on "
-            f"{labels.device}; expected one device"
-        )
+    _check_device("row_weights", row_weights, weight)
     if len(shape) == 1:
         row_weights = row_weights.unsqueeze(1).expand(labels.shape)
     return row_weights.detach()

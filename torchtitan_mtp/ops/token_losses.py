@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -16,6 +18,7 @@ class LossOptions(NamedTuple):
     softcap: float | None = None
     label_smoothing: float = 0.0
     chunk_rows: int | None = None
+    compile: bool = False  # the passes over a chunk's logits
 
 
 class TokenLosses(NamedTuple):
@@ -45,8 +48,7 @@ def token_losses(
     x = c tanh(u / c) adds the factor 1 - (x / c)^2.
     """
     vocab, smoothing = logits.shape[1], options.label_smoothing
-    is_valid = labels != options.ignore_index  # [C]
-    y = labels.masked_fill(~is_valid, 0).unsqueeze(1)  # [C, 1]
+    is_valid, y = _targets(labels, options)
     slope = None
     if options.softcap is not None:
         logits.div_(options.softcap).tanh_()
@@ -58,20 +60,11 @@ def token_losses(
     # The label's logit is put aside while the maximum is taken: so `correct` needs no argmax.
     others = logits.scatter_(1, y, -torch.inf).amax(1, keepdim=True)  # [C, 1]
     logits.scatter_(1, y, target)
-    correct = (target > others).squeeze(1)
     maximum = torch.maximum(others, target)
     exps = logits.sub_(maximum).exp_()  # [C, V]
     sums = exps.sum(1, keepdim=True)  # [C, 1]
     lse = maximum + sums.log()
-    losses = lse - target
-    if mean is not None:
-        losses = losses + smoothing * (target - mean)
-    if options.z_loss:
-        losses = losses + options.z_loss * lse.square()
-    losses = losses.squeeze(1).masked_fill(~is_valid, 0)  # [C]
-    if weights is not None:
-        losses = losses * weights
-    part = TokenLosses(losses.sum(), is_valid.sum(), (correct & is_valid).sum())
+    part = _sums(lse, target, mean, target > others, is_valid, options, weights)
     if not need_grad:
         return part, logits, sums
     factor = 1 + 2 * options.z_loss * lse  # [C, 1]
@@ -83,3 +76,73 @@ def token_losses(
         grad.mul_(slope)
     factor = (factor / sums).masked_fill_(~is_valid.unsqueeze(1), 0)
     return part, grad, factor if weights is None else factor * weights.unsqueeze(1)
+
+
+@functools.cache
+def compiled_token_losses() -> Callable[..., tuple[TokenLosses, Tensor]]:
+    """`traceable_token_losses`, compiled."""
+    return torch.compile(traceable_token_losses, fullgraph=True)
+
+
+def traceable_token_losses(
+    logits: Tensor,
+    labels: Tensor,
+    options: LossOptions,
+    scale: Tensor | None,
+    weights: Tensor | None,
+    dtype: torch.dtype,
+) -> tuple[TokenLosses, Tensor]:
+    """The same in a form that a compiler fuses into three passes over [C, V], two of which read.
+
+    Returns the sums, and ``scale`` times the whole gradient [C, V] in ``dtype``: in the place of
+    ``logits`` where that is its dtype.
+    """
+    vocab, smoothing, cap = logits.shape[1], options.label_smoothing, options.softcap
+    is_valid, y = _targets(labels, options)
+    target, x = logits.gather(1, y), logits  # [C, 1], [C, V]
+    if cap is not None:
+        target, x = cap * torch.tanh(target / cap), cap * torch.tanh(x / cap)
+    is_target = torch.arange(vocab, device=logits.device) == y  # [C, V]
+    others = x.masked_fill(is_target, -torch.inf).amax(1, keepdim=True)  # [C, 1]
+    maximum = torch.maximum(others, target)
+    exps = (x - maximum).exp()
+    sums = exps.sum(1, keepdim=True)
+    lse = maximum + sums.log()
+    mean = x.mean(1, keepdim=True) if smoothing else None
+    part = _sums(lse, target, mean, target > others, is_valid, options, weights)
+    grad = exps * ((1 + 2 * options.z_loss * lse) / sums) - smoothing / vocab
+    grad = torch.where(is_target, grad - (1 - smoothing), grad)
+    if cap is not None:
+        grad = grad * (1 - (x / cap).square())
+    row = is_valid.to(logits.dtype)
+    for factor in (scale, weights):
+        row = row if factor is None else row * factor
+    grad = (grad * row.unsqueeze(1)).to(dtype)
+    return part, logits.copy_(grad) if dtype == logits.dtype else grad
+
+
+def _targets(labels: Tensor, options: LossOptions) -> tuple[Tensor, Tensor]:
+    """Which labels count [C], and the labels [C, 1], with 0 for those that don't."""
+    is_valid = labels != options.ignore_index
+    return is_valid, labels.masked_fill(~is_valid, 0).unsqueeze(1)
+
+
+def _sums(
+    lse: Tensor,
+    target: Tensor,
+    mean: Tensor | None,
+    correct: Tensor,
+    is_valid: Tensor,
+    options: LossOptions,
+    weights: Tensor | None,
+) -> TokenLosses:
+    """From what is known of each row: lse, the label's logit, their mean, `correct` [C, 1]."""
+    losses = lse - target
+    if mean is not None:
+        losses = losses + options.label_smoothing * (target - mean)
+    if options.z_loss:
+        losses = losses + options.z_loss * lse.square()
+    losses = losses.squeeze(1).masked_fill(~is_valid, 0)  # [C]
+    if weights is not None:
+        losses = losses * weights
+    return TokenLosses(losses.sum(), is_valid.sum(), (correct.squeeze(1) & is_valid).sum())

@@ -226,10 +226,6 @@ def test_float8():
             "profiling.profile_freq = 3: expected at least profiler_warmup + profiler_active = 4",
         ),
         (
-            ["--compile.enable", "--compile.components=loss"],
-            'compile.components = ["loss"]: would compile nothing',
-        ),
-        (
             ["--checkpoint.create_seed_checkpoint"],
             "checkpoint.create_seed_checkpoint = true: needs",
         ),

@@ -113,6 +113,12 @@ def test_generation_stops_at_the_first_stop_string(model: Transformer) -> None:
     assert found == [whole.split(stop)[0], other.split(stop)[0], five, whole.split(whole[3])[0]]
 
 
+def test_equal_requests_get_samples_of_their_own(model: Transformer) -> None:
+    request = ("ab", {"until": [], "max_gen_toks": 12, "do_sample": True, "temperature": 1.5})
+    found = harness(model).generate_until(instances("generate_until", *[request] * 8))
+    assert len(set(found)) == 8
+
+
 def test_stop_strings_are_looked_for_between_rounds(
     model: Transformer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,11 +16,13 @@ from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.ops import (
     LossOptions,
     LossOutput,
+    chunked,
     head_loss_and_grad,
     linear_cross_entropy,
 )
 from torchtitan_mtp.ops.backends import BACKENDS
 from torchtitan_mtp.ops.chunked import _CPU_CHUNK_ROWS
+from torchtitan_mtp.ops.token_losses import traceable_token_losses
 
 IGNORE = -100
 
@@ -253,9 +255,12 @@ def test_extreme_logits_stay_finite():
     )
 
 
-def test_ties_are_not_correct():
+@pytest.mark.parametrize("backend", ["chunked", "naive"])
+def test_ties_are_not_correct(backend):
     hiddens, _, labels = make_inputs(n=1, ignored=0)
-    got = linear_cross_entropy(hiddens, torch.zeros(101, 16, dtype=torch.float64), labels)
+    labels[0] = 0  # what argmax would say
+    zeros = torch.zeros(101, 16, dtype=torch.float64)
+    got = linear_cross_entropy(hiddens, zeros, labels, backend=backend)
     assert got.correct.item() == 0  # an untrained, zero unembedding has no right answers
 
 
@@ -411,6 +416,50 @@ def test_torch_compile_around_it(backend):
     torch.testing.assert_close(gradients(got.loss, hiddens, weight), exact)
 
 
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_form_for_compilers_is_the_same_loss(monkeypatch, dtype, options):
+    """Uncompiled, for all options; bfloat16 as on a device that multiplies it."""
+    monkeypatch.setattr(chunked, "compiled_token_losses", lambda: traceable_token_losses)
+    mm = torch.bfloat16 if dtype == torch.bfloat16 else None
+    (hidden,), weight, labels = make_inputs(n=1, dtype=dtype)
+    weights = torch.rand(len(labels), dtype=torch.float64)
+    results = []
+    for compiled in (False, True):
+        d_weight = torch.zeros(weight.shape, dtype=torch.promote_types(dtype, torch.float32))
+        head = head_loss_and_grad(
+            hidden,
+            weight,
+            labels[:, 0],
+            torch.tensor(0.3, dtype=d_weight.dtype),
+            LossOptions(**options, chunk_rows=8, compile=compiled),
+            row_weights=weights,
+            d_weight=d_weight,
+            mm=mm,
+        )
+        results.append([*head, d_weight])
+    tolerance = {"rtol": 2e-2, "atol": 2e-3} if dtype == torch.bfloat16 else {}
+    for found, expected in zip(*reversed(results), strict=True):
+        torch.testing.assert_close(found, expected, **tolerance)
+
+
+@pytest.mark.parametrize("n_rows", [16, 37])
+def test_compiled_passes(n_rows):
+    hiddens, weight, labels = make_inputs(n=2, n_rows=n_rows, dtype=torch.float32)
+    options = {"chunk_rows": 8, "z_loss": 1e-3, "softcap": 5.0}
+    expected = linear_cross_entropy(hiddens, weight, labels, **options)
+    got = linear_cross_entropy(hiddens, weight, labels, compile=True, **options)
+    torch.testing.assert_close(tuple(got), tuple(expected))
+    exact = gradients(expected.loss, hiddens, weight)
+    torch.testing.assert_close(gradients(got.loss, hiddens, weight), exact)
+    inside = torch.compile(
+        lambda *heads: linear_cross_entropy(heads, weight, labels, compile=True, **options).loss,
+        fullgraph=True,
+        backend="aot_eager",
+    )(*hiddens)
+    torch.testing.assert_close(inside, expected.loss)
+
+
 def test_head_by_head_with_one_buffer_equals_one_call():
     hiddens, weight, labels = make_inputs()
     scales = torch.tensor([1.0, 0.3, 0.2], dtype=torch.float64)
@@ -490,7 +539,15 @@ def test_torch_backend():
             {"row_weights": torch.ones(36)},
             r"row_weights is \[36\]; expected \[N\] = \[37\] or \[N, n\] = \[37, 1\]",
         ),
-        ({"row_weights": torch.ones(37, device="meta")}, "is on meta and labels on cpu"),
+        (
+            {"row_weights": torch.ones(37, device="meta")},
+            "row_weights is on meta and weight on cpu",
+        ),
+        ({"head_scales": torch.ones(1, device="meta")}, "head_scales is on meta and weight on cpu"),
+        (
+            {"labels": torch.zeros(37, 1, dtype=torch.int64, device="meta")},
+            "labels is on meta and weight on cpu",
+        ),
         ({"backend": "fast"}, "'fast'; expected one of chunked, naive, torch, liger, cce"),
         ({"backend": "liger"}, "'liger' runs on CUDA only"),
         ({"backend": "cce"}, "'cce' runs on CUDA only"),

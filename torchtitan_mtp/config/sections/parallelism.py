@@ -162,8 +162,8 @@ class Compile:
     components: list[Literal["model", "loss"]] = field(
         default_factory=lambda: ["model", "loss"], metadata=rule(distinct=True)
     )
-    """What is compiled: "model" is each transformer block. "loss" is accepted beside it and changes
-    nothing, alone it is refused: the loss is one operator, and its passes were slower compiled."""
+    """What is compiled: "model" is each transformer block, "loss" the passes of the default loss
+    backend over a chunk's logits (not worth it on CPUs)."""
 
     backend: str = "inductor"
     """torch.compile's backend."""
