@@ -208,8 +208,7 @@ def model_args(
         names = ", ".join(flavors[family])
         raise UserError(f'model.flavor = "{flavor}": {family} has {names}')
     args = _changed(flavors[family][flavor], changes or {})
-    _check_heads(args)
-    _check_experts(args)
+    check_shape(args)
     vocab = vocab_size or args.vocab_size or 64 * -(-tokenizer_vocab // 64)
     if vocab < tokenizer_vocab:
         whose = f"model.vocab_size = {vocab}" if vocab_size else f'model.flavor = "{flavor}"'
@@ -258,6 +257,12 @@ def _scaling(
             )
     scaling = replace(of_kind, **changes) if of_kind else kind(**changes)
     return None if scaling.factor == 1 else scaling
+
+
+def check_shape(args: ModelArgs) -> None:
+    """Errors: attention heads or experts that don't fit."""
+    _check_heads(args)
+    _check_experts(args)
 
 
 def _check_heads(args: ModelArgs) -> None:

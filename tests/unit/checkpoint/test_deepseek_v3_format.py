@@ -31,9 +31,10 @@ def refusal(action) -> str:
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
-        (FORMAT, SMALL, "another kind; try llama_hf, qwen3_hf, glm4_moe_hf"),
+        (FORMAT, SMALL, "another kind; try llama_hf, glm4_moe_hf, meta, torchtitan"),
         ("llama_hf", DEEPSEEK, "another kind; try deepseek_v3_hf, torchtitan"),
         ("glm4_moe_hf", SMALL | {"model.args.moe.num_experts": 4}, "another kind; try torchtitan"),
+        ("llama_hf", DEEPSEEK | PARALLEL, "try deepseek_v3_hf, torchtitan with --drop_heads"),
         (FORMAT, DEEPSEEK | PARALLEL, "can't hold the 2 parallel heads"),
         (FORMAT, DEEPSEEK | {"model.args.moe.score_func": "softmax"}, 'score_func = "softmax"'),
         (FORMAT, DEEPSEEK | {"model.args.moe.num_shared_experts": 0}, "no shared expert"),
@@ -83,6 +84,10 @@ YARN = {"type": "yarn", "factor": 4, "original_max_position_embeddings": 64}
         ({"rope_interleave": False}, "rope_interleave = False"),
         ({"rms_norm_eps": 1e-5}, "rms_norm_eps = 1e-05"),
         ({"num_key_value_heads": 1}, "num_key_value_heads = 1"),
+        ({"qk_rope_head_dim": 5}, "qk_rope_head_dim = 5: expected an even number"),
+        ({"n_group": 4}, "num_expert_groups = 4: expected a divisor of num_experts = 6"),
+        ({"rope_parameters": [1]}, "rope_parameters = [1], expected an object"),
+        ({"rope_parameters": YARN | {"mscale": "a"}}, "mscale = 'a', expected a finite number"),
         ({"kv_lora_rank": None}, "kv_lora_rank = None"),
         ({"rope_parameters": {"rope_type": "linear"}}, "only 'default' and 'yarn'"),
         ({"rope_parameters": YARN | {"mscale": 1}}, "both mscale and mscale_all_dim"),
@@ -150,7 +155,20 @@ def test_products_with_the_scales(tmp_path: Path, block, shape) -> None:
 
 
 def test_scales_that_do_not_fit(tmp_path: Path) -> None:
-    for name, block, shape in (("x", [2, 3], (3, 2)), ("y", [0], (1, 1))):
+    for name, block, shape, expected in (
+        ("x", [2, 3], (3, 2), "expected (3, 3)"),
+        ("y", [0], (1, 1), "weight_block_size = [0], expected two integers above 0"),
+        ("z", [0, 128], (1, 1), "weight_block_size = [0, 128], expected two integers above 0"),
+    ):
         folder = fp8_folder(tmp_path / name, block, shape)
         message = refusal(lambda folder=folder: without_quantization(SafetensorsTensors(folder)))
-        assert ("expected (3, 3)" if name == "x" else "weight_block_size = [0]") in message
+        assert expected in message
+    for settings in ([1], "fp8"):
+        (folder / "config.json").write_text(json.dumps({"quantization_config": settings}))
+        message = refusal(lambda: without_quantization(SafetensorsTensors(folder)))
+        assert f"quantization_config = {settings!r}, expected an object" in message
+    tensors = {"a": torch.ones(5).to(torch.float8_e4m3fn), "a_scale_inv": torch.ones(1)}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").unlink()
+    message = refusal(lambda: without_quantization(SafetensorsTensors(folder)))
+    assert "a (5,) is in FP8, expected a matrix" in message

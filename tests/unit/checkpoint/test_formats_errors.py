@@ -15,6 +15,8 @@ from safetensors.torch import load_file, save_file
 from formats_run import PARALLEL, QWEN, SEQUENTIAL, SMALL, write_run
 from torchtitan_mtp.checkpoint.formats import export_checkpoint, find_format, import_checkpoint
 from torchtitan_mtp.checkpoint.formats import exporting as exporting_module
+from torchtitan_mtp.checkpoint.formats.training import config_of_hf
+from torchtitan_mtp.checkpoint.formats.write import written_aside
 from torchtitan_mtp.errors import UserError
 
 
@@ -31,6 +33,8 @@ def exported(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("formats")
     write_run(folder / "run", **SMALL, **SEQUENTIAL)
     write_run(folder / "parallel", **SMALL, **PARALLEL)
+    write_run(folder / "qwen", **QWEN)
+    export_checkpoint(folder / "qwen", folder / "mellum", "mellum_hf")
     export_checkpoint(folder / "run", folder / "glm", "glm4_moe_hf", max_shard_size=60_000)
     export_checkpoint(folder / "run", folder / "llama", "llama_hf", drop_heads=True)
     export_checkpoint(folder / "parallel", folder / "meta", "meta")
@@ -75,7 +79,10 @@ DAMAGES = {
         "use --format llama_hf",
     ),
     "no size": (lambda c: edit(c / "glm/config.json", hidden_size=None), "hidden_size = None"),
-    "text": (lambda c: edit(c / "glm/config.json", hidden_size="big"), "expected a number"),
+    "nested": (
+        lambda c: (c / "glm/config.json").write_text("[" * 100_000),
+        "config.json: not readable as JSON",
+    ),
     "bias": (lambda c: edit(c / "glm/config.json", attention_bias=True), "attention_bias = True"),
     "mixture": (
         lambda c: edit(c / "glm/config.json", first_k_dense_replace=1),
@@ -115,6 +122,19 @@ DAMAGES = {
         lambda c: edit_tensors(shard(c, NORM), lambda t: t.update({NORM: torch.ones(31)})),
         rf"{NORM} has shape \(31,\), expected \(32,\)",
     ),
+    **{
+        str(dtype): (
+            lambda c, dtype=dtype: edit_tensors(
+                shard(c, NORM), lambda t: t.update({NORM: t[NORM].to(dtype)})
+            ),
+            f"{NORM} is of {dtype}, expected one of torch.float32",
+        )
+        for dtype in (torch.int64, torch.bool, torch.float8_e5m2)
+    },
+    "not a number": (
+        lambda c: edit_tensors(shard(c, NORM), lambda t: t[NORM][3].fill_(torch.nan)),
+        r"/glm: mtp.heads.0.enorm.weight holds NaN",
+    ),
     "unknown tensor": (
         lambda c: edit_tensors(shard(c, NORM), lambda t: t.update(extra=torch.ones(1))),
         r"holds 1 \(extra\), which have no place",
@@ -132,6 +152,49 @@ DAMAGES = {
         r"embed_tokens.weight has shape \(320, 32\), expected \(321, 32\)",
     ),
 }
+
+
+HUGE = 10**400
+UNFIT = [  # format, key, value, what the message says of them
+    *(
+        ("glm4_moe_hf", "hidden_size", value, "expected a finite number above 0")
+        for value in ("big", float("inf"), float("nan"), True, [1], {}, 0)
+    ),
+    ("glm4_moe_hf", "hidden_size", 1.5, "expected an integer below 2.31"),
+    ("glm4_moe_hf", "hidden_size", 2**31, "expected an integer below 2.31"),
+    ("glm4_moe_hf", "rms_norm_eps", HUGE, "expected a finite number above 0"),
+    ("glm4_moe_hf", "rope_parameters", [1], r"rope_parameters = \[1\], expected an object"),
+    ("glm4_moe_hf", "tie_word_embeddings", "false", "expected true or false"),
+    ("glm4_moe_hf", "architectures", 5, "architectures = 5, expected a list of names"),
+    ("glm4_moe_hf", "architectures", [5], "expected a list of names"),
+    ("glm4_moe_hf", "architectures", "Glm4MoeForCausalLM", "expected a list of names"),
+    *(
+        ("glm4_moe_hf", "num_nextn_predict_layers", value, "num_nextn_predict_layers = .*expected")
+        for value in ("abc", [1], float("inf"), -1, 1.5, True)
+    ),
+    *(
+        ("llama_hf", "rope_parameters", value, "rope_parameters = .*expected an object")
+        for value in ([1], 3, "yarn")
+    ),
+    ("llama_hf", "num_key_value_heads", 3, "n_kv_heads = 3: expected a divisor of n_heads = 4"),
+    ("llama_hf", "num_key_value_heads", 8, "n_kv_heads = 8: expected a divisor of n_heads = 4"),
+    ("llama_hf", "head_dim", 15, "head_size = 15: expected an even number"),
+    ("mellum_hf", "rope_parameters", {"full_attention": 3}, "full_attention = 3, expected an obj"),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value", "message"), UNFIT, ids=[f"{u[1]}-{i}" for i, u in enumerate(UNFIT)]
+)
+def test_configs_of_other_types(exported: Path, tmp_path: Path, name, key, value, message) -> None:
+    config = {"glm4_moe_hf": "glm", "llama_hf": "llama", "mellum_hf": "mellum"}[name]
+    values = json.loads((exported / config / "config.json").read_text())
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "config.json").write_text(json.dumps(values | {key: value}))
+    found = refusal(lambda: import_checkpoint(tmp_path / "x", tmp_path / "back", name))
+    assert "config.json: " in found and re.search(message, found), found
+    found = refusal(lambda: config_of_hf(tmp_path / "x"))  # as `initial_load_in_hf` does
+    assert "config.json: " in found and re.search(message, found), found
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -174,10 +237,11 @@ def test_what_an_export_refuses(exported: Path, tmp_path: Path) -> None:
     message = refusal(lambda: export_checkpoint(run, exported / "glm", "glm4_moe_hf"))
     assert "is there already" in message
     message = refusal(lambda: export_checkpoint(run, out, "llama_hf"))
-    assert "2 sequential heads" in message and "glm4_moe_hf" in message
-    assert "--drop_heads" in message and "mtp.heads.0" in message
+    assert "2 sequential heads" in message and "mtp.heads.0" in message
+    assert message.endswith("; use glm4_moe_hf, or leave them out with --drop_heads")
     message = refusal(lambda: export_checkpoint(parallel, out, "glm4_moe_hf"))
-    assert "2 parallel heads" in message and "use meta" in message
+    assert "2 parallel heads" in message
+    assert message.endswith("; use meta, or leave them out with --drop_heads")
     assert "takes models with norms" in refusal(lambda: export_checkpoint(run, out, "qwen3_hf"))
     message = refusal(lambda: export_checkpoint(tmp_path / "nowhere", out, "llama_hf"))
     assert "no such folder" in message
@@ -187,7 +251,19 @@ def test_what_an_export_refuses(exported: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
-        ("llama_hf", QWEN, "takes models with no norms"),
+        (
+            "llama_hf",
+            QWEN,
+            "with no norms of queries and keys (model.args.qk_norm), this one is "
+            "another; try qwen3_hf, glm4_moe_hf, mellum_hf, torchtitan",
+        ),
+        ("meta", QWEN | PARALLEL, "try qwen3_hf, glm4_moe_hf, mellum_hf, torchtitan with --drop"),
+        ("glm4_moe_hf", QWEN | PARALLEL, "); leave them out with --drop_heads"),
+        (
+            "glm4_moe_hf",
+            SMALL | PARALLEL | {"model.args.rope_scaling.factor": 2.0},  # not Meta's
+            "); leave them out with --drop_heads",
+        ),
         ("mellum_hf", QWEN | SEQUENTIAL, "can't hold the 2 sequential heads"),
         ("meta", SMALL | {"model.args.head_size": 6}, "no head_size"),
         ("meta", SMALL | {"model.args.rope_scaling.factor": 2.0}, "no rotary scaling"),
@@ -254,10 +330,26 @@ def test_what_reads_back_differently_is_not_kept(exported: Path, tmp_path: Path,
 
 
 def test_a_leftover_of_a_killed_export_is_no_obstacle(exported: Path, tmp_path: Path) -> None:
-    (tmp_path / "out.tmp").mkdir()
-    (tmp_path / "out.tmp" / "model.safetensors").write_bytes(b"half")
+    for name in ("out.torchtitan_mtp.tmp", "out.tmp"):  # ours, and a user's
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_bytes(b"half")
     export_checkpoint(exported / "run", tmp_path / "out", "glm4_moe_hf")
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.tmp"]
+    assert (tmp_path / "out.tmp" / "model.safetensors").read_bytes() == b"half"
+
+
+def test_folders_above_are_made_and_removed_again(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    for out in ("there/out", "a/b/out"):
+        with pytest.raises(UserError), written_aside(tmp_path / out, 0) as folder:
+            assert folder.is_dir()
+            raise UserError("no")
+    with pytest.raises(UserError, match="make room"), written_aside(tmp_path / "a/b", 2**60):
+        pass
+    assert [path.name for path in tmp_path.rglob("*")] == ["there"]
+    with written_aside(tmp_path / "a/b/out", 0):
+        pass
+    assert [path.name for path in (tmp_path / "a" / "b").iterdir()] == ["out"]
 
 
 def test_a_format_that_cannot_be_exact_says_why() -> None:

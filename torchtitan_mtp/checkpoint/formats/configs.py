@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -111,18 +112,44 @@ class Reader:
     def __init__(self, file: Path, values: Mapping[str, Any]) -> None:
         self.file, self.values = file, values
 
-    def number(self, key: str, default: Any = None) -> Any:
+    def number(self, key: str, default: Any = None, zero: bool = False) -> Any:
+        """`zero`: it may be that as well."""
         value = self.values.get(key)
         value = default if value is None else value
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or not value > 0:
-            raise UserError(f"{self.file}: {key} = {value!r}, expected a number above 0")
+        fits = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not fits or not (0 < value <= sys.float_info.max or (zero and value == 0)):
+            least = "of at least" if zero else "above"
+            raise self.unfit(key, value, f"a finite number {least} 0")
         return value
 
-    def integer(self, key: str, default: int | None = None) -> int:
-        value = self.number(key, default)
-        if int(value) != value:
-            raise UserError(f"{self.file}: {key} = {value!r}, expected an integer")
+    def integer(self, key: str, default: int | None = None, zero: bool = False) -> int:
+        value = self.number(key, default, zero)
+        if int(value) != value or value >= 2**31:
+            raise self.unfit(key, value, "an integer below 2^31")
         return int(value)
+
+    def flag(self, key: str, default: bool = False) -> bool:
+        value = self.values.get(key)
+        if not isinstance(value, bool | None):
+            raise self.unfit(key, value, "true or false")
+        return default if value is None else value
+
+    def mapping(self, *keys: str) -> Mapping[str, Any]:
+        """The first of these objects that is there and not empty."""
+        key = next((key for key in keys if self.values.get(key)), keys[0])
+        value = self.values.get(key) or {}
+        if not isinstance(value, dict):
+            raise self.unfit(key, value, "an object")
+        return value
+
+    def architectures(self) -> list[str]:
+        value = self.values.get("architectures") or ["none"]
+        if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+            raise self.unfit("architectures", value, "a list of names")
+        return value
+
+    def unfit(self, key: str, value: Any, expected: str) -> UserError:
+        return UserError(f"{self.file}: {key} = {value!r}, expected {expected}")
 
     def expect(self, key: str, *allowed: Any) -> None:
         """The value is one of `allowed` (the first where it is absent)."""
@@ -132,20 +159,29 @@ class Reader:
             )
 
 
-def _rope(reader: Reader, nested: str | None = None) -> tuple[float, RoPEScaling | None]:
-    """Base and scaling, wherever this version of transformers wrote them."""
-    values = reader.values.get("rope_parameters") or reader.values.get("rope_scaling") or {}
-    values = values.get(nested, values) if nested else values
+def read_rope(
+    reader: Reader, scaled: str, nested: str | None = None
+) -> tuple[float, Reader | None]:
+    """Base, and the scaling of the kind `scaled` if there is any, wherever this version of
+    transformers wrote them."""
+    values = reader.mapping("rope_parameters", "rope_scaling")
+    if nested is not None and nested in values:
+        values = Reader(reader.file, values).mapping(nested)
     inner = Reader(reader.file, {"rope_theta": reader.values.get("rope_theta"), **values})
     theta = float(inner.number("rope_theta", 10000.0))
     kind = inner.values.get("rope_type", inner.values.get("type", "default"))
-    if kind == "default":
-        return theta, None
-    if kind != "llama3":
+    if kind not in ("default", scaled):
         raise UserError(
             f"{reader.file}: rope_type = {kind!r} is not supported here, only 'default' and "
-            "'llama3'"
+            f"'{scaled}'"
         )
+    return theta, inner if kind == scaled else None
+
+
+def _rope(reader: Reader, nested: str | None) -> tuple[float, RoPEScaling | None]:
+    theta, inner = read_rope(reader, "llama3", nested)
+    if inner is None:
+        return theta, None
     return theta, RoPEScaling(
         float(inner.number("factor")),
         float(inner.number("low_freq_factor")),
@@ -174,7 +210,7 @@ def _read_common(reader: Reader, qk_norm: bool, rope: str | None = None) -> Mode
         rope_theta=theta,
         rope_scaling=scaling,
         max_seq_len=reader.integer("max_position_embeddings", 2048),
-        tied_embeddings=bool(reader.values.get("tie_word_embeddings", False)),
+        tied_embeddings=reader.flag("tie_word_embeddings"),
     )
 
 
@@ -191,7 +227,7 @@ def read_qwen3(file: Path, values: Mapping[str, Any]) -> ModelSpec:
 def read_glm4_moe(file: Path, values: Mapping[str, Any]) -> ModelSpec:
     """The model of a Glm4MoeConfig that `glm4_moe_config` wrote; real mixtures are refused."""
     reader = Reader(file, values)
-    args = _read_common(reader, qk_norm=bool(values.get("use_qk_norm", False)))
+    args = _read_common(reader, qk_norm=reader.flag("use_qk_norm"))
     reader.expect("first_k_dense_replace", args.n_layers - 1)
     reader.expect("moe_intermediate_size", args.ffn_dim)
     reader.expect("n_shared_experts", 1)
@@ -206,20 +242,21 @@ def read_mellum(file: Path, values: Mapping[str, Any]) -> ModelSpec:
     """The model of a MellumConfig that is dense and looks at everything."""
     reader = Reader(file, values)
     args = _read_common(reader, qk_norm=True, rope="full_attention")
-    for prefix, count in (("", args.n_layers), ("mtp_", _modules(values))):
+    for prefix, count in (("", args.n_layers), ("mtp_", _modules(reader))):
         for key, only in (("layer_types", "full_attention"), ("mlp_layer_types", "dense")):
             if count:
                 reader.expect(prefix + key, [only] * count)
     return with_modules(reader, args)
 
 
-def _modules(values: Mapping[str, Any]) -> int:
-    return int(values.get("num_nextn_predict_layers", values.get("num_mtp_layers")) or 0)
+def _modules(reader: Reader) -> int:
+    older = reader.integer("num_mtp_layers", 0, zero=True)
+    return reader.integer("num_nextn_predict_layers", older, zero=True)
 
 
 def with_modules(reader: Reader, args: ModelArgs) -> ModelSpec:
     """A trunk with as many MTP modules as the config says."""
-    modules = _modules(reader.values)
+    modules = _modules(reader)
     return ModelSpec(args, "sequential" if modules else "", modules + 1)
 
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torchtitan_mtp.checkpoint.formats.configs import Reader, with_modules
+from torchtitan_mtp.checkpoint.formats.configs import Reader, read_rope, with_modules
 from torchtitan_mtp.checkpoint.formats.names import (
     FEED_FORWARD,
     GLM_MODULE,
@@ -194,7 +194,7 @@ def read_config(file: Path, values: Mapping[str, Any]) -> ModelSpec:
         vocab_size=reader.integer("vocab_size"),
         hidden_dim=reader.integer("intermediate_size"),
         latent=LatentArgs(
-            q_lora_rank=0 if values.get("q_lora_rank") is None else reader.integer("q_lora_rank"),
+            q_lora_rank=reader.integer("q_lora_rank", 0, zero=True),
             kv_lora_rank=reader.integer("kv_lora_rank"),
             qk_nope_head_dim=reader.integer("qk_nope_head_dim"),
             qk_rope_head_dim=reader.integer("qk_rope_head_dim"),
@@ -205,38 +205,28 @@ def read_config(file: Path, values: Mapping[str, Any]) -> ModelSpec:
             hidden_dim=reader.integer("moe_intermediate_size"),
             num_shared_experts=reader.integer("n_shared_experts"),
             top_k=reader.integer("num_experts_per_tok"),
-            n_dense_layers=0
-            if values.get("first_k_dense_replace") == 0
-            else reader.integer("first_k_dense_replace"),
+            n_dense_layers=reader.integer("first_k_dense_replace", zero=True),
             num_expert_groups=reader.integer("n_group"),
             num_limited_groups=reader.integer("topk_group"),
-            route_norm=bool(values.get("norm_topk_prob", True)),
+            route_norm=reader.flag("norm_topk_prob", True),
             route_scale=float(reader.number("routed_scaling_factor")),
         ),
         norm_eps=_EPS,
         rope_theta=theta,
         rope_scaling=yarn,
         max_seq_len=reader.integer("max_position_embeddings", 4096),
-        tied_embeddings=bool(values.get("tie_word_embeddings", False)),
+        tied_embeddings=reader.flag("tie_word_embeddings"),
     )
     return with_modules(reader, args)
 
 
 def _rope(reader: Reader) -> tuple[float, YaRN | None]:
-    """Base and scaling, wherever this version of transformers wrote them."""
-    values = reader.values.get("rope_parameters") or reader.values.get("rope_scaling") or {}
-    inner = Reader(reader.file, {"rope_theta": reader.values.get("rope_theta"), **values})
-    theta = float(inner.number("rope_theta", 10000.0))
-    kind = inner.values.get("rope_type", inner.values.get("type", "default"))
-    if kind == "default":
+    theta, inner = read_rope(reader, "yarn")
+    if inner is None:
         return theta, None
-    if kind != "yarn":
-        raise UserError(
-            f"{reader.file}: rope_type = {kind!r} is not supported here, only 'default' and 'yarn'"
-        )
     inner.expect("attention_factor", None)
     inner.expect("truncate", True)
-    scales = [inner.values.get(key) or 0.0 for key in ("mscale", "mscale_all_dim")]
+    scales = [float(inner.number(key, 0.0, zero=True)) for key in ("mscale", "mscale_all_dim")]
     if not all(scales):
         if any(scales):
             raise UserError(f"{reader.file}: expected both mscale and mscale_all_dim, or neither")
@@ -245,7 +235,7 @@ def _rope(reader: Reader) -> tuple[float, YaRN | None]:
         factor=float(inner.number("factor")),
         beta_fast=float(inner.number("beta_fast", 32)),
         beta_slow=float(inner.number("beta_slow", 1)),
-        mscale=float(scales[0]),
-        mscale_all_dim=float(scales[1]),
+        mscale=scales[0],
+        mscale_all_dim=scales[1],
         original_max_seq_len=inner.integer("original_max_position_embeddings"),
     )

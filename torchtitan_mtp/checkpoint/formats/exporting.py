@@ -84,7 +84,7 @@ def export_checkpoint(
             copy_tokenizer(config.model.hf_assets_path, folder)
         else:
             write_dcp(folder, outputs)
-        verify(open_tensors(form, folder), outputs)
+        verify(open_tensors(form, folder), outputs, source)
     return spec
 
 
@@ -97,30 +97,52 @@ def _fitting(
 ) -> ModelSpec:
     """`spec`, or its trunk where its heads are to be dropped. Error: the format can't hold it."""
     if form.kind not in (None, spec.kind):
-        fit = [k for k, f in FORMATS.items() if f.kind in (None, spec.kind)]
-        raise UserError(f"--format {name}: is for models of another kind; try {', '.join(fit)}")
+        raise UserError(f"--format {name}: is for models of another kind; {_advice(spec)}")
     if form.qk_norm is not None and form.qk_norm != spec.args.qk_norm:
         other = "no " if spec.args.qk_norm else ""
-        fit = [k for k, f in FORMATS.items() if f.qk_norm in (None, spec.args.qk_norm)]
         raise UserError(
             f"--format {name}: takes models with {other}norms of queries and keys (model.args."
-            f"qk_norm), this one is another; try {', '.join(fit)}"
+            f"qk_norm), this one is another; {_advice(spec)}"
         )
-    fits = spec.heads in ("", form.heads)
-    fits = fits and (form.most_modules is None or spec.modules <= form.most_modules)
-    if fits:
+    if _has_place_for_heads(form, spec):
         return spec
     heads = [key for key in source.kinds if key.startswith("mtp.")]
     if not drop_heads:
-        fit = [k for k, f in FORMATS.items() if f.heads == spec.heads and f.most_modules is None]
+        fit = [key for key, f in FORMATS.items() if _holds(f, spec)]
+        use = f"use {' or '.join(fit)}, or " if fit else ""
         raise UserError(
             f"--format {name}: can't hold the {spec.modules} {spec.heads} heads beside the trunk "
-            f"({names_line(heads)}); use {' or '.join(fit)}, or leave them out with --drop_heads"
+            f"({names_line(heads)}); {use}leave them out with --drop_heads"
         )
     for k in range(spec.modules):
         part = [key for key in heads if key.startswith(f"mtp.heads.{k}.")]
         logger.warning("dropped mtp.heads.%d: %s", k, names_line(part))
     return spec.without_heads()
+
+
+def _has_place_for_heads(form: Format, spec: ModelSpec) -> bool:
+    few = form.most_modules is None or spec.modules <= form.most_modules
+    return spec.heads in ("", form.heads) and few
+
+
+def _holds(form: Format, spec: ModelSpec) -> bool:
+    """Whether an export in the format, with the heads, would not be refused."""
+    if form.kind not in (None, spec.kind) or form.qk_norm not in (None, spec.args.qk_norm):
+        return False
+    try:
+        if form.write_config is not None:
+            form.write_config(spec)
+    except UserError:
+        return False
+    return _has_place_for_heads(form, spec)
+
+
+def _advice(spec: ModelSpec) -> str:
+    """The formats that hold the model, or its trunk where none does."""
+    if fit := [key for key, form in FORMATS.items() if _holds(form, spec)]:
+        return f"try {', '.join(fit)}"
+    fit = [key for key, form in FORMATS.items() if _holds(form, spec.without_heads())]
+    return f"try {', '.join(fit)} with --drop_heads"
 
 
 def _outward(

@@ -24,7 +24,7 @@ from torchtitan_mtp.checkpoint.formats.read import (
     Tensors,
 )
 from torchtitan_mtp.checkpoint.formats.spec import ModelSpec
-from torchtitan_mtp.checkpoint.formats.write import Output
+from torchtitan_mtp.checkpoint.formats.write import DTYPES, Output
 from torchtitan_mtp.checkpoint.load import names_line
 from torchtitan_mtp.errors import UserError
 
@@ -137,7 +137,7 @@ def check_tensors(
     """The tensors are those expected, in name and shape; `optional` ones may be there as well.
 
     Raises:
-        UserError: naming the first that is not.
+        UserError: naming the first that is not, or whose dtype no weight has here.
     """
     if lost := [name for name in expected if name not in source.kinds]:
         raise UserError(f"{source.where}: lacks {names_line(lost)} of the model")
@@ -148,6 +148,9 @@ def check_tensors(
             raise UserError(
                 f"{source.where}: {name} has shape {tuple(found)}, expected {tuple(shape)}"
             )
+        if (dtype := source.kinds[name].dtype) not in DTYPES:
+            known = ", ".join(map(str, DTYPES))
+            raise UserError(f"{source.where}: {name} is of {dtype}, expected one of {known}")
 
 
 def dtype_of(name: str, kind: Kind, wanted: torch.dtype | None) -> torch.dtype:
@@ -156,9 +159,14 @@ def dtype_of(name: str, kind: Kind, wanted: torch.dtype | None) -> torch.dtype:
     return kind.dtype if wanted is None or name.endswith(".expert_bias") else wanted
 
 
-def verify(written: Tensors, outputs: Sequence[Output]) -> None:
-    """What was written reads back to the bit. Error: naming the tensor that does not."""
+def verify(written: Tensors, outputs: Sequence[Output], source: Tensors) -> None:
+    """What was written of `source` reads back to the bit. Error: naming the tensor that does not,
+    or holds NaN."""
     for output in outputs:
-        if not torch.equal(written.read(output.name), output.read()):  # NaN is no weight
-            raise UserError(f"{written.where}: {output.name} reads back differently")
+        expected = output.read()
+        if torch.equal(written.read(output.name), expected):
+            continue
+        if expected.isnan().any():
+            raise UserError(f"{source.where}: {output.name} holds NaN, which no weight is")
+        raise UserError(f"{written.where}: {output.name} reads back differently")
     logger.info("verified %d tensors by reading them back", len(outputs))

@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from torchtitan_mtp.checkpoint.formats.configs import Reader
 from torchtitan_mtp.checkpoint.formats.read import Kind, Tensors, read_json
 from torchtitan_mtp.errors import UserError
 
@@ -42,6 +43,8 @@ class BlockQuantizedTensors:
 
     def _check(self, name: str) -> None:
         shape, scale = self._tensors.kinds[name].shape, self._tensors.kinds.get(name + _SCALE)
+        if len(shape) != 2:
+            raise UserError(f"{self.where}: {name} {tuple(shape)} is in FP8, expected a matrix")
         expected = tuple(-(-size // b) for size, b in zip(shape, self._block, strict=True))
         found = None if scale is None else tuple(scale.shape)
         if found != expected:
@@ -55,7 +58,7 @@ class BlockQuantizedTensors:
         if name not in self._quantized:
             return weight
         scale = self._tensors.read(name + _SCALE).float()
-        rows, columns = self._block
+        rows, columns = (min(b, n) for b, n in zip(self._block, weight.shape, strict=True))
         scale = scale.repeat_interleave(rows, 0).repeat_interleave(columns, 1)
         return weight.float() * scale[: weight.shape[0], : weight.shape[1]]
 
@@ -63,10 +66,12 @@ class BlockQuantizedTensors:
 def _block_of(tensors: Tensors) -> tuple[int, int]:
     """Rows and columns of a block: config.json says it, or DeepSeek's."""
     file = tensors.where / "config.json"
-    settings = read_json(file).get("quantization_config") if file.is_file() else None
-    block = (settings or {}).get("weight_block_size") or [128, 128]
-    if not (isinstance(block, list) and len(block) == 2 and all(type(b) is int for b in block)):
-        raise UserError(f"{file}: weight_block_size = {block!r}, expected two numbers")
+    config = Reader(file, read_json(file) if file.is_file() else {})
+    block = config.mapping("quantization_config").get("weight_block_size") or [128, 128]
+    if not (
+        isinstance(block, list) and len(block) == 2 and all(type(b) is int and b > 0 for b in block)
+    ):
+        raise config.unfit("weight_block_size", block, "two integers above 0")
     return block[0], block[1]
 
 

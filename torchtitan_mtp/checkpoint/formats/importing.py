@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Size, Tensor
 
+from torchtitan_mtp.checkpoint.formats.configs import Reader
 from torchtitan_mtp.checkpoint.formats.formats import (
     FORMATS,
     Format,
@@ -26,6 +27,7 @@ from torchtitan_mtp.checkpoint.formats.tokenizer_files import copy_tokenizer
 from torchtitan_mtp.checkpoint.formats.write import Output, write_dcp, written_aside
 from torchtitan_mtp.config import MTP, JobConfig, load_toml, to_toml
 from torchtitan_mtp.errors import UserError
+from torchtitan_mtp.models.flavors import check_shape
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +72,7 @@ def import_checkpoint(
                 logger.warning("%s: no tokenizer; set model.hf_assets_path in config.toml", folder)
         (tmp / "config.toml").write_text(to_toml(config), encoding="utf-8")
         write_dcp(tmp / config.checkpoint.folder / "step-0", outputs)
-        verify(DCPTensors(tmp / config.checkpoint.folder / "step-0"), outputs)
+        verify(DCPTensors(tmp / config.checkpoint.folder / "step-0"), outputs, tensors)
     return spec
 
 
@@ -97,12 +99,17 @@ def read_spec(form: Format, name: str, folder: Path) -> ModelSpec:
     assert form.read_config is not None
     file = folder / ("params.json" if form.container == "pth" else "config.json")
     values = read_json(file)
-    found = values.get("architectures") or ["none"]
+    found = Reader(file, values).architectures()
     if form.architecture and form.architecture not in found:
         right = [key for key, f in FORMATS.items() if f.architecture and f.architecture in found]
         hint = f"; use --format {right[0]}" if right else "; it is not supported here"
         raise UserError(f"{file}: architectures = {found}, but {name} is {form.architecture}{hint}")
-    return _with_modules_there(form, form.read_config(file, values), folder)
+    spec = form.read_config(file, values)
+    try:
+        check_shape(spec.args)
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from None
+    return _with_modules_there(form, spec, folder)
 
 
 def _with_modules_there(form: Format, spec: ModelSpec, folder: Path) -> ModelSpec:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from torchtitan_mtp.checkpoint.formats.configs import Reader
 from torchtitan_mtp.checkpoint.formats.exporting import export_checkpoint
 from torchtitan_mtp.checkpoint.formats.formats import FORMATS, open_tensors
 from torchtitan_mtp.checkpoint.formats.importing import inward, read_spec
@@ -75,12 +76,13 @@ def _load(path: Path, model: Transformer, exclude: Sequence[str]) -> LoadReport:
 
 def _format_of(path: Path) -> str:
     """The format of a folder, by the architecture that its config.json names."""
-    found = read_json(path / "config.json").get("architectures") or ["none"]
+    file = path / "config.json"
+    found = Reader(file, read_json(file)).architectures()
     for name, form in FORMATS.items():
         if form.architecture and form.architecture in found:
             return name
     known = ", ".join(f.architecture for f in FORMATS.values() if f.architecture)
-    raise UserError(f"{path / 'config.json'}: architectures = {found}, expected one of {known}")
+    raise UserError(f"{file}: architectures = {found}, expected one of {known}")
 
 
 def hf_format(args: ModelArgs, modules: int) -> str:

@@ -13,7 +13,7 @@ import mmap
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,7 +31,7 @@ from torchtitan_mtp.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-_SAFETENSORS_DTYPES = {
+DTYPES = {  # that weights may have, and their names in safetensors
     torch.float32: "F32",
     torch.float16: "F16",
     torch.bfloat16: "BF16",
@@ -60,9 +60,10 @@ def written_aside(out: Path, total_bytes: int) -> Iterator[Path]:
         UserError: `out` is there already, no room for `total_bytes`, or no way to write.
     """
     out = Path(os.path.abspath(out))
-    if out.exists():
+    if os.path.lexists(out):
         raise UserError(f"{out}: is there already; name a folder that is not")
-    tmp = out.with_name(f"{out.name}.tmp")
+    tmp = out.with_name(f"{out.name}.torchtitan_mtp.tmp")  # a name that nobody else gives
+    new_parents = [folder for folder in out.parents if not os.path.lexists(folder)]
     try:
         if tmp.exists():
             logger.warning("%s: left by an interrupted run, removed", tmp)
@@ -81,6 +82,9 @@ def written_aside(out: Path, total_bytes: int) -> Iterator[Path]:
         raise UserError(f"{out}: can't be written: {error}") from error
     finally:
         shutil.rmtree(tmp, ignore_errors=True)
+        with suppress(OSError):  # `out` is in them
+            for folder in new_parents:
+                folder.rmdir()
 
 
 def _sync(path: Path) -> None:
@@ -127,7 +131,7 @@ def _write_shard(file: Path, shard: Sequence[Output]) -> None:
     for output in shard:
         start, end = end, end + output.bytes
         header[output.name] = {
-            "dtype": _SAFETENSORS_DTYPES[output.dtype],
+            "dtype": DTYPES[output.dtype],
             "shape": list(output.shape),
             "data_offsets": [start, end],
         }
