@@ -145,13 +145,16 @@ class Decoder:
 
     def step(self, count: int) -> tuple[list[list[int]], list[list[int]]]:
         """t[p+1] and the drafts after it, and what head 1 chooses after each: [B][1 + count]."""
-        plan, run = self.plan(count), predict_and_verify
-        if self.compiled_window and plan.window <= self.compiled_window:
-            last = self.positions.on_device(self.last)
-            window = self.compiled_window if count else 0
-            plan, run = plan._replace(last=last, window=window), _compiled(run)
-        seen, chosen = run(self, plan).tolist()  # the one wait for the device
+        seen, chosen = self.run(self.plan(count)).tolist()  # the one wait for the device
         return seen, chosen
+
+    def run(self, plan: Plan) -> Tensor:
+        """`predict_and_verify`, compiled where it can be: [2, B, 1 + drafts]."""
+        if not self.compiled_window or plan.window > self.compiled_window:
+            return predict_and_verify(self, plan)
+        last = self.positions.on_device(self.last)
+        window = self.compiled_window if plan.window else 0
+        return _compiled(predict_and_verify)(self, plan._replace(last=last, window=window))
 
     def plan(self, count: int) -> Plan:
         """A step with `count` drafts from where the text is now."""

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from formats_run import SEQUENTIAL, SMALL, write_run
+
 ROOT = Path(__file__).parents[3]
 
 
@@ -63,6 +65,24 @@ def test_speed_is_tokens_over_the_rate_of_products(tmp_path: Path) -> None:
         assert row["tokens/s"] == pytest.approx(2 * 32 / row["s a step"])
         assert row["tokens/s per GFLOP/s"] == pytest.approx(row["tokens/s"] / rate)
         assert f"| {row['mode']} | bfloat16 | 1 |" in run.stdout
+
+
+@pytest.mark.slow
+def test_decode_holds_the_gain_against_the_arithmetic(tmp_path: Path) -> None:
+    write_run(tmp_path / "run", **SMALL | SEQUENTIAL)
+    out = tmp_path / "decode.json"
+    options = ["--max-new-tokens", "30", "--repeats", "1", "--modes", "eager"]
+    run = benchmark("decode", "--checkpoint", str(tmp_path / "run"), *options, "--json", str(out))
+    assert run.returncode == 0, run.stderr
+    (row,) = json.loads(out.read_text())["rows"]
+    assert (row["heads"], row["L"], row["n"]) == ("sequential", 3, 3)
+    assert 1 <= row["tokens/step"] <= 3
+    assert row["bound"] == pytest.approx(row["tokens/step"] * 3 / 5)
+    assert row["speed-up"] == pytest.approx(row["speculative tokens/s"] / row["plain tokens/s"])
+    block, output = (2 * 32 + 2 * 16) * 32 + 3 * 32 * 48, 320 * 32
+    trunk, drafting = 3 * block + output, 2 * (block + 2 * 32 * 32 + output)
+    limit = row["tokens/step"] * trunk / (trunk + drafting) / row["n tokens / 1"]
+    assert row["limit"] == pytest.approx(limit) and limit > 0
 
 
 def test_gpu_refuses_a_cpu() -> None:

@@ -1,0 +1,147 @@
+"""`benchmark.py decode`: what heads gain in decoding, beside what the arithmetic allows."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.measure import machine, markdown, write_json
+from torchtitan_mtp.errors import UserError
+from torchtitan_mtp.inference import generate, load_for_inference
+from torchtitan_mtp.inference.decoding import Decoder
+from torchtitan_mtp.inference.load import find_device
+from torchtitan_mtp.inference.sampling import Sampler
+from torchtitan_mtp.models.transformer import Transformer
+
+PROMPTS = (
+    "class Reader:\n    def __init__(self, path):\n",
+    "import os\n\ndef main(argv):\n    ",
+    "def test_parse(self):\n        result = ",
+)
+
+
+def run(
+    checkpoint: Path,
+    prompts: tuple[str, ...] = PROMPTS,
+    max_new_tokens: int = 200,
+    modes: tuple[str, ...] = ("eager", "compiled"),
+    repeats: int = 10,
+    threads: int = 1,
+    device: str | None = None,
+    json: Path | None = None,
+) -> None:
+    """Greedy decoding with and without drafts, prompt by prompt, in turn, after the prompt.
+
+    With L the trunk's blocks, head 1's included, a step of speculative decoding runs L + n - 1
+    blocks where a plain one runs L. "bound" is tokens a step times L / (L + n - 1): what would be
+    gained if a block cost as much on n tokens as on one, and nothing else cost anything. "limit"
+    counts all matrix products, the modules' projections and every head's output among them, at what
+    the trunk's forward over n tokens is measured to cost ("n tokens / 1").
+
+    Args:
+        checkpoint: a step-N folder, a run's folder or a Hugging Face folder, with heads.
+        prompts: texts to continue, one at a time.
+        max_new_tokens: tokens of each continuation.
+        modes: eager, compiled (a whole step as one graph).
+        repeats: the fastest counts.
+        threads: of torch, on CPUs.
+        device: default: cuda where there is one, else cpu.
+        json: file for the figures.
+    """
+    torch.set_num_threads(threads)
+    model, tokenizer, _ = load_for_inference(checkpoint, find_device(device))
+    if model.mtp is None:
+        raise UserError(f"benchmark decode: {checkpoint} has no heads 2..n, which draft")
+    texts = [[tokenizer.bos_id, *tokenizer.encode(text).tolist()] for text in prompts]
+    rows = [row(model, texts, max_new_tokens, mode, repeats) for mode in modes]
+    print(", ".join(f"{key}: {value}" for key, value in machine().items()))
+    print(markdown(rows))
+    if json is not None:
+        write_json(json, "python " + shlex.join(sys.argv), rows)
+        print(f"wrote {json}")
+
+
+def row(
+    model: Transformer, texts: list[list[int]], max_new_tokens: int, mode: str, repeats: int
+) -> dict[str, Any]:
+    """One line of the table."""
+    compile, n, layers = mode == "compiled", model.mtp.num_future_tokens, len(model.layers)
+    seconds, steps = {False: 0.0, True: 0.0}, {False: 0, True: 0}
+    for text in texts:
+        best, count = {False: float("inf"), True: float("inf")}, {}
+        for attempt in range(repeats + 1):  # the first one warms up
+            for speculative in (False, True):
+                stats = generate(
+                    model, [text], max_new_tokens, speculative=speculative, compile=compile
+                ).stats
+                if attempt:
+                    spent = stats.seconds - stats.prompt_seconds
+                    best[speculative] = min(best[speculative], spent)
+                count[speculative] = stats.steps
+        for speculative in (False, True):
+            seconds[speculative] += best[speculative]
+            steps[speculative] += count[speculative]
+    per_step, gain = steps[False] / steps[True], seconds[False] / seconds[True]
+    bound = per_step * layers / (layers + n - 1)
+    cost = cost_of_tokens(model, texts[0], n, compile, repeats)
+    trunk, drafting = products(model)
+    limit = per_step * trunk / (trunk + drafting) / cost
+    return {
+        "mode": mode,
+        "heads": model.mtp.family,
+        "L": layers,
+        "n": n,
+        "tokens/step": per_step,
+        "plain tokens/s": steps[False] / seconds[False],
+        "speculative tokens/s": steps[False] / seconds[True],
+        "speed-up": gain,
+        "bound": bound,
+        "of bound": gain / bound,
+        "n tokens / 1": cost,
+        "limit": limit,
+        "of limit": gain / limit,
+    }
+
+
+def products(model: Transformer) -> tuple[int, int]:
+    """Multiplications of a token with weights: in the trunk and head 1, in drafting heads."""
+
+    def matrices(module: torch.nn.Module) -> int:
+        return sum(weight.numel() for weight in module.parameters() if weight.ndim == 2)
+
+    drafting = model.mtp.num_future_tokens - 1
+    times = drafting // len(model.mtp.heads)  # a shared module is applied for each draft
+    output = model.output.weight.numel()
+    heads = times * matrices(model.mtp.heads) + drafting * output
+    return matrices(model.layers) + output, heads
+
+
+@torch.inference_mode()
+def cost_of_tokens(
+    model: Transformer, text: list[int], n: int, compile: bool, repeats: int
+) -> float:
+    """Time of the trunk's forward over n tokens after `text` over that over one."""
+    decoder = Decoder(model, [text], 200, 0, Sampler(), compile)
+    decoder.prefill()
+    seconds = []
+    for drafts in (0, n - 1):
+        plan = decoder.plan(0)._replace(drafts=drafts)
+        seconds.append(fastest(lambda plan=plan: decoder.run(plan).tolist(), 20 * repeats))
+    return seconds[1] / seconds[0]
+
+
+def fastest(function: Callable[[], object], repeats: int) -> float:
+    """Seconds of the fastest call but the first."""
+    best = float("inf")
+    for attempt in range(repeats + 1):
+        begin = time.perf_counter()
+        function()
+        if attempt:
+            best = min(best, time.perf_counter() - begin)
+    return best
