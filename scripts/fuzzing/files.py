@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from fuzzing.forgery import forge_manifest, forge_metadata
-from fuzzing.mutations import damaged, edited
+from fuzzing.mutations import damaged, edited, retyped
 from torchtitan_mtp.checkpoint import Checkpointer, load_model_weights
 from torchtitan_mtp.checkpoint.formats import export_checkpoint, import_checkpoint
 from torchtitan_mtp.config import Checkpoint, JobConfig, to_toml
@@ -65,6 +65,8 @@ class Files:
             forge_metadata(file, rng)
         elif file.name == "manifest.json" and rng.random() < 0.5:
             forge_manifest(file, rng)
+        elif file.suffix == ".json" and rng.random() < 0.5:
+            file.write_bytes(retyped(content, rng))
         elif text and rng.random() < 0.6:
             file.write_bytes(edited(content, rng))
         elif rng.random() < 0.03:

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import random
+from typing import Any
 
 # What is put into text: syntax of TOML and JSON, values of every type, and bytes that are no text.
 PIECES = [
     *(bytes([byte]) for byte in b"\"'[]{}=:,\n#.\\\0\xff"),
     *(b"true", b"null", b"-1", b"0", b"1.5", b"1e999", b"nan", b"inf", b'""', b"[]", b"{}"),
     *(b"9" * 30, b'"\\ud800"', b"1979-05-27", b"[mtp]\n", b"../x", b"\xed\xa0\x80"),
+]
+
+# Of every JSON type, and beyond those that numbers fit.
+VALUES: list[Any] = [
+    *(None, True, -1, 0, 3, 1.5, 2**30, 2**40, 1e400, 10**400),
+    *("", "abc", [], [1], {}, {"a": 1}),
 ]
 
 
@@ -28,6 +36,17 @@ def edited(content: bytes, rng: random.Random) -> bytes:
         )
         content = content[:start] + piece + content[stop:]
     return content
+
+
+def retyped(content: bytes, rng: random.Random) -> bytes:
+    """A JSON object or list in which one value, at any depth, is another, of any type."""
+    whole = place = json.loads(content)
+    while True:
+        key = rng.choice(list(place)) if isinstance(place, dict) else rng.randrange(len(place))
+        if not isinstance(place[key], dict | list) or not place[key] or rng.random() < 0.5:
+            place[key] = rng.choice(VALUES)
+            return json.dumps(whole).encode()
+        place = place[key]
 
 
 def _span(content: bytes | bytearray, rng: random.Random, longest: int) -> tuple[int, int]:

@@ -264,14 +264,17 @@ def _named_specials(config: Path) -> dict[str, str]:
     try:
         values: dict[str, Any] = json.loads(_read(config))
         found = {key: values.get(key) for key in ("bos_token", "eos_token")}
-    except (ValueError, AttributeError) as e:
+    except (ValueError, AttributeError, RecursionError) as e:
         raise UserError(f"{config}: not a JSON object: {_line(e)}") from e
-    # A token is a string, or an object that holds it as "content".
-    return {
-        key: str(value["content"] if isinstance(value, dict) else value)
-        for key, value in found.items()
-        if value
-    }
+    named = {}
+    for key, value in found.items():
+        # A token is a string, or an object that holds it as "content".
+        token = value.get("content") if isinstance(value, dict) else value
+        if not isinstance(token, str | None):
+            raise UserError(f"{config}: {key} = {value!r}, expected a token")
+        if token:
+            named[key] = token
+    return named
 
 
 def _first_known(vocab: dict[str, int], names: Sequence[str | None]) -> int | None:

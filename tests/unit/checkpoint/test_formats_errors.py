@@ -63,6 +63,13 @@ def shard(copy: Path, key: str) -> Path:
     return copy / "glm" / index["weight_map"][key]
 
 
+def one_tensor(dtype: str, bits: int) -> bytes:
+    """A safetensors file of NORM in a dtype that torch may not have."""
+    entry = {"dtype": dtype, "shape": [8], "data_offsets": [0, bits]}
+    text = json.dumps({NORM: entry}).encode()
+    return len(text).to_bytes(8, "little") + text + bytes(bits)
+
+
 NORM = "model.layers.3.enorm.weight"
 GATE = "model.layers.3.mlp.gate.weight"
 EXPERT = "model.layers.2.mlp.experts.0.up_proj.weight"
@@ -131,6 +138,13 @@ DAMAGES = {
         )
         for dtype in (torch.int64, torch.bool, torch.float8_e5m2)
     },
+    **{
+        dtype: (
+            lambda c, dtype=dtype, bits=bits: shard(c, NORM).write_bytes(one_tensor(dtype, bits)),
+            f"{NORM} is of {dtype}, which torch can't read",
+        )
+        for dtype, bits in (("F4", 4), ("F6_E2M3", 6))
+    },
     "not a number": (
         lambda c: edit_tensors(shard(c, NORM), lambda t: t[NORM][3].fill_(torch.nan)),
         r"/glm: mtp.heads.0.enorm.weight holds NaN",
@@ -162,6 +176,9 @@ UNFIT = [  # format, key, value, what the message says of them
     ),
     ("glm4_moe_hf", "hidden_size", 1.5, "expected an integer below 2.31"),
     ("glm4_moe_hf", "hidden_size", 2**31, "expected an integer below 2.31"),
+    ("glm4_moe_hf", "num_hidden_layers", 2**30, "expected at most 2000"),
+    ("glm4_moe_hf", "num_nextn_predict_layers", 2**30, "expected at most 2000"),
+    ("mellum_hf", "num_nextn_predict_layers", 2, "layers = 2 is not supported here, only 1"),
     ("glm4_moe_hf", "rms_norm_eps", HUGE, "expected a finite number above 0"),
     ("glm4_moe_hf", "rope_parameters", [1], r"rope_parameters = \[1\], expected an object"),
     ("glm4_moe_hf", "tie_word_embeddings", "false", "expected true or false"),

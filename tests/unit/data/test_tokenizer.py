@@ -191,9 +191,19 @@ def test_hf_without_an_end_token(hf_file):
     hf_file.write_text(json.dumps(data))
     with pytest.raises(UserError, match="no end-of-text token found"):
         build_tokenizer(str(hf_file))
-    (hf_file.parent / "tokenizer_config.json").write_text("[")
-    with pytest.raises(UserError, match=r"tokenizer_config\.json: not a JSON object"):
+    settings = hf_file.parent / "tokenizer_config.json"
+    settings.write_text('{"eos_token": {"a": 1}}')  # names none
+    with pytest.raises(UserError, match="no end-of-text token found"):
         build_tokenizer(str(hf_file))
+    for text, message in (
+        ("[", "not a JSON object"),
+        ("[" * 100_000, "not a JSON object"),
+        ('{"eos_token": 5}', "eos_token = 5, expected a token"),
+        ('{"bos_token": {"content": [1]}}', "bos_token = .*, expected a token"),
+    ):
+        settings.write_text(text)
+        with pytest.raises(UserError, match=rf"tokenizer_config\.json: {message}"):
+            build_tokenizer(str(hf_file))
 
 
 @pytest.mark.parametrize("kind", ["ranks_file", "hf_file"])

@@ -106,6 +106,9 @@ def mellum_config(spec: ModelSpec) -> dict[str, Any]:
     }
 
 
+_MOST = 2000  # beyond any model's; the names of millions of layers would fill the memory
+
+
 class Reader:
     """Values of a config file, each missing or unfit one refused by name."""
 
@@ -127,6 +130,12 @@ class Reader:
         if int(value) != value or value >= 2**31:
             raise self.unfit(key, value, "an integer below 2^31")
         return int(value)
+
+    def count(self, key: str, default: int | None = None, zero: bool = False) -> int:
+        """Of what has tensors of its own: layers, modules, experts."""
+        if (value := self.integer(key, default, zero)) > _MOST:
+            raise self.unfit(key, value, f"at most {_MOST}")
+        return value
 
     def flag(self, key: str, default: bool = False) -> bool:
         value = self.values.get(key)
@@ -199,7 +208,7 @@ def _read_common(reader: Reader, qk_norm: bool, rope: str | None = None) -> Mode
     theta, scaling = _rope(reader, rope)
     return ModelArgs(
         dim=dim,
-        n_layers=reader.integer("num_hidden_layers"),
+        n_layers=reader.count("num_hidden_layers"),
         n_heads=heads,
         n_kv_heads=reader.integer("num_key_value_heads", heads),
         vocab_size=reader.integer("vocab_size"),
@@ -242,6 +251,7 @@ def read_mellum(file: Path, values: Mapping[str, Any]) -> ModelSpec:
     """The model of a MellumConfig that is dense and looks at everything."""
     reader = Reader(file, values)
     args = _read_common(reader, qk_norm=True, rope="full_attention")
+    reader.expect("num_nextn_predict_layers", 1, 0, None)
     for prefix, count in (("", args.n_layers), ("mtp_", _modules(reader))):
         for key, only in (("layer_types", "full_attention"), ("mlp_layer_types", "dense")):
             if count:
@@ -250,8 +260,8 @@ def read_mellum(file: Path, values: Mapping[str, Any]) -> ModelSpec:
 
 
 def _modules(reader: Reader) -> int:
-    older = reader.integer("num_mtp_layers", 0, zero=True)
-    return reader.integer("num_nextn_predict_layers", older, zero=True)
+    older = reader.count("num_mtp_layers", 0, zero=True)
+    return reader.count("num_nextn_predict_layers", older, zero=True)
 
 
 def with_modules(reader: Reader, args: ModelArgs) -> ModelSpec:
@@ -295,12 +305,12 @@ def meta_params(spec: ModelSpec) -> dict[str, Any]:
 def read_meta(file: Path, values: Mapping[str, Any]) -> ModelSpec:
     """The model of a params.json."""
     reader = Reader(file, values)
-    n = reader.integer("n_future_tokens", 1)
+    n = reader.count("n_future_tokens", 1)
     multiplier = values.get("ffn_dim_multiplier")
     heads = reader.integer("n_heads")
     args = ModelArgs(
         dim=reader.integer("dim"),
-        n_layers=reader.integer("n_layers") - (n - 1),
+        n_layers=reader.count("n_layers") - (n - 1),
         n_heads=heads,
         n_kv_heads=reader.integer("n_kv_heads", heads),
         vocab_size=reader.integer("vocab_size"),

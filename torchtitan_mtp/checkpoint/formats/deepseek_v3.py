@@ -189,7 +189,7 @@ def read_config(file: Path, values: Mapping[str, Any]) -> ModelSpec:
     theta, yarn = _rope(reader)
     args = ModelArgs(
         dim=reader.integer("hidden_size"),
-        n_layers=reader.integer("num_hidden_layers"),
+        n_layers=reader.count("num_hidden_layers"),
         n_heads=heads,
         vocab_size=reader.integer("vocab_size"),
         hidden_dim=reader.integer("intermediate_size"),
@@ -201,7 +201,7 @@ def read_config(file: Path, values: Mapping[str, Any]) -> ModelSpec:
             v_head_dim=reader.integer("v_head_dim"),
         ),
         moe=MoEArgs(
-            num_experts=reader.integer("n_routed_experts"),
+            num_experts=reader.count("n_routed_experts"),
             hidden_dim=reader.integer("moe_intermediate_size"),
             num_shared_experts=reader.integer("n_shared_experts"),
             top_k=reader.integer("num_experts_per_tok"),

@@ -72,7 +72,12 @@ class SafetensorsTensors:
                     part = file.get_slice(key)
                     shape = Size(part.get_shape())
                     # Its dtype has a name of its own; an empty part of the tensor has torch's.
-                    dtype = part[:0].dtype if shape else part[...].dtype
+                    try:
+                        dtype = part[:0].dtype if shape else part[...].dtype
+                    except (SafetensorError, RuntimeError) as error:
+                        raise UserError(
+                            f"{path / name}: {key} is of {part.get_dtype()}, which torch can't read"
+                        ) from error
                     self.kinds[key] = Kind(shape, dtype)
                     self._file_of[key] = path / name
         for key, name in index.items():
