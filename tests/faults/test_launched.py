@@ -52,8 +52,8 @@ def log(tmp_path_factory) -> str:
         lines.append(line)
         if found := re.search(rf"fault {signal.SIGSTOP.value} in process (\d+)", line):
             stopped = int(found[1])
-        if stopped and "gives no sign of life" in line:
-            time.sleep(0.5)
+        if stopped and "[rank 0] error: " in line:
+            time.sleep(2)  # rank 0 is gone first, and its error the first that torchrun sees
             os.kill(stopped, signal.SIGKILL)  # as torchrun does after 30 seconds
             stopped = 0
     limit.cancel()
