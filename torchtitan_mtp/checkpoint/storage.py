@@ -123,6 +123,7 @@ class SafeReader(FileSystemReader):
         return self._checked
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        """Read what `plan` asks for, in the order of the files."""
         where = {item.storage_index: self.storage_data[item.storage_index] for item in plan.items}
 
         def order(item: ReadItem) -> tuple[str, int]:

@@ -150,6 +150,7 @@ class MemoryMonitor:
         self.reset()
 
     def peak(self) -> MemoryStats:
+        """What was in use at most, of what the class counts."""
         if self.device.type == "cpu":
             active = reserved = _peak_resident_bytes()
             retries = ooms = 0

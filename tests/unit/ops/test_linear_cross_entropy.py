@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import re
 import sys
 import warnings
@@ -10,33 +9,18 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
+from loss_inputs import IGNORE, OPTIONS, gradients, make_inputs
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.ops import (
     LossOptions,
     LossOutput,
-    chunked,
     head_loss_and_grad,
     linear_cross_entropy,
 )
 from torchtitan_mtp.ops.backends import BACKENDS
 from torchtitan_mtp.ops.chunked import _CPU_CHUNK_ROWS
-from torchtitan_mtp.ops.token_losses import traceable_token_losses
-
-IGNORE = -100
-
-
-def make_inputs(n=3, n_rows=37, dim=16, vocab=101, dtype=torch.float64, ignored=0.3, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    hiddens = [
-        torch.randn(n_rows, dim, generator=generator, dtype=torch.float64).to(dtype)
-        for _ in range(n)
-    ]
-    weight = torch.randn(vocab, dim, generator=generator, dtype=torch.float64).to(dtype)
-    labels = torch.randint(vocab, (n_rows, n), generator=generator)
-    labels[torch.rand(n_rows, n, generator=generator) < ignored] = IGNORE
-    return [h.requires_grad_() for h in hiddens], weight.requires_grad_(), labels
 
 
 def reference(hiddens, weight, labels, scales, z_loss=0.0, softcap=None, label_smoothing=0.0):
@@ -57,16 +41,6 @@ def reference(hiddens, weight, labels, scales, z_loss=0.0, softcap=None, label_s
         correct.append(sum(int(x[i].argmax() == labels[i, k]) for i in rows))
     loss = sum(s * total for s, total in zip(scales.tolist(), sums, strict=True))
     return loss, torch.stack(sums), valid, correct
-
-
-def gradients(loss, hiddens, weight, factor=1.0):
-    return torch.autograd.grad(loss * factor, [*hiddens, weight], allow_unused=True)
-
-
-OPTIONS = [
-    {"z_loss": z, "softcap": cap, "label_smoothing": smoothing}
-    for z, cap, smoothing in itertools.product((0.0, 1e-2), (None, 5.0), (0.0, 0.1))
-]
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
@@ -400,64 +374,6 @@ def test_autocast_keeps_weight_gradient_in_float32():
     for a, b, x in zip(gradients(got.loss, mixed, weight), exact, [*mixed, weight], strict=True):
         assert a.dtype == x.dtype
         assert (a.float() - b).norm() <= 2e-2 * b.norm()
-
-
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-def test_torch_compile_around_it(backend):
-    hiddens, weight, labels = make_inputs(n=2, dtype=torch.float32)
-
-    def step(h0, h1, w, y):
-        return linear_cross_entropy([h0 * 2, h1], w, y, chunk_rows=8, z_loss=1e-3)
-
-    expected = step(*hiddens, weight, labels)
-    exact = gradients(expected.loss, hiddens, weight)
-    got = torch.compile(step, backend=backend, fullgraph=True)(*hiddens, weight, labels)
-    torch.testing.assert_close(tuple(got), tuple(expected))
-    torch.testing.assert_close(gradients(got.loss, hiddens, weight), exact)
-
-
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_the_form_for_compilers_is_the_same_loss(monkeypatch, dtype, options):
-    """Uncompiled, for all options; bfloat16 as on a device that multiplies it."""
-    monkeypatch.setattr(chunked, "compiled_token_losses", lambda: traceable_token_losses)
-    mm = torch.bfloat16 if dtype == torch.bfloat16 else None
-    (hidden,), weight, labels = make_inputs(n=1, dtype=dtype)
-    weights = torch.rand(len(labels), dtype=torch.float64)
-    results = []
-    for compiled in (False, True):
-        d_weight = torch.zeros(weight.shape, dtype=torch.promote_types(dtype, torch.float32))
-        head = head_loss_and_grad(
-            hidden,
-            weight,
-            labels[:, 0],
-            torch.tensor(0.3, dtype=d_weight.dtype),
-            LossOptions(**options, chunk_rows=8, compile=compiled),
-            row_weights=weights,
-            d_weight=d_weight,
-            mm=mm,
-        )
-        results.append([*head, d_weight])
-    tolerance = {"rtol": 2e-2, "atol": 2e-3} if dtype == torch.bfloat16 else {}
-    for found, expected in zip(*reversed(results), strict=True):
-        torch.testing.assert_close(found, expected, **tolerance)
-
-
-@pytest.mark.parametrize("n_rows", [16, 37])
-def test_compiled_passes(n_rows):
-    hiddens, weight, labels = make_inputs(n=2, n_rows=n_rows, dtype=torch.float32)
-    options = {"chunk_rows": 8, "z_loss": 1e-3, "softcap": 5.0}
-    expected = linear_cross_entropy(hiddens, weight, labels, **options)
-    got = linear_cross_entropy(hiddens, weight, labels, compile=True, **options)
-    torch.testing.assert_close(tuple(got), tuple(expected))
-    exact = gradients(expected.loss, hiddens, weight)
-    torch.testing.assert_close(gradients(got.loss, hiddens, weight), exact)
-    inside = torch.compile(
-        lambda *heads: linear_cross_entropy(heads, weight, labels, compile=True, **options).loss,
-        fullgraph=True,
-        backend="aot_eager",
-    )(*hiddens)
-    torch.testing.assert_close(inside, expected.loss)
 
 
 def test_head_by_head_with_one_buffer_equals_one_call():
