@@ -115,7 +115,8 @@ def test_generation_stops_at_the_first_stop_string(model: Transformer) -> None:
 
 def test_equal_requests_get_samples_of_their_own(model: Transformer) -> None:
     request = ("ab", {"until": [], "max_gen_toks": 12, "do_sample": True, "temperature": 1.5})
-    found = harness(model).generate_until(instances("generate_until", *[request] * 8))
+    lm = harness(model, batch_size=2)
+    found = lm.generate_until(instances("generate_until", *[request] * 8))
     assert len(set(found)) == 8
 
 
