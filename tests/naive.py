@@ -149,8 +149,10 @@ def head_logits(p: Parameters, tokens: Tensor, documents: Tensor, args, mtp) -> 
             emb = p["tok_embeddings.weight"][tokens[k - 1 : k - 1 + seq]]
             if mtp.detach_trunk:
                 emb = emb.detach()
-                h = h.detach() if k == 2 else h
-            e, g = rms_norm(emb, p[m + "enorm.weight"]), rms_norm(h, p[m + "hnorm.weight"])
+            below = last if k == 2 and mtp.trunk_state == "raw" else h
+            if mtp.detach_trunk and k == 2:
+                below = below.detach()
+            e, g = rms_norm(emb, p[m + "enorm.weight"]), rms_norm(below, p[m + "hnorm.weight"])
             joined = torch.cat((e, g), -1) @ p[m + "eh_proj.weight"].T
             h = rms_norm(block(p, m + "block.", joined, docs, args), p[m + "norm.weight"])
         logits.append(h @ (unembed.detach() if mtp.detach_trunk else unembed).T)

@@ -133,6 +133,7 @@ MESHES = {  # (shard, replicate) -> cases of (mtp, activation checkpointing, sha
         (sequential(loss_reduction="mean"), "none", ARGS),
         (sequential(share_weights=True), "full", TIED),
         (sequential(train="heads"), "none", ARGS),
+        (sequential(trunk_state="raw"), "none", ARGS),
         (sequential(share_weights=True), "full", DEEPSEEK),
         (parallel(engine="sequential"), "selective", DEEPSEEK),
         (sequential(train="heads"), "none", DEEPSEEK),

@@ -148,6 +148,11 @@ def _check_mtp(config: JobConfig) -> None:
             'mtp.share_weights = true: needs mtp.heads = "sequential", since parallel heads with '
             "the same weights on the same input would predict the same token"
         )
+    if mtp.trunk_state == "raw" and mtp.heads != "sequential":
+        raise UserError(
+            'mtp.trunk_state = "raw": needs mtp.heads = "sequential"; parallel heads read the '
+            "state under the last layer"
+        )
     if mtp.match_parameters and mtp.heads != "parallel":
         raise UserError(
             'mtp.match_parameters = true: needs mtp.heads = "parallel", whose heads have the size '

@@ -15,7 +15,6 @@ from torch.utils.checkpoint import (
 
 from torchtitan_mtp.config import ActivationCheckpoint
 from torchtitan_mtp.models.transformer import Transformer
-from torchtitan_mtp.mtp.heads import SequentialHeads
 
 # Worth keeping: attention, and every second matrix product; the rest is cheap to compute again.
 _ATTENTION = (
@@ -53,18 +52,19 @@ def _selective_contexts() -> Any:
 def apply_activation_checkpointing(
     model: Transformer, config: ActivationCheckpoint, engine: str = "joint"
 ) -> None:
-    """Make blocks recompute their activations in the backward, heads' blocks included.
+    """Make blocks recompute their activations in the backward, heads' included.
 
     `mode = "selective"` with `selective_ac_option = "op"` keeps attention and every second matrix
     product; with a number k, every k-th block is checkpointed whole. Parameter names stay.
 
-    A chain of heads under the sequential `engine` is checkpointed whole in any mode: all its heads
-    run forward before the first backward, and only so does memory not grow by their activations.
+    Heads that all run forward before the first backward are checkpointed whole in any mode: only so
+    does memory not grow by their activations. (With parallel heads under the sequential `engine`,
+    each one's backward follows its forward.)
     """
-    chain: list[nn.Module] = []
-    if engine == "sequential" and isinstance(model.mtp, SequentialHeads):
-        chain = list(model.mtp.heads)
-    for head in chain:
+    held: list[nn.Module] = []
+    if model.mtp is not None and not (engine == "sequential" and model.mtp.family == "parallel"):
+        held = list(model.mtp.heads)
+    for head in held:
         _checkpoint_block(head, False, config.early_stop)
     if config.mode == "none":
         return
@@ -73,7 +73,7 @@ def apply_activation_checkpointing(
     if config.mode == "selective" and not by_op:
         every = int(config.selective_ac_option)
     for i, block in enumerate(model.blocks()):
-        if i % every == 0 and not any(block is head for head in chain):
+        if i % every == 0 and not any(block is head for head in held):
             _checkpoint_block(block, by_op, config.early_stop)
 
 

@@ -194,7 +194,7 @@ class Decoder:
             z, x = x, block(x, span.context, cache.at(span))
         h = self.model.norm(x)
         if self.drafter is not None:
-            self.drafter.store(TrunkStates(z, h), span)
+            self.drafter.store(TrunkStates(z, x, h), span)
         return h
 
 

@@ -29,12 +29,13 @@ from torchtitan_mtp.models.transformer import Transformer
 
 
 class TrunkStates(NamedTuple):
-    """What the trunk computed at the positions of a span.
+    """What the trunk computed at the positions of a span, [B, size, D] each.
 
-    z: [B, size, D], under its last layer. h: [B, size, D], head 1's hidden state.
+    z: under its last layer. raw: after it, before the final norm. h: head 1's hidden state.
     """
 
     z: Tensor
+    raw: Tensor
     h: Tensor
 
 
@@ -154,11 +155,11 @@ class SequentialDrafter:
         # A cache a depth, not a module: a shared module has one for each time it is applied.
         self.modules = [model.mtp.module(k) for k in depths]
         self.caches = [LayerCache(m.block.attention, positions) for m in self.modules]
-        self.h = positions.states(len(model.norm.weight))  # h_1
+        self.h = positions.states(len(model.norm.weight))  # what the first module reads
 
     def store(self, states: TrunkStates, span: Span) -> None:
         """As `ParallelDrafter.store`."""
-        self.h[span.where] = states.h
+        self.h[span.where] = states.raw if self.model.mtp.reads_raw else states.h
 
     def draft(self, tokens: Tensor, plan: Plan, sampler: Sampler) -> Tensor | None:
         """As `ParallelDrafter.draft`."""

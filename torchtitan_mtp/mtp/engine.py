@@ -1,6 +1,8 @@
 """The two ways to run n heads forward and backward; one result.
 
-`joint` is ordinary autograd: all hidden states, one loss, one backward. It suits every model.
+`joint` is ordinary autograd: all hidden states, one loss, one backward. It takes any backend of the
+loss. Its heads' blocks are checkpointed (`apply_activation_checkpointing` sees to that), so that a
+head leaves one state [N, D] behind, not its activations.
 
 `sequential` runs the heads' losses and backwards in turn, so that what a head needs for its
 backward is gone before the next one's loss. For parallel heads that is the algorithm of Gloeckle et
@@ -16,14 +18,16 @@ Only one head's activations are alive at a time, and memory does not grow with n
 computed twice.
 
 A chain can't forget a head's state before the next head has used it. Its heads run forward first,
-each checkpointed (`apply_activation_checkpointing` sees to that), and only the n states [N, D]
-stay. Then the chain is walked back, each loss just before its head's backward:
+each checkpointed as above, and only the n states [N, D] stay. Then the chain is walked back, each
+loss just before its head's backward:
 
     h_1 = trunk(x);  h_k = head_k(h_{k-1}.detach())
     for k in n..2:  backward(loss_k(h_k));  backward(head_k) into h_{k-1}
     backward(loss_1(h_1));  backward(trunk)
 
-In both, a state's gradient takes the place of the state.
+In all of them a state's gradient takes the place of the state. In one graph a chain would need both
+at once, for h_k is what head k + 1 is computed from again; so `joint`, too, takes the chain's way,
+unless the loss has another backend.
 """
 
 from __future__ import annotations
@@ -79,10 +83,13 @@ def joint(
 
     `last_micro_batch`: whether gradients are reduced over the ranks now.
     """
+    chunked = loss.get("backend", "chunked") == "chunked"
+    if chunked and isinstance(model.mtp, SequentialHeads):
+        return sequential(model, batch, head_scales, loss, last_micro_batch)
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(last_micro_batch)
         model.set_is_last_backward(last_micro_batch)
-    if loss.get("backend", "chunked") == "chunked":
+    if chunked:
         out = _forward_loss_in_place(model, batch, head_scales, loss)
     else:
         out = forward_loss(model, batch, head_scales, loss)
@@ -142,14 +149,15 @@ def _chained_turns(
     model: Transformer, batch: Batch, head_loss: HeadByHeadLoss, last_micro_batch: bool
 ) -> dict[int, LossOutput]:
     heads, n = model.mtp, model.mtp.num_future_tokens
-    embedded, h_1, context = model(batch, heads=False)  # [B, S+n-1, D], [B, S, D]
-    trained = h_1.requires_grad
+    embedded, state, context = model(batch, heads=False)  # [B, S+n-1, D], [B, S, D]
+    trained = state.requires_grad
     into_trunk = trained and not heads.detach_trunk
     d_embedded = torch.zeros_like(
         embedded, dtype=torch.promote_types(embedded.dtype, torch.float32)
     )
-    # ends[k] is h_k with its graph back to states[k-1] and ahead[k]; states[k] is h_k cut from it.
-    ends, states = {1: h_1}, {1: _leaf(h_1, trained)}
+    # ends[k] is what head k + 1 reads, with its graph back to states[k-1] and ahead[k]; states[k]
+    # is the same cut from it.
+    ends, states = {1: state}, {1: _leaf(state, trained)}
     ahead = {k: _leaf(heads.ahead(embedded, k), into_trunk) for k in range(2, n + 1)}
     for k in range(2, n + 1):
         aside = k == 2 and not into_trunk
@@ -165,7 +173,8 @@ def _chained_turns(
         last, state, end = k == order[-1], states.pop(k), ends.pop(k)
         if last:
             reduce_after_next_backward((model.output,), last_micro_batch)
-        outputs[k] = _backward_of_loss(model, batch, head_loss, k, state, last)
+        hidden = state if k > 1 else heads.head_1(model, state)
+        outputs[k] = _backward_of_loss(model, batch, head_loss, k, hidden, last)
         if k > 1:
             if k == 2 or heads.module(k) is not heads.module(k - 1):
                 stay_gathered((heads.module(k),), False)
@@ -202,7 +211,7 @@ def _backward_of_loss(
         head_loss=head_loss,
         first=k - 1,
         last=last,
-        in_place=[True],
+        in_place=True,
     )
     if out.loss.requires_grad:
         out.loss.backward()
@@ -212,11 +221,9 @@ def _backward_of_loss(
 def _forward_loss_in_place(
     model: Transformer, batch: Batch, head_scales: Tensor, loss: LossArguments
 ) -> LossOutput:
-    """As `forward_loss`, for one backward; states give way to their gradients where they can."""
+    """As `forward_loss`, for one backward and no chain; states give way to their gradients."""
     hiddens = model(batch)
     head_loss = _head_loss(head_scales, loss)
-    # In a chain the next head needs the state.
-    in_place = [not isinstance(model.mtp, SequentialHeads)] * (len(hiddens) - 1) + [True]
     outputs = [
         model.output(
             hiddens[heads],
@@ -224,7 +231,7 @@ def _forward_loss_in_place(
             detach=aside,
             head_loss=head_loss,
             first=heads.start,
-            in_place=in_place[heads],
+            in_place=True,
         )
         for heads, aside in _groups(model, len(hiddens))
     ]

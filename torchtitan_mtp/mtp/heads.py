@@ -9,6 +9,8 @@ ordinary model, after its final norm, and for k = 2..n
 
     h_k = norm_k(block_k(M_k [enorm_k(emb(t[i+k-1])) ; hnorm_k(h_{k-1})])).
 
+(MiMo, arXiv 2505.07608, section 2.3: the first module reads h_1 as it is before the final norm.)
+
 Both share the embedding, the unembedding and the rotary positions with the trunk. Head k at
 position i predicts t[i+k]; head 1 is next-token prediction.
 """
@@ -89,16 +91,25 @@ class SequentialHead(nn.Module):
 
 
 class SequentialHeads(nn.Module):
-    """A chain of modules behind the whole model; with `share_weights` one module, n - 1 times."""
+    """A chain of modules behind the whole model; with `share_weights` one module, n - 1 times.
+
+    With `reads_raw` the first of them reads the trunk's state before the final norm.
+    """
 
     family = "sequential"
 
     def __init__(
-        self, model: Transformer, num_future_tokens: int, detach_trunk: bool, share_weights: bool
+        self,
+        model: Transformer,
+        num_future_tokens: int,
+        detach_trunk: bool,
+        share_weights: bool,
+        reads_raw: bool = False,
     ) -> None:
         super().__init__()
         self.num_future_tokens = num_future_tokens
         self.detach_trunk = detach_trunk
+        self.reads_raw = reads_raw
         modules = 1 if share_weights else num_future_tokens - 1
         self.heads = nn.ModuleList(SequentialHead(model) for _ in range(modules))
 
@@ -107,14 +118,21 @@ class SequentialHeads(nn.Module):
         return self.heads[min(k - 2, len(self.heads) - 1)]
 
     def trunk(self, model: Transformer, batch: Batch) -> tuple[Tensor, Tensor, AttentionContext]:
-        """Embeddings of t[0..S+n-2] [B, S+n-1, D], h_1 [B, S, D], the context all blocks share."""
+        """Embeddings of t[0..S+n-2] [B, S+n-1, D], the state that the first module reads [B, S, D],
+        the context all blocks share."""
         # Each token once, although up to n heads read it: the batch is a stretch of one window.
         tokens = torch.cat((batch.tokens, batch.future_tokens[:, -1]), dim=1)  # [B, S+n-1]
         embedded = model.tok_embeddings(tokens)
         x = embedded[:, : batch.tokens.shape[1]].contiguous()
         h, context = model.encode(batch, len(model.layers) - 1, embedded=x)
+        if self.reads_raw:
+            return embedded, last_layer(model)(h, context), context
         # The final norm is part of the last block's call, as every head's is.
         return embedded, last_layer(model)(h, context, norm=model.norm.weight), context
+
+    def head_1(self, model: Transformer, state: Tensor) -> Tensor:
+        """h_1 [B, S, D] from the state of `trunk` [B, S, D]."""
+        return model.norm(state) if self.reads_raw else state
 
     def ahead(self, embedded: Tensor, k: int) -> Tensor:
         """What head k reads of `trunk`'s embeddings: those of t[i+k-1] [B, S, D], a view."""
@@ -124,7 +142,7 @@ class SequentialHeads(nn.Module):
     def forward(self, model: Transformer, batch: Batch) -> list[Tensor]:
         """n hidden states [B, S, D]."""
         embedded, h, context = self.trunk(model, batch)
-        hiddens = [h]
+        hiddens = [self.head_1(model, h)]
         if self.detach_trunk:
             h, embedded = h.detach(), embedded.detach()
         for k in range(2, self.num_future_tokens + 1):

@@ -28,7 +28,9 @@ def add_heads(model: Transformer, mtp: MTP) -> Transformer:
     with weight.device:
         heads: nn.Module
         if mtp.heads == "sequential":
-            heads = SequentialHeads(model, n, mtp.detach_trunk, mtp.share_weights)
+            heads = SequentialHeads(
+                model, n, mtp.detach_trunk, mtp.share_weights, mtp.trunk_state == "raw"
+            )
         else:
             heads = ParallelHeads(model, n, mtp.detach_trunk)
     model.mtp = heads.to(weight.dtype)

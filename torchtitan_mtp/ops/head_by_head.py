@@ -41,11 +41,11 @@ class HeadByHeadLoss:
         labels: Tensor,
         first: int = 0,
         last: bool = True,
-        in_place: Sequence[bool] | None = None,
+        in_place: bool = False,
     ) -> LossOutput:
         """m heads from number `first` (from 0) on: m tensors [N, D], weight [V, D], labels [N, m].
 
-        in_place: for each head whether nothing else needs its hidden state; default: none is so.
+        in_place: whether nothing else needs the hidden states, whose values are lost.
         """
         mm = matmul_dtype(hiddens[0])
         unit = gradient_unit(self.head_scales, hiddens[0].dtype, mm)
@@ -66,7 +66,7 @@ class HeadByHeadLoss:
                     mm,
                     d_weight,
                     final,
-                    in_place is not None and in_place[k],
+                    in_place,
                 )
             )
         losses, *statistics = (torch.stack(parts) for parts in zip(*outputs, strict=True))

@@ -136,6 +136,7 @@ def test_every_number_of_an_option_in_use_has_a_range_that_its_default_is_in():
             "mtp.num_future_tokens = 9: expected at most validation.seq_len = 8",
         ),
         (["--mtp.share_weights"], 'mtp.share_weights = true: needs mtp.heads = "sequential"'),
+        (["--mtp.trunk_state=raw"], 'mtp.trunk_state = "raw": needs mtp.heads = "sequential"'),
         (
             ["--mtp.match_parameters", "--mtp.heads=sequential"],
             'mtp.match_parameters = true: needs mtp.heads = "parallel"',

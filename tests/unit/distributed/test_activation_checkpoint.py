@@ -31,7 +31,8 @@ class Count(TorchDispatchMode):
 def step(heads, engine="joint", **config):
     """Operations of the forward, of the backward, and the gradients by name."""
     model = small_model(MTP(heads=heads, num_future_tokens=N), attn_mask_type="causal")
-    apply_activation_checkpointing(model, ActivationCheckpoint(**config), engine)
+    if engine != "plain":
+        apply_activation_checkpointing(model, ActivationCheckpoint(**config), engine)
     batch = make_batch(small_window(2, 11), N)
     with Count() as forward:
         hiddens = model(batch)
@@ -47,41 +48,38 @@ BLOCKS = 5
 PRODUCTS = {"parallel": [7, 7, 7, 7, 7], "sequential": [7, 7, 7, 8, 8]}
 
 
-@pytest.mark.parametrize("heads", PRODUCTS)
+@pytest.mark.parametrize(
+    ("heads", "engine"),
+    [("parallel", "sequential"), ("parallel", "joint"), ("sequential", "sequential")],
+)
 @pytest.mark.parametrize("option", ["none", "full", "1", "2", "op"])
-def test_what_is_computed_again(heads, option):
+def test_what_is_computed_again(heads, engine, option):
     mode = option if option in ("none", "full") else "selective"
     config = {"mode": mode, "selective_ac_option": "2" if mode == option else option}
     products = PRODUCTS[heads]
-    again = {  # attentions and matrix products in the backward
-        "none": (0, 0),
-        "full": (BLOCKS, sum(products)),
-        "1": (BLOCKS, sum(products)),
-        "2": (3, sum(products[::2])),
-        "op": (0, sum(p // 2 for p in products)),  # every second
-    }
-    _, plain, expected = step(heads, mode="none")
-    forward, backward, gradients = step(heads, **config)
+    again = {  # attentions and matrix products of each block in the backward
+        "none": [(0, 0)] * BLOCKS,
+        "full": [(1, p) for p in products],
+        "1": [(1, p) for p in products],
+        "2": [(1, p) if i % 2 == 0 else (0, 0) for i, p in enumerate(products)],
+        "op": [(0, p // 2) for p in products],  # every second
+    }[option]
+    if engine == "joint" or heads == "sequential":  # such heads are held, and checkpointed whole
+        again[1 - N :] = [(1, p) for p in products[1 - N :]]
+    forward, plain, expected = step(heads, "plain", mode="none")
     assert forward[ATTENTION] == BLOCKS
-    assert (backward[ATTENTION], backward["mm"] - plain["mm"]) == again[option]
+    forward, backward, gradients = step(heads, engine, **config)
+    assert forward[ATTENTION] == BLOCKS
+    found = backward[ATTENTION], backward["mm"] - plain["mm"]
+    assert found == tuple(map(sum, zip(*again, strict=True)))
     assert all(torch.equal(gradients[name], expected[name]) for name in expected)
     assert gradients.keys() == expected.keys()  # no wrapper in the names
-
-
-@pytest.mark.parametrize("mode", ["none", "selective"])
-def test_the_sequential_engine_recomputes_a_chain_in_any_mode(mode):
-    _, plain, expected = step("sequential", mode="none")
-    _, backward, gradients = step("sequential", engine="sequential", mode=mode)
-    trunk, heads = PRODUCTS["sequential"][:3], PRODUCTS["sequential"][3:]
-    again = sum(heads) + (sum(trunk[::2]) if mode == "selective" else 0)
-    assert backward["mm"] - plain["mm"] == again
-    assert all(torch.equal(gradients[name], expected[name]) for name in expected)
 
 
 @pytest.mark.parametrize(("heads", "spared"), [("parallel", 2), ("sequential", 2)])
 def test_early_stop_spares_last_products(heads, spared):
     """Nothing needs the product that ends a block, but where a norm follows in it."""
-    _, plain, _ = step(heads, mode="none")
+    _, plain, _ = step(heads, "plain", mode="none")
     _, backward, _ = step(heads, mode="full", early_stop=True)
     assert backward["mm"] - plain["mm"] == sum(PRODUCTS[heads]) - spared
 

@@ -7,7 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import FAMILIES, batch_of, head_logits, naive_greedy, random_model, scripted_model
+from tiny_models import (
+    FAMILIES,
+    RAW,
+    batch_of,
+    head_logits,
+    naive_greedy,
+    random_model,
+    scripted_model,
+)
 
 from torchtitan_mtp.data.targets import Window, make_batch
 from torchtitan_mtp.errors import UserError
@@ -70,7 +78,7 @@ def test_rows_of_a_batch_do_not_know_of_one_another(
 
 @pytest.mark.parametrize("prompts", [[PROMPT], [[2]], PROMPTS])
 @pytest.mark.parametrize("counts", [[1], [2], [3], [3, 1, 0, 2, 0, 0, 1, 3, 2, 2]])
-@pytest.mark.parametrize(("heads", "share"), FAMILIES)
+@pytest.mark.parametrize(("heads", "share"), [*FAMILIES, RAW])
 def test_drafts_are_those_of_a_full_forward_over_the_text_and_the_drafts_before(
     heads: str, share: bool, counts: list[int], prompts: list[list[int]]
 ) -> None:

@@ -26,12 +26,13 @@ PARALLEL = {"heads": "parallel"}
 # Without gradients the graphs are others.
 CASES = {  # name -> ([mtp] table, activation checkpointing, graphs to train with, to evaluate with)
     # A block before a head's output (so the chain's last trunk block) is one that normalises.
-    "parallel, joint": ({**PARALLEL, "engine": "joint"}, "none", 2, 2),
+    # Heads that wait for one another are checkpointed, the trunk is not.
+    "parallel, joint": ({**PARALLEL, "engine": "joint"}, "none", 3, 3),
     "parallel, checkpointed": ({**PARALLEL, "engine": "sequential"}, "full", 2, 2),
     # Heads on a detached state need no gradient of their input.
-    "parallel, detached": ({**PARALLEL, "detach_trunk": True}, "none", 3, 2),
-    # Every second block is checkpointed, the trunk's and the heads'.
-    "sequential, checkpointed": ({"heads": "sequential"}, "selective", 5, 5),
+    "parallel, detached": ({**PARALLEL, "detach_trunk": True}, "none", 3, 3),
+    # Every second block of the trunk is checkpointed, every head.
+    "sequential, checkpointed": ({"heads": "sequential"}, "selective", 4, 4),
     "sequential, shared": ({"heads": "sequential", "share_weights": True}, "none", 3, 3),
     # The first block is dense.
     "experts": ({"heads": "sequential"}, "none", 4, 4),

@@ -28,6 +28,8 @@ CASES = [
     MTP(heads="sequential", num_future_tokens=4, loss_reduction="mean", loss_scale=0.3),
     MTP(heads="sequential", num_future_tokens=4, share_weights=True),
     MTP(heads="sequential", num_future_tokens=3, detach_trunk=True),
+    MTP(heads="sequential", num_future_tokens=3, trunk_state="raw"),
+    MTP(heads="sequential", num_future_tokens=3, trunk_state="raw", detach_trunk=True),
 ]
 
 

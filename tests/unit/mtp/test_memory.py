@@ -45,11 +45,12 @@ def peak(n: int, mode: str, **table) -> int:
 CASES = {  # [mtp] table, activation checkpointing, [N, D] for each head at most
     "parallel, in turn": ({"engine": "sequential"}, "none", 0),
     "parallel, in turn, checkpointed": ({"engine": "sequential"}, "full", 0),
+    "parallel, joint": ({"engine": "joint"}, "none", 1),
     "parallel, joint, checkpointed": ({"engine": "joint"}, "full", 1),
     "chain, in turn": ({"heads": "sequential", "engine": "sequential"}, "none", 1),
     "chain, in turn, checkpointed": ({"heads": "sequential", "engine": "sequential"}, "full", 1),
-    # A state is the next head's input until the backward, when its gradient is there as well.
-    "chain, joint, checkpointed": ({"heads": "sequential"}, "full", 2),
+    "chain, joint": ({"heads": "sequential"}, "none", 1),
+    "chain, joint, checkpointed": ({"heads": "sequential"}, "full", 1),
 }
 
 

@@ -44,11 +44,16 @@ class MTP:
     """Fraction of training.steps that the curriculum takes."""
 
     engine: Literal["joint", "sequential"] = "joint"
-    """"joint": one backward for all heads; "sequential": head by head, with memory flat in n
-    (a chain of heads keeps one state of each and recomputes its blocks). The same gradients."""
+    """"sequential": head by head, with memory flat in n and nothing computed twice; "joint": in one
+    graph, which keeps one state of each head and computes their blocks twice. A chain of heads
+    takes the same way under both. The same gradients."""
 
     share_weights: bool = False
     """Apply one sequential module n - 1 times instead of training n - 1 modules."""
+
+    trunk_state: Literal["normalized", "raw"] = "normalized"
+    """Which state of the trunk sequential heads read: after its final norm (DeepSeek-V3, GLM) or
+    before it (MiMo)."""
 
     match_parameters: bool = False
     """Take one layer off the trunk for every parallel head that is added, so that the model has as
