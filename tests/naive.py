@@ -30,9 +30,12 @@ def rotate(x: Tensor, theta: float) -> Tensor:
 
 def attention(p: Parameters, prefix: str, x: Tensor, documents: Tensor, args) -> Tensor:
     seq = len(x)
-    q = rotate((x @ p[prefix + "wq.weight"].T).unflatten(-1, (args.n_heads, -1)), args.rope_theta)
-    k = rotate((x @ p[prefix + "wk.weight"].T).unflatten(-1, (args.kv_heads, -1)), args.rope_theta)
-    v = (x @ p[prefix + "wv.weight"].T).unflatten(-1, (args.kv_heads, -1))
+    q, k, v = (x @ p[f"{prefix}{name}.weight"].T for name in ("wq", "wk", "wv"))
+    if args.qkv_bias:
+        q, k, v = q + p[prefix + "wq.bias"], k + p[prefix + "wk.bias"], v + p[prefix + "wv.bias"]
+    q = rotate(q.unflatten(-1, (args.n_heads, -1)), args.rope_theta)
+    k = rotate(k.unflatten(-1, (args.kv_heads, -1)), args.rope_theta)
+    v = v.unflatten(-1, (args.kv_heads, -1))
     outputs = []
     for h in range(args.n_heads):
         g = h // (args.n_heads // args.kv_heads)

@@ -77,12 +77,13 @@ def naive_parameters(model: Transformer) -> dict[str, Tensor]:
 @torch.no_grad()
 def perturb_norms(model: Transformer) -> None:
     """Make norm scales uneven, so that taking the wrong norm, or none, shows. Routers become
-    decided, for a tie would be broken by rounding, and experts' biases take part."""
+    decided, for a tie would be broken by rounding, and biases take part."""
     for name, param in model.named_parameters():
         if param.ndim == 1:
             generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-            scale = 1 + 0.3 * torch.randn(param.shape, generator=generator)
-            assign(param, scale.to(param.dtype))
+            mean = 0 if name.endswith(".bias") else 1
+            value = mean + 0.3 * torch.randn(param.shape, generator=generator)
+            assign(param, value.to(param.dtype))
         elif name.endswith("router.gate.weight"):
             param.mul_(50)
     for name, moe in model.named_mixtures():

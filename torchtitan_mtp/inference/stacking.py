@@ -16,19 +16,27 @@ from torch import Tensor, nn
 
 
 class StackedLinear(nn.Module):
-    """H linear maps without bias: weight [H, in, out]."""
+    """H linear maps: weight [H, in, out], and bias [H, 1, out] where they have one."""
 
     weight: Tensor
+    bias: Tensor | None
 
     def __init__(self, layers: Sequence[nn.Linear]) -> None:
         super().__init__()
         weight = torch.stack([layer.weight for layer in layers])  # [H, out, in]
         self.register_buffer("weight", weight.transpose(1, 2))
+        biases = [layer.bias for layer in layers if layer.bias is not None]
+        self.register_buffer("bias", torch.stack(biases).unsqueeze(1) if biases else None)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [H * B, S, in] -> [H * B, S, out]."""
         heads, width, _ = self.weight.shape
-        return torch.bmm(x.reshape(heads, -1, width), self.weight).view(*x.shape[:-1], -1)
+        rows = x.reshape(heads, -1, width)
+        if self.bias is None:
+            out = torch.bmm(rows, self.weight)
+        else:
+            out = torch.baddbmm(self.bias, rows, self.weight)
+        return out.view(*x.shape[:-1], -1)
 
 
 class StackedRMSNorm(nn.Module):
@@ -71,6 +79,6 @@ def stack(modules: Sequence[nn.Module]) -> nn.Module:
 def first_heads(stacked: nn.Module, count: int) -> nn.Module:
     """The first `count` of the modules that `stack` put together; nothing is copied."""
     first = copy.copy(stacked)
-    first._buffers = {name: tensor[:count] for name, tensor in stacked.named_buffers(recurse=False)}
+    first._buffers = {k: None if t is None else t[:count] for k, t in stacked._buffers.items()}
     first._modules = {name: first_heads(m, count) for name, m in stacked.named_children()}
     return first

@@ -92,8 +92,9 @@ class ModelArgs:
 
     `vocab_size = None` leaves the vocabulary to the tokenizer. `hidden_dim` and `head_size` are
     None where they follow from `dim`. `qk_norm`: RMSNorm of each query's and key's head, before it
-    is rotated (Qwen3, arXiv 2505.09388). `latent`: its attention in place of heads of keys and
-    values. `moe`: mixtures in place of dense feed-forwards.
+    is rotated (Qwen3, arXiv 2505.09388). `qkv_bias`: biases of the projections to queries, keys and
+    values (Qwen2, arXiv 2407.10671). `latent`: its attention in place of heads of keys and values.
+    `moe`: mixtures in place of dense feed-forwards.
     """
 
     dim: int = 4096
@@ -106,6 +107,7 @@ class ModelArgs:
     hidden_dim: int | None = None
     head_size: int | None = None
     qk_norm: bool = False
+    qkv_bias: bool = False
     latent: LatentArgs | None = None
     moe: MoEArgs | None = None
     norm_eps: float = 1e-5

@@ -76,16 +76,17 @@ def attend(
 
 
 class Attention(nn.Module):
-    """Multi-head attention (GQA: Ainslie et al. 2023) without biases; Qwen3's with `qk_norm`."""
+    """Multi-head attention (GQA: Ainslie et al. 2023); Qwen3's with `qk_norm`, Qwen2's with
+    `qkv_bias`."""
 
     def __init__(self, args: ModelArgs) -> None:
         super().__init__()
         self.n_heads, self.n_kv_heads = args.n_heads, args.kv_heads
         self.head_dim = args.head_dim
         kv_dim = self.n_kv_heads * self.head_dim
-        self.wq = nn.Linear(args.dim, self.n_heads * self.head_dim, bias=False)
-        self.wk = nn.Linear(args.dim, kv_dim, bias=False)
-        self.wv = nn.Linear(args.dim, kv_dim, bias=False)
+        self.wq = nn.Linear(args.dim, self.n_heads * self.head_dim, bias=args.qkv_bias)
+        self.wk = nn.Linear(args.dim, kv_dim, bias=args.qkv_bias)
+        self.wv = nn.Linear(args.dim, kv_dim, bias=args.qkv_bias)
         self.wo = nn.Linear(self.n_heads * self.head_dim, args.dim, bias=False)
         self.qk_norm = args.qk_norm
         if args.qk_norm:

@@ -26,6 +26,11 @@ def _qwen3(**shape: Any) -> ModelArgs:
     )
 
 
+def _qwen2(**shape: Any) -> ModelArgs:
+    # Dense Qwen2.5 up to 7B: biases of queries, keys and values, no rotary scaling.
+    return ModelArgs(qkv_bias=True, norm_eps=1e-6, rope_theta=1000000.0, **shape)
+
+
 flavors: dict[str, dict[str, ModelArgs]] = {
     "llama3": {
         # 1.6 M parameters over bytes: trains on two CPU cores in minutes.
@@ -91,6 +96,35 @@ flavors: dict[str, dict[str, ModelArgs]] = {
         "byte_7B": ModelArgs(dim=4096, n_layers=32, n_heads=32, rope_theta=10000.0),
         # Sizes that no name stands for: [model.args] gives them.
         "custom": ModelArgs(),
+    },
+    "qwen2": {  # Qwen2.5's sizes
+        "0.5B": _qwen2(
+            dim=896,
+            n_layers=24,
+            n_heads=14,
+            n_kv_heads=2,
+            hidden_dim=4864,
+            vocab_size=151936,
+            tied_embeddings=True,
+        ),
+        "1.5B": _qwen2(
+            dim=1536,
+            n_layers=28,
+            n_heads=12,
+            n_kv_heads=2,
+            hidden_dim=8960,
+            vocab_size=151936,
+            tied_embeddings=True,
+        ),
+        "7B": _qwen2(
+            dim=3584,
+            n_layers=28,
+            n_heads=28,
+            n_kv_heads=4,
+            hidden_dim=18944,
+            vocab_size=152064,
+        ),
+        "custom": _qwen2(),
     },
     "qwen3": {
         "0.6B": _qwen3(dim=1024, n_layers=28, n_heads=16, hidden_dim=3072, tied_embeddings=True),
@@ -267,6 +301,11 @@ def check_shape(args: ModelArgs) -> None:
 
 def _check_heads(args: ModelArgs) -> None:
     if args.latent is not None:
+        if args.qkv_bias:
+            raise UserError(
+                "model.args.qkv_bias = true: latent attention has no such biases; set it to false, "
+                "or take a family without latent attention"
+            )
         _check_latent(args.latent)
         return
     if args.head_size is None and args.dim % args.n_heads:

@@ -33,13 +33,15 @@ def assign(param: Tensor, value: Tensor) -> None:
 def init_weights(model: Transformer, seed: int) -> None:
     """Fill parameters and buffers of a materialised (also sharded) model in place.
 
-    Norm scales are one; every matrix is a normal of `model.init_std(name)`, cut at three standard
-    deviations (the embedding is not cut).
+    Norm scales are one and biases zero; every matrix is a normal of `model.init_std(name)`, cut at
+    three standard deviations (the embedding is not cut).
     """
     model.init_buffers()
     for name, param in model.named_parameters():
         value = torch.empty(param.shape, dtype=torch.float32, device=param.device)
-        if param.ndim == 1:
+        if name.endswith(".bias"):
+            nn.init.zeros_(value)
+        elif param.ndim == 1:
             nn.init.ones_(value)
         else:
             std = model.init_std(name)

@@ -8,12 +8,13 @@ from tiny_models import random_model
 from torch import nn
 
 from torchtitan_mtp.inference.cache import LayerCache, Positions
-from torchtitan_mtp.inference.stacking import stack
+from torchtitan_mtp.inference.stacking import first_heads, stack
 
 
+@pytest.mark.parametrize("qkv_bias", [False, True], ids=["plain", "biases"])
 @pytest.mark.parametrize("batch", [1, 2])
-def test_a_stacked_block_is_each_block_on_its_rows(batch: int) -> None:
-    model = random_model("parallel", 4)
+def test_a_stacked_block_is_each_block_on_its_rows(batch: int, qkv_bias: bool) -> None:
+    model = random_model("parallel", 4, qkv_bias=qkv_bias)
     blocks = list(model.mtp.heads)
     block = stack(blocks)
     positions = Positions(model.args, batch, 12, model.norm.weight)
@@ -30,6 +31,12 @@ def test_a_stacked_block_is_each_block_on_its_rows(batch: int) -> None:
         out = block(x, wide.context, cache.at(wide))
         torch.testing.assert_close(out, torch.cat(expected), rtol=1e-6, atol=1e-6)
     assert torch.allclose(cache.k, torch.cat([c.k for c in apart]), atol=1e-6)
+    two = first_heads(block, 2)(x[: 2 * batch], positions.repeat(2).span([0] * 2 * batch, 1).context)
+    alone = [
+        b(part, positions.span([0] * batch, 1).context)
+        for b, part in zip(blocks[:2], x.chunk(3), strict=False)
+    ]
+    torch.testing.assert_close(two, torch.cat(alone), rtol=1e-6, atol=1e-6)
 
 
 def test_stacking_leaves_the_blocks_alone() -> None:

@@ -38,9 +38,12 @@ def random_model(
     model.init_buffers()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for param in model.parameters():
+        for name, param in model.named_parameters():
             noise = torch.randn(param.shape, generator=generator, dtype=dtype)
-            param.copy_(1 + 0.1 * noise if param.ndim == 1 else noise / param.shape[1] ** 0.5)
+            if name.endswith(".bias"):
+                param.copy_(noise)
+            else:
+                param.copy_(1 + 0.1 * noise if param.ndim == 1 else noise / param.shape[1] ** 0.5)
         model.tok_embeddings.weight.mul_(model.args.dim**0.5)
     return model.requires_grad_(False)
 

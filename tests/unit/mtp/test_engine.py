@@ -53,6 +53,7 @@ def naive_gradients(model, window, mtp):
 SHAPES = {
     "plain": {},
     "tied": {"tied_embeddings": True},
+    "qwen2": {"qkv_bias": True},
     "deepseek": {"shape": DEEPSEEK},
 }
 

@@ -140,6 +140,9 @@ class ModelArgs:
     qk_norm: bool | None = None
     """Whether the heads of queries and keys are normalised (Qwen3)."""
 
+    qkv_bias: bool | None = None
+    """Whether the projections to queries, keys and values have biases (Qwen2)."""
+
     rope_scaling: RoPEScalingArgs = field(default_factory=RoPEScalingArgs)
     """Rotary scaling."""
 
