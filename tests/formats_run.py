@@ -29,6 +29,7 @@ SMALL: dict[str, Any] = {
     "training.seq_len": 64,
 }
 QWEN = SMALL | {"model.name": "qwen3", "model.args.head_size": 12}
+QWEN2 = SMALL | {"model.name": "qwen2"}
 DEEPSEEK = {
     "model.name": "deepseek_v3",
     "model.flavor": "custom",
@@ -59,6 +60,7 @@ YARN = {
 }
 PARALLEL = {"model.converters": ["mtp"], "mtp.num_future_tokens": 3}
 SEQUENTIAL = PARALLEL | {"mtp.heads": "sequential"}
+RAW = SEQUENTIAL | {"mtp.trunk_state": "raw"}
 LLAMA_3_1 = {"model.args.rope_scaling.factor": 4.0, "model.args.rope_scaling.low_freq_factor": 1.5}
 
 

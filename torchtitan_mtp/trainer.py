@@ -146,7 +146,8 @@ class Trainer:
             changes=config.model.args.given(),
         )
         if config.checkpoint.last_save_in_hf:
-            hf_format(self.args, self.n - 1)  # before the training, not after it
+            # before the training, not after it
+            hf_format(self.args, self.n - 1, config.mtp.trunk_state)
         self.accumulation = micro_batches_per_step(config, self.world.size)
         self.loader, self.validation = self._build_data()
 

@@ -83,13 +83,17 @@ class Files:
 
     # ---- checkpoints ----
 
-    def _model(self, seed: int = 0, heads: str = "parallel") -> tuple[Transformer, JobConfig]:
+    def _model(
+        self, seed: int = 0, heads: str = "parallel", mimo: bool = False
+    ) -> tuple[Transformer, JobConfig]:
         config = JobConfig()
         config.model.flavor, config.model.vocab_size = "custom", 320
         args = config.model.args
         args.dim, args.n_layers, args.n_heads, args.n_kv_heads, args.hidden_dim = 16, 2, 2, 1, 24
         config.model.converters, config.mtp.num_future_tokens = ["mtp"], 2
         config.mtp.heads = heads  # type: ignore[assignment]
+        if mimo:
+            args.qkv_bias, config.mtp.trunk_state = True, "raw"
         config.training.seq_len = 16
         model = build_model(
             model_args(
@@ -158,13 +162,14 @@ class Files:
                 source, self.folder / name, form, drop_heads=True, max_shard_size=20_000
             )
             self.readers[name] = self._importer(form)
-        model, config = self._model(heads="sequential")
-        chain = self.folder.parent / "chain"
-        checkpointer = self._checkpointer(chain, model)
-        checkpointer.save(5, force=True)
-        (chain / "config.toml").write_text(to_toml(config))
-        export_checkpoint(chain, self.folder / "glm", "glm4_moe_hf")
-        self.readers["glm"] = self._importer("glm4_moe_hf")
+        for name, form in (("glm", "glm4_moe_hf"), ("mimo", "mimo_hf")):
+            model, config = self._model(heads="sequential", mimo=name == "mimo")
+            chain = self.folder.parent / f"chain {name}"
+            checkpointer = self._checkpointer(chain, model)
+            checkpointer.save(5, force=True)
+            (chain / "config.toml").write_text(to_toml(config))
+            export_checkpoint(chain, self.folder / name, form)
+            self.readers[name] = self._importer(form)
 
     def _importer(self, form: str) -> Callable[[Path], None]:
         def read(place: Path) -> None:

@@ -117,7 +117,7 @@ def sequential(**keys) -> MTP:
     return MTP(heads="sequential", num_future_tokens=3, loss_scale=0.3, **keys)
 
 
-TIED = replace(ARGS, tied_embeddings=True)
+QWEN2 = replace(ARGS, tied_embeddings=True, qkv_bias=True)
 FEW_EXPERTS = replace(  # fewer than ranks: each rank has rows of all
     DEEPSEEK,
     moe=replace(DEEPSEEK.moe, num_experts=2, top_k=1, num_expert_groups=1, num_limited_groups=1),
@@ -125,22 +125,22 @@ FEW_EXPERTS = replace(  # fewer than ranks: each rank has rows of all
 MESHES = {  # (shard, replicate) -> cases of (mtp, activation checkpointing, shape)
     (2, 1): [
         (parallel(engine="joint"), "none", ARGS),
-        (parallel(engine="joint"), "selective", TIED),
+        (parallel(engine="joint"), "selective", QWEN2),
         (parallel(engine="sequential"), "none", ARGS),
-        (parallel(engine="sequential"), "full", TIED),
+        (parallel(engine="sequential"), "full", QWEN2),
         (parallel(engine="sequential", detach_trunk=True), "none", ARGS),
         (parallel(engine="sequential", train="heads"), "none", ARGS),
         (sequential(loss_reduction="mean"), "none", ARGS),
-        (sequential(share_weights=True), "full", TIED),
+        (sequential(share_weights=True), "full", QWEN2),
         (sequential(train="heads"), "none", ARGS),
         (sequential(trunk_state="raw"), "none", ARGS),
         (sequential(share_weights=True), "full", DEEPSEEK),
         (parallel(engine="sequential"), "selective", DEEPSEEK),
         (sequential(train="heads"), "none", DEEPSEEK),
         (sequential(engine="sequential"), "none", ARGS),
-        (sequential(engine="sequential", share_weights=True), "full", TIED),
+        (sequential(engine="sequential", share_weights=True), "full", QWEN2),
         (sequential(engine="sequential", detach_trunk=True), "none", ARGS),
-        (sequential(engine="sequential", train="heads"), "none", TIED),
+        (sequential(engine="sequential", train="heads"), "none", QWEN2),
     ],
     (4, 1): [
         (parallel(engine="sequential"), "none", ARGS),

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
-from formats_run import LLAMA_3_1, QWEN, SEQUENTIAL, SMALL, weights, write_run
+from formats_run import LLAMA_3_1, QWEN, QWEN2, RAW, SEQUENTIAL, SMALL, weights, write_run
 from runs import TINY, config_of, same, train, weights_of
 from torchtitan_mtp.checkpoint.formats import export_checkpoint, import_checkpoint
 from torchtitan_mtp.config import load_toml
@@ -58,11 +58,15 @@ def load(folder: Path, **options):
         ("llama_hf", QUICKSTART),
         ("llama_hf", SMALL | LLAMA_3_1 | TIED),
         ("llama_hf", SMALL | WIDE),
+        ("qwen2_hf", QWEN2),
+        ("qwen2_hf", QWEN2 | LLAMA_3_1 | TIED),
         ("qwen3_hf", QWEN),
         ("qwen3_hf", QWEN | TIED),
         ("glm4_moe_hf", QUICKSTART | SEQUENTIAL),
         ("glm4_moe_hf", SMALL | LLAMA_3_1 | SEQUENTIAL),
         ("glm4_moe_hf", QWEN | TIED | SEQUENTIAL),
+        ("glm4_moe_hf", QWEN2 | SEQUENTIAL),
+        ("mimo_hf", QWEN2 | RAW),
         ("mellum_hf", QWEN | LLAMA_3_1 | SEQUENTIAL | {"mtp.num_future_tokens": 2}),
     ],
 )
@@ -72,7 +76,8 @@ def test_transformers_computes_our_logits(tmp_path: Path, name: str, changes) ->
     theirs, info = load(tmp_path / "hf")
     # Modules behind the trunk are not loaded with it: `use_mtp` reads them.
     layers = ours.args.n_layers
-    assert all(f".{layers}." in k or f".{layers + 1}." in k for k in info["unexpected_keys"])
+    behind = (f"layers.{layers}.", f"layers.{layers + 1}.", "mtp.", "mtp_layers.")
+    assert all(k.removeprefix("model.").startswith(behind) for k in info["unexpected_keys"])
     ids = tokens()
     assert theirs.dtype == torch.float32
     expected, found = our_logits(ours, ids), theirs(ids).logits
@@ -145,6 +150,78 @@ def test_transformers_modules_compute_our_heads(tmp_path: Path, monkeypatch, mod
         torch.testing.assert_close(h, hiddens[k + 1], rtol=0, atol=2e-5)
 
 
+class MiMoModule(torch.nn.Module):
+    """`MiMoMultiTokenPredictorLayer` of vLLM's mimo_mtp.py around transformers' Qwen2 layer, but
+    for the embedding at position 0, which vLLM takes for zero."""
+
+    def __init__(self, config) -> None:
+        super().__init__()
+        from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2RMSNorm
+
+        width = config.hidden_size
+        self.token_layernorm = Qwen2RMSNorm(width, eps=config.rms_norm_eps)
+        self.hidden_layernorm = Qwen2RMSNorm(width, eps=config.rms_norm_eps)
+        self.input_proj = torch.nn.Linear(2 * width, width, bias=False)
+        self.mtp_block = Qwen2DecoderLayer(config, layer_idx=0)
+        self.final_layernorm = Qwen2RMSNorm(width, eps=config.rms_norm_eps)
+
+    def load(self, tensors: dict[str, Tensor], prefix: str) -> None:
+        """As vLLM names them: all but four belong to the block."""
+        own = {name for name, _ in self.named_children()}
+        state = {}
+        for key in (key for key in tensors if key.startswith(prefix)):
+            name = key.removeprefix(prefix)
+            state[name if name.split(".")[0] in own else f"mtp_block.{name}"] = tensors[key]
+        self.load_state_dict(state)
+
+    def forward(self, hidden: Tensor, embedded: Tensor, **options) -> Tensor:
+        joined = torch.cat((self.hidden_layernorm(hidden), self.token_layernorm(embedded)), -1)
+        return self.final_layernorm(self.mtp_block(self.input_proj(joined), **options))
+
+
+@pytest.mark.parametrize("modules", [1, 2])
+def test_mimos_modules_compute_our_heads(tmp_path: Path, modules: int) -> None:
+    from transformers.masking_utils import create_causal_mask
+
+    changes = QWEN2 | RAW | {"mtp.num_future_tokens": modules + 1}
+    ours, _ = write_run(tmp_path / "run", **changes)
+    export_checkpoint(tmp_path / "run", tmp_path / "hf", "mimo_hf")
+    theirs, _ = load(tmp_path / "hf")
+    assert theirs.config.num_nextn_predict_layers == modules
+    tensors = load_file(tmp_path / "hf" / "model.safetensors")
+    ids = tokens(24 + modules)
+    size = 24
+    at = torch.arange(size).unsqueeze(0)
+    # vLLM's MiMoModel.forward ends before the final norm, which compute_logits applies.
+    raw: list[Tensor] = []
+    theirs.model.norm.register_forward_pre_hook(lambda _, args: raw.append(args[0]))
+    theirs(ids[:, :size])
+    mask = create_causal_mask(
+        config=theirs.config,
+        inputs_embeds=raw[0],
+        attention_mask=None,
+        past_key_values=None,
+        position_ids=at,
+    )
+    rotary = theirs.model.rotary_emb(raw[0], at)
+
+    batch = Batch(ids[:, :size], torch.empty(0), torch.empty(0), at, torch.zeros_like(at))
+    ours_h, context = ours.encode(batch)  # the raw state
+    h = raw[0]
+    torch.testing.assert_close(h, ours_h, rtol=0, atol=1e-5)
+    for k in range(2, modules + 2):
+        ahead = ids[:, k - 1 : k - 1 + size]
+        module = MiMoModule(theirs.config).eval()
+        module.load(tensors, f"model.mtp_layers.{k - 2}.")
+        h = module(
+            h, theirs.model.embed_tokens(ahead), attention_mask=mask, position_embeddings=rotary
+        )
+        ours_h = ours.mtp.module(k)(ours_h, ours.tok_embeddings(ahead), context)
+        found, expected = theirs.lm_head(h), ours.output(ours_h)
+        assert expected.std() > 0.1
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
 def llama_config(**options):
     return transformers.LlamaConfig(
         vocab_size=320,
@@ -155,6 +232,19 @@ def llama_config(**options):
         num_key_value_heads=2,
         max_position_embeddings=128,
         rms_norm_eps=1e-5,
+        **options,
+    )
+
+
+def qwen2_config(**options):
+    return transformers.Qwen2Config(
+        vocab_size=320,
+        hidden_size=32,
+        intermediate_size=56,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
         **options,
     )
 
@@ -188,9 +278,10 @@ SCALED = {
     [
         ("llama_hf", llama_config()),
         ("llama_hf", llama_config(rope_parameters=SCALED, tie_word_embeddings=True)),
+        ("qwen2_hf", qwen2_config()),
         ("qwen3_hf", qwen3_config()),
     ],
-    ids=["llama", "llama-scaled-tied", "qwen3"],
+    ids=["llama", "llama-scaled-tied", "qwen2", "qwen3"],
 )
 def test_an_imported_model_has_the_loss_that_transformers_computes(tmp_path, name, config):
     torch.manual_seed(0)
@@ -281,6 +372,19 @@ def test_a_run_starts_from_a_hugging_face_folder(tmp_path: Path) -> None:
         start(tmp_path / "b", tmp_path / "hf", **{"model.args.rope_theta": 500.0})
     with pytest.raises(UserError, match=r"config\.json: missing"):
         start(tmp_path / "c", tmp_path / "saved")
+
+
+def test_modules_that_read_another_state_are_not_loaded(tmp_path: Path) -> None:
+    shape = QWEN2 | {"training.seq_len": 32}
+    saved, _ = write_run(tmp_path / "saved", **shape, **RAW)
+    export_checkpoint(tmp_path / "saved", tmp_path / "hf", "mimo_hf")
+    keys = shape | {"mtp.heads": "sequential", "mtp.num_future_tokens": 3}
+    with pytest.raises(UserError, match="read the trunk's raw state, the run's the normalized one"):
+        start(tmp_path / "a", tmp_path / "hf", **keys)
+    keys |= {"checkpoint.exclude_from_loading": ["mtp"]}
+    started, _ = start(tmp_path / "b", tmp_path / "hf", **keys)
+    trunk = [name for name in started if not name.startswith("mtp.")]
+    assert all(torch.equal(started[name], saved.state_dict()[name]) for name in trunk)
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ class StackedLinear(nn.Module):
         super().__init__()
         weight = torch.stack([layer.weight for layer in layers])  # [H, out, in]
         self.register_buffer("weight", weight.transpose(1, 2))
-        biases = [layer.bias for layer in layers if layer.bias is not None]
+        biases: list[Tensor] = [layer.bias for layer in layers if layer.bias is not None]
         self.register_buffer("bias", torch.stack(biases).unsqueeze(1) if biases else None)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,8 @@ from formats_run import (
     PARALLEL,
     PLAIN_QUERIES,
     QWEN,
+    QWEN2,
+    RAW,
     SEQUENTIAL,
     SMALL,
     YARN,
@@ -26,19 +29,25 @@ from formats_run import (
 from torchtitan_mtp.checkpoint import find_checkpoint
 from torchtitan_mtp.checkpoint.folders import kind_of
 from torchtitan_mtp.checkpoint.formats import FORMATS, export_checkpoint, import_checkpoint
-from torchtitan_mtp.checkpoint.formats.names import to_halves, to_pairs
+from torchtitan_mtp.checkpoint.formats.names import swap_halves, to_halves, to_pairs
+from torchtitan_mtp.checkpoint.formats.training import hf_format
 from torchtitan_mtp.checkpoint.formats.write import Output, write_safetensors
 from torchtitan_mtp.checkpoint.manifest import read_manifest
 from torchtitan_mtp.config import load_toml
+from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.inference import generate, load_for_inference
+from torchtitan_mtp.models.args import ModelArgs
 from torchtitan_mtp.models.flavors import flavors
 
 TIED = {"model.args.tied_embeddings": True}
+BOTH = QWEN | {"model.args.qkv_bias": True}
 SHARED = {"mtp.share_weights": True}
 CASES = {
     "llama_hf": [SMALL, SMALL | LLAMA_3_1 | TIED, SMALL | {"model.args.head_size": 6}],
+    "qwen2_hf": [QWEN2, QWEN2 | LLAMA_3_1 | TIED],
     "qwen3_hf": [QWEN, QWEN | TIED],
-    "glm4_moe_hf": [SMALL | SEQUENTIAL, QWEN | SEQUENTIAL | TIED, SMALL],
+    "glm4_moe_hf": [SMALL | SEQUENTIAL, QWEN | SEQUENTIAL | TIED, SMALL, QWEN2 | SEQUENTIAL, BOTH],
+    "mimo_hf": [QWEN2 | RAW, QWEN2 | RAW | TIED | {"mtp.num_future_tokens": 2}, QWEN2],
     "mellum_hf": [QWEN | SEQUENTIAL | {"mtp.num_future_tokens": 2}, QWEN | LLAMA_3_1],
     "meta": [SMALL | PARALLEL, SMALL | PARALLEL | {"mtp.match_parameters": True}, SMALL],
     "deepseek_v3_hf": [DEEPSEEK | SEQUENTIAL, DEEPSEEK | PLAIN_QUERIES | YARN | TIED],
@@ -80,6 +89,7 @@ def test_there_and_back_to_the_bit(tmp_path: Path, name: str, changes) -> None:
     assert (path.name, kind_of(path)) == ("step-0", "model_only")
     ours, _, _ = load_for_inference(tmp_path / "back")
     assert again.mtp.num_future_tokens == config.mtp.num_future_tokens or not ours.mtp
+    assert again.mtp.trunk_state == config.mtp.trunk_state
     kept, _, _ = load_for_inference(tmp_path / "run")
     tokens = [generate(model, [[1, 2, 3]], 8).tokens for model in (ours, kept)]
     assert tokens[0] == tokens[1]
@@ -105,6 +115,28 @@ def test_rotary_layouts_against_the_definition():
     assert torch.equal(to_pairs(halves, 6), x)
     scale = torch.arange(6)  # a norm's, one for all heads
     assert to_halves(scale, 6).tolist() == [0, 2, 4, 1, 3, 5]
+    assert to_halves(torch.arange(12), 6).tolist() == [0, 2, 4, 1, 3, 5, 6, 8, 10, 7, 9, 11]  # bias
+
+
+def test_swapped_halves_against_the_definition():
+    x = torch.arange(3 * 8).view(3, 8)
+    assert torch.equal(swap_halves(x), torch.cat((x[:, 4:], x[:, :4]), dim=1))
+    assert torch.equal(swap_halves(swap_halves(x)), x)
+
+
+def test_what_a_training_leaves() -> None:
+    """The format of `checkpoint.last_save_in_hf`."""
+    shape = ModelArgs(dim=32, n_heads=4, n_layers=2, vocab_size=320, hidden_dim=48)
+    biased = replace(shape, qkv_bias=True)
+    assert hf_format(shape, 0, "normalized") == "llama_hf"
+    assert hf_format(biased, 0, "normalized") == "qwen2_hf"
+    assert hf_format(replace(shape, qk_norm=True), 0, "normalized") == "qwen3_hf"
+    assert hf_format(replace(biased, qk_norm=True), 0, "normalized") == "glm4_moe_hf"
+    assert hf_format(shape, 2, "normalized") == "glm4_moe_hf"
+    assert hf_format(biased, 2, "normalized") == "glm4_moe_hf"
+    assert hf_format(biased, 2, "raw") == "mimo_hf"
+    with pytest.raises(UserError, match=r"takes models with model\.args\.qkv_bias"):
+        hf_format(shape, 2, "raw")
 
 
 def test_shards_and_their_index(tmp_path: Path) -> None:

@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from formats_run import PARALLEL, QWEN, SEQUENTIAL, SMALL, write_run
-from torchtitan_mtp.checkpoint.formats import export_checkpoint, find_format, import_checkpoint
+from formats_run import DEEPSEEK, PARALLEL, QWEN, QWEN2, RAW, SEQUENTIAL, SMALL, write_run
+from torchtitan_mtp.checkpoint.formats import export_checkpoint, import_checkpoint
 from torchtitan_mtp.checkpoint.formats import exporting as exporting_module
 from torchtitan_mtp.checkpoint.formats.training import config_of_hf
 from torchtitan_mtp.checkpoint.formats.write import written_aside
@@ -34,7 +34,9 @@ def exported(tmp_path_factory) -> Path:
     write_run(folder / "run", **SMALL, **SEQUENTIAL)
     write_run(folder / "parallel", **SMALL, **PARALLEL)
     write_run(folder / "qwen", **QWEN)
+    write_run(folder / "qwen2", **QWEN2, **RAW)
     export_checkpoint(folder / "qwen", folder / "mellum", "mellum_hf")
+    export_checkpoint(folder / "qwen2", folder / "mimo", "mimo_hf")
     export_checkpoint(folder / "run", folder / "glm", "glm4_moe_hf", max_shard_size=60_000)
     export_checkpoint(folder / "run", folder / "llama", "llama_hf", drop_heads=True)
     export_checkpoint(folder / "parallel", folder / "meta", "meta")
@@ -90,7 +92,10 @@ DAMAGES = {
         lambda c: (c / "glm/config.json").write_text("[" * 100_000),
         "config.json: not readable as JSON",
     ),
-    "bias": (lambda c: edit(c / "glm/config.json", attention_bias=True), "attention_bias = True"),
+    "bias": (
+        lambda c: edit(c / "glm/config.json", attention_bias=True),
+        r"lacks 15 \(model.layers.0.self_attn.q_proj.bias",
+    ),
     "mixture": (
         lambda c: edit(c / "glm/config.json", first_k_dense_replace=1),
         "first_k_dense_replace = 1",
@@ -197,6 +202,11 @@ UNFIT = [  # format, key, value, what the message says of them
     ("llama_hf", "num_key_value_heads", 8, "n_kv_heads = 8: expected a divisor of n_heads = 4"),
     ("llama_hf", "head_dim", 15, "head_size = 15: expected an even number"),
     ("mellum_hf", "rope_parameters", {"full_attention": 3}, "full_attention = 3, expected an obj"),
+    ("llama_hf", "attention_bias", True, "attention_bias = True is not supported here, only False"),
+    ("glm4_moe_hf", "attention_bias", 1, "attention_bias = 1, expected true or false"),
+    ("mimo_hf", "attention_bias", False, "attention_bias = False is not supported here, only True"),
+    ("mimo_hf", "use_sliding_window", True, "use_sliding_window = True is not supported here"),
+    ("mimo_hf", "num_nextn_predict_layers", -1, "expected a finite number of at least 0"),
 ]
 
 
@@ -204,7 +214,7 @@ UNFIT = [  # format, key, value, what the message says of them
     ("name", "key", "value", "message"), UNFIT, ids=[f"{u[1]}-{i}" for i, u in enumerate(UNFIT)]
 )
 def test_configs_of_other_types(exported: Path, tmp_path: Path, name, key, value, message) -> None:
-    config = {"glm4_moe_hf": "glm", "llama_hf": "llama", "mellum_hf": "mellum"}[name]
+    config = name.split("_")[0].removesuffix("4")  # glm, llama, mellum, mimo
     values = json.loads((exported / config / "config.json").read_text())
     (tmp_path / "x").mkdir()
     (tmp_path / "x" / "config.json").write_text(json.dumps(values | {key: value}))
@@ -219,6 +229,33 @@ def test_damaged_folders(copy: Path, damage: str) -> None:
     make, message = DAMAGES[damage]
     make(copy)
     found = refusal(lambda: import_checkpoint(copy / "glm", copy / "back", "glm4_moe_hf"))
+    assert re.search(message, found), found
+    assert not list(copy.glob("back*"))
+
+
+K_BIAS = "model.mtp_layers.1.self_attn.k_proj.bias"
+JOINED = "model.mtp_layers.0.input_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop(K_BIAS), rf"lacks 1 \({K_BIAS}\)"),
+        (lambda t: t.update({K_BIAS: t[K_BIAS][1:]}), r"k_proj.bias has shape \(15,\), .* \(16,\)"),
+        (
+            lambda t: t.update({JOINED: t[JOINED][:, :32].contiguous()}),
+            r"input_proj.weight has shape \(32, 32\), expected \(32, 64\)",
+        ),
+        (
+            lambda t: t.update({"model.layers.0.self_attn.o_proj.bias": torch.zeros(32)}),
+            r"holds 1 \(model.layers.0.self_attn.o_proj.bias\), which have no place",
+        ),
+    ],
+    ids=["missing", "shape of a bias", "shape of a projection", "unknown"],
+)
+def test_damaged_mimo_folders(copy: Path, change, message: str) -> None:
+    edit_tensors(copy / "mimo" / "model.safetensors", change)
+    found = refusal(lambda: import_checkpoint(copy / "mimo", copy / "back", "mimo_hf"))
     assert re.search(message, found), found
     assert not list(copy.glob("back*"))
 
@@ -283,6 +320,37 @@ def test_what_an_export_refuses(exported: Path, tmp_path: Path) -> None:
         ),
         ("mellum_hf", QWEN | SEQUENTIAL, "can't hold the 2 sequential heads"),
         ("meta", SMALL | {"model.args.head_size": 6}, "no head_size"),
+        (
+            "qwen2_hf",
+            SMALL,
+            "with biases of queries, keys and values (model.args.qkv_bias), this one is another; "
+            "try llama_hf, glm4_moe_hf, meta, torchtitan",
+        ),
+        (
+            "llama_hf",
+            QWEN2,
+            "with no biases of queries, keys and values (model.args.qkv_bias), this one is "
+            "another; try qwen2_hf, glm4_moe_hf, mimo_hf",
+        ),
+        ("torchtitan", QWEN2, "with no biases"),
+        ("mimo_hf", SMALL | RAW, "with biases of queries, keys and values (model.args.qkv_bias)"),
+        ("qwen2_hf", QWEN2 | {"model.args.head_size": 12}, "head_size = 12, and Qwen2's heads are"),
+        ("llama_hf", QWEN2 | {"model.args.moe.num_experts": 4}, "kind; no format here holds it"),
+        (
+            "mimo_hf",
+            QWEN2 | SEQUENTIAL,
+            "its modules read the trunk's raw state, this model's the normalized one "
+            "(mtp.trunk_state); use glm4_moe_hf, or leave them out with --drop_heads",
+        ),
+        (
+            "glm4_moe_hf",
+            QWEN2 | RAW,
+            "its modules read the trunk's normalized state, this model's the raw one "
+            "(mtp.trunk_state); use mimo_hf, or leave them out with --drop_heads",
+        ),
+        ("mellum_hf", QWEN | RAW, "this model's the raw one (mtp.trunk_state); leave them out"),
+        ("deepseek_v3_hf", DEEPSEEK | RAW, "this model's the raw one (mtp.trunk_state); leave"),
+        ("mimo_hf", QWEN2 | PARALLEL, "can't hold the 2 parallel heads"),
         ("meta", SMALL | {"model.args.rope_scaling.factor": 2.0}, "no rotary scaling"),
         ("llama_hf", SMALL | {"model.hf_assets_path": "/nowhere"}, "no such file or folder"),
     ],
@@ -367,8 +435,3 @@ def test_folders_above_are_made_and_removed_again(tmp_path: Path) -> None:
     with written_aside(tmp_path / "a/b/out", 0):
         pass
     assert [path.name for path in (tmp_path / "a" / "b").iterdir()] == ["out"]
-
-
-def test_a_format_that_cannot_be_exact_says_why() -> None:
-    with pytest.raises(UserError, match=r"mimo_hf.*before the final norm.*glm4_moe_hf"):
-        find_format("mimo_hf")

@@ -10,10 +10,11 @@ from torch import nn
 
 from runs import DEEPSEEK as DEEPSEEK_RUN
 from runs import ONE_BY_ONE, SEQUENTIAL, config_of, interrupt_after, same, train
-from tests.small import ARGS, DEEPSEEK
+from tests.small import ARGS, DEEPSEEK, perturb_norms
 from torchtitan_mtp.config import MTP, Float8Linear
 from torchtitan_mtp.distributed.float8 import convert_to_float8, float8_scales_after_step
 from torchtitan_mtp.errors import UserError
+from torchtitan_mtp.models.init import init_weights
 from torchtitan_mtp.models.transformer import build_model
 from torchtitan_mtp.mtp import add_heads
 
@@ -40,6 +41,23 @@ def test_every_layer_but_output_is_converted(heads, recipe):
     assert any(name.startswith("mtp.heads.1.") for name in found)
     if heads == "sequential":
         assert found["mtp.heads.0.eh_proj"]
+
+
+def test_biases_stay_as_they_are():
+    args = replace(ARGS, dim=64, qkv_bias=True)
+    x = torch.randn(2, 8, 64, generator=torch.Generator().manual_seed(0))
+    outputs = []
+    for convert in (lambda model: None, lambda model: convert_to_float8(model, Float8Linear())):
+        model = build_model(args)
+        convert(model)
+        model.to_empty(device="cpu")
+        init_weights(model, 0)
+        perturb_norms(model)
+        outputs.append(model.layers["0"].attention.wq(x))
+    assert isinstance(model.layers["0"].attention.wq, Float8)
+    bias = model.layers["0"].attention.wq.bias
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=0, atol=0.1)
+    assert (outputs[1] - bias - outputs[0]).abs().mean() > 0.15  # without them it is another
 
 
 def test_routers_and_experts_stay():

@@ -45,6 +45,15 @@ def test_plain_decoding_with_a_cache_equals_a_full_forward_a_token(heads: str, s
     assert generate(model, [PROMPT], 20).tokens == [expected]
 
 
+@pytest.mark.parametrize(("heads", "share"), FAMILIES)
+def test_decoding_with_biases_of_queries_keys_and_values(heads: str, share: bool) -> None:
+    model = random_model(heads, 4, share, seed=4, qkv_bias=True)
+    expected = naive_greedy(model, PROMPT, 20, 4)
+    assert len(set(expected)) > 3
+    for speculative in (False, True):
+        assert generate(model, [PROMPT], 20, speculative=speculative).tokens == [expected]
+
+
 def test_a_model_without_heads_decodes() -> None:
     model = random_model(n=1)
     assert generate(model, [PROMPT], 12).tokens == [naive_greedy(model, PROMPT, 12, 1)]

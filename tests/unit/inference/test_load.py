@@ -110,7 +110,13 @@ def test_a_checkpoint_that_is_no_model_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("format_name", "changes"),
-    [("glm4_moe_hf", formats_run.SEQUENTIAL), ("llama_hf", {}), ("qwen3_hf", formats_run.QWEN)],
+    [
+        ("glm4_moe_hf", formats_run.SEQUENTIAL),
+        ("llama_hf", {}),
+        ("qwen3_hf", formats_run.QWEN),
+        ("qwen2_hf", formats_run.QWEN2),
+        ("mimo_hf", formats_run.QWEN2 | formats_run.RAW),
+    ],
 )
 def test_a_hugging_face_folder_is_the_model_that_was_exported(
     tmp_path: Path, format_name: str, changes: dict[str, object]

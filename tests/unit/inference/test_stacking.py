@@ -31,7 +31,9 @@ def test_a_stacked_block_is_each_block_on_its_rows(batch: int, qkv_bias: bool) -
         out = block(x, wide.context, cache.at(wide))
         torch.testing.assert_close(out, torch.cat(expected), rtol=1e-6, atol=1e-6)
     assert torch.allclose(cache.k, torch.cat([c.k for c in apart]), atol=1e-6)
-    two = first_heads(block, 2)(x[: 2 * batch], positions.repeat(2).span([0] * 2 * batch, 1).context)
+    two = first_heads(block, 2)(
+        x[: 2 * batch], positions.repeat(2).span([0] * 2 * batch, 1).context
+    )
     alone = [
         b(part, positions.span([0] * batch, 1).context)
         for b, part in zip(blocks[:2], x.chunk(3), strict=False)

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from small import ARGS, DEEPSEEK
-from torchtitan_mtp.config import MTP, Float8Linear
-from torchtitan_mtp.distributed.float8 import convert_to_float8
+from torchtitan_mtp.config import MTP
 from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.models.flavors import check_shape, model_args
 from torchtitan_mtp.models.init import init_weights
@@ -51,11 +50,3 @@ def test_latent_attention_has_none():
         check_shape(replace(DEEPSEEK, qkv_bias=True))
     with pytest.raises(UserError, match="qkv_bias"):
         model_args("deepseek_v3", "16B", tokenizer_vocab=9, changes={"qkv_bias": True})
-
-
-def test_float8_layers_keep_them():
-    model = build_model(replace(ARGS, qkv_bias=True, dim=64))
-    convert_to_float8(model, Float8Linear(emulate=True))
-    projection = model.layers["0"].attention.wq
-    assert type(projection).__name__ == "Float8Linear"
-    assert projection.bias.shape == (64,)

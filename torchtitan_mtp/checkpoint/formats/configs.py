@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ def _common(spec: ModelSpec, architecture: str, model_type: str) -> dict[str, An
         "initializer_range": 0.02,
         "rms_norm_eps": args.norm_eps,
         "tie_word_embeddings": args.tied_embeddings,
-        "attention_bias": False,
+        "attention_bias": args.qkv_bias,
         "attention_dropout": 0.0,
         "use_cache": True,
         "rope_theta": args.rope_theta,  # for readers older than rope_parameters
@@ -60,7 +61,36 @@ def llama_config(spec: ModelSpec) -> dict[str, Any]:
 
 def qwen3_config(spec: ModelSpec) -> dict[str, Any]:
     """Qwen3Config."""
-    return _common(spec, "Qwen3ForCausalLM", "qwen3") | {
+    return _common(spec, "Qwen3ForCausalLM", "qwen3") | _no_window(spec)
+
+
+def qwen2_config(spec: ModelSpec) -> dict[str, Any]:
+    """Qwen2Config. Error: heads of another width than dim / n_heads, which engines ignore."""
+    return _qwen2(spec, "qwen2_hf", "Qwen2ForCausalLM")
+
+
+def mimo_config(spec: ModelSpec) -> dict[str, Any]:
+    """MiMo's config: Qwen2's and the number of modules. Error: as `qwen2_config`.
+
+    Its model_type is Qwen2's, which transformers knows: it would read "mimo" with the code of
+    XiaomiMiMo's repository alone, and vLLM goes by the architecture.
+    """
+    config = _qwen2(spec, "mimo_hf", "MiMoForCausalLM")
+    return config | {"num_nextn_predict_layers": spec.modules}
+
+
+def _qwen2(spec: ModelSpec, name: str, architecture: str) -> dict[str, Any]:
+    args = spec.args
+    if args.head_dim * args.n_heads != args.dim:
+        raise UserError(
+            f"{name}: model.args.head_size = {args.head_dim}, and Qwen2's heads are "
+            f"{args.dim} / {args.n_heads} wide; glm4_moe_hf takes any"
+        )
+    return _common(spec, architecture, "qwen2") | _no_window(spec)
+
+
+def _no_window(spec: ModelSpec) -> dict[str, Any]:
+    return {
         "use_sliding_window": False,
         "sliding_window": None,
         "max_window_layers": spec.args.n_layers,
@@ -199,8 +229,11 @@ def _rope(reader: Reader, nested: str | None) -> tuple[float, RoPEScaling | None
     )
 
 
-def _read_common(reader: Reader, qk_norm: bool, rope: str | None = None) -> ModelArgs:
-    for key in ("attention_bias", "mlp_bias", "use_sliding_window"):
+def _read_common(
+    reader: Reader, qk_norm: bool, rope: str | None = None, qkv_bias: bool = False
+) -> ModelArgs:
+    reader.expect("attention_bias", qkv_bias, None)
+    for key in ("mlp_bias", "use_sliding_window"):
         reader.expect(key, False, None)
     reader.expect("hidden_act", "silu")
     heads, dim = reader.integer("num_attention_heads"), reader.integer("hidden_size")
@@ -215,6 +248,7 @@ def _read_common(reader: Reader, qk_norm: bool, rope: str | None = None) -> Mode
         hidden_dim=reader.integer("intermediate_size"),
         head_size=None if head_dim * heads == dim else head_dim,
         qk_norm=qk_norm,
+        qkv_bias=qkv_bias,
         norm_eps=float(reader.number("rms_norm_eps", 1e-6)),
         rope_theta=theta,
         rope_scaling=scaling,
@@ -233,10 +267,24 @@ def read_qwen3(file: Path, values: Mapping[str, Any]) -> ModelSpec:
     return ModelSpec(_read_common(Reader(file, {"head_dim": 128, **values}), qk_norm=True))
 
 
+def read_qwen2(file: Path, values: Mapping[str, Any]) -> ModelSpec:
+    """The model of a Qwen2Config."""
+    return ModelSpec(_read_common(Reader(file, values), qk_norm=False, qkv_bias=True))
+
+
+def read_mimo(file: Path, values: Mapping[str, Any]) -> ModelSpec:
+    """The model of MiMo's config."""
+    reader = Reader(file, values)
+    spec = with_modules(reader, _read_common(reader, qk_norm=False, qkv_bias=True))
+    return replace(spec, trunk_state="raw") if spec.modules else spec
+
+
 def read_glm4_moe(file: Path, values: Mapping[str, Any]) -> ModelSpec:
     """The model of a Glm4MoeConfig that `glm4_moe_config` wrote; real mixtures are refused."""
     reader = Reader(file, values)
-    args = _read_common(reader, qk_norm=reader.flag("use_qk_norm"))
+    args = _read_common(
+        reader, qk_norm=reader.flag("use_qk_norm"), qkv_bias=reader.flag("attention_bias")
+    )
     reader.expect("first_k_dense_replace", args.n_layers - 1)
     reader.expect("moe_intermediate_size", args.ffn_dim)
     reader.expect("n_shared_experts", 1)
@@ -280,8 +328,10 @@ def meta_params(spec: ModelSpec) -> dict[str, Any]:
         UserError: a shape that Meta's model has not.
     """
     args = spec.args
-    if args.qk_norm or args.head_size not in (None, args.dim // args.n_heads):
-        raise UserError("meta: its model has no norms of queries and keys and no head_size")
+    if args.qk_norm or args.qkv_bias or args.head_size not in (None, args.dim // args.n_heads):
+        raise UserError(
+            "meta: its model has no norms of queries and keys, no biases and no head_size"
+        )
     if args.rope_scaling is not None:
         raise UserError("meta: its model has no rotary scaling")
     width: dict[str, Any] = {"multiple_of": args.multiple_of}

@@ -21,7 +21,7 @@ from torchtitan_mtp.checkpoint.formats.formats import (
     open_tensors,
     verify,
 )
-from torchtitan_mtp.checkpoint.formats.names import Entry, Names, to_halves
+from torchtitan_mtp.checkpoint.formats.names import Entry, Names, swap_halves, to_halves
 from torchtitan_mtp.checkpoint.formats.read import DCPTensors, Tensors
 from torchtitan_mtp.checkpoint.formats.spec import ModelSpec, spec_of_run
 from torchtitan_mtp.checkpoint.formats.tokenizer_files import copy_tokenizer
@@ -98,18 +98,28 @@ def _fitting(
     """`spec`, or its trunk where its heads are to be dropped. Error: the format can't hold it."""
     if form.kind not in (None, spec.kind):
         raise UserError(f"--format {name}: is for models of another kind; {_advice(spec)}")
-    if form.qk_norm is not None and form.qk_norm != spec.args.qk_norm:
-        other = "no " if spec.args.qk_norm else ""
-        raise UserError(
-            f"--format {name}: takes models with {other}norms of queries and keys (model.args."
-            f"qk_norm), this one is another; {_advice(spec)}"
-        )
+    for key, what in (
+        ("qk_norm", "norms of queries and keys"),
+        ("qkv_bias", "biases of queries, keys and values"),
+    ):
+        if getattr(form, key) not in (None, has := getattr(spec.args, key)):
+            other = "no " if has else ""
+            raise UserError(
+                f"--format {name}: takes models with {other}{what} (model.args.{key}), this one is "
+                f"another; {_advice(spec)}"
+            )
     if _has_place_for_heads(form, spec):
         return spec
     heads = [key for key in source.kinds if key.startswith("mtp.")]
     if not drop_heads:
-        fit = [key for key, f in FORMATS.items() if _holds(f, spec)]
+        fit = [key for key, f in FORMATS.items() if holds(f, spec)]
         use = f"use {' or '.join(fit)}, or " if fit else ""
+        if spec.heads == form.heads and spec.trunk_state != form.trunk_state:
+            raise UserError(
+                f"--format {name}: its modules read the trunk's {form.trunk_state} state, this "
+                f"model's the {spec.trunk_state} one (mtp.trunk_state); {use}leave them out with "
+                "--drop_heads"
+            )
         raise UserError(
             f"--format {name}: can't hold the {spec.modules} {spec.heads} heads beside the trunk "
             f"({names_line(heads)}); {use}leave them out with --drop_heads"
@@ -122,12 +132,17 @@ def _fitting(
 
 def _has_place_for_heads(form: Format, spec: ModelSpec) -> bool:
     few = form.most_modules is None or spec.modules <= form.most_modules
-    return spec.heads in ("", form.heads) and few
+    return not spec.heads or (
+        spec.heads == form.heads and few and spec.trunk_state == form.trunk_state
+    )
 
 
-def _holds(form: Format, spec: ModelSpec) -> bool:
+def holds(form: Format, spec: ModelSpec) -> bool:
     """Whether an export in the format, with the heads, would not be refused."""
-    if form.kind not in (None, spec.kind) or form.qk_norm not in (None, spec.args.qk_norm):
+    args = spec.args
+    if form.kind not in (None, spec.kind):
+        return False
+    if form.qk_norm not in (None, args.qk_norm) or form.qkv_bias not in (None, args.qkv_bias):
         return False
     try:
         if form.write_config is not None:
@@ -139,10 +154,11 @@ def _holds(form: Format, spec: ModelSpec) -> bool:
 
 def _advice(spec: ModelSpec) -> str:
     """The formats that hold the model, or its trunk where none does."""
-    if fit := [key for key, form in FORMATS.items() if _holds(form, spec)]:
+    if fit := [key for key, form in FORMATS.items() if holds(form, spec)]:
         return f"try {', '.join(fit)}"
-    fit = [key for key, form in FORMATS.items() if _holds(form, spec.without_heads())]
-    return f"try {', '.join(fit)} with --drop_heads"
+    if fit := [key for key, form in FORMATS.items() if holds(form, spec.without_heads())]:
+        return f"try {', '.join(fit)} with --drop_heads"
+    return "no format here holds it"
 
 
 def _outward(
@@ -156,7 +172,8 @@ def _outward(
         if entry.part is not None:
             return stacked(entry.ours)[entry.part].to(to)
         tensor = source.read(entry.ours)
-        return (to_halves(tensor, head_dim) if entry.rotary else tensor).to(to)
+        tensor = to_halves(tensor, head_dim) if entry.rotary else tensor
+        return (swap_halves(tensor) if entry.swapped else tensor).to(to)
 
     outputs = []
     for entry in table.entries:

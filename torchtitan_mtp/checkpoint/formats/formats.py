@@ -23,7 +23,7 @@ from torchtitan_mtp.checkpoint.formats.read import (
     SafetensorsTensors,
     Tensors,
 )
-from torchtitan_mtp.checkpoint.formats.spec import ModelSpec
+from torchtitan_mtp.checkpoint.formats.spec import ModelSpec, TrunkState
 from torchtitan_mtp.checkpoint.formats.write import DTYPES, Output
 from torchtitan_mtp.checkpoint.load import names_line
 from torchtitan_mtp.errors import UserError
@@ -36,9 +36,9 @@ class Format:
     """One format.
 
     container: "safetensors", "pth" or "dcp". kind: of the blocks that it holds (`ModelSpec.kind`),
-    None for any. heads: the family that it holds, if any, and
-    most_modules how many of them. qk_norm: what it needs, None for either. Without read_config its
-    folders do not say which model they hold.
+    None for any. heads: the family that it holds, if any, most_modules how many of them, and
+    trunk_state what sequential ones read. qk_norm, qkv_bias: what it needs, None for either.
+    Without read_config its folders do not say which model they hold.
     """
 
     names: Callable[[ModelSpec], Names]
@@ -46,7 +46,9 @@ class Format:
     kind: str | None = "llama"
     heads: str = ""
     most_modules: int | None = None
+    trunk_state: TrunkState = "normalized"
     qk_norm: bool | None = None
+    qkv_bias: bool | None = False
     architecture: str = ""
     write_config: Callable[[ModelSpec], dict[str, Any]] | None = None
     read_config: Callable[[Path, Mapping[str, Any]], ModelSpec] | None = None
@@ -61,6 +63,15 @@ FORMATS: dict[str, Format] = {
         write_config=configs.llama_config,
         read_config=configs.read_llama,
     ),
+    "qwen2_hf": Format(
+        names.llama_hf,
+        "safetensors",
+        qk_norm=False,
+        qkv_bias=True,
+        architecture="Qwen2ForCausalLM",
+        write_config=configs.qwen2_config,
+        read_config=configs.read_qwen2,
+    ),
     "qwen3_hf": Format(
         names.llama_hf,
         "safetensors",
@@ -73,9 +84,21 @@ FORMATS: dict[str, Format] = {
         names.glm4_moe_hf,
         "safetensors",
         heads="sequential",
+        qkv_bias=None,
         architecture="Glm4MoeForCausalLM",
         write_config=configs.glm4_moe_config,
         read_config=configs.read_glm4_moe,
+    ),
+    "mimo_hf": Format(
+        names.mimo_hf,
+        "safetensors",
+        heads="sequential",
+        trunk_state="raw",
+        qk_norm=False,
+        qkv_bias=True,
+        architecture="MiMoForCausalLM",
+        write_config=configs.mimo_config,
+        read_config=configs.read_mimo,
     ),
     "mellum_hf": Format(
         names.mellum_hf,
@@ -112,11 +135,6 @@ def find_format(name: str) -> Format:
     """A format by its name. Error: there is none; the nearest is named."""
     if name in FORMATS:
         return FORMATS[name]
-    if name == "mimo_hf":
-        raise UserError(
-            "--format mimo_hf: MiMo's modules read the hidden state before the final norm, those "
-            "here after it, so no conversion computes the same; use glm4_moe_hf or mellum_hf"
-        )
     nearest = difflib.get_close_matches(name, FORMATS, n=1, cutoff=0.4)
     hint = f"; did you mean {nearest[0]}?" if nearest else ""
     raise UserError(f"--format {name}: expected one of {', '.join(FORMATS)}{hint}")

@@ -20,7 +20,7 @@ from torchtitan_mtp.checkpoint.formats.formats import (
     open_tensors,
     verify,
 )
-from torchtitan_mtp.checkpoint.formats.names import Entry, to_pairs
+from torchtitan_mtp.checkpoint.formats.names import Entry, swap_halves, to_pairs
 from torchtitan_mtp.checkpoint.formats.read import DCPTensors, Tensors, read_json
 from torchtitan_mtp.checkpoint.formats.spec import ModelSpec, describe_run, spec_of_run
 from torchtitan_mtp.checkpoint.formats.tokenizer_files import copy_tokenizer
@@ -157,7 +157,8 @@ def inward(
     def read(entries: list[Entry], shape: Size, to: torch.dtype) -> Tensor:
         if entries[0].part is None:
             tensor = tensors.read(entries[0].theirs)
-            return (to_pairs(tensor, head_dim) if entries[0].rotary else tensor).to(to)
+            tensor = to_pairs(tensor, head_dim) if entries[0].rotary else tensor
+            return (swap_halves(tensor) if entries[0].swapped else tensor).to(to)
         whole = torch.empty(shape, dtype=to)
         for entry in entries:
             whole[entry.part].copy_(tensors.read(entry.theirs))

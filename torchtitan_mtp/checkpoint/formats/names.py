@@ -2,7 +2,9 @@
 
 Ours are in Llama's interleaved rotary layout: elements 2j and 2j + 1 of a head turn together.
 Hugging Face's models, and TorchTitan's Qwen3, turn elements j and j + head_dim / 2. So the rows of
-query and key projections, and the scales of their norms, change places; everything else is copied.
+query and key projections, their biases, and the scales of their norms change places. MiMo's modules
+read [h ; emb] where all others, ours included, read [emb ; h]: the halves of that projection's
+columns change places. Everything else is copied.
 """
 
 from __future__ import annotations
@@ -18,11 +20,13 @@ from torchtitan_mtp.checkpoint.formats.spec import ModelSpec
 @dataclass(frozen=True)
 class Entry:
     """One tensor under both names. `rotary`: its rows are in the layout of rotary positions.
-    `part`: theirs is one of the tensors that ours stacks, by its place."""
+    `swapped`: the halves of its columns are the other way round. `part`: theirs is one of the
+    tensors that ours stacks, by its place."""
 
     ours: str
     theirs: str
     rotary: bool = False
+    swapped: bool = False
     part: int | None = None
 
 
@@ -51,6 +55,11 @@ def to_pairs(x: Tensor, head_dim: int) -> Tensor:
     return halves.transpose(1, 2).flatten(0, 2)
 
 
+def swap_halves(x: Tensor) -> Tensor:
+    """[R, 2 * C] with the halves of its columns in each other's place; its own inverse."""
+    return x.roll(x.shape[1] // 2, dims=1)
+
+
 _ROTARY = {
     "attention.wq.weight": "self_attn.q_proj.weight",
     "attention.wk.weight": "self_attn.k_proj.weight",
@@ -59,12 +68,17 @@ _ROTARY_NORMS = {
     "attention.q_norm.weight": "self_attn.q_norm.weight",
     "attention.k_norm.weight": "self_attn.k_norm.weight",
 }
+_ROTARY_BIASES = {
+    "attention.wq.bias": "self_attn.q_proj.bias",
+    "attention.wk.bias": "self_attn.k_proj.bias",
+}
 _ATTENTION = {
     "attention.wv.weight": "self_attn.v_proj.weight",
     "attention.wo.weight": "self_attn.o_proj.weight",
     "attention_norm.weight": "input_layernorm.weight",
     "ffn_norm.weight": "post_attention_layernorm.weight",
 }
+_VALUE_BIAS = {"attention.wv.bias": "self_attn.v_proj.bias"}
 FEED_FORWARD = {
     "feed_forward.w1.weight": "gate_proj.weight",
     "feed_forward.w2.weight": "down_proj.weight",
@@ -87,11 +101,18 @@ _MELLUM_MODULE = {
     "eh_proj.weight": "fc.weight",
     "norm.weight": "norm.weight",
 }
+_MIMO_MODULE = {
+    "enorm.weight": "token_layernorm.weight",
+    "hnorm.weight": "hidden_layernorm.weight",
+    "norm.weight": "final_layernorm.weight",
+}
 
 
 def _block(spec: ModelSpec, ours: str, theirs: str, feed_forward: str = "mlp") -> list[Entry]:
     rotary = _ROTARY | (_ROTARY_NORMS if spec.args.qk_norm else {})
     plain = _ATTENTION | {a: f"{feed_forward}.{b}" for a, b in FEED_FORWARD.items()}
+    if spec.args.qkv_bias:
+        rotary, plain = rotary | _ROTARY_BIASES, plain | _VALUE_BIAS
     return [
         *(Entry(f"{ours}.{a}", f"{theirs}.{b}", rotary=True) for a, b in rotary.items()),
         *(Entry(f"{ours}.{a}", f"{theirs}.{b}") for a, b in plain.items()),
@@ -117,7 +138,8 @@ def repeated_names(spec: ModelSpec) -> frozenset[str]:
 
 
 def llama_hf(spec: ModelSpec) -> Names:
-    """LlamaForCausalLM, and Qwen3ForCausalLM, whose blocks have norms of queries and keys more."""
+    """LlamaForCausalLM; Qwen2ForCausalLM, whose blocks have biases of queries, keys and values
+    more; and Qwen3ForCausalLM, whose blocks have norms of queries and keys more."""
     entries = trunk_entries(spec)
     for i in range(spec.args.n_layers):
         entries += _block(spec, f"layers.{i}", f"model.layers.{i}")
@@ -160,6 +182,19 @@ def mellum_hf(spec: ModelSpec) -> Names:
     if spec.modules:
         names.entries.extend(_block(spec, "mtp.heads.0.block", "mtp.layers.0"))
         names.entries.extend(module_entries(_MELLUM_MODULE, "mtp.heads.0", "mtp"))
+    return names
+
+
+def mimo_hf(spec: ModelSpec) -> Names:
+    """MiMoForCausalLM: Qwen2's trunk, and modules under `model.mtp_layers.`."""
+    names = llama_hf(spec)
+    for k in range(spec.modules):
+        ours, theirs = f"mtp.heads.{k}", f"model.mtp_layers.{k}"
+        names.entries.extend(_block(spec, f"{ours}.block", theirs))
+        names.entries.extend(module_entries(_MIMO_MODULE, ours, theirs))
+        names.entries.append(
+            Entry(f"{ours}.eh_proj.weight", f"{theirs}.input_proj.weight", swapped=True)
+        )
     return names
 
 

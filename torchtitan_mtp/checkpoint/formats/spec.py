@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from torch import Size
 
@@ -14,8 +14,19 @@ from torchtitan_mtp.models.flavors import flavors, model_args
 from torchtitan_mtp.models.transformer import build_model
 from torchtitan_mtp.mtp import add_heads
 
+TrunkState = Literal["normalized", "raw"]  # mtp.trunk_state
+
 # What [model.args] can say; the rest of `ModelArgs` is the run's.
-_SIZES = ("dim", "n_layers", "n_heads", "norm_eps", "rope_theta", "tied_embeddings", "qk_norm")
+_SIZES = (
+    "dim",
+    "n_layers",
+    "n_heads",
+    "norm_eps",
+    "rope_theta",
+    "tied_embeddings",
+    "qk_norm",
+    "qkv_bias",
+)
 
 
 @dataclass(frozen=True)
@@ -24,12 +35,14 @@ class ModelSpec:
 
     args: `n_layers` counts the blocks that are there, `max_seq_len` the tokens the model may see.
     heads: "parallel", "sequential", or "" for none; then `num_future_tokens` is 1.
+    trunk_state: what sequential heads read, "normalized" or "raw" (`mtp.trunk_state`).
     """
 
     args: ModelArgs
     heads: str = ""
     num_future_tokens: int = 1
     share_weights: bool = False
+    trunk_state: TrunkState = "normalized"
 
     @property
     def modules(self) -> int:
@@ -82,7 +95,7 @@ def spec_of_run(config: JobConfig, vocab_size: int) -> ModelSpec:
         return ModelSpec(args)
     if mtp.match_parameters:
         args = replace(args, n_layers=args.n_layers - (mtp.num_future_tokens - 1))
-    return ModelSpec(args, mtp.heads, mtp.num_future_tokens, mtp.share_weights)
+    return ModelSpec(args, mtp.heads, mtp.num_future_tokens, mtp.share_weights, mtp.trunk_state)
 
 
 def describe_run(config: JobConfig, spec: ModelSpec) -> None:
@@ -91,7 +104,7 @@ def describe_run(config: JobConfig, spec: ModelSpec) -> None:
     if spec.kind == "deepseek_v3":
         model.name = "deepseek_v3"
     else:
-        model.name = "qwen3" if args.qk_norm else "llama3"
+        model.name = "qwen3" if args.qk_norm else "qwen2" if args.qkv_bias else "llama3"
     model.vocab_size = args.vocab_size
     config.training.seq_len = config.validation.seq_len = args.max_seq_len
     wanted = _sizes(args)
@@ -114,6 +127,7 @@ def describe_run(config: JobConfig, spec: ModelSpec) -> None:
         config.mtp.heads = "sequential" if spec.heads == "sequential" else "parallel"
         config.mtp.num_future_tokens = spec.num_future_tokens
         config.mtp.share_weights = spec.share_weights
+        config.mtp.trunk_state = spec.trunk_state
 
 
 def _sizes(args: ModelArgs) -> dict[str, Any]:

@@ -9,12 +9,18 @@ from pathlib import Path
 
 import torch
 
+from torchtitan_mtp.checkpoint.formats import deepseek_v3
 from torchtitan_mtp.checkpoint.formats.configs import Reader
-from torchtitan_mtp.checkpoint.formats.exporting import export_checkpoint
+from torchtitan_mtp.checkpoint.formats.exporting import export_checkpoint, holds
 from torchtitan_mtp.checkpoint.formats.formats import FORMATS, open_tensors
 from torchtitan_mtp.checkpoint.formats.importing import inward, read_spec
 from torchtitan_mtp.checkpoint.formats.read import read_json
-from torchtitan_mtp.checkpoint.formats.spec import ModelSpec, describe_run, differing_sizes
+from torchtitan_mtp.checkpoint.formats.spec import (
+    ModelSpec,
+    TrunkState,
+    describe_run,
+    differing_sizes,
+)
 from torchtitan_mtp.checkpoint.load import HEADS, LoadReport, check_names, excluded, log_report
 from torchtitan_mtp.checkpoint.ranks import Ranks
 from torchtitan_mtp.checkpoint.state import model_state
@@ -64,6 +70,13 @@ def _load(path: Path, model: Transformer, exclude: Sequence[str]) -> LoadReport:
         wanted.pop("output.weight", None)
     outputs = {o.name: o for o in inward(open_tensors(FORMATS[name], path), FORMATS[name], spec)}
     outputs = {key: o for key, o in outputs.items() if not excluded(key, exclude)}
+    heads = any(key.startswith("mtp.") for key in wanted.keys() & outputs.keys())
+    if heads and spec.trunk_state != trunk_state(model):
+        raise UserError(
+            f"{path}: its modules read the trunk's {spec.trunk_state} state, the run's the "
+            f'{trunk_state(model)} one; set mtp.trunk_state = "{spec.trunk_state}", or leave them '
+            'out with checkpoint.exclude_from_loading = ["mtp"]'
+        )
     missing = [key for key in wanted if key not in outputs]
     unexpected = sorted(outputs.keys() - wanted.keys())
     check_names(path, missing, unexpected, set(outputs), HEADS, HEADS)
@@ -85,29 +98,35 @@ def _format_of(path: Path) -> str:
     raise UserError(f"{file}: architectures = {found}, expected one of {known}")
 
 
-def hf_format(args: ModelArgs, modules: int) -> str:
+def hf_format(args: ModelArgs, modules: int, trunk_state: TrunkState) -> str:
     """The HF format that holds a model with sequential heads. Error: there is none."""
-    spec = ModelSpec(args, "sequential" if modules else "", 1 + modules)
+    spec = ModelSpec(args, "sequential" if modules else "", 1 + modules, trunk_state=trunk_state)
     if spec.kind == "deepseek_v3":
-        name = "deepseek_v3_hf"
-    elif spec.kind != "llama":
+        deepseek_v3.write_config(spec)  # says what it is that no folder holds
+    for name, form in FORMATS.items():
+        if form.container == "safetensors" and holds(form, spec):
+            return name
+    if modules and trunk_state == "raw":
         raise UserError(
-            "checkpoint.last_save_in_hf = true: no Hugging Face format here holds this combination "
-            "of attention and experts; unset it"
+            'checkpoint.last_save_in_hf = true: mtp.trunk_state = "raw" leaves as mimo_hf alone, '
+            "which takes models with model.args.qkv_bias and without qk_norm; set them so, or "
+            "unset last_save_in_hf"
         )
-    elif modules:
-        name = "glm4_moe_hf"
-    else:
-        name = "qwen3_hf" if args.qk_norm else "llama_hf"
-    write_config = FORMATS[name].write_config
-    assert write_config is not None
-    write_config(spec)  # refuses what it can't say
-    return name
+    raise UserError(
+        "checkpoint.last_save_in_hf = true: no Hugging Face format here holds this combination "
+        "of attention and experts; unset it"
+    )
+
+
+def trunk_state(model: Transformer) -> TrunkState:
+    """What the sequential heads of a model read of its trunk (`mtp.trunk_state`)."""
+    return "raw" if getattr(model.mtp, "reads_raw", False) else "normalized"
 
 
 def save_in_hf(step: Path, model: Transformer, dtype: torch.dtype | None) -> Path:
     """Export a finished step-N beside itself, as step-N.hf, in the format that holds its heads."""
-    name = hf_format(model.args, 0 if model.mtp is None else len(model.mtp.heads))
+    modules = 0 if model.mtp is None else len(model.mtp.heads)
+    name = hf_format(model.args, modules, trunk_state(model))
     out = step.with_name(f"{step.name}.hf")
     export_checkpoint(step, out, name, dtype=dtype)
     logger.info("saved %s (%s)", out, name)
