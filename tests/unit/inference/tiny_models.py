@@ -41,7 +41,7 @@ def random_model(
         for name, param in model.named_parameters():
             noise = torch.randn(param.shape, generator=generator, dtype=dtype)
             if name.endswith(".bias"):
-                param.copy_(noise)
+                param.copy_(0.5 * noise)
             else:
                 param.copy_(1 + 0.1 * noise if param.ndim == 1 else noise / param.shape[1] ** 0.5)
         model.tok_embeddings.weight.mul_(model.args.dim**0.5)
