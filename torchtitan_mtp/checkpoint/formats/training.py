@@ -113,8 +113,7 @@ def hf_format(args: ModelArgs, modules: int, trunk_state: TrunkState) -> str:
             "unset last_save_in_hf"
         )
     raise UserError(
-        "checkpoint.last_save_in_hf = true: no Hugging Face format here holds this combination "
-        "of attention and experts; unset it"
+        "checkpoint.last_save_in_hf = true: no Hugging Face format here holds this model; unset it"
     )
 
 
