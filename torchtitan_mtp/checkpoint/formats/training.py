@@ -29,6 +29,7 @@ from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.models.args import ModelArgs
 from torchtitan_mtp.models.init import assign
 from torchtitan_mtp.models.transformer import Transformer
+from torchtitan_mtp.mtp.heads import SequentialHeads
 
 logger = logging.getLogger(__name__)
 
@@ -119,7 +120,8 @@ def hf_format(args: ModelArgs, modules: int, trunk_state: TrunkState) -> str:
 
 def trunk_state(model: Transformer) -> TrunkState:
     """What the sequential heads of a model read of its trunk (`mtp.trunk_state`)."""
-    return "raw" if getattr(model.mtp, "reads_raw", False) else "normalized"
+    heads = model.mtp
+    return "raw" if isinstance(heads, SequentialHeads) and heads.reads_raw else "normalized"
 
 
 def save_in_hf(step: Path, model: Transformer, dtype: torch.dtype | None) -> Path:
