@@ -152,9 +152,7 @@ def _chained_turns(
     embedded, state, context = model(batch, heads=False)  # [B, S+n-1, D], [B, S, D]
     trained = state.requires_grad
     into_trunk = trained and not heads.detach_trunk
-    d_embedded = torch.zeros_like(
-        embedded, dtype=torch.promote_types(embedded.dtype, torch.float32)
-    )
+    d_embedded: Tensor | None = None
     # ends[k] is what head k + 1 reads, with its graph back to states[k-1] and ahead[k]; states[k]
     # is the same cut from it.
     ends, states = {1: state}, {1: _leaf(state, trained)}
@@ -183,11 +181,16 @@ def _chained_turns(
                 finish_with_next_backward(model, last_micro_batch)
             end.backward(state.grad)
             if into_trunk:
+                if d_embedded is None:  # in the room of the first state that is gone
+                    dtype = torch.promote_types(embedded.dtype, torch.float32)
+                    d_embedded = torch.zeros_like(embedded, dtype=dtype)
                 heads.ahead(d_embedded, k).add_(ahead.pop(k).grad)
         elif trained:
             finish_with_next_backward(model, last_micro_batch)
-            roots = (end, embedded) if into_trunk else (end,)
-            d_roots = (state.grad, d_embedded.to(embedded.dtype))[: len(roots)]
+            roots, d_roots = [end], [state.grad]
+            if d_embedded is not None:
+                roots.append(embedded)
+                d_roots.append(d_embedded.to(embedded.dtype))
             torch.autograd.backward(roots, d_roots)
     return outputs
 
