@@ -21,9 +21,9 @@ A chain can't forget a head's state before the next head has used it. Its heads 
 each checkpointed as above, and only the n states [N, D] stay. Then the chain is walked back, each
 loss just before its head's backward:
 
-    h_1 = trunk(x);  h_k = head_k(h_{k-1}.detach())
-    for k in n..2:  backward(loss_k(h_k));  backward(head_k) into h_{k-1}
-    backward(loss_1(h_1));  backward(trunk)
+    x = trunk(t);  h_2 = head_2(x.detach());  h_k = head_k(h_{k-1}.detach())
+    for k in n..2:  backward(loss_k(h_k));  backward(head_k) into h_{k-1}, into x for k = 2
+    backward(loss_1(norm(x)));  backward(trunk)
 
 In all of them a state's gradient takes the place of the state. In one graph a chain would need both
 at once, for h_k is what head k + 1 is computed from again; so `joint`, too, takes the chain's way,
@@ -153,15 +153,14 @@ def _chained_turns(
     trained = state.requires_grad
     into_trunk = trained and not heads.detach_trunk
     d_embedded: Tensor | None = None
-    # ends[k] is what head k + 1 reads, with its graph back to states[k-1] and ahead[k]; states[k]
-    # is the same cut from it.
+    # ends[k] is what head k + 1 reads (h_k; of head 1 the state before its norm), with its graph
+    # back to states[k-1] and ahead[k]; states[k] is the same cut from it.
     ends, states = {1: state}, {1: _leaf(state, trained)}
     ahead = {k: _leaf(heads.ahead(embedded, k), into_trunk) for k in range(2, n + 1)}
     for k in range(2, n + 1):
         aside = k == 2 and not into_trunk
-        ends[k] = heads.module(k)(
-            states[k - 1].detach() if aside else states[k - 1], ahead[k], context
-        )
+        below = states[k - 1].detach() if aside else states[k - 1]
+        ends[k] = heads.hidden(model, k, below, ahead[k], context)
         states[k] = _leaf(ends[k], True)
     hold(model, (*model.layers.values(), *heads.heads))
     stay_gathered(heads.heads, True)
@@ -171,7 +170,7 @@ def _chained_turns(
         last, state, end = k == order[-1], states.pop(k), ends.pop(k)
         if last:
             reduce_after_next_backward((model.output,), last_micro_batch)
-        hidden = state if k > 1 else heads.head_1(model, state)
+        hidden = state if k > 1 else model.norm(state)
         outputs[k] = _backward_of_loss(model, batch, head_loss, k, hidden, last)
         if k > 1:
             if k == 2 or heads.module(k) is not heads.module(k - 1):

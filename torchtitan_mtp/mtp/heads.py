@@ -20,6 +20,7 @@ from __future__ import annotations
 import copy
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torchtitan_mtp.data.targets import Batch
@@ -79,9 +80,17 @@ class SequentialHead(nn.Module):
         self.norm = nn.RMSNorm(dim, eps=eps)
 
     def forward(
-        self, h: Tensor, emb: Tensor, context: AttentionContext, cache: KVCache | None = None
+        self,
+        h: Tensor,
+        emb: Tensor,
+        context: AttentionContext,
+        cache: KVCache | None = None,
+        norm: Tensor | None = None,
     ) -> Tensor:
-        """h (normalised), emb [B, S, D] -> [B, S, D], normalised."""
+        """h, emb [B, S, D] -> [B, S, D], normalised; so is h first, where the scale [D] of a `norm`
+        is given."""
+        if norm is not None:
+            h = F.rms_norm(h, norm.shape, norm, self.hnorm.eps)
         x = self.eh_proj(torch.cat((self.enorm(emb), self.hnorm(h)), dim=-1))  # [B, S, 2D] -> D
         return self.norm(self.block(x, context, cache))
 
@@ -118,35 +127,39 @@ class SequentialHeads(nn.Module):
         return self.heads[min(k - 2, len(self.heads) - 1)]
 
     def trunk(self, model: Transformer, batch: Batch) -> tuple[Tensor, Tensor, AttentionContext]:
-        """Embeddings of t[0..S+n-2] [B, S+n-1, D], the state that the first module reads [B, S, D],
-        the context all blocks share."""
+        """Embeddings of t[0..S+n-2] [B, S+n-1, D], the state before the final norm [B, S, D], the
+        context all blocks share."""
         # Each token once, although up to n heads read it: the batch is a stretch of one window.
         tokens = torch.cat((batch.tokens, batch.future_tokens[:, -1]), dim=1)  # [B, S+n-1]
         embedded = model.tok_embeddings(tokens)
         x = embedded[:, : batch.tokens.shape[1]].contiguous()
-        h, context = model.encode(batch, len(model.layers) - 1, embedded=x)
-        if self.reads_raw:
-            return embedded, last_layer(model)(h, context), context
-        # The final norm is part of the last block's call, as every head's is.
-        return embedded, last_layer(model)(h, context, norm=model.norm.weight), context
-
-    def head_1(self, model: Transformer, state: Tensor) -> Tensor:
-        """h_1 [B, S, D] from the state of `trunk` [B, S, D]."""
-        return model.norm(state) if self.reads_raw else state
+        return embedded, *model.encode(batch, embedded=x)
 
     def ahead(self, embedded: Tensor, k: int) -> Tensor:
         """What head k reads of `trunk`'s embeddings: those of t[i+k-1] [B, S, D], a view."""
         seq_len = embedded.shape[1] - self.num_future_tokens + 1
         return embedded[:, k - 1 : k - 1 + seq_len]
 
+    def hidden(
+        self, model: Transformer, k: int, h: Tensor, emb: Tensor, context: AttentionContext
+    ) -> Tensor:
+        """h_k [B, S, D], k = 2..n, from h_{k-1} and `ahead` [B, S, D]; h_2 from `trunk`'s state,
+        whose norm is part of the module's call: what is kept for the backward is that state."""
+        if k > 2 or self.reads_raw:
+            return self.module(k)(h, emb, context)
+        scale: Tensor = model.norm.weight
+        if self.detach_trunk and torch.is_grad_enabled():
+            scale = scale.detach()
+        return self.module(k)(h, emb, context, norm=scale)
+
     def forward(self, model: Transformer, batch: Batch) -> list[Tensor]:
         """n hidden states [B, S, D]."""
         embedded, h, context = self.trunk(model, batch)
-        hiddens = [self.head_1(model, h)]
+        hiddens = [model.norm(h)]
         if self.detach_trunk:
             h, embedded = h.detach(), embedded.detach()
         for k in range(2, self.num_future_tokens + 1):
-            h = self.module(k)(h, self.ahead(embedded, k), context)
+            h = self.hidden(model, k, h, self.ahead(embedded, k), context)
             hiddens.append(h)
         return hiddens
 
