@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from figures import new_figure
 from rich.console import Console
 from rich.table import Table
 
@@ -233,13 +234,9 @@ def evaluate_tasks(
 
 def draw(results: dict[str, Any], out: Path) -> None:
     """Acceptance of every head, and tokens a step by the number of drafts."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError("matplotlib is missing: pip install matplotlib, or the dev extra") from None
     own, text = results["continuation"], results["text"]
     heads = range(2, len(own["marginal"]) + 2)
-    left, right = (figure := Figure(figsize=(8, 3.4), layout="constrained")).subplots(1, 2)
+    left, right = (figure := new_figure(8, 3.4)).subplots(1, 2)
     bars = {"own text": own["marginal"], "own text, if all before were": own["conditional"]}
     bars["held-out text"] = text["marginal"]
     for j, (label, rates) in enumerate(bars.items()):

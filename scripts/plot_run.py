@@ -9,6 +9,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from figures import new_figure
+
 from torchtitan_mtp.errors import UserError
 
 
@@ -30,11 +32,7 @@ def read_scalars(run: Path) -> dict[str, list[tuple[int, float]]]:
 
 def plot(scalars: dict[str, list[tuple[int, float]]], out: Path) -> int:
     """Write the picture; returns the number of heads in it."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError("matplotlib is missing: pip install matplotlib, or the dev extra") from None
-    axes = (figure := Figure(figsize=(7, 3.6), layout="constrained")).subplots()
+    axes = (figure := new_figure(7, 3.6)).subplots()
     head = 0
     while curve := scalars.get(f"loss_metrics/mtp_head_{head + 1}_loss"):
         head += 1

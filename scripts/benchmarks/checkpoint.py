@@ -5,9 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import os
-import shlex
 import shutil
-import sys
 import tempfile
 import time
 import warnings
@@ -20,7 +18,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter
 
-from benchmarks.measure import machine, markdown, write_json
+from benchmarks.report import report
 from torchtitan_mtp.checkpoint.load import open_checkpoint, read_states
 from torchtitan_mtp.checkpoint.manifest import FULL, Manifest, write_manifest
 from torchtitan_mtp.checkpoint.ranks import Ranks
@@ -34,6 +32,7 @@ def run(
     repeats: int = 5,
     folder: Path | None = None,
     json: Path | None = None,
+    plot: Path | None = None,
 ) -> None:
     """Seconds to save and to load one rank's tensors, with and without checksums.
 
@@ -45,6 +44,7 @@ def run(
         repeats: times that each is measured.
         folder: on the disk to measure; default: the system's temporary folder.
         json: file for the figures.
+        plot: PNG file for a bar chart.
     """
     logging.disable()
     warnings.filterwarnings("ignore", message=".*single process.*")
@@ -53,11 +53,7 @@ def run(
         rows = table(place, gigabytes, repeats)
     finally:
         shutil.rmtree(place)
-    print(", ".join(f"{key}: {value}" for key, value in machine().items()))
-    print(markdown(rows))
-    if json is not None:
-        write_json(json, "python " + shlex.join(sys.argv), rows)
-        print(f"wrote {json}")
+    report(rows, json, plot, bars=("without checksums (s)", "with (s)"))
 
 
 def table(place: Path, gigabytes: float, repeats: int) -> list[dict[str, Any]]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +9,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.measure import machine, markdown, write_json
+from benchmarks.report import report
 from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.inference import generate, load_for_inference
 from torchtitan_mtp.inference.decoding import Decoder
@@ -35,6 +33,7 @@ def run(
     threads: int = 1,
     device: str | None = None,
     json: Path | None = None,
+    plot: Path | None = None,
 ) -> None:
     """Greedy decoding with and without drafts, prompt by prompt, in turn, after the prompt.
 
@@ -53,6 +52,7 @@ def run(
         threads: of torch, on CPUs.
         device: default: cuda where there is one, else cpu.
         json: file for the figures.
+        plot: PNG file for a bar chart.
     """
     torch.set_num_threads(threads)
     model, tokenizer, _ = load_for_inference(checkpoint, find_device(device))
@@ -60,11 +60,7 @@ def run(
         raise UserError(f"benchmark decode: {checkpoint} has no heads 2..n, which draft")
     texts = [[tokenizer.bos_id, *tokenizer.encode(text).tolist()] for text in prompts]
     rows = [row(model, texts, max_new_tokens, mode, repeats) for mode in modes]
-    print(", ".join(f"{key}: {value}" for key, value in machine().items()))
-    print(markdown(rows))
-    if json is not None:
-        write_json(json, "python " + shlex.join(sys.argv), rows)
-        print(f"wrote {json}")
+    report(rows, json, plot, bars=("plain tokens/s", "speculative tokens/s"))
 
 
 def row(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,13 +9,15 @@ from typing import Any
 
 import torch
 
-from benchmarks.measure import machine, markdown, matmul_flops_per_second, write_json
+from benchmarks.measure import matmul_flops_per_second
+from benchmarks.report import report
 
 
 def run(
     size: int | None = None,
     dtypes: tuple[str, ...] = ("float32", "bfloat16", "float8_e4m3fn"),
     json: Path | None = None,
+    plot: Path | None = None,
 ) -> None:
     """Fastest measured rate of square matrix products in each dtype, and of a copy.
 
@@ -26,13 +26,10 @@ def run(
             only emulates).
         dtypes: a dtype that the device cannot multiply is left out.
         json: file for the figures.
+        plot: PNG file for a bar chart.
     """
     rows = table(size, dtypes)
-    print(", ".join(f"{key}: {value}" for key, value in machine().items()))
-    print(markdown(rows))
-    if json is not None:
-        write_json(json, "python " + shlex.join(sys.argv), rows)
-        print(f"wrote {json}")
+    report(rows, json, plot, bars=("rate",))
 
 
 def table(size: int | None, dtypes: tuple[str, ...]) -> list[dict[str, Any]]:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json as json_module
-import shlex
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,11 +12,10 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks import gemm, heads, loss
-from benchmarks.measure import machine, markdown
+from benchmarks.report import Rows, markdown, write_json
 from benchmarks.train import measure_training
 from torchtitan_mtp.errors import UserError
 
-Rows = list[dict[str, Any]]
 GEMM_DTYPES = ("float32", "bfloat16", "float8_e4m3fn")
 OURS = ("parallel, joint", "parallel, sequential", "sequential, either")
 MTP = ["--model.converters", "mtp", "--mtp.num_future_tokens", "4"]
@@ -40,8 +36,7 @@ def run(json: Path = Path("gpu.json"), small: bool = False) -> None:
             "benchmark gpu: found no CUDA device, expected one with at least 80 GB; run it on such "
             "a machine, or with --small to try the program on this CPU"
         )
-    result: dict[str, Any] = {"command": "python " + shlex.join(sys.argv), **machine()}
-    json.parent.mkdir(parents=True, exist_ok=True)
+    results: dict[str, Any] = {}
     for name, part in (_small_parts() if small else _parts()).items():
         start = time.perf_counter()
         try:
@@ -50,8 +45,8 @@ def run(json: Path = Path("gpu.json"), small: bool = False) -> None:
             rows = [{"error": f"{type(error).__name__}: {error}"}]
         seconds = time.perf_counter() - start
         print(f"\n{name} ({seconds:.0f} s)\n{markdown(rows)}", flush=True)
-        result[name] = {"seconds": seconds, "rows": rows}
-        json.write_text(json_module.dumps(result, indent=1) + "\n")
+        results[name] = {"seconds": seconds, "rows": rows}
+        write_json(json, results)
     print(f"wrote {json}")
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,12 +12,10 @@ from benchmarks.head_peers import PEERS
 from benchmarks.measure import (
     Measurement,
     fastest,
-    machine,
-    markdown,
     matmul_flops_per_second,
     measure,
-    write_json,
 )
+from benchmarks.report import report
 from torchtitan_mtp.config import MTP, ActivationCheckpoint
 from torchtitan_mtp.config import Optimizer as OptimizerConfig
 from torchtitan_mtp.data.targets import IGNORE, Batch, Window, make_batch
@@ -54,6 +50,7 @@ def run(
     repeats: int = 3,
     rounds: int = 2,
     json: Path | None = None,
+    plot: Path | None = None,
 ) -> None:
     """Whole training steps (forward, loss, backward, clip, AdamW), each case in its own process.
 
@@ -73,15 +70,12 @@ def run(
         repeats: timed steps a process; the smallest counts.
         rounds: processes a case, taken in turn, so that other load falls on all alike.
         json: file for the figures.
+        plot: PNG file for a bar chart.
     """
     sizes = {"layers": layers, "dim": dim, "vocab": vocab, "seq_len": seq_len}
     sizes |= {"batch_size": batch_size, "ac": ac, "dtype": dtype}
     rows = table(heads, cases, sizes, repeats, rounds)
-    print(", ".join(f"{key}: {value}" for key, value in machine().items()))
-    print(markdown(rows))
-    if json is not None:
-        write_json(json, "python " + shlex.join(sys.argv), rows)
-        print(f"wrote {json}")
+    report(rows, json, plot, bars=("s", "peak MiB"))
 
 
 def table(

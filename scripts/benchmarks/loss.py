@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,13 +12,11 @@ from benchmarks.loss_peers import PEERS
 from benchmarks.measure import (
     Measurement,
     fastest,
-    machine,
-    markdown,
     matmul_flops_per_second,
     measure,
     row_of,
-    write_json,
 )
+from benchmarks.report import report
 
 DEFAULT_SIZES = ("4096x512x32768", "4096x512x128256")
 DEFAULT_OPS = ("chunked", "torch_512", "titan_chunked", "checkpointed", "naive")
@@ -46,7 +42,7 @@ def run(
         repeats: timed calls a process; the smallest counts.
         rounds: processes a case, taken in turn, so that other load falls on all alike.
         json: file for the figures.
-        plot: PNG file for a bar chart (needs matplotlib).
+        plot: PNG file for a bar chart.
     """
     rows: list[dict[str, Any]] = []
     for size in sizes:
@@ -55,15 +51,8 @@ def run(
             for n in heads:
                 shape = {"n": n, "n_rows": n_rows, "dim": dim, "vocab": vocab, "dtype": dtype}
                 rows += compare(shape, ops, repeats, rounds)
-    print(", ".join(f"{key}: {value}" for key, value in machine().items()))
-    print(markdown(rows))
-    command = "python " + shlex.join(sys.argv)
-    if json is not None:
-        write_json(json, command, rows)
-        print(f"wrote {json}")
-    if plot is not None:
-        _plot(rows, plot)
-        print(f"wrote {plot}")
+    seconds = "wall_s" if torch.cuda.is_available() else "cpu_s"
+    report(rows, json, plot, bars=(seconds, "peak_mib"))
 
 
 def compare(
@@ -131,28 +120,3 @@ def prepare(op: str, n: int, n_rows: int, dim: int, vocab: int, dtype: str) -> C
             hidden.grad = None
 
     return step
-
-
-def _plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """One group of bars a shape: time beside peak memory, the limit as a line."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    shapes = list(dict.fromkeys((row["size"], row["dtype"], row["heads"]) for row in rows))
-    figure, axes = plt.subplots(len(shapes), 2, figsize=(11, 3 * len(shapes)), squeeze=False)
-    for shape, pair in zip(shapes, axes, strict=True):
-        cases = [row for row in rows if (row["size"], row["dtype"], row["heads"]) == shape]
-        bars, limit = cases[:-1], cases[-1]
-        time_key = "wall_s" if torch.cuda.is_available() else "cpu_s"
-        for axis, key, label in zip(pair, (time_key, "peak_mib"), ("seconds", "MiB"), strict=True):
-            axis.barh([row["op"] for row in bars], [row[key] for row in bars])
-            axis.axvline(limit[key], color="black", linestyle="--", label="limit")
-            axis.invert_yaxis()
-            axis.set_xlabel(f"{key}, {label}")
-            axis.legend()
-        pair[0].set_title(f"{shape[0]} {shape[1]} heads={shape[2]}")
-    figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=100)

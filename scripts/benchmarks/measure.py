@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-import json
 import multiprocessing
-import platform
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -146,42 +144,6 @@ def matmul_flops_per_second(
         best = min(best, clock() - start)
     torch.set_num_threads(before)
     return 2 * size**3 / best
-
-
-def machine() -> dict[str, str | int]:
-    """What the figures were measured on."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_name()
-    return {
-        "device": device,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "date": time.strftime("%Y-%m-%d"),
-    }
-
-
-def _cpu_name() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor()
-
-
-def markdown(rows: list[dict[str, Any]]) -> str:
-    """A table with the rows' keys as its head."""
-    keys = list(rows[0])
-    lines = [keys, ["---"] * len(keys), *([_cell(row[key]) for key in keys] for row in rows)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def _cell(value: object) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def write_json(path: Path, command: str, rows: list[dict[str, Any]]) -> None:
-    """The rows with command and machine beside them."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"command": command, **machine(), "rows": rows}, indent=1) + "\n")
 
 
 def row_of(measurement: Measurement) -> dict[str, float]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,11 +14,9 @@ import torch.distributed as dist
 from benchmarks.heads import random_batch
 from benchmarks.measure import (
     in_process,
-    machine,
-    markdown,
     matmul_flops_per_second,
-    write_json,
 )
+from benchmarks.report import report
 from torchtitan_mtp.config import JobConfig
 from torchtitan_mtp.distributed.mesh import init_world
 from torchtitan_mtp.distributed.parallelize import parallelize
@@ -44,6 +40,7 @@ def run(
     steps: int = 6,
     warmup: int = 2,
     json: Path | None = None,
+    plot: Path | None = None,
 ) -> None:
     """Whole steps (forward, loss, backward, clip, AdamW) of TorchTitan's debugmodel with n = 1.
 
@@ -65,6 +62,7 @@ def run(
         steps: timed steps; the fastest counts.
         warmup: steps before these (compilation).
         json: file for the figures.
+        plot: PNG file for a bar chart.
     """
     sizes = {"layers": layers, "dim": dim, "n_heads": n_heads, "vocab": vocab}
     sizes |= {"seq_len": seq_len, "batch_size": batch_size}
@@ -73,11 +71,7 @@ def run(
         | in_process(_speed_here, mode == "compiled", dtype, sizes, matmul, steps, warmup)
         for mode in modes
     ]
-    print(", ".join(f"{key}: {value}" for key, value in machine().items()))
-    print(markdown(rows))
-    if json is not None:
-        write_json(json, "python " + shlex.join(sys.argv), rows)
-        print(f"wrote {json}")
+    report(rows, json, plot, bars=("s a step",))
 
 
 def _speed_here(

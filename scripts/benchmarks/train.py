@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import shlex
 import statistics
-import sys
 import tempfile
 import time
 from dataclasses import replace
@@ -13,7 +11,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.measure import in_process, machine, markdown, write_json
+from benchmarks.measure import in_process
+from benchmarks.report import report
 from torchtitan_mtp.config import parse_args
 from torchtitan_mtp.models.flavors import flavors
 from torchtitan_mtp.monitoring.device import MemoryMonitor, peak_flops
@@ -28,6 +27,7 @@ def run(
     steps: int = 10,
     warmup: int = 3,
     json: Path | None = None,
+    plot: Path | None = None,
 ) -> None:
     """Whole steps of the trainer on this one device, data included.
 
@@ -38,17 +38,14 @@ def run(
         steps: timed steps; the median counts.
         warmup: steps before these (compilation).
         json: file for the figures.
+        plot: PNG file for a bar chart.
     """
     arguments = ["--job.config_file", str(config)]
     for option in options:
         key, _, value = option.partition("=")
         arguments += [f"--{key}", value]
     rows = [measure_training(str(config), arguments, layers, steps, warmup)]
-    print(", ".join(f"{key}: {value}" for key, value in machine().items()))
-    print(markdown(rows))
-    if json is not None:
-        write_json(json, "python " + shlex.join(sys.argv), rows)
-        print(f"wrote {json}")
+    report(rows, json, plot, bars=("tokens/s", "peak GiB"))
 
 
 def measure_training(

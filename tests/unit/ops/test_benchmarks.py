@@ -33,8 +33,10 @@ def test_heads_beside_held_logits(tmp_path: Path) -> None:
     sizes = ["--layers", "2", "--dim", "64", "--vocab", "8192", "--seq-len", "1024"]
     cases = ["--cases", "parallel, sequential", "logits held"]
     rounds = ["--rounds", "1", "--repeats", "1"]
-    run = benchmark("heads", "--heads", "1", "4", *sizes, *cases, *rounds, "--json", str(out))
+    files = ["--json", str(out), "--plot", str(tmp_path / "new" / "heads.png")]
+    run = benchmark("heads", "--heads", "1", "4", *sizes, *cases, *rounds, *files)
     assert run.returncode == 0, run.stderr
+    assert (tmp_path / "new" / "heads.png").read_bytes().startswith(b"\x89PNG")
     result = json.loads(out.read_text())
     rows = {row["case"]: row for row in result["rows"]}
     assert [row["n"] for row in result["rows"]] == [1, 4, 4, 4]

@@ -1,0 +1,87 @@
+"""What a sub-command ends with: its table on the console, in a JSON file and as a chart."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from figures import new_figure
+
+Rows = list[dict[str, Any]]
+
+
+def report(rows: Rows, json: Path | None, plot: Path | None, bars: Sequence[str]) -> None:
+    """Print the rows, and write them where a file is given.
+
+    bars: the columns that the chart shows, one panel each.
+    """
+    print(", ".join(f"{key}: {value}" for key, value in machine().items()))
+    print(markdown(rows))
+    if json is not None:
+        write_json(json, {"rows": rows})
+        print(f"wrote {json}")
+    if plot is not None:
+        _draw(rows, plot, bars)
+        print(f"wrote {plot}")
+
+
+def machine() -> dict[str, str | int]:
+    """What the figures were measured on."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_name()
+    return {
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def _cpu_name() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor()
+
+
+def markdown(rows: Rows) -> str:
+    """A table with the rows' keys as its head."""
+    keys = list(rows[0])
+    lines = [keys, ["---"] * len(keys), *([_cell(row[key]) for key in keys] for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _cell(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def write_json(path: Path, results: dict[str, Any]) -> None:
+    """The results with command and machine beside them."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    about = {"command": "python " + shlex.join(sys.argv), **machine()}
+    path.write_text(json.dumps(about | results, indent=1) + "\n")
+
+
+def _draw(rows: Rows, path: Path, bars: Sequence[str]) -> None:
+    """A bar a row; what stands before the first measured column names it."""
+    names = [", ".join(map(str, itertools.takewhile(_names, row.values()))) for row in rows]
+    figure = new_figure(5 * len(bars), 1 + 0.3 * len(rows))
+    panels = figure.subplots(1, len(bars), sharey=True, squeeze=False)[0]
+    for axes, column in zip(panels, bars, strict=True):
+        axes.barh(range(len(rows)), [row[column] for row in rows])
+        axes.set(yticks=range(len(rows)), yticklabels=names, xlabel=column)
+    panels[0].invert_yaxis()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=100)
+
+
+def _names(value: object) -> bool:
+    return not isinstance(value, float)
