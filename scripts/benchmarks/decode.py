@@ -12,7 +12,7 @@ import torch
 from benchmarks.report import report
 from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.inference import generate, load_for_inference
-from torchtitan_mtp.inference.decoding import Decoder
+from torchtitan_mtp.inference.decoding import Decoder, most_drafts
 from torchtitan_mtp.inference.load import find_device
 from torchtitan_mtp.inference.sampling import Sampler
 from torchtitan_mtp.models.transformer import Transformer
@@ -29,6 +29,7 @@ def run(
     prompts: tuple[str, ...] = PROMPTS,
     max_new_tokens: int = 200,
     modes: tuple[str, ...] = ("eager", "compiled"),
+    drafts: tuple[int, ...] = (),
     repeats: int = 10,
     threads: int = 1,
     device: str | None = None,
@@ -37,17 +38,18 @@ def run(
 ) -> None:
     """Greedy decoding with and without drafts, prompt by prompt, in turn, after the prompt.
 
-    With L the trunk's blocks, head 1's included, a step of speculative decoding runs L + n - 1
-    blocks where a plain one runs L. "bound" is tokens a step times L / (L + n - 1): what would be
-    gained if a block cost as much on n tokens as on one, and nothing else cost anything. "limit"
-    counts all matrix products, the modules' projections and every head's output among them, at what
-    the trunk's forward over n tokens is measured to cost ("n tokens / 1").
+    With L the trunk's blocks, head 1's included, and n - 1 drafts a step of speculative decoding
+    runs L + n - 1 blocks where a plain one runs L. "bound" is tokens a step times L / (L + n - 1):
+    what would be gained if a block cost as much on n tokens as on one, and nothing else cost
+    anything. "limit" counts all matrix products, the modules' projections and every head's output
+    among them, at what the trunk's forward over n tokens is measured to cost ("n tokens / 1").
 
     Args:
         checkpoint: a step-N folder, a run's folder or a Hugging Face folder, with heads.
         prompts: texts to continue, one at a time.
         max_new_tokens: tokens of each continuation.
         modes: eager, compiled (a whole step as one graph).
+        drafts: how many a step, a line each; default: as many as the heads can.
         repeats: the fastest counts.
         threads: of torch, on CPUs.
         device: default: cuda where there is one, else cpu.
@@ -59,22 +61,37 @@ def run(
     if model.mtp is None:
         raise UserError(f"benchmark decode: {checkpoint} has no heads 2..n, which draft")
     texts = [[tokenizer.bos_id, *tokenizer.encode(text).tolist()] for text in prompts]
-    rows = [row(model, texts, max_new_tokens, mode, repeats) for mode in modes]
+    counts = [most_drafts(model, count) for count in drafts or (None,)]
+    rows = [
+        row(model, texts, max_new_tokens, mode, count, repeats)
+        for mode in modes
+        for count in counts
+    ]
     report(rows, json, plot, bars=("plain tokens/s", "speculative tokens/s"))
 
 
 def row(
-    model: Transformer, texts: list[list[int]], max_new_tokens: int, mode: str, repeats: int
+    model: Transformer,
+    texts: list[list[int]],
+    max_new_tokens: int,
+    mode: str,
+    drafts: int,
+    repeats: int,
 ) -> dict[str, Any]:
     """One line of the table."""
-    compile, n, layers = mode == "compiled", model.mtp.num_future_tokens, len(model.layers)
+    compile, n, layers = mode == "compiled", 1 + drafts, len(model.layers)
     seconds, steps = {False: 0.0, True: 0.0}, {False: 0, True: 0}
     for text in texts:
         best, count = {False: float("inf"), True: float("inf")}, {}
         for attempt in range(repeats + 1):  # the first one warms up
             for speculative in (False, True):
                 stats = generate(
-                    model, [text], max_new_tokens, speculative=speculative, compile=compile
+                    model,
+                    [text],
+                    max_new_tokens,
+                    speculative=speculative,
+                    num_draft=drafts,
+                    compile=compile,
                 ).stats
                 if attempt:
                     spent = stats.seconds - stats.prompt_seconds
@@ -86,7 +103,7 @@ def row(
     per_step, gain = steps[False] / steps[True], seconds[False] / seconds[True]
     bound = per_step * layers / (layers + n - 1)
     cost = cost_of_tokens(model, texts[0], n, compile, repeats)
-    trunk, drafting = products(model)
+    trunk, drafting = products(model, drafts)
     limit = per_step * trunk / (trunk + drafting) / cost
     return {
         "mode": mode,
@@ -105,17 +122,14 @@ def row(
     }
 
 
-def products(model: Transformer) -> tuple[int, int]:
+def products(model: Transformer, drafts: int) -> tuple[int, int]:
     """Multiplications of a token with weights: in the trunk and head 1, in drafting heads."""
 
     def matrices(module: torch.nn.Module) -> int:
         return sum(weight.numel() for weight in module.parameters() if weight.ndim == 2)
 
-    drafting = model.mtp.num_future_tokens - 1
-    times = drafting // len(model.mtp.heads)  # a shared module is applied for each draft
     output = model.output.weight.numel()
-    heads = times * matrices(model.mtp.heads) + drafting * output
-    return matrices(model.layers) + output, heads
+    return matrices(model.layers) + output, drafts * (matrices(model.mtp.heads[0]) + output)
 
 
 @torch.inference_mode()
