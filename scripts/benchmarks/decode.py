@@ -38,11 +38,11 @@ def run(
 ) -> None:
     """Greedy decoding with and without drafts, prompt by prompt, in turn, after the prompt.
 
-    With L the trunk's blocks, head 1's included, and n - 1 drafts a step of speculative decoding
-    runs L + n - 1 blocks where a plain one runs L. "bound" is tokens a step times L / (L + n - 1):
-    what would be gained if a block cost as much on n tokens as on one, and nothing else cost
-    anything. "limit" counts all matrix products, the modules' projections and every head's output
-    among them, at what the trunk's forward over n tokens is measured to cost ("n tokens / 1").
+    With L the trunk's blocks, head 1's included, a step with d drafts runs L + d blocks where a
+    plain one runs L. "bound" is tokens a step times L / (L + d): what would be gained if a block
+    cost as much on d + 1 tokens as on one, and nothing else cost anything. "limit" counts all
+    matrix products, the modules' projections and every head's output among them, at what the
+    trunk's forward over d + 1 tokens is measured to cost ("d + 1 tokens / 1").
 
     Args:
         checkpoint: a step-N folder, a run's folder or a Hugging Face folder, with heads.
@@ -79,7 +79,7 @@ def row(
     repeats: int,
 ) -> dict[str, Any]:
     """One line of the table."""
-    compile, n, layers = mode == "compiled", 1 + drafts, len(model.layers)
+    compile, layers = mode == "compiled", len(model.layers)
     seconds, steps = {False: 0.0, True: 0.0}, {False: 0, True: 0}
     for text in texts:
         best, count = {False: float("inf"), True: float("inf")}, {}
@@ -101,22 +101,22 @@ def row(
             seconds[speculative] += best[speculative]
             steps[speculative] += count[speculative]
     per_step, gain = steps[False] / steps[True], seconds[False] / seconds[True]
-    bound = per_step * layers / (layers + n - 1)
-    cost = cost_of_tokens(model, texts[0], n, compile, repeats)
+    bound = per_step * layers / (layers + drafts)
+    cost = cost_of_tokens(model, texts[0], 1 + drafts, compile, repeats)
     trunk, drafting = products(model, drafts)
     limit = per_step * trunk / (trunk + drafting) / cost
     return {
         "mode": mode,
         "heads": model.mtp.family,
         "L": layers,
-        "n": n,
+        "drafts": drafts,
         "tokens/step": per_step,
         "plain tokens/s": steps[False] / seconds[False],
         "speculative tokens/s": steps[False] / seconds[True],
         "speed-up": gain,
         "bound": bound,
         "of bound": gain / bound,
-        "n tokens / 1": cost,
+        "d + 1 tokens / 1": cost,
         "limit": limit,
         "of limit": gain / limit,
     }

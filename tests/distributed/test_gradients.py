@@ -56,7 +56,9 @@ def steps_on_rank(rank: int, shard: int, replicate: int, cases):
     return [step_on_rank(rank, shard, replicate, *case) for case in cases]
 
 
-def step_on_rank(rank: int, shard: int, replicate: int, mtp: MTP, ac: str, args: ModelArgs):
+def step_on_rank(
+    rank: int, shard: int, replicate: int, mtp: MTP, ac: str, args: ModelArgs, backend="chunked"
+):
     config = config_of(mtp, shard, replicate, ac)
     world = init_world(config.parallelism)
     model = add_heads(build_model(args), mtp)
@@ -74,7 +76,9 @@ def step_on_rank(rank: int, shard: int, replicate: int, mtp: MTP, ac: str, args:
             moe.tokens_per_expert.zero_()
         total = torch.zeros(())
         for i, batch in enumerate(batches):
-            out = engines[mtp.engine](model, batch, scales, {}, i == len(batches) - 1)
+            out = engines[mtp.engine](
+                model, batch, scales, {"backend": backend}, i == len(batches) - 1
+            )
             total += out.loss
         all_reduce(total)
     gradients = {}
@@ -122,7 +126,7 @@ FEW_EXPERTS = replace(  # fewer than ranks: each rank has rows of all
     DEEPSEEK,
     moe=replace(DEEPSEEK.moe, num_experts=2, top_k=1, num_expert_groups=1, num_limited_groups=1),
 )
-MESHES = {  # (shard, replicate) -> cases of (mtp, activation checkpointing, shape)
+MESHES = {  # (shard, replicate) -> cases of (mtp, activation checkpointing, shape, loss.backend)
     (2, 1): [
         (parallel(engine="joint"), "none", ARGS),
         (parallel(engine="joint"), "selective", QWEN2),
@@ -134,6 +138,8 @@ MESHES = {  # (shard, replicate) -> cases of (mtp, activation checkpointing, sha
         (sequential(share_weights=True), "full", QWEN2),
         (sequential(train="heads"), "none", ARGS),
         (sequential(trunk_state="raw"), "none", ARGS),
+        (sequential(trunk_state="raw", train="heads"), "none", ARGS),
+        (sequential(detach_trunk=True), "none", ARGS, "naive"),  # a chain in one graph
         (sequential(share_weights=True), "full", DEEPSEEK),
         (parallel(engine="sequential"), "selective", DEEPSEEK),
         (sequential(train="heads"), "none", DEEPSEEK),
@@ -165,7 +171,7 @@ def test_ranks_compute_what_one_process_does(mesh):
     shard, replicate = mesh
     cases = MESHES[mesh]
     results = run_ranks(shard * replicate, steps_on_rank, shard, replicate, cases, timeout=240)
-    for i, (mtp, ac, args) in enumerate(cases):
+    for i, (mtp, ac, args, *_) in enumerate(cases):
         loss, expected, expert_state = naive_step(shard * replicate, mtp, args)
         for found_loss, found, found_state in (of_rank[i] for of_rank in results):
             for a, b in zip(found_state, expert_state, strict=True):

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from runs import ONE_BY_ONE, SEQUENTIAL, config_of, interrupt_after, largest_difference, same, train
+from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.models.flavors import model_args
 from torchtitan_mtp.models.transformer import build_model
 from torchtitan_mtp.trainer import Trainer
@@ -145,6 +146,22 @@ def test_a_model_with_heads_loads_as_a_plain_one(tmp_path):
     }
     start = starting_weights(config_of(tmp_path / "b", OFF, load))
     assert same(start, saved.trunk)
+
+
+def test_modules_keep_to_the_state_that_they_were_trained_on(tmp_path):
+    """No tensor says which state it is; the run's config.toml does."""
+    raw = {**SEQUENTIAL, "mtp.trunk_state": "raw"}
+    saves = {**SAVES, "checkpoint.last_save_model_only": False}
+    saved = train(config_of(tmp_path / "a", TWO, raw, saves))
+    with pytest.raises(UserError, match=r"raw state, .* set mtp\.trunk_state = \"raw\""):
+        train(config_of(tmp_path / "a", SEQUENTIAL, saves))  # resumes
+    load = {"checkpoint.enable": True, "checkpoint.initial_load_path": str(tmp_path / "a" / "run")}
+    with pytest.raises(UserError, match="the run's the normalized one"):
+        train(config_of(tmp_path / "b", SEQUENTIAL, load))
+    assert same(starting_weights(config_of(tmp_path / "c", raw, load)), saved.weights)
+    trunk = {**load, "checkpoint.exclude_from_loading": ["mtp"]}
+    start = starting_weights(config_of(tmp_path / "d", SEQUENTIAL, trunk))
+    assert same({k: w for k, w in start.items() if not k.startswith("mtp.")}, saved.trunk)
 
 
 def test_shared_weights_are_one_module(tmp_path):

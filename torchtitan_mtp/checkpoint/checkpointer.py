@@ -37,6 +37,7 @@ from torchtitan_mtp.checkpoint.remote import RemotePath
 from torchtitan_mtp.checkpoint.resume import Stateful, restore
 from torchtitan_mtp.checkpoint.state import OPTIMIZER, RNG
 from torchtitan_mtp.checkpoint.storage import SummingWriter
+from torchtitan_mtp.checkpoint.trunk_state import check_native_trunk_state
 from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.models.transformer import Transformer
 
@@ -329,6 +330,8 @@ class Checkpointer:
     def _load_weights(self, opened: Opened, allowed: Sequence[str], exact: bool = False) -> None:
         exclude = self.config.exclude_from_loading
         self._check_exclude(opened, exclude)
+        if not excluded("mtp.heads", exclude):
+            self._ranks.first(lambda: check_native_trunk_state(opened.path, self.model))
         self.load_report = load_opened_weights(
             opened,
             self.model,

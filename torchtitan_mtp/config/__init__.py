@@ -5,7 +5,7 @@ from torchtitan_mtp.config.job_config import JobConfig
 from torchtitan_mtp.config.manager import load_toml, parse_args
 from torchtitan_mtp.config.sections.checkpoint import Checkpoint
 from torchtitan_mtp.config.sections.model import Model
-from torchtitan_mtp.config.sections.mtp import MTP, Loss
+from torchtitan_mtp.config.sections.mtp import MTP, Loss, TrunkState
 from torchtitan_mtp.config.sections.parallelism import ActivationCheckpoint, Compile, Parallelism
 from torchtitan_mtp.config.sections.quantize import Float8Linear
 from torchtitan_mtp.config.sections.run import Comm, Job, Metrics, Profiling
@@ -34,6 +34,7 @@ __all__ = [
     "Parallelism",
     "Profiling",
     "Training",
+    "TrunkState",
     "Validation",
     "check",
     "load_toml",

@@ -151,7 +151,7 @@ def _check_mtp(config: JobConfig) -> None:
     if mtp.trunk_state == "raw" and mtp.heads != "sequential":
         raise UserError(
             'mtp.trunk_state = "raw": needs mtp.heads = "sequential"; parallel heads read the '
-            "state under the last layer"
+            "state under the last layer; set that, or leave trunk_state unset"
         )
     if mtp.match_parameters and mtp.heads != "parallel":
         raise UserError(

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import (
 
 from torchtitan_mtp.config import ActivationCheckpoint
 from torchtitan_mtp.models.transformer import Transformer
+from torchtitan_mtp.mtp.engine import backward_follows_forward
 
 # Worth keeping: attention, and every second matrix product; the rest is cheap to compute again.
 _ATTENTION = (
@@ -62,7 +63,7 @@ def apply_activation_checkpointing(
     each one's backward follows its forward.)
     """
     held: list[nn.Module] = []
-    if model.mtp is not None and not (engine == "sequential" and model.mtp.family == "parallel"):
+    if model.mtp is not None and not backward_follows_forward(model, engine):
         held = list(model.mtp.heads)
     for head in held:
         _checkpoint_block(head, False, config.early_stop)

@@ -20,13 +20,13 @@ from torchtitan_mtp.distributed.activation_checkpoint import apply_activation_ch
 from torchtitan_mtp.distributed.mesh import World
 from torchtitan_mtp.models.init import init_weights
 from torchtitan_mtp.models.transformer import Transformer
-from torchtitan_mtp.mtp.heads import ParallelHeads
+from torchtitan_mtp.mtp.engine import backward_follows_forward
 
 
 def parallelize(
     model: Transformer, config: JobConfig, world: World, param_dtype: torch.dtype, seed: int
 ) -> Transformer:
-    """Checkpointing, compilation and FSDP2 for every block alike; then memory and weights.
+    """Checkpointing, compilation and FSDP2, block by block; then memory and weights.
 
     The model comes from the meta device with its converters applied (heads, float8). It returns
     materialised, sharded and initialised.
@@ -80,8 +80,7 @@ def apply_fsdp(
     )
     reshard = config.parallelism.fsdp_reshard_after_forward != "never"
     blocks = list(model.blocks())
-    parallel = isinstance(model.mtp, ParallelHeads)
-    one_after_another = config.mtp.engine == "sequential" and parallel
+    one_after_another = backward_follows_forward(model, config.mtp.engine)
     for i, block in enumerate(blocks):
         # What the backward needs first is not worth freeing: the last block, and with the
         # sequential engine every parallel head, whose backward follows its forward at once.

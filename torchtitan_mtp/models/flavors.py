@@ -27,7 +27,7 @@ def _qwen3(**shape: Any) -> ModelArgs:
 
 
 def _qwen2(**shape: Any) -> ModelArgs:
-    # Dense Qwen2.5 up to 7B: biases of queries, keys and values, no rotary scaling.
+    # Dense Qwen2.5: biases of queries, keys and values, no rotary scaling.
     return ModelArgs(qkv_bias=True, norm_eps=1e-6, rope_theta=1000000.0, **shape)
 
 

@@ -1,8 +1,8 @@
 """The two ways to run n heads forward and backward; one result.
 
-`joint` is ordinary autograd: all hidden states, one loss, one backward. It takes any backend of the
-loss. Its heads' blocks are checkpointed (`apply_activation_checkpointing` sees to that), so that a
-head leaves one state [N, D] behind, not its activations.
+`joint`, for parallel heads and for any backend of the loss, is ordinary autograd: all hidden
+states, one loss, one backward. Its heads' blocks are checkpointed (`apply_activation_checkpointing`
+sees to that), so that a head leaves one state [N, D] behind, not its activations.
 
 `sequential` runs the heads' losses and backwards in turn, so that what a head needs for its
 backward is gone before the next one's loss. For parallel heads that is the algorithm of Gloeckle et
@@ -79,13 +79,14 @@ def joint(
     loss: LossArguments,
     last_micro_batch: bool = True,
 ) -> LossOutput:
-    """Forward and backward of one micro-batch in one graph; gradients add to `.grad`.
+    """Forward and backward of one micro-batch, in one graph unless a chain takes its own way;
+    gradients add to `.grad`.
 
     `last_micro_batch`: whether gradients are reduced over the ranks now.
     """
     chunked = loss.get("backend", "chunked") == "chunked"
     if chunked and isinstance(model.mtp, SequentialHeads):
-        return sequential(model, batch, head_scales, loss, last_micro_batch)
+        return _in_turn(_chained_turns, model, batch, head_scales, loss, last_micro_batch)
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(last_micro_batch)
         model.set_is_last_backward(last_micro_batch)
@@ -105,12 +106,25 @@ def sequential(
     last_micro_batch: bool = True,
 ) -> LossOutput:
     """As `joint`, head by head."""
-    if isinstance(model.mtp, ParallelHeads):
-        turns = _parallel_turns
-    elif isinstance(model.mtp, SequentialHeads):
-        turns = _chained_turns
-    else:
+    if model.mtp is None:
         return joint(model, batch, head_scales, loss, last_micro_batch)
+    turns = _parallel_turns if isinstance(model.mtp, ParallelHeads) else _chained_turns
+    return _in_turn(turns, model, batch, head_scales, loss, last_micro_batch)
+
+
+def backward_follows_forward(model: Transformer, engine: str) -> bool:
+    """Whether each head's backward comes right after its forward: no two are alive at a time."""
+    return engine == "sequential" and isinstance(model.mtp, ParallelHeads)
+
+
+def _in_turn(
+    turns: Callable[[Transformer, Batch, HeadByHeadLoss, bool], dict[int, LossOutput]],
+    model: Transformer,
+    batch: Batch,
+    head_scales: Tensor,
+    loss: LossArguments,
+    last_micro_batch: bool,
+) -> LossOutput:
     outputs = turns(model, batch, _head_loss(head_scales, loss), last_micro_batch)
     release(model)
     return _together([outputs[k] for k in sorted(outputs)])
@@ -158,9 +172,7 @@ def _chained_turns(
     ends, states = {1: state}, {1: _leaf(state, trained)}
     ahead = {k: _leaf(heads.ahead(embedded, k), into_trunk) for k in range(2, n + 1)}
     for k in range(2, n + 1):
-        aside = k == 2 and not into_trunk
-        below = states[k - 1].detach() if aside else states[k - 1]
-        ends[k] = heads.hidden(model, k, below, ahead[k], context)
+        ends[k] = heads.hidden(model, k, states[k - 1], ahead[k], context)
         states[k] = _leaf(ends[k], True)
     hold(model, (*model.layers.values(), *heads.heads))
     stay_gathered(heads.heads, True)
@@ -180,7 +192,7 @@ def _chained_turns(
                 finish_with_next_backward(model, last_micro_batch)
             end.backward(state.grad)
             if into_trunk:
-                if d_embedded is None:  # in the room of the first state that is gone
+                if d_embedded is None:  # not before head n's loss, beside which it would stand
                     dtype = torch.promote_types(embedded.dtype, torch.float32)
                     d_embedded = torch.zeros_like(embedded, dtype=dtype)
                 heads.ahead(d_embedded, k).add_(ahead.pop(k).grad)

@@ -9,7 +9,8 @@ ordinary model, after its final norm, and for k = 2..n
 
     h_k = norm_k(block_k(M_k [enorm_k(emb(t[i+k-1])) ; hnorm_k(h_{k-1})])).
 
-(MiMo, arXiv 2505.07608, section 2.3: the first module reads h_1 as it is before the final norm.)
+(With `trunk_state = "raw"`, as vLLM runs MiMo, head 2 reads the state before the final norm in
+place of h_1.)
 
 Both share the embedding, the unembedding and the rotary positions with the trunk. Head k at
 position i predicts t[i+k]; head 1 is next-token prediction.
@@ -23,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from torchtitan_mtp.config import TrunkState
 from torchtitan_mtp.data.targets import Batch
 from torchtitan_mtp.models.attention import AttentionContext, KVCache
 from torchtitan_mtp.models.transformer import Transformer
@@ -85,12 +87,15 @@ class SequentialHead(nn.Module):
         emb: Tensor,
         context: AttentionContext,
         cache: KVCache | None = None,
-        norm: Tensor | None = None,
+        trunk_norm: Tensor | None = None,
     ) -> Tensor:
-        """h, emb [B, S, D] -> [B, S, D], normalised; so is h first, where the scale [D] of a `norm`
-        is given."""
-        if norm is not None:
-            h = F.rms_norm(h, norm.shape, norm, self.hnorm.eps)
+        """h_k [B, S, D], normalised, from h = h_{k-1} and emb [B, S, D].
+
+        With `trunk_norm`, the scale [D] of the trunk's final norm, h is the trunk's state before
+        that norm, which is taken here.
+        """
+        if trunk_norm is not None:
+            h = F.rms_norm(h, trunk_norm.shape, trunk_norm, self.hnorm.eps)  # all norms' eps
         x = self.eh_proj(torch.cat((self.enorm(emb), self.hnorm(h)), dim=-1))  # [B, S, 2D] -> D
         return self.norm(self.block(x, context, cache))
 
@@ -102,7 +107,7 @@ class SequentialHead(nn.Module):
 class SequentialHeads(nn.Module):
     """A chain of modules behind the whole model; with `share_weights` one module, n - 1 times.
 
-    With `reads_raw` the first of them reads the trunk's state before the final norm.
+    trunk_state: what the first of them reads of the trunk (`mtp.trunk_state`).
     """
 
     family = "sequential"
@@ -113,12 +118,12 @@ class SequentialHeads(nn.Module):
         num_future_tokens: int,
         detach_trunk: bool,
         share_weights: bool,
-        reads_raw: bool = False,
+        trunk_state: TrunkState = "normalized",
     ) -> None:
         super().__init__()
         self.num_future_tokens = num_future_tokens
         self.detach_trunk = detach_trunk
-        self.reads_raw = reads_raw
+        self.trunk_state = trunk_state
         modules = 1 if share_weights else num_future_tokens - 1
         self.heads = nn.ModuleList(SequentialHead(model) for _ in range(modules))
 
@@ -145,19 +150,20 @@ class SequentialHeads(nn.Module):
     ) -> Tensor:
         """h_k [B, S, D], k = 2..n, from h_{k-1} and `ahead` [B, S, D]; h_2 from `trunk`'s state,
         whose norm is part of the module's call: what is kept for the backward is that state."""
-        if k > 2 or self.reads_raw:
+        if k > 2:
             return self.module(k)(h, emb, context)
         scale: Tensor = model.norm.weight
         if self.detach_trunk and torch.is_grad_enabled():
-            scale = scale.detach()
-        return self.module(k)(h, emb, context, norm=scale)
+            h, scale = h.detach(), scale.detach()
+        trunk_norm = scale if self.trunk_state == "normalized" else None
+        return self.module(k)(h, emb, context, trunk_norm=trunk_norm)
 
     def forward(self, model: Transformer, batch: Batch) -> list[Tensor]:
         """n hidden states [B, S, D]."""
         embedded, h, context = self.trunk(model, batch)
         hiddens = [model.norm(h)]
         if self.detach_trunk:
-            h, embedded = h.detach(), embedded.detach()
+            embedded = embedded.detach()
         for k in range(2, self.num_future_tokens + 1):
             h = self.hidden(model, k, h, self.ahead(embedded, k), context)
             hiddens.append(h)

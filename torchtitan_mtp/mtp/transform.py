@@ -28,9 +28,7 @@ def add_heads(model: Transformer, mtp: MTP) -> Transformer:
     with weight.device:
         heads: nn.Module
         if mtp.heads == "sequential":
-            heads = SequentialHeads(
-                model, n, mtp.detach_trunk, mtp.share_weights, mtp.trunk_state == "raw"
-            )
+            heads = SequentialHeads(model, n, mtp.detach_trunk, mtp.share_weights, mtp.trunk_state)
         else:
             heads = ParallelHeads(model, n, mtp.detach_trunk)
     model.mtp = heads.to(weight.dtype)

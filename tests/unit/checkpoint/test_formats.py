@@ -36,7 +36,7 @@ from torchtitan_mtp.checkpoint.manifest import read_manifest
 from torchtitan_mtp.config import load_toml
 from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.inference import generate, load_for_inference
-from torchtitan_mtp.models.args import ModelArgs
+from torchtitan_mtp.models.args import ModelArgs, YaRN
 from torchtitan_mtp.models.flavors import flavors
 
 TIED = {"model.args.tied_embeddings": True}
@@ -135,8 +135,14 @@ def test_what_a_training_leaves() -> None:
     assert hf_format(shape, 2, "normalized") == "glm4_moe_hf"
     assert hf_format(biased, 2, "normalized") == "glm4_moe_hf"
     assert hf_format(biased, 2, "raw") == "mimo_hf"
-    with pytest.raises(UserError, match=r"takes models with model\.args\.qkv_bias"):
+    with pytest.raises(
+        UserError, match=r"leaves as mimo_hf alone; set model\.args\.qkv_bias = true"
+    ):
         hf_format(shape, 2, "raw")
+    with pytest.raises(UserError, match="YaRN is written for DeepSeek's models only"):
+        hf_format(replace(shape, rope_scaling=YaRN()), 0, "normalized")
+    with pytest.raises(UserError, match="head_size = 16, and Qwen2's heads are 32 / 4 wide"):
+        hf_format(replace(biased, head_size=16), 2, "raw")
 
 
 def test_shards_and_their_index(tmp_path: Path) -> None:

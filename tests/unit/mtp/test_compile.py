@@ -25,7 +25,7 @@ LAYERS, N = 10, 4
 PARALLEL = {"heads": "parallel"}
 # Without gradients the graphs are others.
 CASES = {  # name -> ([mtp] table, activation checkpointing, graphs to train with, to evaluate with)
-    # A block before a head's output (so the chain's last trunk block) is one that normalises.
+    # A parallel block before `output` normalises; of a chain, the first module does its input.
     # Heads that wait for one another are checkpointed, the trunk is not.
     "parallel, joint": ({**PARALLEL, "engine": "joint"}, "none", 3, 3),
     "parallel, checkpointed": ({**PARALLEL, "engine": "sequential"}, "full", 2, 2),

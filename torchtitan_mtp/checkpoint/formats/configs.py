@@ -84,7 +84,8 @@ def _qwen2(spec: ModelSpec, name: str, architecture: str) -> dict[str, Any]:
     if args.head_dim * args.n_heads != args.dim:
         raise UserError(
             f"{name}: model.args.head_size = {args.head_dim}, and Qwen2's heads are "
-            f"{args.dim} / {args.n_heads} wide; glm4_moe_hf takes any"
+            f"{args.dim} / {args.n_heads} wide; glm4_moe_hf takes any, with normalized modules or "
+            "--drop_heads"
         )
     return _common(spec, architecture, "qwen2") | _no_window(spec)
 

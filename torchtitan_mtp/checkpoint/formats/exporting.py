@@ -139,15 +139,22 @@ def _has_place_for_heads(form: Format, spec: ModelSpec) -> bool:
 
 def holds(form: Format, spec: ModelSpec) -> bool:
     """Whether an export in the format, with the heads, would not be refused."""
-    args = spec.args
-    if form.kind not in (None, spec.kind):
-        return False
-    if form.qk_norm not in (None, args.qk_norm) or form.qkv_bias not in (None, args.qkv_bias):
+    if not fits(form, spec):
         return False
     try:
         if form.write_config is not None:
             form.write_config(spec)
     except UserError:
+        return False
+    return True
+
+
+def fits(form: Format, spec: ModelSpec) -> bool:
+    """Whether the format has a place for each tensor of the model, whatever its config can say."""
+    args = spec.args
+    if form.kind not in (None, spec.kind):
+        return False
+    if form.qk_norm not in (None, args.qk_norm) or form.qkv_bias not in (None, args.qkv_bias):
         return False
     return _has_place_for_heads(form, spec)
 

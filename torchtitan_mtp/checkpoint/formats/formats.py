@@ -37,8 +37,8 @@ class Format:
 
     container: "safetensors", "pth" or "dcp". kind: of the blocks that it holds (`ModelSpec.kind`),
     None for any. heads: the family that it holds, if any, most_modules how many of them, and
-    trunk_state what sequential ones read. qk_norm, qkv_bias: what it needs, None for either.
-    Without read_config its folders do not say which model they hold.
+    trunk_state what the first of sequential ones reads. qk_norm, qkv_bias: what it needs, None for
+    either. Without read_config its folders do not say which model they hold.
     """
 
     names: Callable[[ModelSpec], Names]
@@ -54,6 +54,7 @@ class Format:
     read_config: Callable[[Path, Mapping[str, Any]], ModelSpec] | None = None
 
 
+# (`hf_format` takes the first that holds a model.)
 FORMATS: dict[str, Format] = {
     "llama_hf": Format(
         names.llama_hf,

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 from torch import Size
 
-from torchtitan_mtp.config import MTP, JobConfig
+from torchtitan_mtp.config import MTP, JobConfig, TrunkState
 from torchtitan_mtp.models.args import ModelArgs, YaRN
 from torchtitan_mtp.models.flavors import flavors, model_args
 from torchtitan_mtp.models.transformer import build_model
 from torchtitan_mtp.mtp import add_heads
-
-TrunkState = Literal["normalized", "raw"]  # mtp.trunk_state
 
 # What [model.args] can say; the rest of `ModelArgs` is the run's.
 _SIZES = (
@@ -35,7 +33,7 @@ class ModelSpec:
 
     args: `n_layers` counts the blocks that are there, `max_seq_len` the tokens the model may see.
     heads: "parallel", "sequential", or "" for none; then `num_future_tokens` is 1.
-    trunk_state: what sequential heads read, "normalized" or "raw" (`mtp.trunk_state`).
+    trunk_state: what the first sequential head reads (`mtp.trunk_state`).
     """
 
     args: ModelArgs

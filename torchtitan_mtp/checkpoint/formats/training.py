@@ -9,27 +9,25 @@ from pathlib import Path
 
 import torch
 
-from torchtitan_mtp.checkpoint.formats import deepseek_v3
 from torchtitan_mtp.checkpoint.formats.configs import Reader
-from torchtitan_mtp.checkpoint.formats.exporting import export_checkpoint, holds
+from torchtitan_mtp.checkpoint.formats.exporting import export_checkpoint, fits, holds
 from torchtitan_mtp.checkpoint.formats.formats import FORMATS, open_tensors
 from torchtitan_mtp.checkpoint.formats.importing import inward, read_spec
 from torchtitan_mtp.checkpoint.formats.read import read_json
 from torchtitan_mtp.checkpoint.formats.spec import (
     ModelSpec,
-    TrunkState,
     describe_run,
     differing_sizes,
 )
 from torchtitan_mtp.checkpoint.load import HEADS, LoadReport, check_names, excluded, log_report
 from torchtitan_mtp.checkpoint.ranks import Ranks
 from torchtitan_mtp.checkpoint.state import model_state
-from torchtitan_mtp.config import JobConfig
+from torchtitan_mtp.checkpoint.trunk_state import check_trunk_state, trunk_state_of
+from torchtitan_mtp.config import JobConfig, TrunkState
 from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.models.args import ModelArgs
 from torchtitan_mtp.models.init import assign
 from torchtitan_mtp.models.transformer import Transformer
-from torchtitan_mtp.mtp.heads import SequentialHeads
 
 logger = logging.getLogger(__name__)
 
@@ -72,12 +70,8 @@ def _load(path: Path, model: Transformer, exclude: Sequence[str]) -> LoadReport:
     outputs = {o.name: o for o in inward(open_tensors(FORMATS[name], path), FORMATS[name], spec)}
     outputs = {key: o for key, o in outputs.items() if not excluded(key, exclude)}
     heads = any(key.startswith("mtp.") for key in wanted.keys() & outputs.keys())
-    if heads and spec.trunk_state != trunk_state(model):
-        raise UserError(
-            f"{path}: its modules read the trunk's {spec.trunk_state} state, the run's the "
-            f'{trunk_state(model)} one; set mtp.trunk_state = "{spec.trunk_state}", or leave them '
-            'out with checkpoint.exclude_from_loading = ["mtp"]'
-        )
+    if heads:
+        check_trunk_state(path, spec.trunk_state, model)
     missing = [key for key in wanted if key not in outputs]
     unexpected = sorted(outputs.keys() - wanted.keys())
     check_names(path, missing, unexpected, set(outputs), HEADS, HEADS)
@@ -100,34 +94,31 @@ def _format_of(path: Path) -> str:
 
 
 def hf_format(args: ModelArgs, modules: int, trunk_state: TrunkState) -> str:
-    """The HF format that holds a model with sequential heads. Error: there is none."""
+    """The HF format for a model with as many sequential heads, the first in the order of `FORMATS`.
+    Error: there is none, or one that can't say all of the model."""
     spec = ModelSpec(args, "sequential" if modules else "", 1 + modules, trunk_state=trunk_state)
-    if spec.kind == "deepseek_v3":
-        deepseek_v3.write_config(spec)  # says what it is that no folder holds
-    for name, form in FORMATS.items():
-        if form.container == "safetensors" and holds(form, spec):
+    forms = {name: form for name, form in FORMATS.items() if form.container == "safetensors"}
+    for name, form in forms.items():
+        if holds(form, spec):
             return name
+    for form in forms.values():  # what its config.json can't say
+        if form.write_config is not None and fits(form, spec):
+            form.write_config(spec)
     if modules and trunk_state == "raw":
         raise UserError(
-            'checkpoint.last_save_in_hf = true: mtp.trunk_state = "raw" leaves as mimo_hf alone, '
-            "which takes models with model.args.qkv_bias and without qk_norm; set them so, or "
-            "unset last_save_in_hf"
+            'checkpoint.last_save_in_hf = true: mtp.trunk_state = "raw" leaves as mimo_hf alone; '
+            "set model.args.qkv_bias = true and qk_norm = false, or trunk_state = "
+            '"normalized", or unset last_save_in_hf'
         )
     raise UserError(
         "checkpoint.last_save_in_hf = true: no Hugging Face format here holds this model; unset it"
     )
 
 
-def trunk_state(model: Transformer) -> TrunkState:
-    """What the sequential heads of a model read of its trunk (`mtp.trunk_state`)."""
-    heads = model.mtp
-    return "raw" if isinstance(heads, SequentialHeads) and heads.reads_raw else "normalized"
-
-
 def save_in_hf(step: Path, model: Transformer, dtype: torch.dtype | None) -> Path:
     """Export a finished step-N beside itself, as step-N.hf, in the format that holds its heads."""
     modules = 0 if model.mtp is None else len(model.mtp.heads)
-    name = hf_format(model.args, modules, trunk_state(model))
+    name = hf_format(model.args, modules, trunk_state_of(model))
     out = step.with_name(f"{step.name}.hf")
     export_checkpoint(step, out, name, dtype=dtype)
     logger.info("saved %s (%s)", out, name)

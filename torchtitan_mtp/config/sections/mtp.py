@@ -5,6 +5,8 @@ from typing import Literal
 
 from torchtitan_mtp.config.setting import rule, setting
 
+TrunkState = Literal["normalized", "raw"]
+
 
 @dataclass
 class MTP:
@@ -45,15 +47,15 @@ class MTP:
 
     engine: Literal["joint", "sequential"] = "joint"
     """"sequential": head by head, with memory flat in n and nothing computed twice; "joint": in one
-    graph, which keeps one state of each head and computes their blocks twice. A chain of heads
-    takes the same way under both. The same gradients."""
+    graph, which keeps one state of each head and computes the blocks of heads 2..n twice. A chain
+    takes one way under both, unless loss.backend is not "chunked". The same gradients."""
 
     share_weights: bool = False
     """Apply one sequential module n - 1 times instead of training n - 1 modules."""
 
-    trunk_state: Literal["normalized", "raw"] = "normalized"
-    """Which state of the trunk sequential heads read: after its final norm (DeepSeek-V3, GLM) or
-    before it (MiMo)."""
+    trunk_state: TrunkState = "normalized"
+    """What the first sequential head reads of the trunk: its state after the final norm
+    (DeepSeek-V3, GLM) or before it ("raw": MiMo)."""
 
     match_parameters: bool = False
     """Take one layer off the trunk for every parallel head that is added, so that the model has as

@@ -119,7 +119,9 @@ class ActivationCheckpoint:
         "selective",
         unsupported_values={"memory_budget": 'use "selective" with selective_ac_option = "op"'},
     )
-    """"full" recomputes each block; "selective" what selective_ac_option says; "none" nothing."""
+    """"full" recomputes each block; "selective" what selective_ac_option says; "none" nothing.
+    Heads 2..n are recomputed whole in any mode, but for parallel ones with mtp.engine =
+    "sequential"."""
 
     selective_ac_option: str = "2"
     """"op": keep the results of costly operations in every block; a number: recompute every
