@@ -34,7 +34,6 @@ def test_nothing_but_acceptance_or_one_line(kind, count):
 
 def test_a_reader_that_fails_otherwise_is_counted(tmp_path, monkeypatch):
     """The fuzzer itself: tracebacks, long messages, hangs and crashes are all noticed."""
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     import fuzz
 
     from torchtitan_mtp.errors import UserError

@@ -188,7 +188,8 @@ class MoE(nn.Module):
         """Add to the counts of this step, but not when activations are computed a second time,
         which happens inside of a backward. (The compiler recomputes without side effects.)"""
         if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
-            self.tokens_per_expert.add_(torch.diff(ends, prepend=ends.new_zeros(1)))
+            # (.data: a checkpointed block takes the buffer as an input, and may not see it change.)
+            self.tokens_per_expert.data.add_(torch.diff(ends, prepend=ends.new_zeros(1)))
 
     def init_buffers(self) -> None:
         """Zero all buffers, on the device that they are on; biases are float32 in any model."""

@@ -135,9 +135,7 @@ def test_what_a_training_leaves() -> None:
     assert hf_format(shape, 2, "normalized") == "glm4_moe_hf"
     assert hf_format(biased, 2, "normalized") == "glm4_moe_hf"
     assert hf_format(biased, 2, "raw") == "mimo_hf"
-    with pytest.raises(
-        UserError, match=r"mimo_hf alone; set model\.args\.qkv_bias = true"
-    ):
+    with pytest.raises(UserError, match=r"mimo_hf alone; set model\.args\.qkv_bias = true"):
         hf_format(shape, 2, "raw")
     with pytest.raises(UserError, match="YaRN is written for DeepSeek's models only"):
         hf_format(replace(shape, rope_scaling=YaRN()), 0, "normalized")

@@ -65,8 +65,11 @@ RUNS = {  # a chain runs in one graph with another backend of the loss than "chu
 }
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("run", RUNS)
+SHAPES_OF_RUNS = [(shape, run) for shape in SHAPES for run in list(RUNS)[:2]]
+SHAPES_OF_RUNS.append(("plain", "joint, naive loss"))
+
+
+@pytest.mark.parametrize(("shape", "run"), SHAPES_OF_RUNS)
 @pytest.mark.parametrize("mtp", CASES)
 def test_loss_and_gradients_are_the_naive_ones(mtp, run, shape):
     engine, options = RUNS[run]

@@ -75,17 +75,18 @@ def test_decode_holds_the_gain_against_the_arithmetic(tmp_path: Path) -> None:
     options = ["--max-new-tokens", "30", "--repeats", "1", "--modes", "eager", "--drafts", "1", "2"]
     run = benchmark("decode", "--checkpoint", str(tmp_path / "run"), *options, "--json", str(out))
     assert run.returncode == 0, run.stderr
+    block, output = (2 * 32 + 2 * 16) * 32 + 3 * 32 * 48, 320 * 32
+    trunk, module = 3 * block + output, block + 2 * 32 * 32 + output
     for drafts, row in enumerate(json.loads(out.read_text())["rows"], start=1):
         assert (row["heads"], row["L"], row["drafts"]) == ("sequential", 3, drafts)
         assert 1 <= row["tokens/step"] <= 1 + drafts
         assert row["bound"] == pytest.approx(row["tokens/step"] * 3 / (3 + drafts))
         gain = row["speculative tokens/s"] / row["plain tokens/s"]
         assert row["speed-up"] == pytest.approx(gain)
+        share = trunk / (trunk + drafts * module)
+        limit = row["tokens/step"] * share / row["d + 1 tokens / 1"]
+        assert row["limit"] == pytest.approx(limit) and limit > 0
     assert drafts == 2
-    block, output = (2 * 32 + 2 * 16) * 32 + 3 * 32 * 48, 320 * 32
-    trunk, drafting = 3 * block + output, 2 * (block + 2 * 32 * 32 + output)
-    limit = row["tokens/step"] * trunk / (trunk + drafting) / row["n tokens / 1"]
-    assert row["limit"] == pytest.approx(limit) and limit > 0
 
 
 def test_gpu_refuses_a_cpu() -> None:
