@@ -25,7 +25,6 @@ MODELS = {
         for n in (2, 6)
     },
     "chain 6": MTP(num_future_tokens=6, heads="sequential"),
-    "chain in turn 6": MTP(num_future_tokens=6, heads="sequential", engine="sequential"),
 }
 
 
