@@ -174,7 +174,7 @@ def alone(folder: Path, *changes: dict[str, Any]) -> Run:
     return train(config_of(folder, STEPS, {"training.local_batch_size": 4}, *changes))
 
 
-def close(a: Run, b: Run) -> None:
+def assert_close_runs(a: Run, b: Run) -> None:
     torch.testing.assert_close(a.losses, b.losses, rtol=1e-5, atol=0)
     assert largest_difference(a.weights, b.weights) < 5e-5
 
@@ -187,7 +187,7 @@ def test_ranks_agree(name, ranks):
 
 @family
 def test_two_ranks_train_as_one_process(name, ranks, folder):
-    close(ranks[0][f"{name} whole"], alone(folder, FAMILIES[name]))
+    assert_close_runs(ranks[0][f"{name} whole"], alone(folder, FAMILIES[name]))
 
 
 @family
@@ -235,7 +235,7 @@ def test_gradients_are_reduced_in_the_last_micro_batch_only(name, ranks):
 
 @pytest.mark.parametrize("option", OPTIONS)
 def test_options_do_not_change_the_result(option, ranks):
-    close(ranks[0][option], ranks[0]["one_by_one whole"])
+    assert_close_runs(ranks[0][option], ranks[0]["one_by_one whole"])
 
 
 @pytest.mark.parametrize("option", FLOAT8_OPTIONS)

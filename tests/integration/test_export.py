@@ -220,45 +220,27 @@ def test_mimos_modules_compute_our_heads(tmp_path: Path, modules: int) -> None:
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
+SHAPE = {
+    "vocab_size": 320,
+    "hidden_size": 32,
+    "intermediate_size": 56,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+}
+
+
 def llama_config(**options):
-    return transformers.LlamaConfig(
-        vocab_size=320,
-        hidden_size=32,
-        intermediate_size=56,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        rms_norm_eps=1e-5,
-        **options,
-    )
+    return transformers.LlamaConfig(**SHAPE, rms_norm_eps=1e-5, **options)
 
 
 def qwen2_config(**options):
-    return transformers.Qwen2Config(
-        vocab_size=320,
-        hidden_size=32,
-        intermediate_size=56,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        **options,
-    )
+    return transformers.Qwen2Config(**SHAPE, **options)
 
 
 def qwen3_config(**options):
-    return transformers.Qwen3Config(
-        vocab_size=320,
-        hidden_size=32,
-        intermediate_size=56,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        max_position_embeddings=128,
-        **options,
-    )
+    return transformers.Qwen3Config(**SHAPE, head_dim=16, **options)
 
 
 SCALED = {

@@ -142,11 +142,11 @@ class SequentialDrafter:
     """A chain of modules (DeepSeek-V3): each draft is made with the drafts before it.
 
     Module k at position i takes emb(t[i+k-1]) and h_{k-1}[i] (module 2 of a raw chain the trunk's
-    state before its norm). At position p, t[p+1] is known and
-    t[p+2] .. are the drafts just made, so the entries of module k at positions p+3-k .. p rest on
-    drafts, and go stale when one is rejected. With p' > p the next time, nothing before
-    p'+2-k is ever stale. Every module runs over one window that ends at p': the new positions, and
-    at least as many as there are modules (for n = 2, the new positions alone).
+    state before its norm). At position p, t[p+1] is known and t[p+2] .. are the drafts just made,
+    so the entries of module k at positions p+3-k .. p rest on drafts, and go stale when one is
+    rejected. With p' > p the next time, nothing before p'+2-k is ever stale. Every module runs over
+    one window that ends at p': the new positions, and at least as many as there are modules (for
+    n = 2, the new positions alone).
     """
 
     def __init__(self, model: Transformer, positions: Positions, num_draft: int) -> None:

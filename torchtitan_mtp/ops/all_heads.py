@@ -38,6 +38,8 @@ class _AllHeads(torch.autograd.Function):
     def forward(  # type: ignore[no-untyped-def]
         ctx, weight, labels, head_scales, row_weights, options, mm, needs_grad, *hiddens
     ):
+        """weight [V, D], labels [N, n], head_scales [n], row_weights [N, n], hiddens n of [N, D] ->
+        loss [], and loss sums, valid and correct targets [n]; the gradients are made here."""
         run = _all_heads_op if torch.compiler.is_compiling() else _all_heads
         unit = gradient_unit(head_scales, hiddens[0].dtype, mm)
         scales = head_scales if unit is None else head_scales / unit
@@ -53,6 +55,7 @@ class _AllHeads(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_loss, *_):  # type: ignore[no-untyped-def]
+        """grad_loss [] times the gradients of the forward. Error: they were used up before."""
         if ctx.gradients is None:
             raise RuntimeError(
                 "linear_cross_entropy: a second backward over one forward, whose gradients the "

@@ -91,6 +91,8 @@ class _OneHead(torch.autograd.Function):
     def forward(  # type: ignore[no-untyped-def]
         ctx, hidden, weight, labels, scale, unit, options, mm, d_weight, hand_over, in_place
     ):
+        """hidden [N, D], weight [V, D], labels [N], scale and unit [] -> scale * loss sum, loss
+        sum, valid and correct targets, [] each; the gradients are made here."""
         head = head_loss_and_grad(
             hidden,
             weight,

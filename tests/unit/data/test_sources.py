@@ -24,7 +24,7 @@ def write_jsonl(path, records=RECORDS):
     return path
 
 
-def fails(message, *args, **kwargs):
+def assert_fails(message, *args, **kwargs):
     """Building the source, or reading it, raises one line that matches."""
     with pytest.raises(UserError, match=message) as error:
         read(build_source(*args, **kwargs))
@@ -143,10 +143,12 @@ def test_damaged_compressed_file(tmp_path):
     cache = tmp_path / "cache"
     for data in (whole[:5000], b"not gzip"):
         packed.write_bytes(data)
-        fails(r"a\.jsonl\.gz: can't be decompressed", "files", str(packed), cache_dir=str(cache))
+        assert_fails(
+            r"a\.jsonl\.gz: can't be decompressed", "files", str(packed), cache_dir=str(cache)
+        )
     packed = tmp_path / "a.txt.zst"
     packed.write_bytes(b"not zstd")
-    fails(r"a\.txt\.zst: can't be decompressed", "files", str(packed), cache_dir=str(cache))
+    assert_fails(r"a\.txt\.zst: can't be decompressed", "files", str(packed), cache_dir=str(cache))
     assert list(cache.iterdir()) == []
 
 
@@ -159,7 +161,7 @@ def test_default_cache_folder_is_the_users_own(monkeypatch, tmp_path):
     assert folder.stat().st_mode & 0o777 == 0o700
     monkeypatch.setattr(os, "getuid", lambda: 12345)
     folder.rename(tmp_path / "torchtitan_mtp-12345")
-    fails("belongs to another user", "files", str(packed))
+    assert_fails("belongs to another user", "files", str(packed))
 
 
 def write_parquet(path, columns, row_group_size=3):
@@ -184,12 +186,12 @@ def test_parquet_row_groups_in_any_order(tmp_path):
 
 def test_parquet_errors(tmp_path):
     path = write_parquet(tmp_path / "a.parquet", {"body": ["x"]})
-    fails(r"a\.parquet: expected a column 'text', .*found \['body'\]", "files", str(path))
+    assert_fails(r"a\.parquet: expected a column 'text', .*found \['body'\]", "files", str(path))
     path = write_parquet(tmp_path / "b.parquet", {"text": ["x", None]})
-    fails(r"b\.parquet: row 2: expected text", "files", str(path))
+    assert_fails(r"b\.parquet: row 2: expected text", "files", str(path))
     path = tmp_path / "c.parquet"
     path.write_bytes(b"PAR1 and nothing more")
-    fails(r"c\.parquet: not a readable Parquet file", "files", str(path))
+    assert_fails(r"c\.parquet: not a readable Parquet file", "files", str(path))
 
 
 def test_parquet_cut_short_under_the_run(tmp_path):
@@ -216,11 +218,11 @@ def test_file_cut_short_or_gone_under_the_run(tmp_path, name):
 def test_not_utf8_names_the_line(tmp_path):
     path = tmp_path / "a.txt"
     path.write_bytes(b"one\ntwo\nna\xefve\n")
-    fails(r"a\.txt:3: byte 0xef is not UTF-8", "files", str(path))
+    assert_fails(r"a\.txt:3: byte 0xef is not UTF-8", "files", str(path))
     path.write_bytes(b"line\n" * 100_000 + b"\xff\n")
-    fails(r"a\.txt:100001: byte 0xff", "files", str(path))
+    assert_fails(r"a\.txt:100001: byte 0xff", "files", str(path))
     path.write_bytes(b"line\n" * 100_000 + b"\xe6\xbc")  # ends within a character
-    fails(r"a\.txt:100001: byte 0xe6", "files", str(path))
+    assert_fails(r"a\.txt:100001: byte 0xe6", "files", str(path))
 
 
 @pytest.mark.parametrize(
@@ -237,26 +239,30 @@ def test_not_utf8_names_the_line(tmp_path):
 def test_bad_record_names_file_and_line(tmp_path, line, message):
     good = b'{"text": "x"}\n'
     (tmp_path / "a.jsonl").write_bytes(good * 2 + b"\n" + line + b"\n" + good)
-    fails(message, "files", str(tmp_path / "a.jsonl"))
+    assert_fails(message, "files", str(tmp_path / "a.jsonl"))
 
 
 def test_bad_record_of_a_compressed_file_names_that_file(tmp_path):
     packed = tmp_path / "a.jsonl.gz"
     packed.write_bytes(gzip.compress(b"{\n"))
-    fails(r"a\.jsonl\.gz:1: not JSON", "files", str(packed), cache_dir=str(tmp_path / "cache"))
+    assert_fails(
+        r"a\.jsonl\.gz:1: not JSON", "files", str(packed), cache_dir=str(tmp_path / "cache")
+    )
 
 
 def test_nothing_there(tmp_path):
-    fails("no file, folder or glob match at training.dataset_path", "files", str(tmp_path / "x"))
-    fails("no file, folder or glob match", "files", str(tmp_path / "*.txt"))
-    fails(r"no text, \.jsonl or \.parquet file below", "files", str(tmp_path))
+    assert_fails(
+        "no file, folder or glob match at training.dataset_path", "files", str(tmp_path / "x")
+    )
+    assert_fails("no file, folder or glob match", "files", str(tmp_path / "*.txt"))
+    assert_fails(r"no text, \.jsonl or \.parquet file below", "files", str(tmp_path))
     (tmp_path / "a.txt").touch()
-    fails("no document in 1 file", "files", str(tmp_path))
+    assert_fails("no document in 1 file", "files", str(tmp_path))
 
 
 def test_unknown_names():
-    fails("'c4_test' is not a dataset here; give training.dataset_path", "c4_test")
-    fails("'' is not a dataset here", "")
+    assert_fails("'c4_test' is not a dataset here; give training.dataset_path", "c4_test")
+    assert_fails("'' is not a dataset here", "")
 
 
 def test_missing_packages(tmp_path, monkeypatch):
@@ -264,8 +270,8 @@ def test_missing_packages(tmp_path, monkeypatch):
         monkeypatch.setitem(sys.modules, module, None)
     for name, package in (("a.parquet", "pyarrow"), ("a.txt.zst", "zstandard")):
         (tmp_path / name).write_bytes(b"x")
-        fails(f"reading it needs {package}", "files", str(tmp_path / name))
-    fails("dataset c4: streaming it needs the datasets package", "c4")
+        assert_fails(f"reading it needs {package}", "files", str(tmp_path / name))
+    assert_fails("dataset c4: streaming it needs the datasets package", "c4")
 
 
 def test_index_out_of_range(tmp_path):
@@ -330,5 +336,5 @@ def test_no_room_for_decompressed_contents(tmp_path, monkeypatch):
 
     monkeypatch.setattr(compressed.shutil, "copyfileobj", full)
     cache = tmp_path / "cache"
-    fails("No space left on device", "files", str(packed), cache_dir=str(cache))
+    assert_fails("No space left on device", "files", str(packed), cache_dir=str(cache))
     assert list(cache.iterdir()) == []
