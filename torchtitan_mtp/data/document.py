@@ -2,6 +2,8 @@
 
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+import numpy as np
+
 
 class Document(NamedTuple):
     """One record of a corpus.
@@ -47,6 +49,10 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Document: ...
+
+    def sizes(self) -> np.ndarray:
+        """UTF-8 bytes of each document's text and prompt together, int64 [len(source)]."""
+        ...
 
 
 @runtime_checkable

@@ -3,6 +3,8 @@
 import json
 from array import array
 
+import numpy as np
+
 from torchtitan_mtp.data.document import Document, document_of
 from torchtitan_mtp.data.files import DataFile
 from torchtitan_mtp.errors import UserError
@@ -25,6 +27,9 @@ class JsonlFile:
 
     def __len__(self) -> int:
         return len(self._starts)
+
+    def sizes(self) -> np.ndarray:
+        return np.array(self._stops, np.int64) - np.array(self._starts, np.int64)
 
     def __getitem__(self, index: int) -> Document:
         start, stop = self._starts[index], self._stops[index]

@@ -6,6 +6,8 @@ import threading
 from collections import OrderedDict
 from typing import Any
 
+import numpy as np
+
 from torchtitan_mtp.data.document import Document, document_of
 from torchtitan_mtp.data.files import DataFile
 from torchtitan_mtp.errors import UserError
@@ -35,7 +37,9 @@ class ParquetFile:
             with self._open(file.path) as parquet:
                 names = set(parquet.schema_arrow.names)
                 meta = parquet.metadata
-                rows = [meta.row_group(i).num_rows for i in range(meta.num_row_groups)]
+                groups = [meta.row_group(i) for i in range(meta.num_row_groups)]
+                rows = [group.num_rows for group in groups]
+                self._bytes = np.array([group.total_byte_size for group in groups], np.int64)
         except self._errors as e:
             raise self._unreadable(e) from e
         pair = {"prompt", "completion"}
@@ -51,6 +55,10 @@ class ParquetFile:
 
     def __len__(self) -> int:
         return self._starts[-1]
+
+    def sizes(self) -> np.ndarray:
+        rows = np.diff(self._starts)
+        return np.repeat(self._bytes // np.maximum(rows, 1), rows)
 
     def __getitem__(self, index: int) -> Document:
         group = bisect.bisect_right(self._starts, index) - 1

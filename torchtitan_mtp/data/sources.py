@@ -8,6 +8,8 @@ import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from torchtitan_mtp.data import compressed
 from torchtitan_mtp.data.document import Document, Source, StreamSource
 from torchtitan_mtp.data.files import DataFile, fingerprint_files
@@ -71,6 +73,10 @@ class FilesSource:
             raise IndexError(index)
         file = bisect.bisect_right(self._starts, index) - 1  # passes files without documents
         return self._files[file][index - self._starts[file]]
+
+    def sizes(self) -> np.ndarray:
+        """Bytes of each document's text and prompt as UTF-8, int64 [documents]."""
+        return np.concatenate([file.sizes() for file in self._files])
 
 
 def build_source(

@@ -1,5 +1,7 @@
 """Plain text files as documents."""
 
+import numpy as np
+
 from torchtitan_mtp.data.document import Document
 from torchtitan_mtp.data.files import DataFile
 
@@ -22,6 +24,9 @@ class TextFile:
 
     def __len__(self) -> int:
         return len(self._cuts) - 1
+
+    def sizes(self) -> np.ndarray:
+        return np.diff(np.array(self._cuts, np.int64))
 
     def __getitem__(self, index: int) -> Document:
         start, stop = self._cuts[index], self._cuts[index + 1]

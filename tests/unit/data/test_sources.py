@@ -4,6 +4,7 @@ import os
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from torchtitan_mtp.data import compressed, files
@@ -338,3 +339,22 @@ def test_no_room_for_decompressed_contents(tmp_path, monkeypatch):
     cache = tmp_path / "cache"
     assert_fails("No space left on device", "files", str(packed), cache_dir=str(cache))
     assert list(cache.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["stdlib", "text", "jsonl"])
+def test_sizes_are_the_bytes_of_each_document(tmp_path, kind):
+    if kind == "text":
+        (tmp_path / "a.txt").write_text("é\n" * 40_000, encoding="utf-8")
+        (tmp_path / "b.txt").write_text("x")
+        (tmp_path / "c.txt").touch()
+    elif kind == "jsonl":
+        write_jsonl(tmp_path / "a.jsonl")
+    source = build_source(*(["python_stdlib"] if kind == "stdlib" else ["files", str(tmp_path)]))
+    expected = [len((d.prompt + d.text).encode()) for d in read(source)]
+    sizes = source.sizes()
+    assert sizes.dtype == np.int64
+    if kind != "jsonl":
+        assert sizes.tolist() == expected
+    else:
+        assert len(sizes) == len(expected)
+        assert (sizes >= expected).all()
