@@ -54,6 +54,10 @@ class Source(Protocol):
         """UTF-8 bytes of each document's text and prompt together, int64 [len(source)]."""
         ...
 
+    def where(self, index: int) -> str:
+        """The place of a document, for messages: its file and line, or row."""
+        ...
+
 
 @runtime_checkable
 class StreamSource(Protocol):
@@ -84,4 +88,8 @@ class DocumentStream(Protocol):
 
     def state(self) -> Any:
         """Plain data that names the place before the next document."""
+        ...
+
+    def where(self) -> str:
+        """The place of the document last read, for messages."""
         ...

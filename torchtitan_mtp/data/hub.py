@@ -74,6 +74,9 @@ class HubLane:
         place = self._records.state_dict() if self._loaded is None else self._loaded
         return {"number": self._number, "records": place}
 
+    def where(self) -> str:
+        return f"{self._name}: record {self._number - 1}"
+
     def __iter__(self) -> "HubLane":
         return self
 

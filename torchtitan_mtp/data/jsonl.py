@@ -38,16 +38,16 @@ class JsonlFile:
             record = json.loads(text)
         except ValueError as e:
             raise UserError(
-                f"data {self._where(start)}: not JSON: {e}; every line must be one record"
+                f"data {self.where(index)}: not JSON: {e}; every line must be one record"
             ) from e
         document = document_of(record, self._text_field)
         if document is None:
             found = sorted(record) if isinstance(record, dict) else type(record).__name__
             raise UserError(
-                f"data {self._where(start)}: expected an object with a string"
+                f"data {self.where(index)}: expected an object with a string"
                 f" {self._text_field!r}, or strings 'prompt' and 'completion'; found {found}"
             )
         return document
 
-    def _where(self, start: int) -> str:
-        return f"{self._file.shown}:{self._file.line_number(start)}"
+    def where(self, index: int) -> str:
+        return f"{self._file.shown}:{self._file.line_number(self._starts[index])}"

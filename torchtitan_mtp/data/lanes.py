@@ -1,7 +1,7 @@
 """A lane: a sequence of documents as one stream of tokens, cut into windows."""
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -24,6 +24,10 @@ class Walk(Protocol):
         """Plain data that names the place before the next document; has "epoch"."""
         ...
 
+    def where(self) -> str:
+        """The place of the document last read, for messages."""
+        ...
+
     def seek(self, position: Position) -> None: ...
 
 
@@ -41,6 +45,9 @@ class ShuffledWalk:
     def position(self) -> Position:
         return {"epoch": self._epoch, "index": self._index}
 
+    def where(self) -> str:
+        return self._source.where(self._last)
+
     def seek(self, position: Position) -> None:
         if self._epoch != position["epoch"]:
             self._epoch = int(position["epoch"])
@@ -48,7 +55,8 @@ class ShuffledWalk:
         self._index = int(position["index"])
 
     def __next__(self) -> Document:
-        document = self._source[int(self._order[self._index])]
+        self._last = int(self._order[self._index])
+        document = self._source[self._last]
         self._index += 1
         if self._index == len(self._order):
             self.seek({"epoch": self._epoch + 1, "index": 0})
@@ -71,6 +79,9 @@ class StreamWalk:
         place = self._resume_at if self._stream is None else self._stream.state()
         return {"epoch": self._epoch, "stream": place}
 
+    def where(self) -> str:
+        return self._source.name if self._stream is None else self._stream.where()
+
     def seek(self, position: Position) -> None:
         self._epoch = int(position["epoch"])
         self._stream = None
@@ -92,19 +103,29 @@ class StreamWalk:
 
 
 class OncePass:
-    """Given documents, once."""
+    """The documents of those numbers, or all of a stream, once."""
 
-    def __init__(self, documents: Iterator[Document]) -> None:
-        self._documents = documents
+    def __init__(self, source: Source | StreamSource, numbers: Iterable[int]) -> None:
+        self._stream: DocumentStream | None = None
+        if isinstance(source, StreamSource):
+            self._stream = source.open_lane(0, 1)
+        else:
+            self._source, self._numbers = source, iter(numbers)
 
     def position(self) -> Position:
         return {}  # a pass is not resumed
+
+    def where(self) -> str:
+        return self._source.where(self._last) if self._stream is None else self._stream.where()
 
     def seek(self, position: Position) -> None:
         raise NotImplementedError
 
     def __next__(self) -> Document:
-        return next(self._documents)
+        if self._stream is not None:
+            return next(self._stream)
+        self._last = int(next(self._numbers))
+        return self._source[self._last]
 
 
 class LaneWindow(NamedTuple):
@@ -165,13 +186,23 @@ class Lane:
             document = self._walk.__next__()
         except StopIteration:
             return False
-        encode = self._tokenizer.encode
-        prompt = encode(document.prompt) if document.prompt else np.empty(0, np.int32)
+        prompt = self._encode(document.prompt) if document.prompt else np.empty(0, np.int32)
         bos, eos = [self._tokenizer.bos_id], [self._tokenizer.eos_id]
-        tokens = np.concatenate([bos, prompt, encode(document.text), eos], dtype=np.int32)
+        tokens = np.concatenate([bos, prompt, self._encode(document.text), eos], dtype=np.int32)
         self._open.append(_Open(tokens, 1 + len(prompt) if document.prompt else 0, position))
         self._held += len(tokens)
         return True
+
+    def _encode(self, text: str) -> np.ndarray:
+        try:
+            return self._tokenizer.encode(text)
+        except (UserError, KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as e:  # those written in Rust panic with BaseExceptions
+            raise UserError(
+                f"data {self._walk.where()}: the tokenizer fails on this document"
+                f" ({type(e).__name__}: {str(e)[:200]}); mend it or leave it out"
+            ) from e
 
     def _cut(self, width: int) -> LaneWindow:
         tokens = np.zeros(width, np.int64)

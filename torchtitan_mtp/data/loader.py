@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from torchtitan_mtp.data.document import Document, Source, StreamSource
+from torchtitan_mtp.data.document import Source, StreamSource
 from torchtitan_mtp.data.lanes import Lane, LaneWindow, OncePass, ShuffledWalk, StreamWalk, Walk
 from torchtitan_mtp.data.order import split_documents
 from torchtitan_mtp.data.prefetch import Prefetcher
@@ -101,6 +101,7 @@ class DataLoader:
         }
         if isinstance(source, StreamSource):
             _check_stream_split(source, split)
+            self._documents = np.empty(0, np.int64)
         else:
             self._documents = split_documents(
                 len(source), split, validation_fraction, seed, source.name
@@ -214,13 +215,7 @@ class DataLoader:
     def _one_pass(self) -> Iterator[Window]:
         # Every rank reads and encodes the whole split, as one lane, and keeps its share: how many
         # windows there are is known to all of them at the same point, without communication.
-        source = self._source
-        documents: Iterator[Document] = (
-            iter(source.open_lane(0, 1))
-            if isinstance(source, StreamSource)
-            else (source[int(i)] for i in self._documents)
-        )
-        lane = Lane(OncePass(documents), self._tokenizer)
+        lane = Lane(OncePass(self._source, self._documents), self._tokenizer)
         rows: list[LaneWindow] = []
         number = 0
         while (row := lane.next_window(self._seq_len, self._lookahead)) is not None:

@@ -56,6 +56,9 @@ class ParquetFile:
     def __len__(self) -> int:
         return self._starts[-1]
 
+    def where(self, index: int) -> str:
+        return f"{self._file.shown}: row {index + 1}"
+
     def sizes(self) -> np.ndarray:
         rows = np.diff(self._starts)
         return np.repeat(self._bytes // np.maximum(rows, 1), rows)
@@ -68,7 +71,7 @@ class ParquetFile:
         document = document_of(record, self._text_field)
         if document is None:
             raise UserError(
-                f"data {self._file.shown}: row {index + 1}: expected text in {self._columns}, found"
+                f"data {self.where(index)}: expected text in {self._columns}, found"
                 f" {[type(value).__name__ for value in record.values()]}"
             )
         return document

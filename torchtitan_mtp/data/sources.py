@@ -69,10 +69,19 @@ class FilesSource:
         return self._starts[-1]
 
     def __getitem__(self, index: int) -> Document:
+        file, number = self._place(index)
+        return file[number]
+
+    def where(self, index: int) -> str:
+        """The document's file and line, or row."""
+        file, number = self._place(index)
+        return file.where(number)
+
+    def _place(self, index: int) -> tuple[TextFile | JsonlFile | ParquetFile, int]:
         if not 0 <= index < len(self):
             raise IndexError(index)
         file = bisect.bisect_right(self._starts, index) - 1  # passes files without documents
-        return self._files[file][index - self._starts[file]]
+        return self._files[file], index - self._starts[file]
 
     def sizes(self) -> np.ndarray:
         """Bytes of each document's text and prompt as UTF-8, int64 [documents]."""

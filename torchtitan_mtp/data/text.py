@@ -25,6 +25,9 @@ class TextFile:
     def __len__(self) -> int:
         return len(self._cuts) - 1
 
+    def where(self, index: int) -> str:
+        return f"{self._file.shown}:{self._file.line_number(self._cuts[index])}"
+
     def sizes(self) -> np.ndarray:
         return np.diff(np.array(self._cuts, np.int64))
 

@@ -491,3 +491,36 @@ def test_states_of_different_runs_are_not_merged(source):
 def test_wrong_arguments(source, wrong):
     with pytest.raises(ValueError, match=r"rank|positive|split"):
         loader(source, **wrong)
+
+
+class PanickingTokenizer(ByteTokenizer):
+    """Fails as tokenizers written in Rust do: pyo3's PanicException is a BaseException."""
+
+    def encode(self, text):
+        if text == TEXTS[40]:
+            raise type("PanicException", (BaseException,), {})("called unwrap() on\nan Err value")
+        return super().encode(text)
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("infinite", [True, False])
+@pytest.mark.parametrize("prefetch", [0, 2])
+@pytest.mark.parametrize(
+    ("kind", "place"),
+    [
+        (jsonl, r"a\.jsonl:41"),
+        (text_folder, r"040\.txt:1"),
+        (parquet, r"a\.parquet: row 41"),
+        (hub_of_one_file, r"org/name: record 40"),
+    ],
+)
+def test_whatever_a_tokenizer_dies_of_names_the_document(tmp_path, kind, place, infinite, prefetch):
+    source = kind(tmp_path)
+    made = DataLoader(
+        source, PanickingTokenizer(), S, N, 1, split="all", infinite=infinite, prefetch=prefetch
+    )
+    failure = rf"{place}: the tokenizer fails on this document \(PanicException: called unwrap"
+    with pytest.raises(UserError, match=failure):
+        for _ in made:
+            pass
+    made.close()

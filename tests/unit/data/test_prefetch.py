@@ -7,6 +7,10 @@ import pytest
 from torchtitan_mtp.data.prefetch import Prefetcher
 
 
+class Panic(BaseException):
+    """As pyo3's PanicException, which tokenizers written in Rust raise."""
+
+
 def test_items_in_order_and_no_further_ahead_than_the_depth():
     made = []
 
@@ -31,17 +35,28 @@ def test_close_ends_the_thread_whether_or_not_its_queue_is_full():
     prefetcher.close()
 
 
-def test_an_error_is_raised_at_its_item_and_ever_after():
+@pytest.mark.timeout(10)
+@pytest.mark.parametrize("error", [OSError, Panic, KeyboardInterrupt])
+def test_an_error_is_raised_at_its_item_and_ever_after(error):
     items = iter([1, 2])
 
     def produce():
         for item in items:
             return item
-        raise OSError("gone")
+        raise error("gone")
 
     prefetcher = Prefetcher(produce, 4)
     assert [prefetcher.get(), prefetcher.get()] == [1, 2]
     for _ in range(2):
-        with pytest.raises(OSError, match="gone"):
+        with pytest.raises(error, match="gone"):
             prefetcher.get()
     prefetcher.close()
+
+
+def test_nobody_waits_for_a_thread_that_is_gone():
+    prefetcher = Prefetcher(itertools.count().__next__, 2)
+    assert prefetcher.get() == 0
+    prefetcher.close()
+    with pytest.raises(RuntimeError, match="the thread that reads data is gone"):
+        for _ in range(5):  # what it had ready comes first
+            prefetcher.get()
