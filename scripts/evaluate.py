@@ -13,11 +13,13 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
 from figures import new_figure
+from paths import path
 from rich.console import Console
 from rich.table import Table
 
@@ -35,10 +37,15 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("checkpoint", help="a step-N folder, a run's folder, or a HF folder")
+    parser.add_argument(
+        "checkpoint",
+        type=os.path.expanduser,
+        help="a step-N folder, a run's folder, or a HF folder",
+    )
     text = parser.add_argument_group("held-out text")
     text.add_argument(
         "--source",
+        type=os.path.expanduser,
         help="a dataset's name, a file, a folder or a glob; default (and for the name of what the "
         "run trained on): what the run held out",
     )
@@ -53,11 +60,15 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     own.add_argument("--max_new_tokens", type=int, default=128, help="default: 128")
     tasks = parser.add_argument_group("lm-evaluation-harness")
     tasks.add_argument("--tasks", help="names, with commas between them")
-    tasks.add_argument("--include_path", help="a folder with the YAML files of further tasks")
+    tasks.add_argument(
+        "--include_path",
+        type=os.path.expanduser,
+        help="a folder with the YAML files of further tasks",
+    )
     tasks.add_argument("--num_fewshot", type=int, help="examples before each question")
     tasks.add_argument("--limit", type=int, help="questions of each task; default: all")
-    parser.add_argument("--json", type=Path, help="also write the figures to this file")
-    parser.add_argument("--plot", type=Path, help="also draw them, as .png, .svg or .pdf")
+    parser.add_argument("--json", type=path, help="also write the figures to this file")
+    parser.add_argument("--plot", type=path, help="also draw them, as .png, .svg or .pdf")
     parser.add_argument(
         "--dtype", choices=DTYPES, default="float32", help="of weights and cache; default: float32"
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import re
 import sys
 
@@ -32,8 +33,10 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("checkpoint", help="a step-N folder, or a run's folder")
-    parser.add_argument("out", help="the folder to make")
+    parser.add_argument(
+        "checkpoint", type=os.path.expanduser, help="a step-N folder, or a run's folder"
+    )
+    parser.add_argument("out", type=os.path.expanduser, help="the folder to make")
     parser.add_argument("--format", required=True, help=f"one of {', '.join(FORMATS)}")
     parser.add_argument("--dtype", choices=DTYPES, help="of the weights; default: as stored")
     parser.add_argument(

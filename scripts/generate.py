@@ -11,12 +11,13 @@ import argparse
 import contextlib
 import json
 import math
+import os
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
+from paths import path
 from rich.console import Console
 from rich.table import Table
 
@@ -36,14 +37,18 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("checkpoint", help="a step-N folder, a run's folder, or a HF folder")
+    parser.add_argument(
+        "checkpoint",
+        type=os.path.expanduser,
+        help="a step-N folder, a run's folder, or a HF folder",
+    )
     prompt = parser.add_mutually_exclusive_group(required=True)
     prompt.add_argument(
         "--prompt", action="append", default=[], help="the text to continue; may be repeated"
     )
     prompt.add_argument(
         "--prompt_file",
-        type=Path,
+        type=path,
         help='a file with the text to continue, or FILE.jsonl with a {"prompt": TEXT} a line',
     )
     prompt.add_argument(
@@ -91,7 +96,7 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
     return list(prompts)
 
 
-def read_records(file: Path, text: str) -> list[str]:
+def read_records(file: os.PathLike[str], text: str) -> list[str]:
     """The prompts of a file of JSON records, one a line; empty lines are passed over."""
     prompts = []
     for number, line in enumerate(text.split("\n"), start=1):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 
 import torch
@@ -22,10 +23,12 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("source", help="the folder to read")
-    parser.add_argument("out", help="the folder to make")
+    parser.add_argument("source", type=os.path.expanduser, help="the folder to read")
+    parser.add_argument("out", type=os.path.expanduser, help="the folder to make")
     parser.add_argument("--format", required=True, help=f"one of {', '.join(FORMATS)}")
-    parser.add_argument("--config", help="torchtitan only: the run's TOML file")
+    parser.add_argument(
+        "--config", type=os.path.expanduser, help="torchtitan only: the run's TOML file"
+    )
     parser.add_argument("--dtype", choices=DTYPES, help="of the weights; default: as stored")
     return parser.parse_args(argv)
 

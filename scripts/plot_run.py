@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from figures import new_figure
+from paths import path
 
 from torchtitan_mtp.errors import UserError
 
@@ -50,8 +51,8 @@ def plot(scalars: dict[str, list[tuple[int, float]]], out: Path) -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("run", type=Path, help="a run's dump folder")
-    parser.add_argument("out", type=Path, help="the picture, .png or .svg")
+    parser.add_argument("run", type=path, help="a run's dump folder")
+    parser.add_argument("out", type=path, help="the picture, .png or .svg")
     args = parser.parse_args()
     try:
         heads = plot(read_scalars(args.run), args.out)

@@ -2,6 +2,7 @@
 
 import argparse
 import base64
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -9,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from paths import path
 
 from torchtitan_mtp.data import Source, StreamSource, build_source
 from torchtitan_mtp.data.tokenizer import LLAMA3_PATTERN, TiktokenTokenizer
@@ -22,6 +25,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
         "--source",
+        type=os.path.expanduser,
         default="python_stdlib",
         help="a dataset's name (python_stdlib), a file, a folder or a glob",
     )
@@ -31,7 +35,7 @@ def main() -> None:
         required=True,
         help="ids in all: the file's tokens and two special ones (begin and end of text)",
     )
-    parser.add_argument("--output", type=Path, required=True, help="file to write, NAME.tiktoken")
+    parser.add_argument("--output", type=path, required=True, help="file to write, NAME.tiktoken")
     args = parser.parse_args()
     try:
         train(args.source, args.vocab_size, args.output)
@@ -84,7 +88,7 @@ def train(source_name: str, vocab_size: int, output: Path) -> None:
 
 def open_source(name: str) -> Source:
     """A named dataset, or the files at a path."""
-    is_path = Path(name).expanduser().exists() or any(c in name for c in "*?[")
+    is_path = Path(name).exists() or any(c in name for c in "*?[")
     source = build_source("files", name) if is_path else build_source(name)
     if isinstance(source, StreamSource):
         raise UserError(f"--source {name}: a stream has no end; download files and give their path")

@@ -23,6 +23,9 @@ class Rule:
     special: tuple[float, ...] = ()
     """Values outside the range that have a meaning of their own, such as -1 for "all"."""
 
+    path: bool = False
+    """Set for a file or folder: a leading "~" is the home folder."""
+
     distinct: bool = False
     """Set for a list whose entries have to differ."""
 

@@ -1,6 +1,7 @@
 """Values against types: what a key may hold, and how a word of the command line becomes it."""
 
 import json
+import os
 import types
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -22,7 +23,8 @@ def accept(option: Option, value: Any, where: str) -> Any:
             instead = option.rule.unsupported_values[item]
             raise UserError(f"{where}: {show(item)} is not supported here; {instead}")
     try:
-        return _convert(value, option.type)
+        value = _convert(value, option.type)
+        return os.path.expanduser(value) if value and option.rule.path else value
     except TypeError as mismatch:
         raise UserError(f"{where}: expected {mismatch}, found {_describe(value)}") from None
 

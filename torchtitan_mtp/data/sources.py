@@ -111,7 +111,7 @@ def build_source(
     """
     if dataset_path:
         root, paths = _find_files(dataset, dataset_path)
-        cache = Path(cache_dir).expanduser() if cache_dir else None
+        cache = Path(cache_dir) if cache_dir else None
         return FilesSource(dataset, root, paths, text_field, cache)
     if dataset == STDLIB:
         root = Path(sysconfig.get_path("stdlib"))
@@ -151,7 +151,7 @@ def _stdlib_files(root: Path) -> list[Path]:
 
 def _find_files(dataset: str, pattern: str) -> tuple[Path, list[Path]]:
     """The folder that names are relative to, and the files, sorted."""
-    place = Path(pattern).expanduser()
+    place = Path(pattern)
     if place.is_file():
         return place.parent, [place]
     if place.is_dir():

@@ -169,7 +169,7 @@ def build_tokenizer(path: str) -> Tokenizer:
     """
     if path == "byte":
         return ByteTokenizer()
-    place = Path(path).expanduser()
+    place = Path(path)
     if place.is_file():
         return HFTokenizer(place) if place.suffix == ".json" else TiktokenTokenizer(place)
     if not place.is_dir():

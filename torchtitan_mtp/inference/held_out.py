@@ -94,7 +94,7 @@ def find_text(config: JobConfig, name: str | None) -> Text:
     """
     training, validation = config.training, config.validation
     if name is not None and name not in (training.dataset, training.dataset_path):
-        spelled = name.startswith(("/", "./", "../", "~")) or any(c in name for c in "*?[")
+        spelled = name.startswith(("/", "./", "../")) or any(c in name for c in "*?[")
         is_path = spelled or Path(name).exists()
         source = build_source("source", name) if is_path else build_source(name)
         return Text(source, _split("all"), name)

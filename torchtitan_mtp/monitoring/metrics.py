@@ -5,7 +5,6 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from datetime import timedelta
 
 import torch
 
@@ -14,7 +13,7 @@ from torchtitan_mtp.inference.acceptance import Acceptance
 from torchtitan_mtp.monitoring.backends import build_backends
 from torchtitan_mtp.monitoring.device import MemoryMonitor, MemoryStats
 from torchtitan_mtp.monitoring.logging import use_color
-from torchtitan_mtp.monitoring.progress import ProgressBar
+from torchtitan_mtp.monitoring.progress import Pace, ProgressBar
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +71,9 @@ class MetricsProcessor:
         total = self.total_steps if rank == 0 else 0
         self.progress = ProgressBar(total, start_step, color=self.color) if total else None
         self.step = start_step
+        self.pace = Pace()
         self._start_interval()
+        self.pace_start, self.pace_steps = self.interval_start, -1  # the first step compiles
 
     def _start_interval(self) -> None:
         self.steps = 0  # since the last log
@@ -88,6 +89,9 @@ class MetricsProcessor:
         """Count one optimizer step: input tokens of ALL ranks, and the seconds waited for data."""
         self.step += 1
         self.steps += 1
+        if self.pace_steps < 0:
+            self.pace_start = self.clock()
+        self.pace_steps += 1
         self.tokens += tokens
         self.data_seconds += data_seconds
         if self.progress:
@@ -136,9 +140,10 @@ class MetricsProcessor:
             **(extra_metrics or {}),
         }
         self._write(metrics, step)
-        seconds_left = elapsed / steps * (self.total_steps - step)
-        self._print_step(step, metrics, list(head_losses), memory, seconds_left)
+        self.pace.add(self.clock() - self.pace_start, self.pace_steps)
+        self._print_step(step, metrics, list(head_losses), memory)
         self._start_interval()
+        self.pace_start, self.pace_steps = self.interval_start, 0
         self.memory.reset()
 
     def log_validation(
@@ -158,6 +163,7 @@ class MetricsProcessor:
         are taken out of the training interval, whose throughput goes on unharmed.
         """
         self.interval_start += elapsed
+        self.pace_start += elapsed
         memory = self.memory.peak()
         tps = tokens / max(elapsed, 1e-9) / self.world_size
         metrics = {
@@ -206,10 +212,9 @@ class MetricsProcessor:
         metrics: Mapping[str, float],
         head_losses: list[float],
         memory: MemoryStats,
-        seconds_left: float,
     ) -> None:
         tps, tflops, mfu = metrics["throughput(tps)"], metrics["tflops"], metrics.get("mfu(%)")
-        eta = str(timedelta(seconds=round(seconds_left)))
+        eta = self.pace.time_left(self.total_steps - step)
         parts = {
             "step": f"step: {step:2}",
             "loss": f"loss: {metrics['loss_metrics/global_avg_loss']:7.4f}",

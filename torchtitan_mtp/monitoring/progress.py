@@ -1,6 +1,8 @@
 """The progress bar below the log lines, on a terminal."""
 
+import math
 import sys
+from datetime import timedelta
 
 from rich.console import Console
 from rich.progress import (
@@ -12,6 +14,27 @@ from rich.progress import (
 )
 
 from torchtitan_mtp.monitoring.logging import use_color
+
+
+class Pace:
+    """Seconds a step: the mean of about the last ten lines, which from one line to the next at most
+    doubles or halves, however unevenly a machine is shared."""
+
+    def __init__(self) -> None:
+        self.seconds, self.lines = math.nan, 0
+
+    def add(self, seconds: float, steps: int) -> None:
+        """A line: `steps` took `seconds`."""
+        if steps < 1:
+            return
+        self.lines += 1
+        before = self.seconds if self.lines > 1 else seconds / steps
+        mean = before + (seconds / steps - before) / min(self.lines, 10)
+        self.seconds = min(max(mean, before / 2), 2 * before)
+
+    def time_left(self, steps: int) -> str:
+        """Of `steps`, such as "0:12:40"; "-" before the first line."""
+        return str(timedelta(seconds=round(self.seconds * steps))) if self.lines else "-"
 
 
 class ProgressBar:

@@ -1,6 +1,8 @@
 """TOML files: precedence, types, names, and one line for whatever is wrong."""
 
 import copy
+import importlib
+import re
 from pathlib import Path
 
 import pytest
@@ -268,3 +270,50 @@ def test_none_is_the_default_of_every_key_that_may_be_none():
     for option in options(JobConfig).values():
         if "None" in str(option.type):
             assert option.default is None, option.name
+
+
+def test_home_in_every_path(tmp_path, write, monkeypatch):
+    """ "~" as a shell has it, in a file and on the command line, for every key that names a file or
+    folder; what config.toml shows is the whole path, and URLs stay."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    known = options(JobConfig)
+    paths = {
+        name
+        for name, option in known.items()
+        if re.search(r"(_|\.)(folder|path|file)$", name) and not option.rule.unsupported
+    }
+    assert len(paths) == 11
+    lines = "".join(f'{name} = "~/a b/{name}"\n' for name in paths if name != "job.config_file")
+    config = parse_args(["--job.config_file", f"~/{write(lines).name}"])
+    paths.remove("job.config_file")
+    assert config.job.config_file == str(tmp_path / "run.toml")
+    assert {n: known[n].get(config) for n in paths} == {n: f"{tmp_path}/a b/{n}" for n in paths}
+    assert "~" not in to_toml(config)
+    for name in paths:
+        argv = [f"--{name}=~/x", "--model.flavor=~", "--checkpoint.folder=s3://~/x"]
+        config = parse_args(argv)
+        expected = "s3://~/x" if name == "checkpoint.folder" else f"{tmp_path}/x"
+        assert (known[name].get(config), config.model.flavor) == (expected, "~")
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "names"),
+    [
+        ("generate", ["~/x", "--prompt_file=~/x"], ["checkpoint", "prompt_file"]),
+        (
+            "evaluate",
+            ["~/x", *(f"--{name}=~/x" for name in ("source", "include_path", "json", "plot"))],
+            ["checkpoint", "source", "include_path", "json", "plot"],
+        ),
+        ("export_checkpoint", ["~/x", "~/x", "--format=hf"], ["checkpoint", "out"]),
+        (
+            "import_checkpoint",
+            ["~/x", "~/x", "--format=hf", "--config=~/x"],
+            ["source", "out", "config"],
+        ),
+    ],
+)
+def test_home_in_the_arguments_of_scripts(script, arguments, names, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    args = vars(importlib.import_module(script).parse_arguments(arguments))
+    assert {name: str(args[name]) for name in names} == dict.fromkeys(names, "/home/me/x")

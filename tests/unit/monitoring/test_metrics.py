@@ -1,5 +1,6 @@
 """What MetricsProcessor writes and prints, read back."""
 
+import itertools
 import logging
 import re
 import sys
@@ -348,3 +349,40 @@ def test_a_missing_package_is_named(
     setattr(config.metrics, key, True)
     with pytest.raises(UserError, match=f"metrics.{key} = true: .*pip install {package}"):
         processor(config, clock)
+
+
+@pytest.mark.parametrize("slow", [1, 30, 1000])
+def test_time_left_does_not_jump(
+    slow: int, config: JobConfig, clock: Clock, log: pytest.LogCaptureFixture
+) -> None:
+    """Of steps of 1 s, after a first one of 5 minutes, and now and then `slow` times as long."""
+    config.training.steps = 4000
+    metrics = processor(config, clock)
+    left = {}
+    for step in range(1, 401):
+        clock.now += 300 if step == 1 else slow if step % 97 < 12 else 1
+        metrics.record_step(tokens=1, data_seconds=0.0)
+        if metrics.should_log(step):
+            metrics.log(step, **LOSSES, n_tokens_seen=step)  # type: ignore[arg-type]
+            left[step] = log.messages[-1].split("eta: ")[1]
+        if step == 4:  # validation; it is not training's time
+            clock.now += 500
+            metrics.log_validation(
+                step,
+                head_losses=[2.0],
+                head_accuracies=[0.5],
+                acceptance=Acceptance([], [], [], []),
+                tokens=600,
+                elapsed=500.0,
+            )
+    assert left.pop(1) == "-"  # nothing is known yet
+    if slow == 1:
+        assert left[10] == "1:06:30" and left[400] == "1:00:00"  # 3990 and 3600 s
+    seconds = []
+    for text in left.values():
+        days, _, clock_time = text.rpartition(", ")
+        hours, minutes, rest = map(int, clock_time.split(":"))
+        seconds.append(int(days.split()[0] if days else 0) * 86400 + hours * 3600)
+        seconds[-1] += minutes * 60 + rest
+    for before, now in itertools.pairwise(seconds):
+        assert before / 2.1 < now < 2.1 * before

@@ -34,7 +34,7 @@ def copy_tokenizer(path: str, out: Path) -> bool:
     if path == "byte":
         _write_byte_tokenizer(out)
         return True
-    place = Path(path).expanduser()
+    place = Path(path)
     if place.is_file():
         name = "tokenizer.json" if place.suffix == ".json" else "tokenizer.model"
         shutil.copyfile(place, out / name)

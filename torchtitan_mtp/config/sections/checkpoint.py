@@ -16,14 +16,14 @@ class Checkpoint:
     enable_ft_dataloader_checkpoints: bool = True
     """No effect while fault_tolerance.enable is false."""
 
-    folder: str = "checkpoint"
+    folder: str = setting("checkpoint", path=True)
     """Folder of the checkpoints, below job.dump_folder; or a URL that fsspec knows
     ("s3://bucket/run")."""
 
     interval: int = setting(500, at_least=1)
     """Steps from one save to the next."""
 
-    initial_load_path: str | None = None
+    initial_load_path: str | None = setting(None, path=True)
     """step-N folder to start from while this run has no checkpoint of its own."""
 
     initial_load_model_only: bool = setting(

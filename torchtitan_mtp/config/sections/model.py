@@ -172,7 +172,7 @@ class Model:
     flavor: str = "debugmodel"
     """Size within the family; "custom" where [model.args] gives all of them."""
 
-    hf_assets_path: str = setting("byte", also_named=("model.tokenizer_path",))
+    hf_assets_path: str = setting("byte", path=True, also_named=("model.tokenizer_path",))
     """Tokenizer: a folder with Hugging Face's files, a tokenizer file, or the word "byte"."""
 
     vocab_size: int | None = setting(None, at_least=1)

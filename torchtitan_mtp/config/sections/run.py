@@ -10,10 +10,10 @@ from torchtitan_mtp.config.setting import setting
 class Job:
     """The run as a whole."""
 
-    config_file: str | None = None
+    config_file: str | None = setting(None, path=True)
     """TOML file to read the configuration from."""
 
-    dump_folder: str = "./outputs"
+    dump_folder: str = setting("./outputs", path=True)
     """Folder that receives everything the run writes."""
 
     description: str = "default job"
@@ -41,7 +41,7 @@ class Profiling:
     enable_profiling: bool = False
     """Record torch.profiler traces."""
 
-    save_traces_folder: str = "profile_traces"
+    save_traces_folder: str = setting("profile_traces", path=True)
     """Folder of the traces, below job.dump_folder."""
 
     profile_freq: int = setting(10, at_least=1)
@@ -56,7 +56,7 @@ class Profiling:
     enable_memory_snapshot: bool = False
     """Record the history of accelerator memory allocations."""
 
-    save_memory_snapshot_folder: str = "memory_snapshot"
+    save_memory_snapshot_folder: str = setting("memory_snapshot", path=True)
     """Folder of the memory snapshots, below job.dump_folder."""
 
 
@@ -73,7 +73,7 @@ class Metrics:
     disable_color_printing: bool = False
     """Print log lines without colours."""
 
-    save_tb_folder: str = "tb"
+    save_tb_folder: str = setting("tb", path=True)
     """Folder of the TensorBoard event files, below job.dump_folder."""
 
     save_for_all_ranks: bool = False
@@ -96,7 +96,7 @@ class Comm:
     trace_buf_size: int = setting(20000, at_least=0)
     """Entries in the ring buffer of NCCL's flight recorder; 0 turns it off."""
 
-    save_traces_folder: str = "comm_traces"
+    save_traces_folder: str = setting("comm_traces", path=True)
     """Folder of the flight recorder's traces, below job.dump_folder."""
 
     save_traces_file_prefix: str = "rank_"

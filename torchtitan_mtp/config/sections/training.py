@@ -87,7 +87,7 @@ class Training:
     dataset: str = "python_stdlib"
     """Source of the training documents."""
 
-    dataset_path: str | None = None
+    dataset_path: str | None = setting(None, path=True)
     """File or folder of the source, where it needs one."""
 
     validation_fraction: float = setting(0.05, above=0, below=1)
@@ -158,7 +158,7 @@ class Validation:
     dataset: str = ""
     """Source of the validation documents; empty: the held-out documents of training.dataset."""
 
-    dataset_path: str | None = None
+    dataset_path: str | None = setting(None, path=True)
     """File or folder of the source, where it needs one."""
 
     local_batch_size: int = setting(8, at_least=1)
