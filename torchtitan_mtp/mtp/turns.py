@@ -17,6 +17,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from torchtitan_mtp.models.transformer import Transformer
+from torchtitan_mtp.ops.chunked import accumulation_dtype
 
 
 def hold(model: Transformer, blocks: Iterable[nn.Module]) -> None:
@@ -60,10 +61,19 @@ def reduce_after_next_backward(units: Iterable[nn.Module], reduce: bool) -> None
 
 
 def finish_with_next_backward(model: Transformer, reduce: bool) -> None:
-    """The next backward is the step's last."""
+    """The next backward is the step's last.
+
+    FSDP2 reduces a unit's gradients in one piece, which takes one type. Those of earlier turns it
+    has in float32; one that it has not seen yet (with tied embeddings no unit runs backward with
+    the loss of head 1) joins them, and the next backward adds to it.
+    """
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(reduce)
         model.set_is_last_backward(reduce)
+        for parameter in (model.norm.weight, model.output.weight) if reduce else ():
+            if (gradient := parameter.grad) is not None:
+                parameter.grad = parameter.grad_dtype = None
+                parameter.grad = gradient.to(accumulation_dtype(gradient.dtype))
 
 
 def release(model: Transformer) -> None:
