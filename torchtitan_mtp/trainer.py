@@ -17,9 +17,10 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from torchtitan_mtp.checkpoint import Checkpointer
-from torchtitan_mtp.checkpoint.folders import finished_steps, step_folder
+from torchtitan_mtp.checkpoint.folders import step_folder
 from torchtitan_mtp.checkpoint.formats.training import hf_format, save_in_hf
-from torchtitan_mtp.config import JobConfig, load_toml, to_toml
+from torchtitan_mtp.checkpoint.origin import Origin, find_origin
+from torchtitan_mtp.config import JobConfig, to_toml
 from torchtitan_mtp.data.loader import DataLoader, merge_states
 from torchtitan_mtp.data.sources import build_source
 from torchtitan_mtp.data.targets import IGNORE, PADDING, Batch, make_batch
@@ -130,8 +131,9 @@ class Trainer:
         if config.job.description:
             logger.info(config.job.description)
         self.device = self.world.device
+        self.origin = find_origin(config)
         # config.toml then says which seed it was, and with it which documents were held out.
-        self.seed = training.seed = _agree_on_seed(config)
+        self.seed = training.seed = _agree_on_seed(config, self.origin)
         set_determinism(training.deterministic, self.seed)
         self.tokenizer = build_tokenizer(config.model.hf_assets_path)
         self.n = config.mtp.num_future_tokens if "mtp" in config.model.converters else 1
@@ -518,15 +520,11 @@ def set_determinism(deterministic: bool, seed: int) -> None:
         torch.backends.cudnn.benchmark = False
 
 
-def _agree_on_seed(config: JobConfig) -> int:
+def _agree_on_seed(config: JobConfig, origin: Origin) -> int:
     """The configured seed; else that of the run that is resumed; else one that rank 0 draws."""
     seeds: list[int | None] = [config.training.seed]
-    if seeds[0] is None and config.checkpoint.enable:
-        folder = Path(config.job.dump_folder)
-        if finished_steps(folder / config.checkpoint.folder) and (folder / "config.toml").is_file():
-            seeds = [load_toml(folder / "config.toml").training.seed]
     if seeds[0] is None:
-        seeds = [torch.seed() % 2**31]
+        seeds = [torch.seed() % 2**31 if origin.seed is None else origin.seed]
     dist.broadcast_object_list(seeds, src=0)
     assert seeds[0] is not None
     return seeds[0]

@@ -149,14 +149,14 @@ def test_a_model_with_heads_loads_as_a_plain_one(tmp_path):
 
 
 def test_modules_keep_to_the_state_that_they_were_trained_on(tmp_path):
-    """No tensor says which state it is; the run's config.toml does."""
+    """No tensor says which state it is; the checkpoint's record does."""
     raw = {**SEQUENTIAL, "mtp.trunk_state": "raw"}
     saves = {**SAVES, "checkpoint.last_save_model_only": False}
     saved = train(config_of(tmp_path / "a", TWO, raw, saves))
-    with pytest.raises(UserError, match=r"raw state, .* set mtp\.trunk_state = \"raw\""):
+    with pytest.raises(UserError, match=r"mtp\.trunk_state = \"raw\", this run has \"normalized\""):
         train(config_of(tmp_path / "a", SEQUENTIAL, saves))  # resumes
     load = {"checkpoint.enable": True, "checkpoint.initial_load_path": str(tmp_path / "a" / "run")}
-    with pytest.raises(UserError, match="the run's the normalized one"):
+    with pytest.raises(UserError, match=r"this run has \"normalized\""):
         train(config_of(tmp_path / "b", SEQUENTIAL, load))
     assert same(starting_weights(config_of(tmp_path / "c", raw, load)), saved.weights)
     trunk = {**load, "checkpoint.exclude_from_loading": ["mtp"]}

@@ -33,11 +33,11 @@ from torchtitan_mtp.checkpoint.load import (
 )
 from torchtitan_mtp.checkpoint.manifest import FULL, MODEL_ONLY, Manifest
 from torchtitan_mtp.checkpoint.ranks import Ranks
+from torchtitan_mtp.checkpoint.record import check_record, record_of_model
 from torchtitan_mtp.checkpoint.remote import RemotePath
 from torchtitan_mtp.checkpoint.resume import Stateful, restore
 from torchtitan_mtp.checkpoint.state import OPTIMIZER, RNG
 from torchtitan_mtp.checkpoint.storage import SummingWriter
-from torchtitan_mtp.checkpoint.trunk_state import check_native_trunk_state
 from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.models.transformer import Transformer
 
@@ -196,7 +196,8 @@ class Checkpointer:
                 )
             written = ranks.gather(writer.entries)
             files = {name: entry for part in written for name, entry in part.items()}
-            manifest = Manifest(step, kind, ranks.world_size, files)
+            record = record_of_model(self.model, self.optimizer)
+            manifest = Manifest(step, kind, ranks.world_size, files, record)
             final = ranks.first(lambda: folders.finish_writing(folder, manifest))
         except (CheckpointException, UserError, OSError) as error:
             if ranks.rank == 0:
@@ -293,9 +294,10 @@ class Checkpointer:
         """The checkpoint of this run's folder to load, and its kind (rank 0)."""
         folders.warn_about_leftovers(self.folder)
         finished = folders.finished_steps(self.folder)
+        chosen = folders.chosen_step(self.folder, step)
         if step != -1:
             path = folders.step_folder(self.folder, step)
-            if step not in finished:
+            if chosen is None:
                 raise UserError(
                     f"{path}: not there (checkpoint.load_step = {step}); finished steps: "
                     f"{', '.join(map(str, finished)) or 'none'}"
@@ -308,18 +310,17 @@ class Checkpointer:
                     *(step, newer[-1], self.folder),
                 )
             return path, folders.kind_of(path)
-        full = folders.latest_full_step(self.folder)
-        newest = finished[-1] if finished else None
-        if newest is not None and newest != full and newest > 0:
+        newest = finished[-1] if finished else 0
+        if newest != (chosen or 0):
             logger.warning(
                 "step-%d holds the model only and can't be resumed: %s",
                 newest,
-                "starting anew" if full is None else f"resuming at step {full}",
+                f"resuming at step {chosen}" if chosen else "starting anew",
             )
-        chosen = 0 if full is None and 0 in finished else full
         if chosen is None:
             return None
-        return folders.step_folder(self.folder, chosen), MODEL_ONLY if full is None else FULL
+        path = folders.step_folder(self.folder, chosen)
+        return path, folders.kind_of(path)
 
     def _start_from(self, path: Path) -> int:
         """Weights only, from this run's own folder: a seed, or a model-only step asked for."""
@@ -330,8 +331,8 @@ class Checkpointer:
     def _load_weights(self, opened: Opened, allowed: Sequence[str], exact: bool = False) -> None:
         exclude = self.config.exclude_from_loading
         self._check_exclude(opened, exclude)
-        if not excluded("mtp.heads", exclude):
-            self._ranks.first(lambda: check_native_trunk_state(opened.path, self.model))
+        ours = record_of_model(self.model, self.optimizer)
+        check_record(opened.path, opened.record, ours, exclude, resuming=exact)
         self.load_report = load_opened_weights(
             opened,
             self.model,

@@ -114,6 +114,20 @@ def latest_full_step(folder: Path) -> int | None:
     return None
 
 
+def chosen_step(folder: Path, load_step: int) -> int | None:
+    """The step a run of this folder loads: the one asked for, else the newest full one, else a
+    seed; None where there is none.
+
+    Raises:
+        UserError: the newest candidate is damaged.
+    """
+    finished = finished_steps(folder)
+    if load_step != -1:
+        return load_step if load_step in finished else None
+    full = latest_full_step(folder)
+    return 0 if full is None and 0 in finished else full
+
+
 def start_writing(folder: Path, step: int, total_bytes: int) -> None:
     """Make the empty folder to write in, after checking that `total_bytes` fit on the disk.
 

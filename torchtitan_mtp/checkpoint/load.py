@@ -23,6 +23,12 @@ from torchtitan_mtp.checkpoint.folders import find_checkpoint
 from torchtitan_mtp.checkpoint.manifest import Manifest, check_sizes, read_manifest
 from torchtitan_mtp.checkpoint.metadata import read_metadata
 from torchtitan_mtp.checkpoint.ranks import Ranks
+from torchtitan_mtp.checkpoint.record import (
+    Record,
+    check_record,
+    record_beside,
+    record_of_model,
+)
 from torchtitan_mtp.checkpoint.state import model_state, quiet
 from torchtitan_mtp.checkpoint.storage import SafeLoadPlanner, SafeReader
 from torchtitan_mtp.errors import UserError
@@ -54,13 +60,15 @@ class LoadReport:
 class Opened:
     """A checkpoint whose files are all there, and whose content is compared as it is read.
 
-    `manifest` is None where other tools wrote it; `verify`: whether to compare contents.
+    `manifest` is None where other tools wrote it; `verify`: whether to compare contents; `record`:
+    the manifest's, else what the config.toml near it says.
     """
 
     path: Path
     metadata: Metadata
     manifest: Manifest | None
     verify: bool = True
+    record: Record | None = None
 
     @property
     def stored(self) -> dict[str, Any]:
@@ -80,13 +88,13 @@ def open_checkpoint(path: Path, ranks: Ranks, verify: bool = True) -> Opened:
     def read() -> Opened:
         manifest = read_manifest(path)
         if manifest is None:
-            return Opened(path, read_metadata(path), None, verify)
+            return Opened(path, read_metadata(path), None, verify, record_beside(path))
         check_sizes(path, manifest)
         metadata = read_metadata(path, manifest.files.get(".metadata") if verify else None)
         named = {info.relative_path for info in metadata.storage_data.values()}
         if unknown := sorted(named - manifest.files.keys()):
             raise UserError(f"{path}: .metadata names {unknown[0]}, which the manifest does not")
-        return Opened(path, metadata, manifest, verify)
+        return Opened(path, metadata, manifest, verify, manifest.record or record_beside(path))
 
     opened = ranks.together(read)
     if opened.manifest is None and verify:
@@ -181,10 +189,12 @@ def load_model_weights(
 
     Raises:
         UserError: damaged files; a parameter missing or unexpected beyond what is allowed; a
-            head that is there in part; another shape or a dtype that would lose precision.
+            head that is there in part; another shape or a dtype that would lose precision; a
+            model that computes something else with the same shapes.
     """
     ranks = ranks or Ranks()
     opened = open_checkpoint(ranks.first(lambda: find_checkpoint(path)), ranks, verify)
+    check_record(opened.path, opened.record, record_of_model(model), exclude)
     return load_opened_weights(
         opened,
         model,

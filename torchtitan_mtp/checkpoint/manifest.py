@@ -25,12 +25,14 @@ _REMEDY = "restore it, or load another step (checkpoint.load_step)"
 
 @dataclass(frozen=True)
 class Manifest:
-    """A finished checkpoint: its step, kind ("full" or "model_only"), rank count and files."""
+    """A finished checkpoint: its step, kind ("full" or "model_only"), rank count and files; and
+    what no tensor tells (record.py), None in those written before there was a record."""
 
     step: int
     kind: str
     world_size: int
     files: dict[str, FileEntry]
+    record: dict[str, Any] | None = None
 
     @property
     def total_bytes(self) -> int:
@@ -69,7 +71,8 @@ def read_manifest(path: Path) -> Manifest | None:
             return Manifest(body["step"], body["kind"], body["world_size"], files)
         if whole and (body["format"], body.get("piece")) == (FORMAT, PIECE):
             files = {name: FileEntry(**entry) for name, entry in body["files"].items()}
-            return Manifest(body["step"], body["kind"], body["world_size"], files)
+            record = body.get("record")
+            return Manifest(body["step"], body["kind"], body["world_size"], files, record)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{file}: not a manifest ({error}); {_REMEDY}") from error
     if intact:

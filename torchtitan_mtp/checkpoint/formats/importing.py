@@ -25,6 +25,7 @@ from torchtitan_mtp.checkpoint.formats.read import DCPTensors, Tensors, read_jso
 from torchtitan_mtp.checkpoint.formats.spec import ModelSpec, describe_run, spec_of_run
 from torchtitan_mtp.checkpoint.formats.tokenizer_files import copy_tokenizer
 from torchtitan_mtp.checkpoint.formats.write import Output, write_dcp, written_aside
+from torchtitan_mtp.checkpoint.record import record_of
 from torchtitan_mtp.config import MTP, JobConfig, load_toml, to_toml
 from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.models.flavors import check_shape
@@ -71,8 +72,9 @@ def import_checkpoint(
                 (tmp / "tokenizer").rmdir()
                 logger.warning("%s: no tokenizer; set model.hf_assets_path in config.toml", folder)
         (tmp / "config.toml").write_text(to_toml(config), encoding="utf-8")
-        write_dcp(tmp / config.checkpoint.folder / "step-0", outputs)
-        verify(DCPTensors(tmp / config.checkpoint.folder / "step-0"), outputs, tensors)
+        step = tmp / config.checkpoint.folder / "step-0"
+        write_dcp(step, outputs, record=record_of(spec))
+        verify(DCPTensors(step), outputs, tensors)
     return spec
 
 

@@ -86,6 +86,7 @@ def spec_of_run(config: JobConfig, vocab_size: int) -> ModelSpec:
         tokenizer_vocab=0,
         vocab_size=vocab_size,
         max_seq_len=config.training.seq_len,
+        attn_mask_type=config.model.attn_mask_type,
         changes=config.model.args.given(),
     )
     mtp = config.mtp

@@ -21,8 +21,8 @@ from torchtitan_mtp.checkpoint.formats.spec import (
 )
 from torchtitan_mtp.checkpoint.load import HEADS, LoadReport, check_names, excluded, log_report
 from torchtitan_mtp.checkpoint.ranks import Ranks
+from torchtitan_mtp.checkpoint.record import check_record, record_of, record_of_model
 from torchtitan_mtp.checkpoint.state import model_state
-from torchtitan_mtp.checkpoint.trunk_state import check_trunk_state, trunk_state_of
 from torchtitan_mtp.config import JobConfig, TrunkState
 from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.models.args import ModelArgs
@@ -71,7 +71,7 @@ def _load(path: Path, model: Transformer, exclude: Sequence[str]) -> LoadReport:
     outputs = {key: o for key, o in outputs.items() if not excluded(key, exclude)}
     heads = any(key.startswith("mtp.") for key in wanted.keys() & outputs.keys())
     if heads:
-        check_trunk_state(path, spec.trunk_state, model)
+        check_record(path, record_of(spec), record_of_model(model), exclude)
     missing = [key for key in wanted if key not in outputs]
     unexpected = sorted(outputs.keys() - wanted.keys())
     check_names(path, missing, unexpected, set(outputs), HEADS, HEADS)
@@ -118,7 +118,7 @@ def hf_format(args: ModelArgs, modules: int, trunk_state: TrunkState) -> str:
 def save_in_hf(step: Path, model: Transformer, dtype: torch.dtype | None) -> Path:
     """Export a finished step-N beside itself, as step-N.hf, in the format that holds its heads."""
     modules = 0 if model.mtp is None else len(model.mtp.heads)
-    name = hf_format(model.args, modules, trunk_state_of(model))
+    name = hf_format(model.args, modules, getattr(model.mtp, "trunk_state", "normalized"))
     out = step.with_name(f"{step.name}.hf")
     export_checkpoint(step, out, name, dtype=dtype)
     logger.info("saved %s (%s)", out, name)

@@ -1,0 +1,56 @@
+"""What a run goes on from, as its folder says before anything is built."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+from torchtitan_mtp.checkpoint import folders
+from torchtitan_mtp.checkpoint.manifest import read_manifest
+from torchtitan_mtp.checkpoint.ranks import Ranks
+from torchtitan_mtp.checkpoint.record import Record
+from torchtitan_mtp.config import JobConfig, load_toml
+
+
+class Origin(NamedTuple):
+    """The checkpoint that a run resumes from, or starts with where only weights are there.
+
+    checkpoint: None for a new run.
+    record: its manifest's; None for a new run, and in checkpoints written before there was one.
+    seed: the run's until now, by its config.toml, where the configuration names none.
+    """
+
+    checkpoint: Path | None = None
+    record: Record | None = None
+    seed: int | None = None
+
+    @property
+    def unrecorded(self) -> bool:
+        """Whether the run goes on from a checkpoint that says nothing of its model's constants."""
+        return self.checkpoint is not None and self.record is None
+
+
+def find_origin(config: JobConfig) -> Origin:
+    """All ranks call it together, and get what the first one finds.
+
+    Raises:
+        UserError: on every rank: the newest checkpoint, or config.toml, is damaged.
+    """
+    return Ranks().first(lambda: _find(config))
+
+
+def _find(config: JobConfig) -> Origin:
+    checkpoint, seed = config.checkpoint, None
+    if not checkpoint.enable:
+        return Origin()
+    folder = folders.checkpoint_folder(config.job.dump_folder, checkpoint.folder)
+    step, path = folders.chosen_step(folder, checkpoint.load_step), None
+    if step is not None:
+        path = folders.step_folder(folder, step)
+    elif checkpoint.initial_load_path and not checkpoint.initial_load_model_only:
+        path = folders.find_checkpoint(checkpoint.initial_load_path)
+    written = Path(config.job.dump_folder) / "config.toml"
+    if config.training.seed is None and folders.finished_steps(folder) and written.is_file():
+        seed = load_toml(written).training.seed
+    manifest = None if path is None else read_manifest(path)
+    return Origin(path, None if manifest is None else manifest.record, seed)

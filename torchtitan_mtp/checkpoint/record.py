@@ -1,0 +1,156 @@
+"""What no tensor of a checkpoint tells: the model's constants, how its heads are joined, and which
+optimizer's moments it holds. Every manifest records them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from torchtitan_mtp.checkpoint.folders import find_config
+from torchtitan_mtp.checkpoint.formats.spec import ModelSpec, spec_of_run
+from torchtitan_mtp.config import load_toml
+from torchtitan_mtp.config.values import show
+from torchtitan_mtp.errors import UserError
+from torchtitan_mtp.models.args import LatentArgs, ModelArgs, MoEArgs, RoPEScaling, YaRN
+from torchtitan_mtp.models.transformer import Transformer
+
+logger = logging.getLogger(__name__)
+
+Record = dict[str, Any]  # the fields of a ModelSpec, and the optimizer's name
+_SCALINGS: dict[str, type[RoPEScaling] | type[YaRN]] = {"llama3": RoPEScaling, "yarn": YaRN}
+_COEFFICIENTS = ("load_balance_coeff", "aux_loss_coeff")  # of the training, not of the function
+
+
+def record_of(spec: ModelSpec, optimizer: str = "") -> Record:
+    """As plain data; `spec_of_record` takes the model back. optimizer: its name, "" for none."""
+    record = asdict(spec) | {"optimizer": optimizer}
+    if (scaling := spec.args.rope_scaling) is not None:
+        kind = next(name for name, kind in _SCALINGS.items() if isinstance(scaling, kind))
+        record["args"]["rope_scaling"]["rope_type"] = kind
+    return record
+
+
+def spec_of_record(record: Record) -> ModelSpec:
+    """The model of a record.
+
+    Raises:
+        UserError: not a record, or one of a later version.
+    """
+    try:
+        args: Record = dict(record["args"])
+        for name, kind in (("latent", LatentArgs), ("moe", MoEArgs)):
+            args[name] = kind(**args[name]) if args[name] else None
+        if scaling := dict(args["rope_scaling"] or {}):
+            args["rope_scaling"] = _SCALINGS[scaling.pop("rope_type")](**scaling)
+        fields = {key: value for key, value in record.items() if key != "optimizer"}
+        return ModelSpec(**fields | {"args": ModelArgs(**args)})
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"not a record of this version: {error}; update this program") from error
+
+
+def record_of_model(
+    model: nn.Module, optimizer: torch.optim.Optimizer | None = None
+) -> Record | None:
+    """None for a model of another program."""
+    if not isinstance(model, Transformer):
+        return None
+    spec, heads = ModelSpec(replace(model.args, n_layers=len(model.layers))), model.mtp
+    if heads is not None:
+        n, state = heads.num_future_tokens, getattr(heads, "trunk_state", spec.trunk_state)
+        spec = ModelSpec(spec.args, heads.family, n, len(heads.heads) < n - 1, state)
+    return record_of(spec, "" if optimizer is None else type(optimizer).__name__)
+
+
+def record_beside(checkpoint: Path) -> Record | None:
+    """By the config.toml near a checkpoint without a record; None where none tells."""
+    try:
+        config = load_toml(find_config(checkpoint))
+        return record_of(spec_of_run(config, config.model.vocab_size or 1), config.optimizer.name)
+    except UserError:
+        return None
+
+
+def constants(record: Record) -> Record:
+    """What a record says by keys of the configuration, less what names and shapes of tensors tell.
+
+    Raises:
+        UserError: not a record, or one of a later version.
+    """
+    spec = spec_of_record(record)
+    args = spec.args
+    found: Record = {
+        "model.args.n_heads": args.n_heads,
+        "model.args.n_kv_heads": args.kv_heads,
+        "model.args.head_size": args.head_dim,
+        "model.args.norm_eps": args.norm_eps,
+        "model.args.rope_theta": args.rope_theta,
+        "model.args.rope_scaling.factor": 1.0,
+        "model.attn_mask_type": args.attn_mask_type,
+        "mtp.heads": spec.heads,
+        "mtp.num_future_tokens": spec.num_future_tokens,
+        "optimizer.name": record["optimizer"],
+    }
+    if spec.heads == "sequential":
+        # One module that is applied once is that module, shared or not.
+        found["mtp.share_weights"] = spec.share_weights and spec.num_future_tokens > 2
+        found["mtp.trunk_state"] = spec.trunk_state
+    for part in ("latent", "moe", "rope_scaling"):
+        values = record["args"][part] or {}
+        found |= {f"model.args.{part}.{k}": v for k, v in values.items() if k not in _COEFFICIENTS}
+    return found
+
+
+def check_record(
+    source: Path,
+    theirs: Record | None,
+    ours: Record | None,
+    exclude: Collection[str] = (),
+    resuming: bool = False,
+) -> None:
+    """Refuse weights of a model that computes something else with the same tensors. To start from
+    weights, other rotary positions (a longer context) are only warned of, and the mask is free.
+
+    Args:
+        source: the checkpoint, for messages.
+        theirs, ours: None where one is not known; a key that only one has says nothing.
+        exclude: checkpoint.exclude_from_loading.
+
+    Raises:
+        UserError: naming all keys that differ, with both values.
+    """
+    if theirs is None or ours is None:
+        return
+    try:
+        a, b = constants(theirs), constants(ours)
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from error
+    differing = {key for key in a if key in b and a[key] != b[key]}
+    matters = [key for key in a if key in differing and _matters(key, exclude, resuming)]
+    if not matters:
+        return
+    told = ", ".join(f"{key} = {show(a[key])}, this run has {show(b[key])}" for key in matters)
+    if not resuming and all(key.startswith("model.args.rope_") for key in matters):
+        logger.warning("%s: trained with %s: adapted from here on", source, told)
+        return
+    out = sorted({key.partition(".")[0] for key in matters} & {"mtp", "optimizer"})
+    raise UserError(
+        f"{source}: trained with {told}; set it as it was"
+        + (", or start a new run from its weights (initial_load_path)" if resuming else "")
+        + (f", or leave it out with checkpoint.exclude_from_loading = {show(out)}" if out else "")
+    )
+
+
+def _matters(key: str, exclude: Collection[str], resuming: bool) -> bool:
+    part = key.partition(".")[0]
+    if part == "optimizer":
+        return resuming and part not in exclude
+    if "model" in exclude or (part == "mtp" and not {"mtp", "mtp.heads"}.isdisjoint(exclude)):
+        return False
+    # Weights without a resume: the heads that both have are told by their tensors' names.
+    return resuming or key == "mtp.trunk_state" or key.startswith("model.args.")
