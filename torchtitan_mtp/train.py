@@ -47,11 +47,12 @@ def _run(config: JobConfig) -> int:
     # After the configuration: `--help` and a mistyped key should not wait for torch.
     from torchtitan_mtp.distributed.heartbeat import LostContact
     from torchtitan_mtp.monitoring.logging import init_logging, use_color
+    from torchtitan_mtp.monitoring.observer import Observer
     from torchtitan_mtp.trainer import Trainer
 
     init_logging(rank, size, color=use_color(config.metrics.disable_color_printing))
     if config.job.print_config and rank == 0:
-        print(to_toml(config))
+        Observer("stdout").attempt(_print, to_toml(config))
     trainer = Trainer(config)
     try:
         trainer.train()
@@ -64,6 +65,14 @@ def _run(config: JobConfig) -> int:
     trainer.close()
     stopped = trainer.stopping.signal
     return 128 + stopped if stopped and trainer.stopped_unsaved else 0
+
+
+def _print(text: str) -> None:
+    try:
+        print(text, flush=True)
+    except OSError:  # a full disk, a pipe that nobody reads: the rest goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise
 
 
 def _fail(message: str, status: int = 1) -> int:

@@ -3,24 +3,17 @@
 import dataclasses
 import logging
 import os
+import threading
 from collections.abc import Mapping
 from datetime import datetime
-from typing import Protocol
 
 import torch.distributed as dist
 
 from torchtitan_mtp.config import JobConfig
 from torchtitan_mtp.errors import UserError
+from torchtitan_mtp.monitoring.observer import Observer
 
 logger = logging.getLogger(__name__)
-
-
-class Backend(Protocol):
-    """Takes a step's metrics, tag to value."""
-
-    def log(self, metrics: Mapping[str, float], step: int) -> None: ...
-
-    def close(self) -> None: ...
 
 
 class TensorBoard:
@@ -34,6 +27,11 @@ class TensorBoard:
                 "metrics.enable_tensorboard = true: the package tensorboard is not installed; "
                 "pip install tensorboard, or set it to false"
             ) from error
+        # What its thread dies of, the next call raises.
+        hook = threading.excepthook
+        threading.excepthook = lambda args: (
+            None if type(args.thread).__module__.startswith("tensorboard") else hook(args)
+        )
         self.writer = SummaryWriter(folder, flush_secs=10)
         logger.info("TensorBoard: %s", folder)
 
@@ -86,7 +84,7 @@ def metrics_folder(config: JobConfig, rank: int) -> str:
     return os.path.join(folder, start[0], f"rank_{rank}")
 
 
-def build_backends(config: JobConfig, rank: int) -> list[Backend]:
+def build_backends(config: JobConfig, rank: int) -> list[Observer]:
     """The backends that [metrics] enables, on rank 0, or on every rank with save_for_all_ranks."""
     metrics = config.metrics
     if not (metrics.enable_tensorboard or metrics.enable_wandb):
@@ -94,9 +92,9 @@ def build_backends(config: JobConfig, rank: int) -> list[Backend]:
     if rank != 0 and not metrics.save_for_all_ranks:
         return []
     folder = metrics_folder(config, rank)
-    backends: list[Backend] = []
+    backends = []
     if metrics.enable_tensorboard:
-        backends.append(TensorBoard(folder))
+        backends.append(Observer("TensorBoard", lambda: TensorBoard(folder)))
     if metrics.enable_wandb:
-        backends.append(WandB(folder, config))
+        backends.append(Observer("Weights & Biases", lambda: WandB(folder, config)))
     return backends

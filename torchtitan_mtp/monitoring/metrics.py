@@ -1,5 +1,6 @@
 """What a run reports at a logged step: a line in the log and a set of tags (docs/monitoring.md)."""
 
+import functools
 import logging
 import math
 import time
@@ -13,6 +14,7 @@ from torchtitan_mtp.inference.acceptance import Acceptance
 from torchtitan_mtp.monitoring.backends import build_backends
 from torchtitan_mtp.monitoring.device import MemoryMonitor, MemoryStats
 from torchtitan_mtp.monitoring.logging import use_color
+from torchtitan_mtp.monitoring.observer import Observer
 from torchtitan_mtp.monitoring.progress import Pace, ProgressBar
 
 logger = logging.getLogger(__name__)
@@ -68,8 +70,10 @@ class MetricsProcessor:
         self.clock = clock
         self.memory = MemoryMonitor(device)
         self.backends = build_backends(config, rank)
-        total = self.total_steps if rank == 0 else 0
-        self.progress = ProgressBar(total, start_step, color=self.color) if total else None
+        self.progress = None
+        if rank == 0:
+            bar = functools.partial(ProgressBar, self.total_steps, start_step, color=self.color)
+            self.progress = Observer("progress bar", bar)
         self.step = start_step
         self.pace = Pace()
         self._start_interval()

@@ -4,6 +4,7 @@
 `profiler.step()` and `memory.step()` at the end of every step.
 """
 
+import functools
 import logging
 import os
 import pickle
@@ -16,6 +17,7 @@ import torch
 
 from torchtitan_mtp.config import JobConfig
 from torchtitan_mtp.errors import UserError
+from torchtitan_mtp.monitoring.observer import Observer
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +66,10 @@ def profile_steps(
         path = _dump_path(folder, f"iteration_{profiler.step_num}", f"rank{rank}_trace.json")
         begin = time.monotonic()
         profiler.export_chrome_trace(path)
+        with open(path, "rb") as file:  # the profiler itself does not say what it can't write
+            file.seek(-2, os.SEEK_END)
+            if not file.read().rstrip().endswith(b"}"):
+                raise OSError(f"{path} is not whole: is the disk full?")
         logger.info("profiler trace in %.1f s: %s", time.monotonic() - begin, path)
 
     activities = [torch.profiler.ProfilerActivity.CPU]
@@ -72,7 +78,7 @@ def profile_steps(
     with torch.profiler.profile(
         activities=activities,
         schedule=torch.profiler.schedule(wait=wait, warmup=warmup, active=active),
-        on_trace_ready=write_trace,
+        on_trace_ready=functools.partial(Observer("profiler traces").attempt, write_trace),
         record_shapes=True,
     ) as profiler:
         profiler.step_num = start_step  # folders carry the run's step, also after a resume
@@ -121,10 +127,11 @@ def snapshot_memory(
     folder = os.path.join(config.job.dump_folder, profiling.save_memory_snapshot_folder)
     torch.cuda.memory._record_memory_history(max_entries=SNAPSHOT_MAX_ENTRIES)
     snapshots = _Snapshots(folder, profiling.profile_freq, rank, start_step)
+    observer = Observer("memory snapshots", lambda: snapshots)
     try:
-        yield snapshots
+        yield observer
     except torch.OutOfMemoryError:
-        snapshots.write(f"iteration_{snapshots.step_num}_exit")
+        observer.write(f"iteration_{snapshots.step_num}_exit")
         raise
     finally:
         torch.cuda.memory._record_memory_history(enabled=None)
