@@ -5,7 +5,7 @@ import binascii
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -100,7 +100,8 @@ class TiktokenTokenizer:
         self.fingerprint = f"tiktoken:{hashlib.sha256(data).hexdigest()}"
 
     def encode(self, text: str) -> np.ndarray:
-        return np.array(self._encoding.encode_ordinary(text), dtype=np.int32)
+        parts = [self._encoding.encode_ordinary(part) for part in _parts(text)]
+        return np.concatenate([np.array(ids, dtype=np.int32) for ids in parts])
 
     def decode(self, ids: Sequence[int]) -> str:
         text = [i for i in map(int, ids) if 0 <= i < self._num_ranks]
@@ -126,6 +127,10 @@ class HFTokenizer:
             raise UserError(f"tokenizer {path}: not a readable tokenizer.json: {_line(e)}") from e
         # Text that happens to spell a special token is text.
         self._tokenizer.encode_special_tokens = True
+        # What the file says of the lengths of a model's inputs is not for documents.
+        cut = self._tokenizer.truncation or self._tokenizer.padding
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
         vocab = self._tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocab.values()) + 1  # ids may have gaps
         named = _named_specials(path.parent / "tokenizer_config.json")
@@ -149,6 +154,8 @@ class HFTokenizer:
         self.eos_id = eos
         self.bos_id = eos if bos is None else bos
         self.fingerprint = f"hf:{hashlib.sha256(data).hexdigest()}:{self.bos_id}:{self.eos_id}"
+        if cut:  # earlier versions applied them: other ids
+            self.fingerprint += ":whole"
 
     def encode(self, text: str) -> np.ndarray:
         # A lone surrogate (JSON can spell one) has no UTF-8; "?" stands for it.
@@ -189,6 +196,27 @@ def build_tokenizer(path: str) -> Tokenizer:
         f"tokenizer {path}: the folder holds none of tokenizer.model, original/tokenizer.model,"
         " *.tiktoken, tokenizer.json"
     )
+
+
+# Meta's TIKTOKEN_MAX_ENCODE_CHARS and MAX_NO_WHITESPACES_CHARS: beyond them tiktoken may panic.
+_MOST_CHARS, _MOST_ALIKE = 400_000, 25_000
+_SPACE, _OTHER = re.compile(r"\s*"), re.compile(r"\S*")
+
+
+def _parts(text: str) -> Iterator[str]:
+    """The text, cut as Meta's llama3/tokenizer.py cuts it: every 400,000 characters, and within
+    these every 25,000 characters of a run of white space or of anything else."""
+    for start in range(0, max(1, len(text)), _MOST_CHARS):
+        part, begin, end = text[start : start + _MOST_CHARS], 0, 0
+        for at in range(_MOST_ALIKE, len(part), _MOST_ALIKE):  # a longer run has one of these
+            if at >= end:
+                alike = _SPACE if part[at].isspace() else _OTHER
+                end = alike.match(part, at).end()  # type: ignore[union-attr]
+                before = alike.match(part[at - _MOST_ALIKE : at][::-1]).end()  # type: ignore[union-attr]
+                for cut in range(at - before + _MOST_ALIKE, end, _MOST_ALIKE):
+                    yield part[begin:cut]
+                    begin = cut
+        yield part[begin:]
 
 
 def _read(path: Path) -> bytes:

@@ -3,10 +3,13 @@ import json
 
 import numpy as np
 import pytest
+import tiktoken
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
 
 from torchtitan_mtp.data.tokenizer import (
+    LLAMA3_PATTERN,
     ByteTokenizer,
     HFTokenizer,
     TiktokenTokenizer,
@@ -33,7 +36,7 @@ def ranks_file(tmp_path):
 
 @pytest.fixture
 def hf_file(tmp_path):
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers import decoders, models, pre_tokenizers
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
@@ -113,6 +116,59 @@ def test_long_runs_of_one_character(ranks_file):
     tokenizer = TiktokenTokenizer(ranks_file)
     for text in (" " * 300_000, "a" * 300_000, "\n" * 300_000, " " * 100_000 + "x"):
         assert tokenizer.decode(tokenizer.encode(text).tolist()) == text
+
+
+def cut_as_meta_does(text):
+    """Meta's llama3/llama/tokenizer.py: Tokenizer.encode and
+    _split_whitespaces_or_nonwhitespaces, with its two constants."""
+    for start in range(0, len(text), 400_000):
+        part = text[start : start + 400_000]
+        run, is_space, begin = 0, part[0].isspace(), 0
+        for i, char in enumerate(part):
+            if is_space ^ char.isspace():
+                run, is_space = 1, char.isspace()
+            else:
+                run += 1
+                if run > 25_000:
+                    yield part[begin:i]
+                    begin, run = i, 1
+        yield part[begin:]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "x" + " " * 1_000_001 + "y",  # tiktoken panics on it as a whole
+        "re" * 30_000 + " return\n" * 20_000 + "\x1c\u2003" * 13_000 + "turn" * 90_000,
+        "a" * 399_999 + "  re",
+        "a" * 25_000 + " " * 25_000 + "b" * 25_001 + "\n" * 50_001,
+        "return",
+    ],
+)
+def test_long_texts_have_the_ids_of_metas_procedure(tmp_path, text):
+    tokens = [*BYTES, b"re", b"tu", b"retu", b"rn", b"return", b" return", b"aa", b"  ", b"\n\n"]
+    (tmp_path / "x.tiktoken").write_bytes(rank_lines(tokens))
+    own = tiktoken.Encoding(
+        "x",
+        pat_str=LLAMA3_PATTERN,
+        mergeable_ranks={token: i for i, token in enumerate(tokens)},
+        special_tokens={},
+    )
+    expected = [i for part in cut_as_meta_does(text) for i in own.encode_ordinary(part)]
+    assert build_tokenizer(str(tmp_path)).encode(text).tolist() == expected
+
+
+def test_stored_truncation_and_padding_are_not_applied(hf_file):
+    before = HFTokenizer(hf_file).fingerprint
+    stored = Tokenizer.from_file(str(hf_file))
+    stored.enable_truncation(32)
+    stored.enable_padding(length=64)
+    stored.save(str(hf_file))
+    tokenizer = HFTokenizer(hf_file)
+    assert tokenizer.encode("ab" * 450).tolist() == HFTokenizer(hf_file).encode("ab").tolist() * 450
+    assert len(tokenizer.encode("ab")) == 2
+    # A run that began when they were applied is told.
+    assert tokenizer.fingerprint.rsplit(":", 1)[1] != before.rsplit(":", 1)[1]
 
 
 def test_hf_bos_and_eos_named_by_the_config(hf_file):
