@@ -14,6 +14,12 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torchtitan_mtp.config import Comm, Parallelism
 from torchtitan_mtp.errors import UserError
 
+# What the driver of a GPU has in /dev, and the variables by which a user hides the GPUs.
+GPU_NODES = {
+    "/dev/nvidiactl": ("CUDA_VISIBLE_DEVICES",),
+    "/dev/kfd": ("HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES"),
+}
+
 
 @dataclass(frozen=True)
 class World:
@@ -46,9 +52,23 @@ def data_degrees(parallelism: Parallelism, world_size: int) -> tuple[int, int]:
 
 
 def local_device() -> torch.device:
-    """This rank's GPU, or the CPU where there is none."""
-    if torch.cuda.is_available():
+    """This rank's GPU, or the CPU where there is none, or where it is hidden on purpose.
+
+    Error: there is one that torch can't use.
+    """
+    try:
+        torch.cuda.init()
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    except (RuntimeError, AssertionError) as error:
+        reason = (str(error) or "CUDA does not start").splitlines()[0].removesuffix(".")
+    for node, variables in GPU_NODES.items():
+        hidden = any(os.environ.get(name) in ("", "-1") for name in variables)
+        if os.path.exists(node) and not hidden:
+            raise UserError(
+                f"there is a GPU here ({node}), which torch {torch.__version__} can't use: "
+                f"{reason}; install a torch and a driver that fit one another, or set "
+                f'{variables[0]}="" to compute on the CPU'
+            )
     return torch.device("cpu")
 
 

@@ -13,6 +13,7 @@ from torchtitan_mtp.checkpoint.formats.training import config_of_hf, load_hf_wei
 from torchtitan_mtp.checkpoint.ranks import Ranks
 from torchtitan_mtp.config import JobConfig, load_toml
 from torchtitan_mtp.data.tokenizer import Tokenizer, build_tokenizer
+from torchtitan_mtp.distributed.mesh import local_device
 from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.models.flavors import model_args
 from torchtitan_mtp.models.transformer import Transformer, build_model
@@ -25,10 +26,10 @@ def find_device(name: str | None) -> torch.device:
     """The named device; None: a GPU where there is one, else the CPU.
 
     Raises:
-        UserError: torch does not know it, or does not have it.
+        UserError: torch does not know it, does not have it, or can't use the GPU there is.
     """
     try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = torch.device(name) if name else local_device()
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
