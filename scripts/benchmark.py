@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 import tyro
-from benchmarks import checkpoint, decode, gemm, gpu, heads, loss, speed, train
+from benchmarks import busy, checkpoint, decode, gemm, gpu, heads, loss, speed, train
 
 from torchtitan_mtp.errors import UserError
 
@@ -14,6 +14,7 @@ COMMANDS = {
     "heads": heads.run,
     "speed": speed.run,
     "train": train.run,
+    "busy": busy.run,
     "decode": decode.run,
     "gemm": gemm.run,
     "gpu": gpu.run,

@@ -25,6 +25,7 @@ from rich.table import Table
 
 from torchtitan_mtp.config import JobConfig
 from torchtitan_mtp.data.tokenizer import Tokenizer
+from torchtitan_mtp.distributed.shared_cores import SharedCores
 from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.inference import load_for_inference
 from torchtitan_mtp.inference.acceptance import Acceptance, Continuation, measure_continuation
@@ -311,7 +312,8 @@ def run(args: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(sys.argv[1:] if argv is None else argv)
     try:
-        run(args)
+        with SharedCores():
+            run(args)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -23,6 +23,7 @@ from rich.table import Table
 
 from torchtitan_mtp.config import JobConfig
 from torchtitan_mtp.data.tokenizer import Tokenizer
+from torchtitan_mtp.distributed.shared_cores import SharedCores
 from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.inference import Generation, Stats, generate, load_for_inference, next_logits
 from torchtitan_mtp.inference.decoding import check, most_drafts
@@ -313,7 +314,8 @@ def run(args: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(sys.argv[1:] if argv is None else argv)
     try:
-        run(args)
+        with SharedCores():
+            run(args)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -30,6 +30,7 @@ from torchtitan_mtp.distributed.float8 import convert_to_float8, float8_scales_a
 from torchtitan_mtp.distributed.heartbeat import Heartbeat
 from torchtitan_mtp.distributed.mesh import all_reduce, init_world, set_timeout
 from torchtitan_mtp.distributed.parallelize import parallelize
+from torchtitan_mtp.distributed.shared_cores import SharedCores
 from torchtitan_mtp.distributed.stopping import Stopping
 from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.inference.acceptance import Acceptance, text_agreement
@@ -291,6 +292,7 @@ class Trainer:
             )
         with (
             self.heartbeat,
+            SharedCores(),
             self.stopping,
             profile_steps(config, device=self.device, rank=rank, start_step=first - 1) as profiler,
             snapshot_memory(config, device=self.device, rank=rank, start_step=first - 1) as memory,
