@@ -22,7 +22,7 @@ from torchtitan_mtp.checkpoint.formats.training import hf_format, save_in_hf
 from torchtitan_mtp.checkpoint.origin import Origin, find_origin
 from torchtitan_mtp.config import JobConfig, to_toml
 from torchtitan_mtp.data.loader import DataLoader, merge_states
-from torchtitan_mtp.data.sources import build_source
+from torchtitan_mtp.data.sources import configured_source
 from torchtitan_mtp.data.targets import IGNORE, PADDING, Batch, make_batch
 from torchtitan_mtp.data.tokenizer import build_tokenizer
 from torchtitan_mtp.distributed.balance import balance_experts, weigh_balance_losses
@@ -205,7 +205,7 @@ class Trainer:
 
     def _build_data(self) -> tuple[DataLoader, DataLoader | None]:
         training, validation = self.config.training, self.config.validation
-        source = build_source(training.dataset, training.dataset_path)
+        source = configured_source(self.config, training)
         held_out = validation.enable and not validation.dataset and not validation.dataset_path
         make = functools.partial(
             DataLoader,
@@ -221,11 +221,12 @@ class Trainer:
             seq_len=training.seq_len,
             local_batch_size=training.local_batch_size,
             split="train" if held_out else "all",
+            accept_changed_data=training.accept_changed_data,
         )
         if not validation.enable:
             return loader, None
         if not held_out:
-            source = build_source(validation.dataset, validation.dataset_path)
+            source = configured_source(self.config, validation)
         return loader, make(
             source,
             seq_len=validation.seq_len,

@@ -2,9 +2,13 @@
 
 import hashlib
 import os
-from collections.abc import Sequence
+from array import array
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
+
+from torchtitan_mtp.data.document import Document
 from torchtitan_mtp.errors import UserError
 
 WHOLE_HASH_BYTES = 1 << 30  # corpora up to this size are hashed in full
@@ -58,17 +62,6 @@ class DataFile:
             )
         return bytes(data)
 
-    def decode(self, data: bytes, start: int) -> str:
-        """Text of bytes read at `start`. Raises UserError naming the line if it is not UTF-8."""
-        try:
-            return data.decode("utf-8")
-        except UnicodeDecodeError as e:
-            raise UserError(
-                f"data {self.shown}:{self.line_number(start + e.start)}: byte"
-                f" {data[e.start]:#04x} is not UTF-8; convert the file (iconv -t utf-8) or leave"
-                " it out"
-            ) from e
-
     def line_number(self, offset: int) -> int:
         """1-based number of the line that the byte at `offset` is in (for messages: it reads the
         file up to there)."""
@@ -77,6 +70,60 @@ class DataFile:
 
     def _unreadable(self, error: OSError) -> UserError:
         return UserError(f"data {self.shown}: can't be read: {error.strerror}")
+
+
+class BadRecords:
+    """What the scan of the files does with records that are no documents.
+
+    Args:
+        action: "stop": raise a UserError at the first. "skip": count and leave them out.
+    """
+
+    def __init__(self, action: str) -> None:
+        self._action, self.count, self.first = action, 0, ""
+
+    def add(self, where: str, found: str) -> None:
+        if self._action == "stop":
+            raise UserError(
+                f"data {where}: {found}; mend it, or leave such records out with"
+                " --training.bad_records skip"
+            )
+        self.count += 1
+        self.first = self.first or f"{where}: {found}"
+
+
+class Spans:
+    """Documents that are spans of bytes of one file.
+
+    Args:
+        file: whose bytes.
+        parse: a span's document. Raises ValueError if it is none.
+    """
+
+    def __init__(self, file: DataFile, parse: Callable[[bytes], Document]) -> None:
+        self._file, self.parse = file, parse
+        self._starts, self._stops, self._sizes = array("q"), array("q"), array("q")
+
+    def add(self, start: int, stop: int, size: int) -> None:
+        """The next document: bytes start..stop-1 of the file, and the size of its text."""
+        self._starts.append(start)
+        self._stops.append(stop)
+        self._sizes.append(size)
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def __getitem__(self, index: int) -> Document:
+        try:
+            return self.parse(self._file.read(self._starts[index], self._stops[index]))
+        except ValueError as e:  # it was one when the file was scanned
+            raise UserError(f"data {self.where(index)}: changed under the run: {e}") from e
+
+    def where(self, index: int) -> str:
+        return f"{self._file.shown}:{self._file.line_number(self._starts[index])}"
+
+    def sizes(self) -> np.ndarray:
+        return np.array(self._sizes, np.int64)
 
 
 def fingerprint_files(root: Path, paths: Sequence[Path]) -> str:

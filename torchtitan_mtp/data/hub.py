@@ -1,9 +1,13 @@
 """Datasets of the Hugging Face hub, streamed."""
 
+import logging
 from typing import Any, NamedTuple
 
 from torchtitan_mtp.data.document import Document, document_of
+from torchtitan_mtp.data.files import BadRecords
 from torchtitan_mtp.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 
 class HubDataset(NamedTuple):
@@ -26,14 +30,22 @@ class HubStream:
         name: of DATASETS, or "org/name" (its default configuration, split "train").
         text_field: of a record, what holds its text.
         dataset: an object like datasets.IterableDataset to read instead of the hub's.
+        bad_records: "stop" at the first record without text, or "skip" them.
 
     Raises:
         UserError: `datasets` not installed, no network, no such dataset.
     """
 
-    def __init__(self, name: str, text_field: str = "text", dataset: Any = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        text_field: str = "text",
+        dataset: Any = None,
+        bad_records: str = "stop",
+    ) -> None:
         self.name = name
-        self._text_field = text_field
+        self.text_field = text_field
+        self.bad = BadRecords(bad_records)
         wanted = DATASETS.get(name, HubDataset(name, None, "train"))
         self._dataset = _load(name, wanted) if dataset is None else dataset
         self.num_shards = int(self._dataset.num_shards)
@@ -45,19 +57,16 @@ class HubStream:
         """Whole files where there is one for each lane; else every `num_lanes`-th record."""
         if num_lanes <= self.num_shards:
             records = self._dataset.shard(num_shards=num_lanes, index=lane)
-            return HubLane(self.name, self._text_field, records, 0, 1, state)
+            return HubLane(self, records, 0, 1, state)
         records = self._dataset.shard(num_shards=1, index=0)  # its own copy: it keeps its place
-        return HubLane(self.name, self._text_field, records, lane, num_lanes, state)
+        return HubLane(self, records, lane, num_lanes, state)
 
 
 class HubLane:
     """Records number first, first + step, ... of an IterableDataset."""
 
-    def __init__(
-        self, name: str, text_field: str, records: Any, first: int, step: int, state: Any
-    ) -> None:
-        self._name = name
-        self._text_field = text_field
+    def __init__(self, source: HubStream, records: Any, first: int, step: int, state: Any) -> None:
+        self._source = source
         self._records = records
         self._first = first
         self._step = step
@@ -75,22 +84,26 @@ class HubLane:
         return {"number": self._number, "records": place}
 
     def where(self) -> str:
-        return f"{self._name}: record {self._number - 1}"
+        return f"{self._source.name}: record {self._number - 1}"
 
     def __iter__(self) -> "HubLane":
         return self
 
     def __next__(self) -> Document:
-        record = self._next_record()
-        while (self._number - 1) % self._step != self._first:
+        source = self._source
+        while True:
             record = self._next_record()
-        document = document_of(record, self._text_field)
-        if document is None:
-            raise UserError(
-                f"dataset {self._name}: expected records with a string {self._text_field!r}, or"
-                f" strings 'prompt' and 'completion'; found {sorted(record)}"
+            if (self._number - 1) % self._step != self._first:
+                continue
+            if document := document_of(record, source.text_field):
+                return document
+            source.bad.add(
+                self.where(),
+                f"expected records with a string {source.text_field!r}, or strings 'prompt' and"
+                f" 'completion'; found {sorted(record)}",
             )
-        return document
+            if source.bad.count == 1:
+                logger.warning("bad records are left out, the first: %s", source.bad.first)
 
     def _next_record(self) -> Any:
         try:
@@ -99,8 +112,9 @@ class HubLane:
             raise
         except Exception as e:  # whatever the dataset's reader and the network raise
             raise UserError(
-                f"dataset {self._name}: reading record {self._number} failed: {_line(e)}; resume"
-                " from the last checkpoint, or download the files and give training.dataset_path"
+                f"dataset {self._source.name}: reading record {self._number} failed: {_line(e)};"
+                " resume from the last checkpoint, or download the files and give"
+                " training.dataset_path"
             ) from e
         self._number += 1
         self._loaded = None

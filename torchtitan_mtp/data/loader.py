@@ -11,6 +11,7 @@ each lane its document and token: a few hundred bytes, exact at any window, and 
 was, so a run continues on any R that divides V with the same global batches.
 """
 
+import logging
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -25,12 +26,17 @@ from torchtitan_mtp.data.targets import PADDING, Window
 from torchtitan_mtp.data.tokenizer import Tokenizer
 from torchtitan_mtp.errors import UserError
 
+logger = logging.getLogger(__name__)
+
 NUM_LANES = 64  # divisible by every power of two up to it: most numbers of data ranks
 STATE_VERSION = 1
 _CAUSES = {
     "version": "the version of this package",
-    "source": "training.dataset, training.dataset_path and the files as they were",
+    "source": "training.dataset, training.dataset_path and the files as they were (those that are"
+    " left out of a folder are read if a glob names them); or go on in their place in these with"
+    " --training.accept_changed_data",
     "tokenizer": "model.hf_assets_path and its file as it was",
+    "documents": "as many documents as there were",
     "seed": "training.seed",
     "held_out": "validation.enable, validation.dataset and training.validation_fraction",
 }
@@ -56,6 +62,7 @@ class DataLoader:
             own order, the same windows whatever the world size; every rank yields the same number
             of micro-batches, the last filled with padding.
         prefetch: windows kept ready by a background thread (infinite only); 0 for no thread.
+        accept_changed_data: a state of other files is taken, where there are as many documents.
 
     Raises:
         UserError: fewer documents than data ranks, or no document to hold out.
@@ -76,6 +83,7 @@ class DataLoader:
         validation_fraction: float = 0.05,
         infinite: bool = True,
         prefetch: int = 2,
+        accept_changed_data: bool = False,
     ) -> None:
         if seq_len < 1 or num_future_tokens < 1 or local_batch_size < 1:
             raise ValueError("seq_len, num_future_tokens and local_batch_size must be positive")
@@ -90,6 +98,7 @@ class DataLoader:
         self._world = dp_world
         self._seed = seed
         self._depth = prefetch
+        self._accept_changed_data = accept_changed_data
         self._prefetcher: Prefetcher[tuple[Window, State]] | None = None
         # What a state must agree with for its positions to mean the same documents and tokens.
         self._identity: State = {
@@ -106,6 +115,7 @@ class DataLoader:
             self._documents = split_documents(
                 len(source), split, validation_fraction, seed, source.name
             )
+            self._identity["documents"] = len(source)
             self._identity["held_out"] = validation_fraction if split == "train" else 0.0
         self._infinite = infinite
         if infinite:
@@ -237,10 +247,18 @@ class DataLoader:
     def _check_state(self, state: State) -> None:
         anew = ", or start the data anew with --checkpoint.exclude_from_loading dataloader"
         for key, mine in self._identity.items():
-            if state.get(key) != mine:
+            found = state.get(key, mine if key == "documents" else None)  # older states lack it
+            if found == mine:
+                continue
+            if key == "source" and self._accept_changed_data:
+                logger.warning(
+                    "dataset %s: not the files of the checkpoint; going on at its place in these",
+                    self._source.name,
+                )
+            else:
                 raise UserError(
                     f"dataset {self._source.name}: the checkpoint's data position has {key}"
-                    f" {state.get(key)!r}, this run has {mine!r}: put back {_CAUSES[key]}{anew}"
+                    f" {found!r}, this run has {mine!r}: put back {_CAUSES[key]}{anew}"
                 )
         lanes = state["num_lanes"]
         if lanes % self._world:

@@ -2,17 +2,22 @@
 
 import bisect
 import itertools
+import re
 import threading
+from array import array
 from collections import OrderedDict
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 
 from torchtitan_mtp.data.document import Document, document_of
-from torchtitan_mtp.data.files import DataFile
+from torchtitan_mtp.data.files import BadRecords, DataFile
 from torchtitan_mtp.errors import UserError
 
 CACHED_ROW_GROUPS = 4  # of each file
+_SCANNED_ROWS = 1024  # at once
+_STRINGS = re.compile(r"(dictionary<values=)?(large_)?string")  # of pyarrow's names of types
 
 
 class ParquetFile:
@@ -22,7 +27,7 @@ class ParquetFile:
     row groups (about 1,000 rows) make it fast.
     """
 
-    def __init__(self, file: DataFile, text_field: str) -> None:
+    def __init__(self, file: DataFile, text_field: str, bad: BadRecords) -> None:
         try:
             import pyarrow.parquet
         except ImportError as e:
@@ -33,48 +38,72 @@ class ParquetFile:
         self._errors = (OSError, pyarrow.ArrowException)
         self._file = file
         self._text_field = text_field
-        try:
-            with self._open(file.path) as parquet:
-                names = set(parquet.schema_arrow.names)
-                meta = parquet.metadata
-                groups = [meta.row_group(i) for i in range(meta.num_row_groups)]
-                rows = [group.num_rows for group in groups]
-                self._bytes = np.array([group.total_byte_size for group in groups], np.int64)
-        except self._errors as e:
-            raise self._unreadable(e) from e
-        pair = {"prompt", "completion"}
-        if text_field not in names and not pair <= names:
-            raise UserError(
-                f"data {file.shown}: expected a column {text_field!r}, or 'prompt' and"
-                f" 'completion'; found {sorted(names)}"
-            )
-        self._columns = [text_field] if text_field in names else sorted(pair)
-        self._starts = list(itertools.accumulate(rows, initial=0))
         self._groups: OrderedDict[int, Any] = OrderedDict()  # row group -> pyarrow.Table
         self._lock = threading.Lock()  # two loaders' threads may read one source
+        try:
+            with self._open(file.path, pre_buffer=False) as parquet:
+                self._columns = self._find_columns(parquet.schema_arrow)
+                meta = parquet.metadata
+                rows = [meta.row_group(i).num_rows for i in range(meta.num_row_groups)]
+                batches = parquet.iter_batches(_SCANNED_ROWS, columns=self._columns)
+                self._rows, self._sizes = self._scan(batches, bad)
+        except self._errors as e:
+            raise self._unreadable(e) from e
+        self._starts = list(itertools.accumulate(rows, initial=0))  # of the row groups
 
     def __len__(self) -> int:
-        return self._starts[-1]
+        return len(self._rows)
 
     def where(self, index: int) -> str:
-        return f"{self._file.shown}: row {index + 1}"
+        return self._row(int(self._rows[index]))
 
     def sizes(self) -> np.ndarray:
-        rows = np.diff(self._starts)
-        return np.repeat(self._bytes // np.maximum(rows, 1), rows)
+        return self._sizes
 
     def __getitem__(self, index: int) -> Document:
-        group = bisect.bisect_right(self._starts, index) - 1
+        row = int(self._rows[index])
+        group = bisect.bisect_right(self._starts, row) - 1
         table = self._group(group)
-        row = index - self._starts[group]
-        record = {name: table.column(name)[row].as_py() for name in self._columns}
-        document = document_of(record, self._text_field)
+        cells = {x: table.column(x)[row - self._starts[group]].as_py() for x in self._columns}
+        document = document_of(cells, self._text_field)
         if document is None:
-            raise UserError(
-                f"data {self.where(index)}: expected text in {self._columns}, found"
-                f" {[type(value).__name__ for value in record.values()]}"
-            )
+            raise UserError(f"data {self._row(row)}: changed under the run: no text there now")
         return document
+
+    def _row(self, row: int) -> str:
+        return f"{self._file.shown}: row {row + 1}"
+
+    def _scan(self, batches: Iterable[Any], bad: BadRecords) -> tuple[np.ndarray, np.ndarray]:
+        """The rows that are documents, and the bytes of their text, both int64 [documents]."""
+        from pyarrow import large_binary, large_string
+
+        rows, sizes, first = array("q"), array("q"), 0
+        for batch in batches:
+            # Dictionaries become their values; as bytes, for nobody has checked that it is UTF-8.
+            columns = [x.cast(large_string()).cast(large_binary()) for x in batch.columns]
+            for row, cells in enumerate(zip(*(x.to_pylist() for x in columns), strict=True), first):
+                found = ", ".join(filter(None, map(_fault, cells)))
+                if found:
+                    bad.add(self._row(row), f"expected text in {self._columns}, found {found}")
+                else:
+                    rows.append(row)
+                    sizes.append(sum(map(len, cells)))
+            first += batch.num_rows
+        return np.array(rows, np.int64), np.array(sizes, np.int64)
+
+    def _find_columns(self, schema: Any) -> list[str]:
+        """The columns that make a document, in the order of `Document`."""
+        wanted = [self._text_field]
+        if self._text_field not in schema.names and {"prompt", "completion"} <= {*schema.names}:
+            wanted = ["completion", "prompt"]
+        found = {name: str(schema.field(name).type) for name in wanted if name in schema.names}
+        texts = [x for x in found.values() if _STRINGS.match(x)]
+        if len(texts) < len(wanted):
+            raise UserError(
+                f"data {self._file.shown}: expected a column of strings {self._text_field!r}, or"
+                f" 'prompt' and 'completion'; found {found or sorted(schema.names)}"
+            )
+        return wanted
 
     def _group(self, group: int) -> Any:
         with self._lock:
@@ -94,3 +123,13 @@ class ParquetFile:
         return UserError(
             f"data {self._file.shown}: not a readable Parquet file: {' '.join(str(error).split())}"
         )
+
+
+def _fault(cell: bytes | None) -> str:
+    if cell is None:
+        return "null"
+    try:
+        cell.decode("utf-8")
+    except UnicodeDecodeError as e:
+        return f"byte {cell[e.start]:#04x}, which is not UTF-8"
+    return ""

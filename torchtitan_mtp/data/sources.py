@@ -1,40 +1,42 @@
 """From a dataset's name and path to documents."""
 
 import bisect
-import glob
 import itertools
+import logging
 import os
 import sysconfig
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence, Set
 from pathlib import Path
 
 import numpy as np
 
+from torchtitan_mtp.config import JobConfig
+from torchtitan_mtp.config.sections.training import Training, Validation
 from torchtitan_mtp.data import compressed
 from torchtitan_mtp.data.document import Document, Source, StreamSource
-from torchtitan_mtp.data.files import DataFile, fingerprint_files
+from torchtitan_mtp.data.files import BadRecords, DataFile, Spans, fingerprint_files
+from torchtitan_mtp.data.folders import (
+    RECORDS,
+    LeftOut,
+    data_files,
+    matching_files,
+)
 from torchtitan_mtp.data.hub import DATASETS, HubStream
-from torchtitan_mtp.data.jsonl import JsonlFile
+from torchtitan_mtp.data.jsonl import find_records
 from torchtitan_mtp.data.parquet import ParquetFile
-from torchtitan_mtp.data.text import TextFile
+from torchtitan_mtp.data.text import find_texts
 from torchtitan_mtp.errors import UserError
 
+logger = logging.getLogger(__name__)
+
 STDLIB = "python_stdlib"
-# What is read of a folder. A file that is named itself, or by a glob, may have any suffix: it is
-# text if it has none of RECORDS or .parquet.
-RECORDS = (".jsonl", ".ndjson", ".json")
-FOLDER_SUFFIXES = frozenset(
-    """.jsonl .ndjson .jsonl.gz .ndjson.gz .json.gz .jsonl.zst .ndjson.zst .json.zst .parquet
-    .txt .text .txt.gz .txt.zst .md .rst .tex .html .xml .css .toml .yaml .yml .sql .sh
-    .py .pyi .c .h .cc .cpp .hpp .cu .java .js .ts .go .rs .rb""".split()  # noqa: SIM905
-)
 SKIPPED_OF_STDLIB = frozenset(
     ["test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"]
 )
 
 
 class FilesSource:
-    """The documents of a list of files, file after file.
+    """The documents of a list of files, file after file, all of which are read once to check them.
 
     Args:
         name: for messages.
@@ -42,9 +44,11 @@ class FilesSource:
         paths: the files, in order.
         text_field: of a record, what holds its text.
         cache_dir: for the contents of compressed files; None: below the temporary folder.
+        bad_records: "stop", or "skip" and count them.
+        left_out: what of a folder is not read, to be told.
 
     Raises:
-        UserError: a file that can't be read, or no document in any.
+        UserError: a file or record that can't be read, or no document in any.
     """
 
     def __init__(
@@ -54,16 +58,28 @@ class FilesSource:
         paths: Sequence[Path],
         text_field: str = "text",
         cache_dir: Path | None = None,
+        bad_records: str = "stop",
+        left_out: str = "",
     ) -> None:
         self.name = name
-        self._files = [_open_file(path, text_field, cache_dir) for path in paths]
+        bad = BadRecords(bad_records)
+        self._files = [_open_file(path, text_field, cache_dir, bad) for path in paths]
         self._starts = list(itertools.accumulate((len(f) for f in self._files), initial=0))
+        if bad.count:
+            logger.warning(
+                "dataset %s: %d bad record(s) left out, the first %s", name, bad.count, bad.first
+            )
         if not len(self):
             raise UserError(
                 f"dataset {name}: no document in {len(paths)} file(s), {paths[0]} ...; expected"
                 " at least one that is not empty"
             )
-        self.fingerprint = f"{fingerprint_files(root, paths)}:{text_field}"
+        rest = f":{bad.count} left out" if bad.count else ""  # the others have other numbers
+        self.fingerprint = f"{fingerprint_files(root, paths)}:{text_field}{rest}"
+        logger.info(
+            "dataset %s: %s file(s), %s documents, %s bytes of text%s",
+            *(name, f"{len(paths):,}", f"{len(self):,}", f"{self.sizes().sum():,}", left_out),
+        )
 
     def __len__(self) -> int:
         return self._starts[-1]
@@ -77,7 +93,7 @@ class FilesSource:
         file, number = self._place(index)
         return file.where(number)
 
-    def _place(self, index: int) -> tuple[TextFile | JsonlFile | ParquetFile, int]:
+    def _place(self, index: int) -> tuple[Spans | ParquetFile, int]:
         if not 0 <= index < len(self):
             raise IndexError(index)
         file = bisect.bisect_right(self._starts, index) - 1  # passes files without documents
@@ -94,6 +110,9 @@ def build_source(
     *,
     text_field: str = "text",
     cache_dir: str | None = None,
+    bad_records: str = "stop",
+    split: str = "train",
+    outputs: Iterable[Path] = (),
 ) -> Source | StreamSource:
     """The documents that `dataset` names.
 
@@ -105,35 +124,53 @@ def build_source(
             .ndjson .json (a record a line), .parquet, else UTF-8 text; .gz and .zst of those.
         text_field: of a record, what holds its text.
         cache_dir: for the contents of compressed files; None: below the temporary folder.
+        bad_records: "stop" at the first record that is none, or "skip" and count them.
+        split: which of a folder's files; see `data_files`.
+        outputs: what this run writes: no data.
 
     Raises:
         UserError: unknown name, nothing at the path, unreadable or empty files, no network.
     """
     if dataset_path:
-        root, paths = _find_files(dataset, dataset_path)
-        cache = Path(cache_dir) if cache_dir else None
-        return FilesSource(dataset, root, paths, text_field, cache)
+        written = {os.path.realpath(path) for path in outputs}
+        root, paths, left_out = _find_files(dataset, dataset_path, split, written)
+        cache = Path(cache_dir).expanduser() if cache_dir else None
+        return FilesSource(dataset, root, paths, text_field, cache, bad_records, left_out)
     if dataset == STDLIB:
         root = Path(sysconfig.get_path("stdlib"))
-        return FilesSource(dataset, root, _stdlib_files(root))
+        return FilesSource(dataset, root, _stdlib_files(root), bad_records=bad_records)
     if dataset in DATASETS or dataset.count("/") == 1:
-        return HubStream(dataset, text_field)
+        return HubStream(dataset, text_field, bad_records=bad_records)
     raise UserError(
         f"training.dataset: {dataset!r} is not a dataset here; give training.dataset_path a file,"
         f" folder or glob, or name one of {', '.join([STDLIB, *DATASETS])} or org/name on the hub"
     )
 
 
+def configured_source(config: JobConfig, table: Training | Validation) -> Source | StreamSource:
+    """The documents of config.training or config.validation, without what the run writes."""
+    dump = Path(config.job.dump_folder).expanduser()
+    return build_source(
+        table.dataset,
+        table.dataset_path,
+        bad_records=config.training.bad_records,
+        split="train" if table is config.training else "validation",
+        outputs=[dump, dump / config.checkpoint.folder],
+    )
+
+
 def _open_file(
-    path: Path, text_field: str, cache_dir: Path | None
-) -> TextFile | JsonlFile | ParquetFile:
+    path: Path, text_field: str, cache_dir: Path | None, bad: BadRecords
+) -> Spans | ParquetFile:
     file, kind = DataFile(path), path.name.lower()
     if kind.endswith(compressed.SUFFIXES):
         file = DataFile(compressed.decompressed(path, cache_dir), shown=path)
         kind = kind.rsplit(".", 1)[0]
     if kind.endswith(RECORDS):
-        return JsonlFile(file, text_field)
-    return ParquetFile(file, text_field) if kind.endswith(".parquet") else TextFile(file)
+        return find_records(file, text_field, bad)
+    if kind.endswith(".parquet"):
+        return ParquetFile(file, text_field, bad)
+    return find_texts(file, bad)
 
 
 def _stdlib_files(root: Path) -> list[Path]:
@@ -149,27 +186,30 @@ def _stdlib_files(root: Path) -> list[Path]:
     return sorted(files)
 
 
-def _find_files(dataset: str, pattern: str) -> tuple[Path, list[Path]]:
-    """The folder that names are relative to, and the files, sorted."""
-    place = Path(pattern)
+def _find_files(
+    dataset: str, pattern: str, split: str, written: Set[str]
+) -> tuple[Path, list[Path], str]:
+    """The folder that names are relative to, the files, sorted, and what is left out, as text."""
+    place = Path(pattern).expanduser()
     if place.is_file():
-        return place.parent, [place]
+        return place.parent, [place], ""
     if place.is_dir():
-        files = [path for path in place.rglob("*") if _read_of_a_folder(path) and path.is_file()]
+        files, left_out = data_files(place, split, written)
         if not files:
             raise UserError(
                 f"dataset {dataset}: no text, .jsonl or .parquet file below {pattern}; name files"
                 f" of other kinds by a glob, {pattern.rstrip('/')}/**/*.SUFFIX"
             )
-        return place, sorted(files)
-    files = [Path(p) for p in glob.glob(str(place), recursive=True) if os.path.isfile(p)]
+        return place, files, _told(left_out)
+    files, left_out = matching_files(place, written)
     if not files:
-        raise UserError(
-            f"dataset {dataset}: no file, folder or glob match at training.dataset_path {pattern!r}"
+        found = (
+            "only outputs of runs" if any(left_out.values()) else "no file, folder or glob match"
         )
-    return Path(os.path.commonpath([path.parent for path in files])), sorted(files)
+        raise UserError(f"dataset {dataset}: {found} at training.dataset_path {pattern!r}")
+    return Path(os.path.commonpath([path.parent for path in files])), files, _told(left_out)
 
 
-def _read_of_a_folder(path: Path) -> bool:
-    suffixes = path.suffixes
-    return any("".join(suffixes[-k:]).lower() in FOLDER_SUFFIXES for k in (1, 2))
+def _told(left_out: LeftOut) -> str:
+    parts = (f"{len(x)} {why} ({x[0]}{', ...' * (len(x) > 1)})" for why, x in left_out.items() if x)
+    return "".join(f"; left out: {part}" if i == 0 else f", {part}" for i, part in enumerate(parts))

@@ -17,7 +17,7 @@ from torchtitan_mtp.config import JobConfig
 from torchtitan_mtp.data.document import Document, Source, StreamSource
 from torchtitan_mtp.data.loader import DataLoader
 from torchtitan_mtp.data.order import split_documents
-from torchtitan_mtp.data.sources import build_source
+from torchtitan_mtp.data.sources import build_source, configured_source
 from torchtitan_mtp.data.targets import IGNORE, Batch, Window, make_batch
 from torchtitan_mtp.data.tokenizer import Tokenizer
 from torchtitan_mtp.errors import UserError
@@ -96,13 +96,14 @@ def find_text(config: JobConfig, name: str | None) -> Text:
     if name is not None and name not in (training.dataset, training.dataset_path):
         spelled = name.startswith(("/", "./", "../")) or any(c in name for c in "*?[")
         is_path = spelled or Path(name).exists()
-        source = build_source("source", name) if is_path else build_source(name)
+        of = ("source", name) if is_path else (name,)
+        source = build_source(*of, bad_records=training.bad_records, split="all")
         return Text(source, _split("all"), name)
     if name is None and (validation.dataset or validation.dataset_path):
         about = validation.dataset_path or validation.dataset
-        source = build_source(validation.dataset, validation.dataset_path)
+        source = configured_source(config, validation)
         return Text(source, _split("all"), about)
-    source = build_source(training.dataset, training.dataset_path)
+    source = configured_source(config, training)
     about = training.dataset_path or training.dataset
     if not validation.enable or validation.dataset or validation.dataset_path:
         return Text(source, _split("all"), f"{about}, which the run trained on")

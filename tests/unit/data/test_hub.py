@@ -68,6 +68,17 @@ def test_wrong_records():
         next(stream.open_lane(0, 1))
 
 
+def test_wrong_records_are_left_out_when_asked_and_told_once(caplog):
+    shard = [{"text": "a"}, {"body": "x"}, {"text": None}, {"text": "b"}]
+    data = FakeIterableDataset([shard])
+    stream = HubStream("org/name", dataset=data, bad_records="skip")
+    assert list(stream.open_lane(0, 1)) == [Document("a"), Document("b")]
+    assert [x.getMessage() for x in caplog.records] == [
+        "bad records are left out, the first: org/name: record 1: expected records with a string"
+        " 'text', or strings 'prompt' and 'completion'; found ['body']"
+    ]
+
+
 def test_a_failing_network_is_one_line():
     shards = [[{"text": "x"}, ConnectionError("reset\nby peer")]]
     lane = HubStream("org/name", dataset=FakeIterableDataset(shards)).open_lane(0, 1)

@@ -40,12 +40,12 @@ def compressed_jsonl(folder):
     return build_source("files", str(packed), cache_dir=str(folder / "cache"))
 
 
-def parquet(folder):
+def parquet(folder, texts=TEXTS):
     import pyarrow
     import pyarrow.parquet
 
     path = folder / "a.parquet"
-    pyarrow.parquet.write_table(pyarrow.table({"text": TEXTS}), path, row_group_size=8)
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), path, row_group_size=8)
     return build_source("files", str(path))
 
 
@@ -233,17 +233,18 @@ def test_a_state_does_not_change_as_the_loader_goes_on(source):
 def test_reading_errors_reach_the_consumer_at_their_window(tmp_path):
     path = tmp_path / "a.jsonl"
     good = json.dumps({"text": "x" * 200})
-    path.write_text(f"{good}\n" * 3 + "{\n")
+    path.write_text(f"{good}\n" * 4)
     source = build_source("files", str(path))
+    bad = f"{good}\n" * 3 + "{".ljust(len(good)) + "\n"
+    path.write_text(bad)
     ahead = loader(source, prefetch=2)
-    with pytest.raises(UserError, match=r"a\.jsonl:4: not JSON"):
+    with pytest.raises(UserError, match=r"a\.jsonl:4: changed under the run: not JSON"):
         for _ in range(20):
             before = ahead.state_dict()
             ahead.next_window()
     assert ahead.state_dict() == before
-    with pytest.raises(UserError, match=r"a\.jsonl:4: not JSON"):
+    with pytest.raises(UserError, match=r"a\.jsonl:4: changed under the run: not JSON"):
         ahead.next_window()
-    path.write_text(f"{good}\n" * 3 + "{\n")  # as it was
     ahead.close()
 
 
@@ -524,3 +525,30 @@ def test_whatever_a_tokenizer_dies_of_names_the_document(tmp_path, kind, place, 
         for _ in made:
             pass
     made.close()
+
+
+@pytest.mark.parametrize("kind", [jsonl, parquet])
+def test_a_mended_file_is_accepted_when_asked_and_the_position_kept(tmp_path, kind):
+    def mended(texts, accept=True):
+        return loader(kind(tmp_path, texts), accept_changed_data=accept)
+
+    # The last bytes of a document of 40 become others; the positions are the same.
+    changed = [text[:-3] + "new" if len(text) > 40 else text for text in TEXTS]
+    assert changed != TEXTS
+    before = mended(TEXTS)
+    for _ in range(80):
+        before.next_window()
+    state = before.state_dict()
+    expected = mended(changed)
+    for _ in range(80):
+        expected.next_window()
+    with pytest.raises(UserError, match=r"position has source .* --training.accept_changed_data"):
+        mended(changed, accept=False).load_state_dict(state)
+    resumed = mended(changed)
+    resumed.load_state_dict(state)
+    for _ in range(300):
+        assert rows(resumed.next_window()) == rows(expected.next_window())
+    again = mended(changed, accept=False)
+    again.load_state_dict(resumed.state_dict())
+    with pytest.raises(UserError, match="position has documents 90, this run has 89"):
+        mended(changed[1:]).load_state_dict(state)

@@ -1,6 +1,7 @@
 import gzip
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -187,7 +188,9 @@ def test_parquet_row_groups_in_any_order(tmp_path):
 
 def test_parquet_errors(tmp_path):
     path = write_parquet(tmp_path / "a.parquet", {"body": ["x"]})
-    assert_fails(r"a\.parquet: expected a column 'text', .*found \['body'\]", "files", str(path))
+    assert_fails(
+        r"a\.parquet: expected a column of strings 'text', .*found \['body'\]", "files", str(path)
+    )
     path = write_parquet(tmp_path / "b.parquet", {"text": ["x", None]})
     assert_fails(r"b\.parquet: row 2: expected text", "files", str(path))
     path = tmp_path / "c.parquet"
@@ -230,7 +233,7 @@ def test_not_utf8_names_the_line(tmp_path):
     ("line", "message"),
     [
         (b'{"text": "a}', r"a\.jsonl:4: not JSON"),
-        (b'{"txt": "a"}', r"a\.jsonl:4: expected an object with a string 'text'.*\['txt'\]"),
+        (b'{"txt": "a"}', r"a\.jsonl:4: expected an object with a string 'text'.*{'txt': 'str'}"),
         (b'{"text": 5}', r"a\.jsonl:4: expected an object"),
         (b'{"prompt": "a"}', r"a\.jsonl:4: expected an object"),
         (b"[1, 2]", r"a\.jsonl:4: expected an object .*found list"),
@@ -341,20 +344,95 @@ def test_no_room_for_decompressed_contents(tmp_path, monkeypatch):
     assert list(cache.iterdir()) == []
 
 
-@pytest.mark.parametrize("kind", ["stdlib", "text", "jsonl"])
+@pytest.mark.parametrize("kind", ["stdlib", "text", "jsonl", "parquet"])
 def test_sizes_are_the_bytes_of_each_document(tmp_path, kind):
+    texts = [record["text"] for record in RECORDS]
     if kind == "text":
         (tmp_path / "a.txt").write_text("é\n" * 40_000, encoding="utf-8")
         (tmp_path / "b.txt").write_text("x")
         (tmp_path / "c.txt").touch()
     elif kind == "jsonl":
         write_jsonl(tmp_path / "a.jsonl")
+        write_jsonl(tmp_path / "b.jsonl", [{"prompt": "é", "completion": t} for t in texts])
+    else:
+        write_parquet(tmp_path / "a.parquet", {"text": texts})
+        write_parquet(tmp_path / "b.parquet", {"prompt": texts[::-1], "completion": texts})
     source = build_source(*(["python_stdlib"] if kind == "stdlib" else ["files", str(tmp_path)]))
     expected = [len((d.prompt + d.text).encode()) for d in read(source)]
-    sizes = source.sizes()
-    assert sizes.dtype == np.int64
-    if kind != "jsonl":
-        assert sizes.tolist() == expected
+    assert source.sizes().dtype == np.int64
+    assert source.sizes().tolist() == expected
+
+
+def not_utf8_column():
+    import pyarrow
+
+    cells = pyarrow.array([b"ok", b"na\xefve", b"so"])
+    return pyarrow.Array.from_buffers(pyarrow.string(), 3, cells.buffers())
+
+
+BAD = {
+    "a.jsonl": (
+        b'{"text": "ok"}\n\n{"text": }\n{"text": "so"}\n' + b"[" * 100_000 + b"\n",
+        r"a\.jsonl:3: not JSON",
+        2,
+        ":4",
+    ),
+    "b.ndjson": (
+        b'\xef\xbb\xbf{"text": "ok"}\n{"text": null}\n{"text": "so"}',
+        r"b\.ndjson:2: expected an object with a string 'text', .*; found {'text': 'NoneType'}",
+        1,
+        ":3",
+    ),
+    "c.txt": (b"one\nna\xefve\n", r"c\.txt:2: byte 0xef is not UTF-8", 1, None),
+    "d.parquet": (
+        ["ok", None, "so"],
+        r"d\.parquet: row 2: expected text in .*found null",
+        1,
+        ": row 3",
+    ),
+    "e.parquet": (
+        not_utf8_column,
+        r"e\.parquet: row 2: .*found byte 0xef, which is not UTF-8",
+        1,
+        ": row 3",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_records_stop_at_the_scan_or_are_left_out_and_counted(tmp_path, name, caplog):
+    content, message, count, place = BAD[name]
+    if isinstance(content, bytes):
+        (tmp_path / name).write_bytes(content)
     else:
-        assert len(sizes) == len(expected)
-        assert (sizes >= expected).all()
+        column = content() if callable(content) else content
+        write_parquet(tmp_path / name, {"text": column}, row_group_size=2)
+    (tmp_path / "z.txt").write_text("end")
+    with pytest.raises(UserError, match=message) as error:
+        build_source("files", str(tmp_path))
+    assert "mend it, or leave such records out with --training.bad_records skip" in str(error.value)
+    source = build_source("files", str(tmp_path), bad_records="skip")
+    texts = ["end"] if place is None else ["ok", "so", "end"]
+    assert [d.text for d in read(source)] == texts
+    assert source.sizes().tolist() == [len(text) for text in texts]
+    if place is not None:
+        assert source.where(1) == f"{tmp_path / name}{place}"
+    warnings = [x.getMessage() for x in caplog.records if x.levelname == "WARNING"]
+    assert len(warnings) == 1
+    assert re.search(rf"{count} bad record\(s\) left out, the first .*{message}", warnings[0])
+
+
+def test_columns_that_hold_no_text(tmp_path):
+    import pyarrow
+
+    path = tmp_path / "a.parquet"
+    for column in ([1, 2], [["x"]], [b"x"], [None]):
+        write_parquet(path, {"text": column})
+        assert_fails(r"a\.parquet: expected a column of strings 'text'", "files", str(path))
+    for column in (
+        pyarrow.array(["x", "y", "x"]).dictionary_encode(),
+        pyarrow.array(["x", "y", "x"], pyarrow.large_string()),
+        pyarrow.array(["x", "y", "x"], pyarrow.string_view()),
+    ):
+        write_parquet(path, {"text": column})
+        assert [d.text for d in read(build_source("files", str(path)))] == ["x", "y", "x"]

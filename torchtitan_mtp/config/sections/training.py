@@ -88,7 +88,15 @@ class Training:
     """Source of the training documents."""
 
     dataset_path: str | None = setting(None, path=True)
-    """File or folder of the source, where it needs one."""
+    """File, folder or glob of the source, where it needs one."""
+
+    bad_records: Literal["stop", "skip"] = "stop"
+    """What is done about records of training and validation data that are no JSON, no UTF-8, or
+    without text: "stop" at the first one, before training, or "skip" and count them."""
+
+    accept_changed_data: bool = False
+    """Resume at the checkpoint's place in the data though files have changed since (a record was
+    mended), where there are as many documents as before."""
 
     validation_fraction: float = setting(0.05, above=0, below=1)
     """Fraction of the documents held out for validation where validation.dataset is empty."""

@@ -1,0 +1,146 @@
+"""Which files of a folder are data."""
+
+import functools
+import glob
+import itertools
+import os
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Set
+from pathlib import Path
+
+from torchtitan_mtp.data import compressed
+from torchtitan_mtp.errors import UserError
+
+# What is read of a folder. A file that is named itself, or by a glob, may have any suffix: it is
+# text if it has none of RECORDS or .parquet.
+RECORDS = (".jsonl", ".ndjson", ".json")
+FOLDER_SUFFIXES = frozenset(
+    """.jsonl .ndjson .jsonl.gz .ndjson.gz .json.gz .jsonl.zst .ndjson.zst .json.zst .parquet
+    .txt .text .txt.gz .txt.zst .md .rst .tex .html .xml .css .toml .yaml .yml .sql .sh
+    .py .pyi .c .h .cc .cpp .hpp .cu .java .js .ts .go .rs .rb""".split()  # noqa: SIM905
+)
+_CONFIG = "config.toml"  # a run writes it, with all keys, into its folder
+_ABOUT = re.compile(
+    r"((?i:readme|licen[cs]e)|COPYING|NOTICE|CHANGELOG|CONTRIBUTING|CITATION)"
+    r"([-_.].*)?\.(md|rst|txt|text|html)"
+)
+# The Hugging Face hub's convention (datasets.data_files.SPLIT_KEYWORDS): a word of these between
+# separators in the name of a folder, or else of the file.
+_SPLITS = re.compile(
+    r"(?:^|(?<=[-._ 0-9/]))"
+    r"(?:(?P<train>train|training)|(?P<validation>validation|valid|dev|val)"
+    r"|(?P<test>test|testing|eval|evaluation))(?=[-._ 0-9/])"
+)
+_SPLIT_KINDS = (*RECORDS, ".parquet", ".txt", ".text")  # not source code
+
+LeftOut = dict[str, list[Path]]  # why -> files and folders
+
+
+def data_files(root: Path, split: str, outputs: Set[str]) -> tuple[list[Path], LeftOut]:
+    """The files below a folder that are data, sorted, and what is not.
+
+    Args:
+        root: the folder.
+        split: "train": no file of another split. "validation": only the validation (else test)
+            split of a folder that names one. "all": all.
+        outputs: real paths of what this run writes.
+
+    Raises:
+        UserError: a folder that can't be read; nothing but files of other splits.
+    """
+    left_out: LeftOut = defaultdict(list)
+    files = []
+    for path in _walk(root, left_out, outputs):
+        if not is_read_of_a_folder(path):
+            left_out["of other kinds"].append(path)
+        elif path.is_file() or path.is_symlink():  # a link to nothing is told when it is opened
+            files.append(path)
+    about = [path for path in files if _ABOUT.fullmatch(path.name)]
+    if about and len(about) < len(files):
+        left_out["about the data"], files = about, [x for x in files if x not in about]
+    splits = [_split_of(path.relative_to(root)) for path in files]
+    named = {*splits} & {"validation"} or {*splits} & {"test"}
+    if named and split != "all":
+        keep = named if split == "validation" else {"train", None}
+        kept = [path for path, of in zip(files, splits, strict=True) if of in keep]
+        left_out["of other splits"] = sorted({*files} - {*kept})
+        if not kept:
+            raise UserError(
+                f"data {root}: all {len(files)} files are of validation or test splits, {files[0]}"
+                f" ...; if they are to be trained on, name them by a glob, {root}/**/*"
+            )
+        files = kept
+    return sorted(files), left_out
+
+
+def matching_files(pattern: Path, outputs: Set[str]) -> tuple[list[Path], LeftOut]:
+    """The files that a glob matches, sorted, but what runs have written below its fixed part."""
+    top = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), pattern.parts))
+    is_written = functools.cache(lambda path: is_output(path, outputs))
+    files: list[Path] = []
+    written: list[Path] = []
+    for path in map(Path, glob.glob(str(pattern), recursive=True)):
+        if path.is_file():
+            inside = [path] if path.name == _CONFIG else []
+            inside += itertools.takewhile(lambda folder: folder != top, path.parents)
+            (written if any(map(is_written, inside)) else files).append(path)
+    return sorted(files), {"outputs of runs": sorted(written)}
+
+
+def is_output(path: Path, outputs: Set[str]) -> bool:
+    """Whether a run wrote it: a folder or file of `outputs` (real paths), or one that is, or holds,
+    a config.toml with a dump_folder."""
+    config = path if path.name == _CONFIG else path / _CONFIG
+    try:
+        found = b"dump_folder" in config.read_bytes()
+    except OSError:
+        found = False
+    return found or os.path.realpath(path) in outputs
+
+
+def is_read_of_a_folder(path: Path) -> bool:
+    """By its suffix."""
+    suffixes = path.suffixes
+    return any("".join(suffixes[-k:]).lower() in FOLDER_SUFFIXES for k in (1, 2))
+
+
+def _walk(root: Path, left_out: LeftOut, outputs: Set[str]) -> Iterator[Path]:
+    """The files below the folder and below folders that links lead to, each folder once."""
+
+    def refuse(error: OSError) -> None:
+        raise UserError(f"data {error.filename}: can't be read: {error.strerror}") from error
+
+    seen: set[str] = set()
+    waiting = [root]  # then links: of a folder's two names its own is taken
+    for top in waiting:
+        for folder, subfolders, names in os.walk(top, onerror=refuse):
+            real, entries = os.path.realpath(folder), sorted([*subfolders, *names])
+            folders = {*subfolders}
+            subfolders.clear()
+            for name in entries if real not in seen else ():
+                path = Path(folder, name)
+                if name.startswith("."):
+                    left_out["hidden"].append(path)
+                elif (name in folders or name == _CONFIG) and is_output(path, outputs):
+                    left_out["outputs of runs"].append(path)
+                elif name not in folders:
+                    yield path
+                elif not path.is_symlink():
+                    subfolders.append(name)
+                elif not Path(real).is_relative_to(path.resolve()):  # else it leads back up
+                    waiting.append(path)
+            seen.add(real)
+
+
+def _split_of(path: Path) -> str | None:
+    """The split that a file is of, by its name or a folder's, relative to the data's root."""
+    name = path.name.lower()
+    if name.endswith(compressed.SUFFIXES):
+        name = name.rpartition(".")[0]
+    if not name.endswith(_SPLIT_KINDS):
+        return None
+    for text in (f"{path.parent}/", path.name):
+        if found := [*_SPLITS.finditer(text)]:
+            return found[-1].lastgroup
+    return None
