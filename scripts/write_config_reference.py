@@ -14,6 +14,7 @@ from typing import Any
 
 from torchtitan_mtp.config import JobConfig
 from torchtitan_mtp.config.setting import Option, options
+from torchtitan_mtp.config.torchtitan import HELD, WITHOUT_EFFECT
 from torchtitan_mtp.config.values import show, type_text
 
 REFERENCE = Path(__file__).resolve().parents[1] / "docs" / "config.md"
@@ -36,6 +37,12 @@ Names, types and defaults are those of TorchTitan v0.2 wherever it has the key, 
 files run unchanged. Its keys that are not supported here have to stay at their defaults; anything
 else stops with a line that names the key. So does a key that is unknown, of the wrong type or out
 of range, with the nearest right name. A leading `~` of a file or folder is the home folder.
+"""
+
+TORCHTITAN = """\
+## TorchTitan's other keys
+
+Read, so that its files run unchanged, and dropped.
 """
 
 
@@ -75,7 +82,18 @@ def reference() -> str:
             lines += ["| key | type | default | meaning |", "| --- | --- | --- | --- |"]
             lines += [_row(option, docs[option.path[-1]]) for option in keys]
             lines += [""]
-    return "\n".join(lines)
+    return "\n".join([*lines, *_torchtitan()])
+
+
+def _torchtitan() -> list[str]:
+    """TorchTitan's keys that no table above has."""
+    lines = [TORCHTITAN, "| key | has to stay | else |", "| --- | --- | --- |"]
+    for name, (default, instead) in HELD.items():
+        value = "unset" if default is None else f"`{show(default)}`"
+        lines.append(f"| `{name}` | {value} | {instead} |")
+    names = [f"`{table}.{key}`" for table, keys in WITHOUT_EFFECT.items() for key in keys.split()]
+    lines += ["", "Taken at any value and without effect:", *textwrap.wrap(", ".join(names), 100)]
+    return [*lines, ""]
 
 
 def _row(option: Option, doc: str) -> str:
@@ -84,8 +102,6 @@ def _row(option: Option, doc: str) -> str:
     if limits := rule.range_text():
         kind += f" {limits}"
     default = "none" if option.default is None else f"`{show(option.default)}`"
-    if rule.unsupported:
-        doc += f" Not supported here yet: {rule.unsupported}."
     for value, instead in rule.unsupported_values.items():
         doc += f" `{show(value)}` is not supported here: {instead}."
     if rule.also_named:

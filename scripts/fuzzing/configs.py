@@ -8,7 +8,8 @@ from pathlib import Path
 
 from fuzzing.mutations import PIECES, edited
 from torchtitan_mtp.config import JobConfig, parse_args
-from torchtitan_mtp.config.setting import Option, options
+from torchtitan_mtp.config.setting import Option
+from torchtitan_mtp.config.torchtitan import known_options
 from torchtitan_mtp.data.targets import IGNORE  # noqa: F401  (imported before the first case)
 from torchtitan_mtp.models.flavors import model_args
 from torchtitan_mtp.models.transformer import build_model
@@ -65,7 +66,7 @@ def plan(config: JobConfig) -> None:
 
 
 def _keys() -> list[Option]:
-    return [option for option in options(JobConfig).values() if not option.is_table]
+    return [option for option in known_options().values() if not option.is_table]
 
 
 def _value(option: Option, rng: random.Random) -> str:

@@ -27,13 +27,8 @@ def check(config: JobConfig, given: Collection[str] = ()) -> None:
 
 
 def _check_key(option: Option, value: object) -> None:
-    """One key alone: supported, and inside its range."""
+    """One key alone: inside its range."""
     rule = option.rule
-    if rule.unsupported and value != option.default:
-        raise UserError(
-            f"{option.name} = {show(value)}: this TorchTitan key is not supported here yet and has "
-            f"to stay at its default {show(option.default)}; {rule.unsupported}"
-        )
     for item in value if isinstance(value, list) else [value]:
         if expected := rule.range_error(item):
             raise UserError(f"{option.name} = {show(value)}: expected {expected}")

@@ -76,6 +76,8 @@ def _next_value(option: Option, words: list[str], where: str) -> str:
     if option.type is bool:
         stated = words and words[0].lower() in BOOLEAN_WORDS
         return words.pop(0) if stated else "true"
+    if option.rule.without_effect:  # it may be a flag
+        return "" if not words or words[0].startswith("--") else words.pop(0)
     if not words or words[0].startswith("--"):
         raise UserError(f"{where}: expected {type_text(option.type)} after it, found nothing")
     return words.pop(0)

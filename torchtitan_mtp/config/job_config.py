@@ -9,11 +9,7 @@ from torchtitan_mtp.config.sections.parallelism import ActivationCheckpoint, Com
 from torchtitan_mtp.config.sections.quantize import Quantize
 from torchtitan_mtp.config.sections.run import (
     Comm,
-    Debug,
-    Experimental,
-    FaultTolerance,
     Job,
-    MemoryEstimation,
     Metrics,
     Profiling,
 )
@@ -76,15 +72,3 @@ class JobConfig:
 
     comm: Comm = field(default_factory=Comm)
     """Communication between processes."""
-
-    debug: Debug = field(default_factory=Debug)
-    """TorchTitan v0.2.1's other place for seed and determinism."""
-
-    memory_estimation: MemoryEstimation = field(default_factory=MemoryEstimation)
-    """Not available here."""
-
-    fault_tolerance: FaultTolerance = field(default_factory=FaultTolerance)
-    """Not available here."""
-
-    experimental: Experimental = field(default_factory=Experimental)
-    """Not available here."""

@@ -7,8 +7,8 @@ from typing import Any
 from torchtitan_mtp.config.checks import check
 from torchtitan_mtp.config.command_line import print_help, read_command_line
 from torchtitan_mtp.config.job_config import JobConfig
-from torchtitan_mtp.config.setting import options
 from torchtitan_mtp.config.toml_reader import read_toml
+from torchtitan_mtp.config.torchtitan import check_held, known_options
 from torchtitan_mtp.config.values import printable
 from torchtitan_mtp.errors import UserError
 
@@ -23,7 +23,7 @@ def parse_args(argv: list[str]) -> JobConfig:
     """
     if "--help" in argv or "-h" in argv:
         print_help()
-    known = options(JobConfig)
+    known = known_options()
     from_command_line = read_command_line(argv, known)
     config_file = from_command_line.get("job.config_file")
     from_file = read_toml(str(config_file), known) if config_file is not None else {}
@@ -37,16 +37,19 @@ def load_toml(path: str | Path, base: JobConfig | None = None) -> JobConfig:
         UserError: anything in the file that is not as it has to be.
     """
     start = JobConfig() if base is None else copy.deepcopy(base)
-    return _build(start, read_toml(path, options(JobConfig)), path)
+    return _build(start, read_toml(path, known_options()), path)
 
 
 def _build(config: JobConfig, given: dict[str, Any], file: object) -> JobConfig:
     """`config` with the given values; a combination that can't be is refused, naming the file."""
-    known = options(JobConfig)
-    for name, value in given.items():
-        if not known[name].is_table:
-            known[name].set(config, value)
+    known = known_options()
     try:
+        for name, value in given.items():
+            option = known[name]
+            if option.rule.held:
+                check_held(option, value)
+            elif not option.is_table and not option.rule.without_effect:
+                option.set(config, value)
         check(config, given.keys())
     except UserError as error:
         suffix = "" if file is None else f" (config file: {printable(file)})"

@@ -29,8 +29,11 @@ class Rule:
     distinct: bool = False
     """Set for a list whose entries have to differ."""
 
-    unsupported: str = ""
-    """Set for a TorchTitan key that has to keep its default here: what to do instead."""
+    held: str = ""
+    """Set for a TorchTitan key that has to keep its default: what to do instead."""
+
+    without_effect: bool = False
+    """Set for a TorchTitan key that says nothing here, whatever its value."""
 
     unsupported_values: Mapping[str, str] = field(default_factory=dict)
     """TorchTitan's values that are not taken here, each with what to do instead."""

@@ -15,8 +15,11 @@ def accept(option: Option, value: Any, where: str) -> Any:
     `where` names the place of the value in a message, e.g. "run.toml: training.steps".
 
     Raises:
-        UserError: the value is of another type, not among the allowed ones, or not supported.
+        UserError: the value is of another type, not among the allowed ones, or not supported. What
+            is dropped may be anything.
     """
+    if option.rule.held or option.rule.without_effect:
+        return value
     value = _respell(option, value)
     for item in value if isinstance(value, list) else [value]:
         if isinstance(item, str) and item in option.rule.unsupported_values:

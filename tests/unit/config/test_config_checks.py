@@ -6,6 +6,7 @@ import pytest
 
 from torchtitan_mtp.config import JobConfig, check, load_toml, parse_args
 from torchtitan_mtp.config.setting import options
+from torchtitan_mtp.config.torchtitan import known_options
 from torchtitan_mtp.errors import UserError
 
 MTP = ["--model.converters", "mtp"]
@@ -46,11 +47,23 @@ def test_an_unsupported_key_fails_by_name(setting):
 
 @pytest.mark.parametrize("setting", UNSUPPORTED)
 def test_an_unsupported_key_may_state_its_default(setting, tmp_path):
-    option = options(JobConfig)[setting.partition("=")[0]]
+    option = known_options()[setting.partition("=")[0]]
     value = json.dumps(option.default)
     path = tmp_path / "run.toml"
     path.write_text(f"[{'.'.join(option.path[:-1])}]\n{option.path[-1]} = {value}\n")
     assert load_toml(path) == JobConfig()
+
+
+def test_a_key_without_effect_may_have_any_value(tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_text(
+        '[parallelism]\npipeline_parallel_schedule = "GPipe"\n'
+        "[quantize.linear.mx]\nfilter_fqns = []\n[activation_checkpoint]\nmemory_budget = 0.3\n"
+    )
+    flags = ["--parallelism.disable_loss_parallel", "--fault_tolerance.replica_id", "3"]
+    config = parse_args(["--job.config_file", str(path), *flags])
+    config.job.config_file = None
+    assert config == JobConfig()
 
 
 def test_modules_of_pipeline_stages_are_refused(tmp_path):

@@ -13,9 +13,6 @@ class Checkpoint:
     enable: bool = setting(False, renamed_from=("checkpoint.enable_checkpoint",))
     """Save checkpoints, and resume from the latest one at the start."""
 
-    enable_ft_dataloader_checkpoints: bool = True
-    """No effect while fault_tolerance.enable is false."""
-
     folder: str = setting("checkpoint", path=True)
     """Folder of the checkpoints, below job.dump_folder; or a URL that fsspec knows
     ("s3://bucket/run")."""
@@ -35,9 +32,6 @@ class Checkpoint:
     initial_load_in_hf: bool = False
     """Read initial_load_path, or without one model.hf_assets_path, as a Hugging Face folder:
     config.json and safetensors files of the run's model."""
-
-    initial_load_in_hf_quantized: bool = False
-    """No effect: weights in FP8 with a scale a block (DeepSeek's) are recognised without it."""
 
     last_save_model_only: bool = setting(
         True,

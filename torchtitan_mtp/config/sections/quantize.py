@@ -29,39 +29,6 @@ class Float8Linear:
 
 
 @dataclass
-class MXLinear:
-    """MXFP8; its converter is not supported, so that these keys have no effect."""
-
-    mxfp8_dim1_cast_kernel_choice: Literal["triton", "cuda", "torch"] = "triton"
-    """No effect."""
-
-    recipe_name: str = "mxfp8_cublas"
-    """No effect."""
-
-    filter_fqns: list[str] = field(default_factory=lambda: ["output"])
-    """No effect."""
-
-
-@dataclass
-class Float8GroupedMM:
-    """Float8 expert layers; the converter is not supported, so that these keys have no effect."""
-
-    fqns: list[str] = field(default_factory=list)
-    """No effect."""
-
-
-@dataclass
-class MXGroupedMM:
-    """MXFP8 expert layers; the converter is not supported, so that these keys have no effect."""
-
-    recipe_name: Literal["mxfp8"] = "mxfp8"
-    """No effect."""
-
-    fqns: list[str] = field(default_factory=list)
-    """No effect."""
-
-
-@dataclass
 class QuantizedLinear:
     """Linear layers."""
 
@@ -70,20 +37,6 @@ class QuantizedLinear:
     )
     """Linear layers in float8."""
 
-    mx: MXLinear = field(default_factory=MXLinear, metadata=rule(renamed_from=("mx",)))
-    """Linear layers in MXFP8."""
-
-
-@dataclass
-class QuantizedGroupedMM:
-    """Expert layers."""
-
-    float8: Float8GroupedMM = field(default_factory=Float8GroupedMM)
-    """Expert layers in float8."""
-
-    mx: MXGroupedMM = field(default_factory=MXGroupedMM)
-    """Expert layers in MXFP8."""
-
 
 @dataclass
 class Quantize:
@@ -91,6 +44,3 @@ class Quantize:
 
     linear: QuantizedLinear = field(default_factory=QuantizedLinear)
     """Linear layers."""
-
-    grouped_mm: QuantizedGroupedMM = field(default_factory=QuantizedGroupedMM)
-    """Expert layers."""

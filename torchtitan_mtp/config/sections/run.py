@@ -1,6 +1,6 @@
 """Tables about the run itself: where it writes, what it logs, how its processes talk."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from torchtitan_mtp.config.setting import setting
@@ -24,14 +24,6 @@ class Job:
 
     debug: bool = False
     """Show the traceback of errors that are otherwise reported in one line."""
-
-    save_config_file: str | None = setting(None, unsupported="use --job.print_config")
-    """File below dump_folder to save the configuration to."""
-
-    custom_config_module: str = setting(
-        "", unsupported="add the keys to the dataclasses in torchtitan_mtp/config/sections"
-    )
-    """Python module that extends the configuration."""
 
 
 @dataclass
@@ -110,81 +102,3 @@ class Comm:
         },
     )
     """How processes communicate; only TorchTitan's "default" exists here."""
-
-
-@dataclass
-class MemoryEstimation:
-    """TorchTitan's estimate of memory without training; not available here."""
-
-    enable: bool = setting(False, unsupported="run a few steps and read the memory metrics")
-    """Estimate memory instead of training."""
-
-    disable_fake_mode: bool = False
-    """No effect while memory_estimation.enable is false."""
-
-
-@dataclass
-class FaultTolerance:
-    """TorchFT; not available here. The other keys have no effect while `enable` is false."""
-
-    enable: bool = setting(False, unsupported="resume from a checkpoint after a failure")
-    """Train with TorchFT's fault-tolerant replicas."""
-
-    process_group: str = "gloo"
-    """No effect while fault_tolerance.enable is false."""
-
-    process_group_timeout_ms: int = 10000
-    """No effect while fault_tolerance.enable is false."""
-
-    replica_id: int = 0
-    """No effect while fault_tolerance.enable is false."""
-
-    group_size: int = 0
-    """No effect while fault_tolerance.enable is false."""
-
-    min_replica_size: int = 1
-    """No effect while fault_tolerance.enable is false."""
-
-    semi_sync_method: str | None = None
-    """No effect while fault_tolerance.enable is false."""
-
-    sync_steps: int = 5
-    """No effect while fault_tolerance.enable is false."""
-
-    should_quantize: bool = False
-    """No effect while fault_tolerance.enable is false."""
-
-    fragment_sync_delay: int = 0
-    """No effect while fault_tolerance.enable is false."""
-
-    fragment_update_alpha: float = 0.0
-    """No effect while fault_tolerance.enable is false."""
-
-    module_fqns_per_model_fragment: list[list[str]] = field(default_factory=list)
-    """No effect while fault_tolerance.enable is false."""
-
-    num_fragments: int = 1
-    """No effect while fault_tolerance.enable is false."""
-
-
-@dataclass
-class Experimental:
-    """TorchTitan's hooks for code outside of it; not available here."""
-
-    custom_import: str = setting("", unsupported="import the package from your own entry point")
-    """Python module to import before training."""
-
-    custom_args_module: str = setting(
-        "", unsupported="add the keys to the dataclasses in torchtitan_mtp/config/sections"
-    )
-    """TorchTitan's earlier name of job.custom_config_module."""
-
-
-@dataclass
-class Debug:
-    """TorchTitan v0.2.1 moved seed and determinism here from [training]; both places are read."""
-
-    deterministic_warn_only: bool = setting(
-        False, unsupported="set training.deterministic or leave it unset"
-    )
-    """Warn where an operation has no deterministic implementation, instead of failing."""

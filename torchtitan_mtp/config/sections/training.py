@@ -1,6 +1,6 @@
 """Tables about the data and how the weights are updated."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import inf
 from typing import Literal
 
@@ -34,11 +34,6 @@ class Optimizer:
     )
     """torch's implementation of the step: "fused" is the fastest, "for-loop" the plainest."""
 
-    early_step_in_backward: bool = setting(
-        False, unsupported="gradients are clipped by their global norm, known after the backward"
-    )
-    """Update each weight during the backward."""
-
 
 @dataclass
 class LRScheduler:
@@ -46,9 +41,6 @@ class LRScheduler:
 
     warmup_steps: int = setting(200, at_least=0, renamed_from=("training.warmup_steps",))
     """Steps over which the learning rate rises linearly from 0 to optimizer.lr."""
-
-    total_steps: int | None = setting(None, at_least=1, unsupported="set training.steps")
-    """Length of the schedule where it differs from training.steps."""
 
     decay_ratio: float | None = setting(None, at_least=0, at_most=1)
     """Fraction of the run, at its end, over which the learning rate decays; None: the whole run
@@ -61,23 +53,6 @@ class LRScheduler:
         0.0, at_least=0, at_most=1, renamed_from=("lr_scheduler.lr_min",)
     )
     """Learning rate at the end, as a fraction of optimizer.lr."""
-
-
-@dataclass
-class DataLoader:
-    """TorchTitan's loader processes. Here a rank reads its data in its own process."""
-
-    num_workers: int = setting(0, unsupported="each rank reads its data in its own process")
-    """Loader processes."""
-
-    persistent_workers: bool = setting(False, unsupported="there are no loader processes")
-    """Keep loader processes between epochs."""
-
-    pin_memory: bool = setting(False, unsupported="leave it unset")
-    """Load into pinned memory."""
-
-    prefetch_factor: int | None = setting(None, unsupported="there are no loader processes")
-    """Batches that each loader process reads ahead."""
 
 
 @dataclass
@@ -145,16 +120,6 @@ class Training:
     deterministic: bool = setting(False, also_named=("debug.deterministic",))
     """Use deterministic algorithms; slower."""
 
-    debug_moe_force_load_balance: bool = setting(
-        False,
-        also_named=("debug.moe_force_load_balance",),
-        unsupported="model.args.moe.load_balance_coeff balances experts",
-    )
-    """Send the same number of tokens to every expert."""
-
-    dataloader: DataLoader = field(default_factory=DataLoader)
-    """TorchTitan's loader processes."""
-
 
 @dataclass
 class Validation:
@@ -180,6 +145,3 @@ class Validation:
 
     steps: int = setting(-1, at_least=1, special=(-1,))
     """Batches of one validation on each rank; -1: all of the validation data."""
-
-    dataloader: DataLoader = field(default_factory=DataLoader)
-    """TorchTitan's loader processes."""
