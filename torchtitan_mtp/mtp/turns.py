@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from torchtitan_mtp.models.transformer import Transformer
@@ -63,17 +63,23 @@ def reduce_after_next_backward(units: Iterable[nn.Module], reduce: bool) -> None
 def finish_with_next_backward(model: Transformer, reduce: bool) -> None:
     """The next backward is the step's last.
 
-    FSDP2 reduces a unit's gradients in one piece, which takes one type. Those of earlier turns it
-    has in float32; one that it has not seen yet (with tied embeddings no unit runs backward with
-    the loss of head 1) joins them, and the next backward adds to it.
+    FSDP2 reduces a unit's gradients in one piece, of one type. Those that earlier turns left it has
+    in float32: the root's others join them once the last one, of tied embeddings, is complete.
     """
-    if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(reduce)
-        model.set_is_last_backward(reduce)
-        for parameter in (model.norm.weight, model.output.weight) if reduce else ():
-            if (gradient := parameter.grad) is not None:
-                parameter.grad = parameter.grad_dtype = None
-                parameter.grad = gradient.to(accumulation_dtype(gradient.dtype))
+    if not isinstance(model, FSDPModule):
+        return
+    model.set_requires_gradient_sync(reduce)
+    model.set_is_last_backward(reduce)
+    tied = model.tok_embeddings.weight
+    if reduce and model.args.tied_embeddings and tied.requires_grad:
+
+        def join(_: Tensor) -> None:
+            hook.remove()
+            for parameter in (model.norm.weight, tied):
+                if (gradient := parameter.grad) is not None:
+                    gradient.data = gradient.to(accumulation_dtype(gradient.dtype))
+
+        hook = tied.register_post_accumulate_grad_hook(join)
 
 
 def release(model: Transformer) -> None:
