@@ -41,7 +41,6 @@ from torchtitan_mtp.monitoring.device import peak_flops, resolve_auto_dtype
 from torchtitan_mtp.monitoring.flops import count_model_flops, forward_backward_flops_per_token
 from torchtitan_mtp.monitoring.gc import GarbageCollection
 from torchtitan_mtp.monitoring.metrics import MetricsProcessor
-from torchtitan_mtp.monitoring.missing_targets import MissingTargets
 from torchtitan_mtp.monitoring.profiling import profile_steps, snapshot_memory
 from torchtitan_mtp.monitoring.spikes import LossSpikes
 from torchtitan_mtp.mtp import (
@@ -50,6 +49,7 @@ from torchtitan_mtp.mtp import (
     engines,
     head_scales,
     head_weights,
+    rest_unweighted,
 )
 from torchtitan_mtp.nonfinite import FiniteGuard, find_cause
 from torchtitan_mtp.ops.backends import BACKENDS
@@ -98,27 +98,28 @@ class StepLosses:
     """Sums over the micro-batches of a step on this rank, kept on the device."""
 
     def __init__(self, n: int, device: torch.device) -> None:
-        self.sums = torch.zeros(3, n, dtype=torch.float64, device=device)  # loss, correct, valid
+        self.loss_sum = torch.zeros(n, dtype=torch.float64, device=device)
+        self.correct = torch.zeros(n, dtype=torch.float64, device=device)
+        self.valid = torch.zeros(n, dtype=torch.float64, device=device)
         self.total = torch.zeros((), dtype=torch.float64, device=device)
 
     def add(self, loss: Tensor, loss_sum: Tensor, valid: Tensor, correct: Tensor) -> None:
         """Add one micro-batch's `LossOutput`."""
         self.total += loss.detach()
-        self.sums += torch.stack((loss_sum.double(), correct.double(), valid.double()))
+        self.loss_sum += loss_sum
+        self.valid += valid
+        self.correct += correct
 
     def reduce(self) -> dict[str, Any]:
-        """Over all ranks: `losses`, `accuracies`, `targets` (n each), `total`, `max_loss` of head
-        1. Means are nan without a target."""
-        own = self.sums[0, 0] / self.sums[2, 0]
-        max_loss = all_reduce(own.where(self.sums[2, 0] > 0, -torch.inf), dist.ReduceOp.MAX)
-        loss_sum, correct, valid = sums = all_reduce(self.sums.clone())
-        nothing = sums.new_tensor(torch.nan)
+        """Means over all ranks: `losses`, `accuracies` (n each), `total`, `max_loss` of head 1."""
+        max_loss = all_reduce(self.loss_sum[0] / self.valid[0].clamp(min=1), dist.ReduceOp.MAX)
+        sums = all_reduce(torch.stack((self.loss_sum, self.correct, self.valid)))
+        count = sums[2].clamp(min=1)
         return {
-            "losses": (loss_sum / valid).tolist(),
-            "accuracies": (correct / valid).tolist(),
-            "targets": valid.tolist(),
-            "total": all_reduce(self.total).where(valid.any(), nothing).item(),
-            "max_loss": max_loss.where(valid[0] > 0, nothing).item(),
+            "losses": (sums[0] / count).tolist(),
+            "accuracies": (sums[1] / count).tolist(),
+            "total": all_reduce(self.total).item(),
+            "max_loss": max_loss.item(),
         }
 
 
@@ -189,7 +190,7 @@ class Trainer:
             world_size=self.world.size,
             start_step=self.state.step,
         )
-        self.spikes, self.missing = LossSpikes(), MissingTargets()
+        self.spikes = LossSpikes()
         self.guard = FiniteGuard(
             self.optimizer,
             training.skip_nonfinite,
@@ -371,12 +372,13 @@ class Trainer:
             losses.add(*self.engine(self.model, batch, scales, self.loss_arguments, last))
 
         self.grad_norm = clip_gradients(self.model, config.training.max_norm)
+        resting = rest_unweighted(self.model, weights)
         lr = float(self.scheduler.get_last_lr()[0])
-        if self.guard.admits(state.step + 1, losses.total, self.grad_norm, valid, batches):
+        if self.guard.admits(state.step + 1, losses.total, self.grad_norm, batches):
             self.optimizer.step()
         if self.float8_scales:
             self.float8_scales(self.model)
-        self.expert_loads = balance_experts(self.model)
+        self.expert_loads = balance_experts(self.model, resting)
         self.scheduler.step()
         self.optimizer.zero_grad()
 
@@ -423,7 +425,7 @@ class Trainer:
         self.heartbeat.where = f"validation after step {self.state.step}"
         begin, steps, tokens = time.perf_counter(), self.config.validation.steps, 0
         compare = compare and self.tokenizer.vocab_size <= 512
-        losses, shown = StepLosses(self.n, self.device), list[Batch]()
+        losses = StepLosses(self.n, self.device)
         ones = torch.ones(self.n, device=self.device)
         agreement = torch.zeros(4, self.n - 1, dtype=torch.int64, device=self.device)
         pairs: list[tuple[Tensor, Tensor]] = []
@@ -435,7 +437,6 @@ class Trainer:
             if compare:
                 real = batch.doc_ids != PADDING
                 pairs.append((batch.tokens[real], batch.labels[real]))
-            shown = shown or [batch]
             batch = Batch(*(t.to(self.device) for t in batch))
             hiddens = self.model(batch)
             losses.add(*self.model.output(hiddens, batch.labels, ones, **self.loss_arguments))
@@ -447,7 +448,6 @@ class Trainer:
         if self.stopping.signal:
             return []
         reduced = losses.reduce()
-        self.missing.check(f"validation after step {self.state.step}", reduced["targets"], shown)
         self.metrics.log_validation(
             self.state.step,
             head_losses=reduced["losses"],
@@ -456,7 +456,7 @@ class Trainer:
             tokens=tokens,
             elapsed=time.perf_counter() - begin,
         )
-        if compare and any(reduced["targets"]):
+        if compare:
             self._compare_with_pairs(reduced, pairs)
         return reduced["losses"]
 

@@ -31,7 +31,8 @@ from spawn import run_ranks
 from torchtitan_mtp.trainer import Trainer
 
 JOINT: dict[str, Any] = {}
-FAMILIES = {"joint": JOINT, "one_by_one": ONE_BY_ONE, "chain": SEQUENTIAL}
+CURRICULUM = {"mtp.curriculum": "forward"}  # with heads that the optimizer has no state of yet
+FAMILIES = {"joint": JOINT, "one_by_one": ONE_BY_ONE, "chain": {**SEQUENTIAL, **CURRICULUM}}
 family = pytest.mark.parametrize("name", FAMILIES)
 STEPS = {"training.steps": 4}
 SAVES = {

@@ -7,7 +7,17 @@ import math
 import pytest
 import torch
 
-from runs import ONE_BY_ONE, SEQUENTIAL, config_of, interrupt_after, largest_difference, same, train
+from runs import (
+    DEEPSEEK,
+    ONE_BY_ONE,
+    SEQUENTIAL,
+    config_of,
+    interrupt_after,
+    largest_difference,
+    same,
+    train,
+    weights_of,
+)
 from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.models.flavors import model_args
 from torchtitan_mtp.models.transformer import build_model
@@ -19,6 +29,7 @@ family = pytest.mark.parametrize("keys", FAMILIES.values(), ids=FAMILIES.keys())
 OFF = {"model.converters": [], "mtp.num_future_tokens": 1}
 SAVES = {"checkpoint.enable": True, "checkpoint.interval": 100}
 TWO = {"training.steps": 2}
+NO_SCALE = {"mtp.loss_scale": 0.0}
 
 
 def starting_weights(config):
@@ -206,18 +217,69 @@ def test_schedules_reach_the_loss(keys, expected, tmp_path):
         assert step["global_total_loss"] == pytest.approx(total, rel=1e-6)
 
 
-def test_an_inactive_head_does_not_learn(tmp_path):
-    """Head 3 of a forward curriculum is at rest (but for weight decay) until its stage comes."""
-    keys = {
-        "mtp.curriculum": "forward",
-        "optimizer.weight_decay": 0.0,
-        "training.steps": 9,
-    }
-    start = starting_weights(config_of(tmp_path / "a", keys))
-    run = train(config_of(tmp_path / "b", keys), interrupt_after(6))
-    assert len(run.losses) == 6
-    for name, weight in run.weights.items():
-        assert torch.equal(weight, start[name]) == name.startswith("mtp.heads.1."), name
+FORWARD = {"mtp.curriculum": "forward"}  # of 6 steps two with each number of heads
+REST = {  # keys -> the steps in which modules 0 and 1 are under a loss with a weight
+    "forward": (FORWARD, [3, 4, 5, 6], [5, 6]),
+    "reverse": ({"mtp.curriculum": "reverse", **ONE_BY_ONE}, [1, 2, 3, 4], [1, 2]),
+    "no weight": ({"mtp.loss_weights": [0.0, 1.0]}, [], [1, 2, 3, 4, 5, 6]),
+    "no scale": ({"mtp.loss_scale": 0.0, **ONE_BY_ONE}, [], []),
+    "chain, forward": ({**FORWARD, **SEQUENTIAL}, [3, 4, 5, 6], [5, 6]),
+    # Head 3 reads what module 0 made.
+    "chain, no weight": ({"mtp.loss_weights": [0.0, 1.0], **SEQUENTIAL}, *[[1, 2, 3, 4, 5, 6]] * 2),
+    "chain, shared": ({**FORWARD, **SEQUENTIAL, "mtp.share_weights": True}, [3, 4, 5, 6], None),
+    "experts, reverse": ({"mtp.curriculum": "reverse", **DEEPSEEK}, [1, 2, 3, 4], [1, 2]),
+    "experts, no scale": ({"mtp.loss_scale": 0.0, **DEEPSEEK}, [], []),
+}
+
+
+@pytest.mark.parametrize("case", REST)
+def test_what_no_weighted_loss_reaches_does_not_change(case, tmp_path):
+    """No decay, no moments, no step count, no expert's bias; and all the others do."""
+    keys, *expected = REST[case]
+    moved: dict[str, list[int]] = {}
+    counts: dict[str, int] = {}
+
+    def prepare(trainer: Trainer) -> None:
+        train_step = trainer.train_step
+
+        def step_and_look() -> None:
+            before = weights_of(trainer)
+            train_step()
+            for name, weight in weights_of(trainer).items():
+                steps = moved.setdefault(name, [])
+                if not torch.equal(weight, before[name]):
+                    steps.append(trainer.state.step)
+            for name, parameter in trainer.model.named_parameters():
+                counts[name] = int(trainer.optimizer.state.get(parameter, {}).get("step", 0))
+
+        trainer.train_step = step_and_look  # type: ignore[method-assign]
+
+    train(config_of(tmp_path, keys, {"optimizer.weight_decay": 1.0}), prepare)
+    modules = {name.split(".")[2] for name in moved if name.startswith("mtp.")}
+    assert modules == {str(j) for j, steps in enumerate(expected) if steps is not None}
+    for name, steps in moved.items():
+        at = expected[int(name.split(".")[2])] if name.startswith("mtp.") else [1, 2, 3, 4, 5, 6]
+        if name.endswith(".expert_bias"):
+            assert set(steps) <= set(at) and bool(steps) == bool(at), name
+        else:
+            assert steps == at and counts[name] == len(at), name
+
+
+@pytest.mark.parametrize("keys", FAMILIES.values(), ids=FAMILIES.keys())
+def test_the_trunk_of_heads_without_weight_trains_as_without_them(keys, tmp_path):
+    free = {"training.max_norm": math.inf, "training.steps": 3}
+    without = train(config_of(tmp_path / "a", OFF, free))
+    assert same(train(config_of(tmp_path / "b", keys, free, NO_SCALE)).trunk, without.weights)
+
+
+@pytest.mark.parametrize("keys", FAMILIES.values(), ids=FAMILIES.keys())
+def test_heads_at_rest_resume(keys, tmp_path):
+    """From a step at which they were in no update yet."""
+    saves = {**SAVES, "checkpoint.interval": 3, "checkpoint.last_save_model_only": False}
+    whole = train(config_of(tmp_path / "a", keys, FORWARD))
+    train(config_of(tmp_path / "b", keys, FORWARD, saves), interrupt_after(3))
+    second = train(config_of(tmp_path / "b", keys, FORWARD, saves))
+    assert second.start == 3 and same(second.weights, whole.weights)
 
 
 @pytest.mark.parametrize("keys", [JOINT, SEQUENTIAL], ids=["parallel", "chain"])

@@ -158,6 +158,11 @@ def _check_mtp(config: JobConfig) -> None:
             f"mtp.loss_weights has {len(mtp.loss_weights)} entries: expected none, or "
             f"num_future_tokens - 1 = {n - 1}, one for each of heads 2..{n}"
         )
+    if mtp.train == "trunk" and mtp.detach_trunk:
+        raise UserError(
+            "mtp.detach_trunk = true: nothing would learn from heads 2..n, which are frozen by "
+            'mtp.train = "trunk"; unset one of them, or set mtp.loss_scale = 0 for the first'
+        )
     if mtp.train == "heads" and n == 1:
         raise UserError(
             'mtp.train = "heads": needs mtp.num_future_tokens of at least 2, found 1, which has no '

@@ -51,12 +51,13 @@ class ExpertLoads:
 
 
 @torch.no_grad()
-def balance_experts(model: Transformer) -> ExpertLoads | None:
+def balance_experts(model: Transformer, rest: Sequence[str] = ()) -> ExpertLoads | None:
     """Move every expert's bias once, after a step, by what the step's tokens were; count anew.
 
     An expert with fewer tokens than the mean gains `load_balance_coeff`, one with more loses it.
     Less the mean of these moves, which changes no choice, biases don't drift away together. A
-    frozen router's biases stay. None for a model without experts.
+    frozen router's biases stay, and those of modules at `rest` (by name). None for a model without
+    experts.
     """
     mixtures = dict(model.named_mixtures())
     if not mixtures:
@@ -66,8 +67,8 @@ def balance_experts(model: Transformer) -> ExpertLoads | None:
     tokens = counts.double()
     moves = torch.sign(tokens.mean(1, keepdim=True) - tokens)
     moves -= moves.mean(1, keepdim=True)
-    for moe, move in zip(mixtures.values(), moves, strict=True):
-        if moe.router.gate.weight.requires_grad:
+    for (name, moe), move in zip(mixtures.items(), moves, strict=True):
+        if moe.router.gate.weight.requires_grad and name not in rest:
             moe.expert_bias += moe.args.load_balance_coeff * move
         moe.tokens_per_expert.zero_()
     return ExpertLoads(list(mixtures), counts)

@@ -13,7 +13,8 @@ keys and values differ in width (latent attention), head_dim is their mean.
 
 What MTP changes is how often a parameter multiplies: `output` once per head, n times in all; a
 shared head module n - 1 times. A frozen trunk costs its forward only, and where heads leave the
-trunk alone (frozen or detached) their use of `output` lacks the gradient of its weight: 4 for 6.
+trunk alone (frozen or detached) their use of `output` lacks the gradient of its weight: 4 for 6, as
+for all weights of frozen heads.
 Embedding look-ups, norms, softmax and the optimizer are left out, as there; recomputation is not
 counted, for it is not work that the model needs.
 """
@@ -43,6 +44,7 @@ class ModelFlops:
         num_heads: n, the applications of `output` to one token.
         trunk_trained: whether head 1 trains the trunk and `output`.
         detached: whether heads 2..n train nothing but themselves.
+        heads_trained: whether they train themselves.
     """
 
     trunk_params: int
@@ -53,6 +55,7 @@ class ModelFlops:
     num_heads: int
     trunk_trained: bool = True
     detached: bool = False
+    heads_trained: bool = True
 
 
 def count_model_flops(model: Transformer) -> ModelFlops:
@@ -76,6 +79,7 @@ def count_model_flops(model: Transformer) -> ModelFlops:
         num_heads=1 + len(heads) * applications,
         trunk_trained=trained,
         detached=not trained or (mtp is not None and mtp.detach_trunk),
+        heads_trained=any(p.requires_grad for head in heads for p in head.parameters()),
     )
 
 
@@ -102,4 +106,5 @@ def forward_backward_flops_per_token(shapes: ModelFlops, seq_len: int) -> int:
     output = 2 * shapes.output_params
     first = 3 if shapes.trunk_trained else 1  # head 1: forward; gradients of input and weight
     others = 2 if shapes.detached else 3
-    return first * (trunk + output) + 3 * heads + others * output * (n - 1)
+    own = 0 if shapes.heads_trained else 2 * shapes.head_params  # no gradient of these weights
+    return first * (trunk + output) + 3 * heads - own + others * output * (n - 1)

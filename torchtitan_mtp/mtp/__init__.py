@@ -1,7 +1,7 @@
 """Multi-token prediction: heads, the transform that adds them, their objective and engines."""
 
 from torchtitan_mtp.mtp.engine import engines, forward_loss
-from torchtitan_mtp.mtp.objective import head_scales, head_weights
+from torchtitan_mtp.mtp.objective import head_scales, head_weights, rest_unweighted
 from torchtitan_mtp.mtp.transform import add_heads, copy_last_layer
 
 __all__ = [
@@ -11,4 +11,5 @@ __all__ = [
     "forward_loss",
     "head_scales",
     "head_weights",
+    "rest_unweighted",
 ]

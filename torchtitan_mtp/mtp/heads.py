@@ -46,6 +46,10 @@ class ParallelHeads(nn.Module):
         """The state z [B, S, D] under all heads, and the attention context they share."""
         return model.encode(batch, n_layers=len(model.layers) - 1)
 
+    def reached(self, k: int) -> list[nn.Module]:
+        """The modules under head k's loss, k = 2..n."""
+        return [self.heads[k - 2]]
+
     def head_blocks(self, model: Transformer) -> list[nn.Module]:
         """The blocks of heads 1..n."""
         return [last_layer(model), *self.heads]
@@ -130,6 +134,10 @@ class SequentialHeads(nn.Module):
     def module(self, k: int) -> nn.Module:
         """The module that computes h_k, k = 2..n."""
         return self.heads[min(k - 2, len(self.heads) - 1)]
+
+    def reached(self, k: int) -> list[nn.Module]:
+        """The modules under head k's loss, k = 2..n: all up to its own."""
+        return list(self.heads[: k - 1])
 
     def trunk(self, model: Transformer, batch: Batch) -> tuple[Tensor, Tensor, AttentionContext]:
         """Embeddings of t[0..S+n-2] [B, S+n-1, D], the state before the final norm [B, S, D], the

@@ -8,10 +8,13 @@ valid_k the number of head k's targets over all ranks and micro-batches of the s
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from torchtitan_mtp.config import MTP
+from torchtitan_mtp.models.transformer import Transformer
 
 
 def loss_scale(mtp: MTP, step: int, steps: int) -> float:
@@ -54,3 +57,18 @@ def head_scales(weights: list[float], valid: Tensor) -> Tensor:
     """
     weight = torch.tensor(weights, dtype=torch.float64, device=valid.device)
     return torch.where(valid > 0, weight / valid.clamp(min=1), 0.0).float()
+
+
+def rest_unweighted(model: Transformer, weights: Sequence[float]) -> list[str]:
+    """Take the gradients, which are zero, from modules of heads that no loss with a weight reaches:
+    the optimizer then leaves them as they are, without decay or what moments hold of earlier steps.
+
+    weights: of CE_1..CE_n in this step. Call it after clipping, which sums over all gradients.
+    Returns the modules' names.
+    """
+    heads = [] if model.mtp is None else list(model.mtp.heads)
+    used = {m for k, weight in enumerate(weights[1:], 2) if weight for m in model.mtp.reached(k)}
+    resting = {f"mtp.heads.{j}": head for j, head in enumerate(heads) if head not in used}
+    for head in resting.values():
+        head.zero_grad(set_to_none=True)
+    return list(resting)

@@ -32,9 +32,9 @@ def add_heads(model: Transformer, mtp: MTP) -> Transformer:
         else:
             heads = ParallelHeads(model, n, mtp.detach_trunk)
     model.mtp = heads.to(weight.dtype)
-    if mtp.train == "heads":
+    if mtp.train != "all":
         for name, param in model.named_parameters():
-            param.requires_grad_(name.startswith("mtp."))
+            param.requires_grad_(name.startswith("mtp.") == (mtp.train == "heads"))
     return model
 
 

@@ -162,6 +162,10 @@ def test_every_number_of_an_option_in_use_has_a_range_that_its_default_is_in():
             ["--mtp.train=heads", "--mtp.num_future_tokens=1"],
             'mtp.train = "heads": needs mtp.num_future_tokens of at least 2, found 1',
         ),
+        (
+            ["--mtp.train=trunk", "--mtp.detach_trunk"],
+            "mtp.detach_trunk = true: nothing would learn from heads 2..n",
+        ),
     ],
 )
 def test_combinations_of_mtp(argv, start):
@@ -178,6 +182,7 @@ def test_combinations_of_mtp(argv, start):
         ["--mtp.num_future_tokens=1"],
         ["--mtp.num_future_tokens=8", "--training.seq_len=8"],
         ["--mtp.train=heads", "--mtp.init=copy_last_layer"],
+        ["--mtp.train=trunk", "--mtp.loss_scale=0"],
     ],
 )
 def test_combinations_of_mtp_that_are_fine(argv):

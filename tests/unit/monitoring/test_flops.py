@@ -94,6 +94,8 @@ def counted_flops_per_token(model: Transformer, n: int) -> float:
         MTP(num_future_tokens=3, train="heads"),
         MTP(num_future_tokens=3, heads="sequential", train="heads"),
         MTP(num_future_tokens=3, detach_trunk=True),
+        MTP(num_future_tokens=3, train="trunk"),
+        MTP(num_future_tokens=3, heads="sequential", train="trunk"),
     ],
     ids=lambda m: f"{m.heads}-{m.num_future_tokens}-{m.train}-{m.share_weights}-{m.detach_trunk}",
 )

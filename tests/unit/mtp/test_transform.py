@@ -60,11 +60,12 @@ def test_a_trunk_that_is_too_short_to_give_layers():
         add_heads(build_model(ARGS), MTP(num_future_tokens=4, match_parameters=True))
 
 
+@pytest.mark.parametrize("train", ["heads", "trunk"])
 @pytest.mark.parametrize("heads", ["parallel", "sequential"])
-def test_only_heads_train_when_asked(heads):
-    model = add_heads(build_model(ARGS), MTP(heads=heads, train="heads", num_future_tokens=3))
+def test_only_heads_or_the_trunk_train_when_asked(heads, train):
+    model = add_heads(build_model(ARGS), MTP(heads=heads, train=train, num_future_tokens=3))
     for name, param in model.named_parameters():
-        assert param.requires_grad == name.startswith("mtp."), name
+        assert param.requires_grad == (name.startswith("mtp.") == (train == "heads")), name
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])

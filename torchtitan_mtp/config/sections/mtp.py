@@ -64,8 +64,9 @@ class MTP:
     init: Literal["random", "copy_last_layer"] = "random"
     """Where the weights of new heads start: at random, or as copies of the trunk's last layer."""
 
-    train: Literal["all", "heads"] = "all"
-    """Train the whole model, or heads 2..n with the trunk frozen."""
+    train: Literal["all", "heads", "trunk"] = "all"
+    """Train the whole model; heads 2..n with the trunk frozen; or the trunk with heads 2..n frozen,
+    through which their losses reach it."""
 
     detach_trunk: bool = False
     """Keep the gradients of heads 2..n out of the trunk."""
