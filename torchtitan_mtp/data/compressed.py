@@ -44,6 +44,12 @@ def decompressed(path: Path, cache_dir: Path | None) -> Path:
     return target
 
 
+def name_within(path: Path) -> str:
+    """The name of what is in the file, in lower case: without .gz or .zst."""
+    name = path.name.lower()
+    return name.rpartition(".")[0] if name.endswith(SUFFIXES) else name
+
+
 def _sha256(path: Path) -> str:
     digest = hashlib.sha256()
     with open(path, "rb") as f:

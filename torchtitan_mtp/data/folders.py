@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Set
 from pathlib import Path
 
-from torchtitan_mtp.data import compressed
+from torchtitan_mtp.data.compressed import name_within
 from torchtitan_mtp.errors import UserError
 
 # What is read of a folder. A file that is named itself, or by a glob, may have any suffix: it is
@@ -32,7 +32,7 @@ _SPLITS = re.compile(
     r"(?:(?P<train>train|training)|(?P<validation>validation|valid|dev|val)"
     r"|(?P<test>test|testing|eval|evaluation))(?=[-._ 0-9/])"
 )
-_SPLIT_KINDS = (*RECORDS, ".parquet", ".txt", ".text")  # not source code
+_RECORDS, _TEXTS = (*RECORDS, ".parquet"), (".txt", ".text")
 
 LeftOut = dict[str, list[Path]]  # why -> files and folders
 
@@ -59,7 +59,10 @@ def data_files(root: Path, split: str, outputs: Set[str]) -> tuple[list[Path], L
     about = [path for path in files if _ABOUT.fullmatch(path.name)]
     if about and len(about) < len(files):
         left_out["about the data"], files = about, [x for x in files if x not in about]
-    splits = [_split_of(path.relative_to(root)) for path in files]
+    for kinds in ((*_RECORDS, *_TEXTS), _RECORDS):
+        splits = [_split_of(path.relative_to(root), kinds) for path in files]
+        if "train" in splits:  # else texts may well be about tests
+            break
     named = {*splits} & {"validation"} or {*splits} & {"test"}
     if named and split != "all":
         keep = named if split == "validation" else {"train", None}
@@ -133,14 +136,10 @@ def _walk(root: Path, left_out: LeftOut, outputs: Set[str]) -> Iterator[Path]:
             seen.add(real)
 
 
-def _split_of(path: Path) -> str | None:
-    """The split that a file is of, by its name or a folder's, relative to the data's root."""
-    name = path.name.lower()
-    if name.endswith(compressed.SUFFIXES):
-        name = name.rpartition(".")[0]
-    if not name.endswith(_SPLIT_KINDS):
-        return None
-    for text in (f"{path.parent}/", path.name):
-        if found := [*_SPLITS.finditer(text)]:
-            return found[-1].lastgroup
+def _split_of(path: Path, kinds: tuple[str, ...]) -> str | None:
+    """The split that a file of those suffixes is of, by its folders' names or else its own."""
+    if name_within(path).endswith(kinds):
+        for text in (f"{path.parent}/", path.name):
+            if found := [*_SPLITS.finditer(text)]:
+                return found[-1].lastgroup
     return None

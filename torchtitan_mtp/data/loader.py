@@ -32,9 +32,9 @@ NUM_LANES = 64  # divisible by every power of two up to it: most numbers of data
 STATE_VERSION = 1
 _CAUSES = {
     "version": "the version of this package",
-    "source": "training.dataset, training.dataset_path and the files as they were (those that are"
-    " left out of a folder are read if a glob names them); or go on in their place in these with"
-    " --training.accept_changed_data",
+    "source": "training.dataset, training.dataset_path and the files as they were (a folder's files"
+    " that are now left out are read through a glob, FOLDER/**/*.*), or go on at the same place in"
+    " other files with --training.accept_changed_data",
     "tokenizer": "model.hf_assets_path and its file as it was",
     "documents": "as many documents as there were",
     "seed": "training.seed",

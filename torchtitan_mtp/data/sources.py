@@ -162,10 +162,9 @@ def configured_source(config: JobConfig, table: Training | Validation) -> Source
 def _open_file(
     path: Path, text_field: str, cache_dir: Path | None, bad: BadRecords
 ) -> Spans | ParquetFile:
-    file, kind = DataFile(path), path.name.lower()
-    if kind.endswith(compressed.SUFFIXES):
+    file, kind = DataFile(path), compressed.name_within(path)
+    if path.name.lower() != kind:
         file = DataFile(compressed.decompressed(path, cache_dir), shown=path)
-        kind = kind.rsplit(".", 1)[0]
     if kind.endswith(RECORDS):
         return find_records(file, text_field, bad)
     if kind.endswith(".parquet"):

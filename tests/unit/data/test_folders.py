@@ -7,6 +7,7 @@ import pytest
 
 from torchtitan_mtp.config import JobConfig, to_toml
 from torchtitan_mtp.data import folders
+from torchtitan_mtp.data.files import fingerprint_files
 from torchtitan_mtp.data.sources import build_source, configured_source
 from torchtitan_mtp.errors import UserError
 
@@ -98,6 +99,12 @@ def test_what_is_left_out_of_a_folder_and_told(tmp_path, caplog):
     assert "2 of other splits (" in told
 
 
+def test_texts_have_splits_where_one_is_named_for_training(tmp_path):
+    names = ["dev-ops.txt", "test.txt", "train.py"]  # code has none
+    assert read(fill(tmp_path, names)) == names
+    assert read(fill(tmp_path, ["a/train.txt"])) == ["a/train.txt", "train.py"]
+
+
 def test_a_folder_of_readmes_alone_is_read(tmp_path):
     names = ["a/README.md", "b/LICENSE.txt"]
     assert read(fill(tmp_path, names)) == names
@@ -177,3 +184,10 @@ def test_only_outputs(tmp_path):
         read(tmp_path / "**" / "*.txt")
     assert read(tmp_path / "run" / "*.txt") == ["run/a.txt"]  # named, not matched
     assert folders.is_output(tmp_path / "run", set())
+
+
+def test_a_glob_gives_the_list_of_a_run_that_read_all_of_the_folder(tmp_path):
+    names = ["README.md", "a/b.txt", "a/train.txt", "a/test-0.jsonl"]
+    paths = sorted(fill(tmp_path, names) / name for name in names)
+    found = build_source("files", str(tmp_path / "**" / "*.*")).fingerprint
+    assert found == fingerprint_files(tmp_path, paths) + ":text"
