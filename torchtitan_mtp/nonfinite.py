@@ -16,6 +16,7 @@ from torchtitan_mtp.data.targets import PADDING, Batch
 from torchtitan_mtp.distributed.mesh import all_reduce
 from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.models.transformer import Transformer
+from torchtitan_mtp.monitoring.missing_targets import MissingTargets
 
 logger = logging.getLogger(__name__)
 
@@ -27,16 +28,18 @@ class Skips(Protocol):
 
 
 class Verdict(NamedTuple):
-    """What the host has not looked at yet: a step's [is bad, gradient norm], on its way here."""
+    """What the host has not looked at yet: a step's [is bad, gradient norm, targets of heads 1..n],
+    on its way here."""
 
     step: int
-    values: Tensor  # [2], on the host
+    values: Tensor  # [2 + n], on the host
     arrived: torch.cuda.Event | None
     batches: Sequence[Batch]
 
 
 class FiniteGuard:
-    """Leaves out, on all ranks, an update whose loss or gradient norm is not finite on one of them.
+    """Leaves out, on all ranks, an update whose loss or gradient norm is not finite on one of them,
+    and one for which no head has a target: decay and moments alone would move the weights.
 
     The verdict of a step is a tensor. A fused optimizer takes it as `found_inf` and skips the
     update on the device, weights, moments and step count, so the host need not wait for it: it
@@ -64,15 +67,19 @@ class FiniteGuard:
         self.counts = counts
         self.find_cause = find_cause
         self._in_a_row = 0
+        self._missing = MissingTargets()
         self._pending: Verdict | None = None
 
-    def admits(self, step: int, loss: Tensor, norm: Tensor, batches: Sequence[Batch]) -> bool:
-        """Whether to call `optimizer.step()` now: unless this step is known to be bad.
+    def admits(
+        self, step: int, loss: Tensor, norm: Tensor, targets: Tensor, batches: Sequence[Batch]
+    ) -> bool:
+        """Whether to call `optimizer.step()` now: unless this step is known to be left out.
 
         Args:
             step: the number of this step, for messages.
             loss: this rank's, a scalar on its device.
             norm: of the gradient over all ranks, a scalar.
+            targets: how many heads 1..n have over all ranks, [n].
             batches: the micro-batches of this rank, on the CPU.
 
         Raises:
@@ -82,9 +89,11 @@ class FiniteGuard:
         norm = norm.to(loss.device, non_blocking=True)
         bad = (~(loss.isfinite() & norm.isfinite())).float()
         bad = all_reduce(bad, dist.ReduceOp.MAX)
-        self._pending = Verdict(step, *_send(torch.stack((bad, norm.float()))), batches)
+        self._pending = Verdict(
+            step, *_send(torch.stack((bad, norm.float(), *targets.float()))), batches
+        )
         if self._skips_on_device(loss.device):
-            self.optimizer.found_inf = bad  # type: ignore[attr-defined]
+            self.optimizer.found_inf = bad.maximum((targets.sum() == 0).float())  # type: ignore[attr-defined]
             return True
         return self.settle()
 
@@ -94,7 +103,7 @@ class FiniteGuard:
         return bool(group.get("fused")) and group["params"][0].device.type == device.type
 
     def settle(self) -> bool:
-        """Read the verdict that is under way, if any; whether it was good.
+        """Read the verdict that is under way, if any; whether it was for the update.
 
         Raises:
             UserError: on every rank: more than `allowed` bad steps in a row.
@@ -104,10 +113,12 @@ class FiniteGuard:
             return True
         if pending.arrived is not None:
             pending.arrived.synchronize()
-        bad, norm = pending.values.numpy().tolist()
+        bad, norm, *targets = pending.values.numpy().tolist()
         if not bad:
             self._in_a_row = 0
-            return True
+            what = f"step {pending.step}{'' if any(targets) else ' updates nothing'}"
+            self._missing.check(what, targets, pending.batches)
+            return any(targets)
         self._in_a_row += 1
         what = (
             f"step {pending.step}: loss or gradient not finite (norm {norm}): "

@@ -41,6 +41,7 @@ from torchtitan_mtp.monitoring.device import peak_flops, resolve_auto_dtype
 from torchtitan_mtp.monitoring.flops import count_model_flops, forward_backward_flops_per_token
 from torchtitan_mtp.monitoring.gc import GarbageCollection
 from torchtitan_mtp.monitoring.metrics import MetricsProcessor
+from torchtitan_mtp.monitoring.missing_targets import MissingTargets
 from torchtitan_mtp.monitoring.profiling import profile_steps, snapshot_memory
 from torchtitan_mtp.monitoring.spikes import LossSpikes
 from torchtitan_mtp.mtp import (
@@ -98,28 +99,27 @@ class StepLosses:
     """Sums over the micro-batches of a step on this rank, kept on the device."""
 
     def __init__(self, n: int, device: torch.device) -> None:
-        self.loss_sum = torch.zeros(n, dtype=torch.float64, device=device)
-        self.correct = torch.zeros(n, dtype=torch.float64, device=device)
-        self.valid = torch.zeros(n, dtype=torch.float64, device=device)
+        self.sums = torch.zeros(3, n, dtype=torch.float64, device=device)  # loss, correct, valid
         self.total = torch.zeros((), dtype=torch.float64, device=device)
 
     def add(self, loss: Tensor, loss_sum: Tensor, valid: Tensor, correct: Tensor) -> None:
         """Add one micro-batch's `LossOutput`."""
         self.total += loss.detach()
-        self.loss_sum += loss_sum
-        self.valid += valid
-        self.correct += correct
+        self.sums += torch.stack((loss_sum.double(), correct.double(), valid.double()))
 
     def reduce(self) -> dict[str, Any]:
-        """Means over all ranks: `losses`, `accuracies` (n each), `total`, `max_loss` of head 1."""
-        max_loss = all_reduce(self.loss_sum[0] / self.valid[0].clamp(min=1), dist.ReduceOp.MAX)
-        sums = all_reduce(torch.stack((self.loss_sum, self.correct, self.valid)))
-        count = sums[2].clamp(min=1)
+        """Over all ranks: `losses`, `accuracies`, `targets` (n each), `total`, `max_loss` of head
+        1. Means are nan without a target."""
+        own = self.sums[0, 0] / self.sums[2, 0]
+        max_loss = all_reduce(own.where(self.sums[2, 0] > 0, -torch.inf), dist.ReduceOp.MAX)
+        loss_sum, correct, valid = sums = all_reduce(self.sums.clone())
+        nothing = sums.new_tensor(torch.nan)
         return {
-            "losses": (sums[0] / count).tolist(),
-            "accuracies": (sums[1] / count).tolist(),
-            "total": all_reduce(self.total).item(),
-            "max_loss": max_loss.item(),
+            "losses": (loss_sum / valid).tolist(),
+            "accuracies": (correct / valid).tolist(),
+            "targets": valid.tolist(),
+            "total": all_reduce(self.total).where(valid.any(), nothing).item(),
+            "max_loss": max_loss.where(valid[0] > 0, nothing).item(),
         }
 
 
@@ -190,7 +190,7 @@ class Trainer:
             world_size=self.world.size,
             start_step=self.state.step,
         )
-        self.spikes = LossSpikes()
+        self.spikes, self.missing = LossSpikes(), MissingTargets()
         self.guard = FiniteGuard(
             self.optimizer,
             training.skip_nonfinite,
@@ -374,7 +374,7 @@ class Trainer:
         self.grad_norm = clip_gradients(self.model, config.training.max_norm)
         resting = rest_unweighted(self.model, weights)
         lr = float(self.scheduler.get_last_lr()[0])
-        if self.guard.admits(state.step + 1, losses.total, self.grad_norm, batches):
+        if self.guard.admits(state.step + 1, losses.total, self.grad_norm, valid, batches):
             self.optimizer.step()
         if self.float8_scales:
             self.float8_scales(self.model)
@@ -425,7 +425,7 @@ class Trainer:
         self.heartbeat.where = f"validation after step {self.state.step}"
         begin, steps, tokens = time.perf_counter(), self.config.validation.steps, 0
         compare = compare and self.tokenizer.vocab_size <= 512
-        losses = StepLosses(self.n, self.device)
+        losses, shown = StepLosses(self.n, self.device), list[Batch]()
         ones = torch.ones(self.n, device=self.device)
         agreement = torch.zeros(4, self.n - 1, dtype=torch.int64, device=self.device)
         pairs: list[tuple[Tensor, Tensor]] = []
@@ -437,6 +437,7 @@ class Trainer:
             if compare:
                 real = batch.doc_ids != PADDING
                 pairs.append((batch.tokens[real], batch.labels[real]))
+            shown = shown or [batch]
             batch = Batch(*(t.to(self.device) for t in batch))
             hiddens = self.model(batch)
             losses.add(*self.model.output(hiddens, batch.labels, ones, **self.loss_arguments))
@@ -448,6 +449,7 @@ class Trainer:
         if self.stopping.signal:
             return []
         reduced = losses.reduce()
+        self.missing.check(f"validation after step {self.state.step}", reduced["targets"], shown)
         self.metrics.log_validation(
             self.state.step,
             head_losses=reduced["losses"],
@@ -456,7 +458,7 @@ class Trainer:
             tokens=tokens,
             elapsed=time.perf_counter() - begin,
         )
-        if compare:
+        if compare and any(reduced["targets"]):
             self._compare_with_pairs(reduced, pairs)
         return reduced["losses"]
 

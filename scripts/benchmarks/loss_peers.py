@@ -6,6 +6,7 @@ summed loss in `.grad`; labels are all valid.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Sequence
 
 import torch
@@ -75,6 +76,26 @@ def naive_compiled(hiddens: Sequence[Tensor], weight: Tensor, labels: Tensor) ->
     torch.stack(losses).sum().backward()
 
 
+@torch.compiler.disable  # Liger is silently wrong under torch.compile with ignored labels
+def liger(hiddens: Sequence[Tensor], weight: Tensor, labels: Tensor) -> None:
+    """Liger-Kernel's fused linear cross-entropy (Triton), accumulating in float32."""
+    module = importlib.import_module("liger_kernel.transformers")
+    loss_of = module.LigerFusedLinearCrossEntropyLoss(reduction="sum", accum_dtype=torch.float32)
+    losses = [loss_of(weight, h, labels[:, k].contiguous()) for k, h in enumerate(hiddens)]
+    torch.stack(losses).sum().backward()
+
+
+@torch.compiler.disable
+def cce(hiddens: Sequence[Tensor], weight: Tensor, labels: Tensor) -> None:
+    """Apple's cut cross-entropy (Triton), exact: no gradient is filtered out."""
+    loss_of = importlib.import_module("cut_cross_entropy").linear_cross_entropy
+    losses = [
+        loss_of(h, weight, labels[:, k].contiguous(), reduction="sum", filter_eps=None)
+        for k, h in enumerate(hiddens)
+    ]
+    torch.stack(losses).sum().backward()
+
+
 PEERS: dict[str, Callable[[Sequence[Tensor], Tensor, Tensor], None]] = {
     "chunked": _ours("chunked"),
     "chunked_compiled": _ours("chunked", compile=True),
@@ -85,6 +106,6 @@ PEERS: dict[str, Callable[[Sequence[Tensor], Tensor, Tensor], None]] = {
     "checkpointed": checkpointed,
     "naive_compiled": naive_compiled,
     "naive": _ours("naive"),
-    "liger": _ours("liger"),
-    "cce": _ours("cce"),
+    "liger": liger,
+    "cce": cce,
 }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -49,15 +51,20 @@ def test_step_losses_are_means_over_valid_targets():
     assert losses.reduce() == {
         "losses": [3.0, 1.0],
         "accuracies": [0.6, 0.0],
+        "targets": [5.0, 3.0],
         "total": 2.0,
         "max_loss": 3.0,
     }
 
 
-def test_a_head_without_targets_has_loss_zero():
-    losses = StepLosses(1, torch.device("cpu"))
-    losses.add(torch.tensor(0.0), torch.tensor([0.0]), torch.tensor([0]), torch.tensor([0]))
-    assert losses.reduce()["losses"] == [0.0]
+@pytest.mark.parametrize("first", [0, 3])
+def test_without_targets_there_is_no_mean(first):
+    losses = StepLosses(2, torch.device("cpu"))
+    losses.add(*map(torch.tensor, (0.0, [0.0, 0.0], [first, 0], [0, 0])))
+    reduced, mean = losses.reduce(), 0.0 if first else math.nan
+    assert reduced["targets"] == [first, 0]
+    assert str(reduced["losses"]) == str(reduced["accuracies"]) == str([mean, math.nan])
+    assert str([reduced["total"], reduced["max_loss"]]) == str([mean, mean])
 
 
 def test_clipping():

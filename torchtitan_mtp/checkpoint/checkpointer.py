@@ -126,6 +126,8 @@ class Checkpointer:
         Raises:
             UserError: on every rank: no space, a failed write (now or in the background).
         """
+        if self._pending is not None and self._pending.done():
+            self.wait()  # a failed save is told at the next step, not at the next save
         if not (self.saves and force) and not self.should_save(step, last):
             return False
         self.wait()

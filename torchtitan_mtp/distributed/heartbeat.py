@@ -77,6 +77,8 @@ class Heartbeat:
                 self._watch()
         except RuntimeError:
             pass  # the store went with the rank that holds it; the main thread will notice
+        except Exception:
+            logger.exception("the heartbeat has ended: the other ranks will take this one for dead")
 
     def _watch(self) -> None:
         """Say who is missing shortly before NCCL's watchdog ends a process that waits in vain: it

@@ -97,6 +97,15 @@ class Stopping:
             self._before = {}
 
     def _watch(self, read_end: int) -> None:
+        try:
+            self._read_signals(read_end)
+        except Exception:  # nobody would hear a signal any more: better an early end that is saved
+            self._noticed = self._noticed or signal.SIGTERM
+            logger.exception("signals can't be read any more: stopping after this step")
+        finally:
+            os.close(read_end)
+
+    def _read_signals(self, read_end: int) -> None:
         since = 0.0
         while received := os.read(read_end, 1):
             number = received[0]
@@ -110,4 +119,3 @@ class Stopping:
                 )
             elif time.monotonic() - since > _ECHO or not os.environ.keys() & set(_LAUNCHERS):
                 os._exit(128 + number)
-        os.close(read_end)

@@ -64,6 +64,8 @@ def comparison_table(
     lines = [header + f"{'below':>5}  {'accuracy':>8}"]
     rows = zip(losses, entropies.skip_bigram, accuracies, strict=True)
     for k, (loss, entropy, accuracy) in enumerate(rows, 1):
+        if np.isnan(accuracy):
+            continue  # no target
         below = "yes" if loss < entropy else "no"
         lines.append(
             f"{k:>4}  {f't[i+{k}]':>8}  {loss:>13.4f}  {entropy:>14.4f}  {below:>5}  "

@@ -145,7 +145,9 @@ class MetricsProcessor:
         }
         self._write(metrics, step)
         self.pace.add(self.clock() - self.pace_start, self.pace_steps)
-        self._print_step(step, metrics, list(head_losses), memory)
+        self._print_step(
+            step, metrics, list(zip(head_losses, head_accuracies, strict=True)), memory
+        )
         self._start_interval()
         self.pace_start, self.pace_steps = self.interval_start, 0
         self.memory.reset()
@@ -179,11 +181,12 @@ class MetricsProcessor:
         metrics.update(head_metrics("validation_metrics", head_losses, head_accuracies))
         metrics.update(acceptance_metrics(acceptance))
         self._write(metrics, step)
+        heads = list(zip(head_losses, head_accuracies, strict=True))
         parts = {
             "step": f"validate step: {step:2}",
-            "loss": f"loss: {head_losses[0]:7.4f}",
-            "heads": format_heads(head_losses),
-            "accuracy": "accuracy: " + " ".join(f"{100 * a:.1f}%" for a in head_accuracies),
+            "loss": f"loss: {format_loss(*heads[0]):>7}",
+            "heads": format_heads(heads),
+            "accuracy": "accuracy: " + " ".join(format_rate(rate) for rate in head_accuracies),
             "acceptance": format_acceptance(acceptance),
             "tps": f"tps: {round(tps):,}",
         }
@@ -214,15 +217,15 @@ class MetricsProcessor:
         self,
         step: int,
         metrics: Mapping[str, float],
-        head_losses: list[float],
+        heads: list[tuple[float, float]],
         memory: MemoryStats,
     ) -> None:
         tps, tflops, mfu = metrics["throughput(tps)"], metrics["tflops"], metrics.get("mfu(%)")
         eta = self.pace.time_left(self.total_steps - step)
         parts = {
             "step": f"step: {step:2}",
-            "loss": f"loss: {metrics['loss_metrics/global_avg_loss']:7.4f}",
-            "heads": format_heads(head_losses),
+            "loss": f"loss: {format_loss(*heads[0]):>7}",
+            "heads": format_heads(heads),
             "grad_norm": f"grad_norm: {metrics['grad_norm']:7.4f}",
             "memory": f"memory: {memory.max_reserved_gib:5.2f}GiB({memory.max_reserved_pct:.2f}%)",
             "tps": f"tps: {round(tps):,}",
@@ -232,8 +235,8 @@ class MetricsProcessor:
         }
         logger.info(self._paint(parts))
         if self.progress:
-            loss = metrics["loss_metrics/global_avg_loss"]
-            self.progress.update(step, f"loss {loss:.4f}  {round(tps):,} tok/s  eta {eta}")
+            loss = format_loss(*heads[0])
+            self.progress.update(step, f"loss {loss}  {round(tps):,} tok/s  eta {eta}")
 
     def _paint(self, parts: Mapping[str, str]) -> str:
         """The non-empty parts on one line, each in its colour."""
@@ -276,17 +279,28 @@ def memory_metrics(memory: MemoryStats, *, counters: bool = True) -> dict[str, f
     return {tag: values[name] for tag, name in tags.items()}
 
 
-def format_heads(head_losses: Sequence[float]) -> str:
-    """Losses of heads 2..n; head 1's is the line's `loss`. Empty without further heads."""
-    if len(head_losses) < 2:
+def format_rate(rate: float, form: str = ".1%") -> str:
+    """A rate, or "-" where there was nothing to take it of."""
+    return "-" if math.isnan(rate) else format(rate, form)
+
+
+def format_loss(loss: float, accuracy: float) -> str:
+    """A loss, or "-" of a head without targets, which has no accuracy either."""
+    return "-" if math.isnan(accuracy) else f"{loss:.4f}"
+
+
+def format_heads(heads: Sequence[tuple[float, float]]) -> str:
+    """Losses of heads 2..n, of losses and accuracies of all; head 1's is the line's `loss`. Empty
+    without further heads."""
+    if len(heads) < 2:
         return ""
-    name = "head 2" if len(head_losses) == 2 else f"heads 2-{len(head_losses)}"
-    return f"{name}: " + " ".join(f"{loss:.4f}" for loss in head_losses[1:])
+    name = "head 2" if len(heads) == 2 else f"heads 2-{len(heads)}"
+    return f"{name}: " + " ".join(format_loss(*head) for head in heads[1:])
 
 
 def format_acceptance(acceptance: Acceptance) -> str:
     """Acceptance of heads 2..n, and the tokens a step that it makes. Empty without such heads."""
     if not acceptance.marginal:
         return ""
-    rates = " ".join(f"{100 * rate:.1f}%" for rate in acceptance.marginal)
-    return f"acceptance: {rates}  tokens/step: {acceptance.tokens_per_step[-1]:.2f}"
+    rates = " ".join(format_rate(rate) for rate in acceptance.marginal)
+    return f"acceptance: {rates}  tokens/step: {format_rate(acceptance.tokens_per_step[-1], '.2f')}"

@@ -11,7 +11,7 @@ import pickle
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any
 
 import torch
 
@@ -22,12 +22,6 @@ from torchtitan_mtp.monitoring.observer import Observer
 logger = logging.getLogger(__name__)
 
 SNAPSHOT_MAX_ENTRIES = 100_000  # allocations and frees that one snapshot remembers
-
-
-class Steppable(Protocol):
-    """Told once at the end of every training step."""
-
-    def step(self) -> None: ...
 
 
 class _Off:
@@ -42,12 +36,11 @@ def profile_steps(
     device: torch.device,
     rank: int = 0,
     start_step: int = 0,
-) -> Iterator[Steppable]:
+) -> Iterator[Any]:
     """Write `{save_traces_folder}/iteration_{step}/rank{R}_trace.json` (Chrome's format).
 
     In dump_folder. Of every `profile_freq` steps the last `profiler_active` are recorded, after
     `profiler_warmup` steps that are run and dropped.
-    Raises UserError when these two do not fit into it.
     """
     profiling = config.profiling
     if not profiling.enable_profiling:
@@ -55,11 +48,6 @@ def profile_steps(
         return
     warmup, active = profiling.profiler_warmup, profiling.profiler_active
     wait = profiling.profile_freq - warmup - active
-    if wait < 0:
-        raise UserError(
-            f"profiling.profile_freq = {profiling.profile_freq}: expected at least "
-            f"profiler_warmup + profiler_active = {warmup} + {active}; raise it"
-        )
     folder = os.path.join(config.job.dump_folder, profiling.save_traces_folder)
 
     def write_trace(profiler: torch.profiler.profile) -> None:
@@ -108,7 +96,7 @@ def snapshot_memory(
     device: torch.device,
     rank: int = 0,
     start_step: int = 0,
-) -> Iterator[Steppable]:
+) -> Iterator[Any]:
     """Write `{save_memory_snapshot_folder}/iteration_{step}/rank{R}_memory_snapshot.pickle`.
 
     In dump_folder; also when CUDA runs out of memory (`iteration_{step}_exit`), and that error goes

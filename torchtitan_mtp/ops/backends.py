@@ -1,4 +1,4 @@
-"""The backends of `linear_cross_entropy` by name: ours, plain torch, other libraries'.
+"""The backends of `linear_cross_entropy` by name: ours, plain torch, torch's own.
 
 Each takes (hiddens, weight [V, D], labels [N, n], head_scales [n], row_weights [N, n] or None,
 options) and returns (loss, loss_sum [n], valid [n], correct [n]). Only "chunked" and "naive" have
@@ -7,9 +7,7 @@ every option.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -95,73 +93,6 @@ def torch_chunked(
     return _result(sums, labels, head_scales, options)
 
 
-@torch.compiler.disable  # Liger is silently wrong under torch.compile with ignored labels
-def liger(
-    hiddens: Heads,
-    weight: Tensor,
-    labels: Tensor,
-    head_scales: Tensor,
-    row_weights: Tensor | None,
-    options: LossOptions,
-) -> Result:
-    """Liger-Kernel's fused linear cross-entropy (Triton), accumulating in float32."""
-    _refuse("liger", row_weights, options, "chunk_rows")
-    module = _import("liger", "liger_kernel.transformers", "liger-kernel", weight)
-    loss_of = module.LigerFusedLinearCrossEntropyLoss(
-        ignore_index=options.ignore_index,
-        lse_square_scale=options.z_loss,
-        label_smoothing=options.label_smoothing,
-        softcap=options.softcap,
-        reduction="sum",
-        accum_dtype=torch.float32,
-    )
-    sums = [loss_of(weight, hidden, labels[:, k].contiguous()) for k, hidden in enumerate(hiddens)]
-    return _result(sums, labels, head_scales, options)
-
-
-@torch.compiler.disable
-def cce(
-    hiddens: Heads,
-    weight: Tensor,
-    labels: Tensor,
-    head_scales: Tensor,
-    row_weights: Tensor | None,
-    options: LossOptions,
-) -> Result:
-    """Apple's cut cross-entropy (Triton), exact: no gradient is filtered out."""
-    _refuse("cce", row_weights, options, "z_loss", "label_smoothing", "chunk_rows")
-    module = _import("cce", "cut_cross_entropy", "cut-cross-entropy", weight)
-    sums = [
-        module.linear_cross_entropy(
-            hidden.contiguous(),
-            weight,
-            labels[:, k].contiguous(),
-            ignore_index=options.ignore_index,
-            softcap=options.softcap,
-            reduction="sum",
-            filter_eps=None,
-        )
-        for k, hidden in enumerate(hiddens)
-    ]
-    return _result(sums, labels, head_scales, options)
-
-
-def _import(backend: str, module: str, package: str, weight: Tensor) -> Any:
-    """The backend's library, or one line that says what is missing."""
-    if not weight.is_cuda:
-        raise UserError(
-            f"linear_cross_entropy: backend {backend!r} runs on CUDA only, weight is on "
-            f"{weight.device}; use 'chunked'"
-        )
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise UserError(
-            f"linear_cross_entropy: backend {backend!r} needs the package {package} ({error}); "
-            "install it or use 'chunked'"
-        ) from error
-
-
 def _refuse(backend: str, row_weights: Tensor | None, options: LossOptions, *names: str) -> None:
     """An error for row weights, or for the first of the options `names` not at its default."""
     if row_weights is not None:
@@ -199,6 +130,4 @@ BACKENDS: dict[
     "chunked": chunked_linear_cross_entropy,
     "naive": naive,
     "torch": torch_chunked,
-    "liger": liger,
-    "cce": cce,
 }

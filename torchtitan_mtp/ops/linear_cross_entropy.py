@@ -70,7 +70,7 @@ def linear_cross_entropy(
         label_smoothing: share of the uniform distribution in the target (arXiv 1512.00567).
         chunk_rows: rows whose logits are alive at a time; None: chosen from shapes and device.
         compile: let torch.compile fuse the passes over a chunk's logits; "chunked" alone.
-        backend: "chunked" (this project's), "naive" (whole logits), "torch", "liger" or "cce".
+        backend: "chunked" (this project's), "naive" (whole logits) or "torch".
 
     Raises:
         UserError: shapes, dtypes or devices that do not fit, an unknown or missing backend, or an

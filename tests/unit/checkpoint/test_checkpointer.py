@@ -61,7 +61,8 @@ def test_background_saves_hold_the_state_of_their_own_step(tmp_path):
         assert equal(snapshot(resumed), state)
 
 
-def test_failed_background_save_is_reported_and_leaves_nothing(tmp_path, monkeypatch):
+@pytest.mark.parametrize("told", ["at the next step", "at the end"])
+def test_failed_background_save_is_reported_and_leaves_nothing(tmp_path, monkeypatch, told):
     def fail(*_):
         raise OSError(28, "No space left on device", "shard")
 
@@ -70,6 +71,8 @@ def test_failed_background_save_is_reported_and_leaves_nothing(tmp_path, monkeyp
     monkeypatch.setattr(FileSystemWriter, "write_data", fail)
     run.checkpointer.save(2)
     with pytest.raises(UserError, match=r"step-2.*can't be saved: .*No space left") as error:
+        while told == "at the next step":
+            assert not run.checkpointer.save(3)  # not due
         run.checkpointer.close()
     assert "\n" not in str(error.value)
     assert steps(tmp_path) == []

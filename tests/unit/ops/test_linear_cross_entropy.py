@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 import warnings
 
 import pytest
@@ -19,8 +18,7 @@ from torchtitan_mtp.ops import (
     head_loss_and_grad,
     linear_cross_entropy,
 )
-from torchtitan_mtp.ops.backends import BACKENDS
-from torchtitan_mtp.ops.chunked import _CPU_CHUNK_ROWS
+from torchtitan_mtp.ops.chunked import _CPU_CHUNK_ROWS, matmul_dtype
 
 
 def reference(hiddens, weight, labels, scales, z_loss=0.0, softcap=None, label_smoothing=0.0):
@@ -158,7 +156,9 @@ def test_low_precision_close_to_float64(dtype, vocab):
         strict=True,
     ):
         assert a.dtype == dtype
-        assert (a.double() - b).norm() <= 3e-3 * b.norm()
+        # A CPU that multiplies in `dtype` rounds the logits to it as well.
+        bound = 3e-3 if matmul_dtype(hiddens[0]) == torch.float32 else 6e-3
+        assert (a.double() - b).norm() <= bound * b.norm()
 
 
 @pytest.mark.parametrize("n", [1, 2, 4])
@@ -464,9 +464,7 @@ def test_torch_backend():
             {"labels": torch.zeros(37, 1, dtype=torch.int64, device="meta")},
             "labels is on meta and weight on cpu",
         ),
-        ({"backend": "fast"}, "'fast'; expected one of chunked, naive, torch, liger, cce"),
-        ({"backend": "liger"}, "'liger' runs on CUDA only"),
-        ({"backend": "cce"}, "'cce' runs on CUDA only"),
+        ({"backend": "fast"}, "'fast'; expected one of chunked, naive, torch"),
         ({"softcap": 0.0}, "softcap is 0.0"),
         ({"label_smoothing": 1.5}, "label_smoothing is 1.5"),
         ({"z_loss": -1.0}, "z_loss is -1.0"),
@@ -482,29 +480,21 @@ def test_errors_name_what_is_wrong(change, message):
 
 
 @pytest.mark.parametrize(
-    ("backend", "option"),
+    "option",
     [
-        ("torch", {"z_loss": 1e-3}),
-        ("torch", {"softcap": 5.0}),
-        ("torch", {"label_smoothing": 0.1}),
-        ("torch", {"row_weights": torch.ones(37)}),
-        ("liger", {"chunk_rows": 8}),
-        ("liger", {"row_weights": torch.ones(37)}),
-        ("cce", {"z_loss": 1e-3}),
-        ("cce", {"label_smoothing": 0.1}),
-        ("cce", {"chunk_rows": 8}),
-        ("cce", {"row_weights": torch.ones(37, 1)}),
+        {"z_loss": 1e-3},
+        {"softcap": 5.0},
+        {"label_smoothing": 0.1},
+        {"row_weights": torch.ones(37)},
     ],
     ids=str,
 )
-def test_backend_refuses_missing_option(backend, option):
+def test_backend_refuses_missing_option(option):
     hiddens, weight, labels = make_inputs(n=1, dtype=torch.float32)
     (name,) = option
-    message = rf"'{backend}' has no {name}"
-    if backend == "torch":
-        message += "|'torch' needs torch >= 2.13"
+    message = rf"'torch' has no {name}|'torch' needs torch >= 2.13"
     with pytest.raises(UserError, match=message) as error:
-        linear_cross_entropy(hiddens, weight, labels, backend=backend, **option)
+        linear_cross_entropy(hiddens, weight, labels, backend="torch", **option)
     assert "\n" not in str(error.value)
 
 
@@ -513,14 +503,3 @@ def test_torch_backend_names_the_version_it_needs(monkeypatch):
     monkeypatch.delattr(F, "linear_cross_entropy", raising=False)
     with pytest.raises(UserError, match=f"found {re.escape(torch.__version__)}"):
         linear_cross_entropy(hiddens, weight, labels, backend="torch")
-
-
-@pytest.mark.parametrize(("backend", "package"), [("liger", "liger-kernel"), ("cce", "cut-cross")])
-def test_backends_of_other_libraries_name_what_to_install(backend, package, monkeypatch):
-    """What a machine with a GPU and without the library says."""
-    hiddens, weight, labels = make_inputs(n=1, dtype=torch.float32)
-    for module in ("liger_kernel.transformers", "cut_cross_entropy"):
-        monkeypatch.setitem(sys.modules, module, None)  # importing it fails
-    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
-    with pytest.raises(UserError, match=f"{backend!r} needs the package {package}"):
-        BACKENDS[backend](tuple(hiddens), weight, labels, torch.ones(1), None, LossOptions())
