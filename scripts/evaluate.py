@@ -32,6 +32,7 @@ from torchtitan_mtp.inference.acceptance import Acceptance, Continuation, measur
 from torchtitan_mtp.inference.held_out import Text, TextMeasure, find_text, measure_text
 from torchtitan_mtp.inference.load import DTYPES, find_device
 from torchtitan_mtp.models.transformer import Transformer
+from torchtitan_mtp.writing import written_whole
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
@@ -265,7 +266,8 @@ def draw(results: dict[str, Any], out: Path) -> None:
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")
     try:
-        figure.savefig(out, dpi=110)
+        with written_whole(out) as file:
+            figure.savefig(file, dpi=110)
     except (OSError, ValueError) as error:
         raise UserError(f"--plot {out}: can't be written: {error}") from error
 
@@ -279,7 +281,8 @@ def write_json(results: dict[str, Any], out: Path) -> None:
         return None if isinstance(value, float) and not math.isfinite(value) else value
 
     try:
-        out.write_text(json.dumps(plain(results), indent=2) + "\n", encoding="utf-8")
+        with written_whole(out) as file:
+            file.write_text(json.dumps(plain(results), indent=2) + "\n", encoding="utf-8")
     except OSError as error:
         raise UserError(f"--json {out}: can't be written: {error.strerror}") from error
 

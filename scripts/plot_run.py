@@ -13,6 +13,7 @@ from figures import new_figure
 from paths import path
 
 from torchtitan_mtp.errors import UserError
+from torchtitan_mtp.writing import written_whole
 
 
 def read_scalars(run: Path) -> dict[str, list[tuple[int, float]]]:
@@ -45,7 +46,8 @@ def plot(scalars: dict[str, list[tuple[int, float]]], out: Path) -> int:
     axes.set(xlabel="step", ylabel="loss (nats a token)")
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(out, dpi=110)
+    with written_whole(out) as file:
+        figure.savefig(file, dpi=110)
     return head
 
 

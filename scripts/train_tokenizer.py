@@ -16,6 +16,7 @@ from paths import path
 from torchtitan_mtp.data import Source, StreamSource, build_source
 from torchtitan_mtp.data.tokenizer import LLAMA3_PATTERN, TiktokenTokenizer
 from torchtitan_mtp.errors import UserError
+from torchtitan_mtp.writing import written_whole
 
 NUM_SPECIALS = 2  # begin and end of text, which the file does not hold
 CHECKED_DOCUMENTS = 64
@@ -110,7 +111,8 @@ def write_tiktoken(vocab: dict[str, int], output: Path) -> None:
     ]
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_bytes(b"".join(lines))
+        with written_whole(output) as file:
+            file.write_bytes(b"".join(lines))
     except OSError as e:
         raise UserError(f"--output {output}: can't be written: {e.strerror}") from e
 

@@ -16,6 +16,7 @@ from torchtitan_mtp.config import JobConfig
 from torchtitan_mtp.config.setting import Option, options
 from torchtitan_mtp.config.torchtitan import HELD, WITHOUT_EFFECT
 from torchtitan_mtp.config.values import show, type_text
+from torchtitan_mtp.writing import written_whole
 
 REFERENCE = Path(__file__).resolve().parents[1] / "docs" / "config.md"
 
@@ -120,7 +121,8 @@ def main() -> int:
             return 1
         return 0
     REFERENCE.parent.mkdir(exist_ok=True)
-    REFERENCE.write_text(text, encoding="utf-8")
+    with written_whole(REFERENCE) as file:
+        file.write_text(text, encoding="utf-8")
     print(f"wrote {REFERENCE}")
     return 0
 

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from torchtitan_mtp.data.targets import PADDING, Batch
+from torchtitan_mtp.distributed.balance import apart_from_training
 from torchtitan_mtp.distributed.mesh import all_reduce
 from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.models.transformer import Transformer
@@ -148,7 +148,6 @@ def _send(values: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
     return host, event
 
 
-@torch.no_grad()
 def find_cause(
     model: Transformer, loss: dict[str, Any], device: torch.device, batches: Sequence[Batch]
 ) -> str:
@@ -158,26 +157,24 @@ def find_cause(
     ranks call it together.
     """
     found = ""
-    for i, batch in enumerate(batches):
-        batch = Batch(*(t.to(device) for t in batch))
-        hiddens = model(batch)  # n of [B, S, D]
-        for k, hidden in enumerate(hiddens):
-            for row in range(hidden.shape[0]):
-                place = f"head {k + 1}, micro-batch {i + 1}, sequence {row + 1}"
-                one = slice(row, row + 1)
-                # Every rank calls `output` as often as the others: its weight is gathered anew.
-                labels, scale = batch.labels[one, :, k : k + 1], torch.ones(1, device=device)
-                out = model.output([hidden[one]], labels, scale, **loss)
-                # Not where in the sequence: attention kernels multiply what is masked by zero, and
-                # so spread what is not finite over earlier positions.
-                real = batch.doc_ids[row] != PADDING  # [S]
-                if not found and not hidden[row][real].isfinite().all():
-                    found = f"{place}: hidden state not finite"
-                elif not found and not out.loss_sum.isfinite().all():
-                    found = f"{place}: loss {out.loss_sum.item()}"
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()  # a forward without backward leaves parameters gathered
+    with apart_from_training(model):
+        for i, batch in enumerate(batches):
+            batch = Batch(*(t.to(device) for t in batch))
+            hiddens = model(batch)  # n of [B, S, D]
+            for k, hidden in enumerate(hiddens):
+                for row in range(hidden.shape[0]):
+                    place = f"head {k + 1}, micro-batch {i + 1}, sequence {row + 1}"
+                    one = slice(row, row + 1)
+                    # Every rank calls `output` as often as the others: its weight is gathered anew.
+                    labels, scale = batch.labels[one, :, k : k + 1], torch.ones(1, device=device)
+                    out = model.output([hidden[one]], labels, scale, **loss)
+                    # Not where in the sequence: attention kernels multiply what is masked by zero,
+                    # and so spread what is not finite over earlier positions.
+                    real = batch.doc_ids[row] != PADDING  # [S]
+                    if not found and not hidden[row][real].isfinite().all():
+                        found = f"{place}: hidden state not finite"
+                    elif not found and not out.loss_sum.isfinite().all():
+                        found = f"{place}: loss {out.loss_sum.item()}"
     name = _first_bad_weight(model)
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, (found, name))

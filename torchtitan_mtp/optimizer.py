@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict
+from typing import Any
 
 import torch
 from torch import nn
@@ -45,7 +47,7 @@ def lr_factor(config: LRScheduler, steps: int, step: int) -> float:
         return (step + 1) / warmup
     if step < decay_start or decay == 0:
         return 1.0
-    progress = (step + 1 - decay_start) / decay
+    progress = min((step + 1 - decay_start) / decay, 1.0)
     shape = {
         "linear": 1 - progress,
         "sqrt": 1 - math.sqrt(progress),
@@ -54,12 +56,45 @@ def lr_factor(config: LRScheduler, steps: int, step: int) -> float:
     return config.min_lr_factor + (1 - config.min_lr_factor) * shape
 
 
-def build_scheduler(optimizer: torch.optim.Optimizer, config: LRScheduler, steps: int) -> LambdaLR:
-    """Step it once after every optimizer step."""
+class Schedule(LambdaLR):
+    """Step it once after every optimizer step. Its state is the count of steps; the rule and the
+    rates are always the present configuration's.
+
+    Args:
+        rule: what `factor` follows, by keys of the configuration, for `load_state_dict`.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        factor: Callable[[int], float],
+        rule: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.rule = dict(rule or {})
+        super().__init__(optimizer, factor)
+
+    def load_state_dict(  # type: ignore[override]
+        self, state_dict: dict[str, Any]
+    ) -> dict[str, tuple[Any, Any]]:
+        """Go on from its step, by the present rule; (old, new) of both rules' keys."""
+        self.last_epoch = state_dict["last_epoch"]
+        self._step_count = self.last_epoch + 1
+        factors = [factor(self.last_epoch) for factor in self.lr_lambdas]
+        self._last_lr = [b * f for b, f in zip(self.base_lrs, factors, strict=True)]
+        for group, rate in zip(self.optimizer.param_groups, self._last_lr, strict=True):
+            group["lr"] = rate
+        before = state_dict.get("rule", {})  # not in those of earlier versions
+        return {key: (before[key], value) for key, value in self.rule.items() if key in before}
+
+
+def build_scheduler(optimizer: torch.optim.Optimizer, config: LRScheduler, steps: int) -> Schedule:
+    """The schedule of [lr_scheduler] over `steps` steps."""
     if config.warmup_steps > steps:
         logger.warning(
             "lr_scheduler.warmup_steps = %d exceeds training.steps = %d: the run is all warmup",
             config.warmup_steps,
             steps,
         )
-    return LambdaLR(optimizer, lambda step: lr_factor(config, steps, step))
+    rule = {f"lr_scheduler.{key}": value for key, value in asdict(config).items()}
+    rule |= {"training.steps": steps}
+    return Schedule(optimizer, lambda step: lr_factor(config, steps, step), rule)

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from torchtitan_mtp.checkpoint import Checkpointer
@@ -25,7 +24,11 @@ from torchtitan_mtp.data.loader import DataLoader, merge_states
 from torchtitan_mtp.data.sources import configured_source
 from torchtitan_mtp.data.targets import IGNORE, PADDING, Batch, make_batch
 from torchtitan_mtp.data.tokenizer import build_tokenizer
-from torchtitan_mtp.distributed.balance import balance_experts, weigh_balance_losses
+from torchtitan_mtp.distributed.balance import (
+    apart_from_training,
+    balance_experts,
+    weigh_balance_losses,
+)
 from torchtitan_mtp.distributed.float8 import convert_to_float8, float8_scales_after_step
 from torchtitan_mtp.distributed.heartbeat import Heartbeat
 from torchtitan_mtp.distributed.mesh import all_reduce, init_world, set_timeout
@@ -55,6 +58,7 @@ from torchtitan_mtp.mtp import (
 from torchtitan_mtp.nonfinite import FiniteGuard, find_cause
 from torchtitan_mtp.ops.backends import BACKENDS
 from torchtitan_mtp.optimizer import build_optimizer, build_scheduler
+from torchtitan_mtp.writing import written_whole
 
 logger = logging.getLogger(__name__)
 
@@ -268,7 +272,8 @@ class Trainer:
             folder = Path(self.config.job.dump_folder)
             try:
                 folder.mkdir(parents=True, exist_ok=True)
-                (folder / "config.toml").write_text(to_toml(self.config))
+                with written_whole(folder / "config.toml") as file:
+                    file.write_text(to_toml(self.config), encoding="utf-8")
             except OSError as error:
                 raise UserError(
                     f"job.dump_folder = {folder}: can't be written to ({error.strerror}); choose "
@@ -307,9 +312,13 @@ class Trainer:
                     # Compilation and start-up are over: a rank that hangs is noticed sooner now.
                     set_timeout(config.comm.train_timeout_seconds)
                 self.gc.run(step)
-                if self.validation and (step % config.validation.freq == 0 or step == steps):
-                    self.evaluate(compare=step == steps)
+                # First what was trained is saved: whatever validation dies of costs no step.
                 self._save(last=step == steps, stop=self.stopping.agreed())
+                due = step % config.validation.freq == 0 or step == steps
+                if self.validation and due and not self.stopping.signal:
+                    self.evaluate(compare=step == steps)
+                    if self.stopping.agreed() and step < steps:
+                        self._save(last=False, stop=True)
                 profiler.step()
                 memory.step()
 
@@ -324,24 +333,29 @@ class Trainer:
             self.checkpointer.wait()
             self.stopped_unsaved = not self.checkpointer.saves
             logger.warning(
-                "%s: stopped after step %d of %d%s",
+                "%s: stopped after step %d of %d, %s",
                 self.stopping.signal.name if self.stopping.signal else "",
                 step,
                 self.config.training.steps,
-                ", nothing saved: checkpoint.enable = false or checkpoint.load_only = true"
-                if self.stopped_unsaved
-                else ", saved: the same command goes on from here",
+                self._how_to_go_on(),
             )
-        if last:
+        in_hf = self.config.checkpoint.last_save_in_hf and self.checkpointer.saves
+        if last and in_hf and self.world.is_main:
             self._save_in_hf()
 
-    def _save_in_hf(self) -> None:
-        """The last step as a Hugging Face folder, where that is asked for: read back by one rank,
-        which no other waits for."""
+    def _how_to_go_on(self) -> str:
         checkpoint = self.config.checkpoint
-        saved = checkpoint.enable and not checkpoint.load_only
-        if not (saved and checkpoint.last_save_in_hf and self.world.is_main):
-            return
+        if self.stopped_unsaved:
+            return "nothing saved: checkpoint.enable = false or checkpoint.load_only = true"
+        once = {"load_step": checkpoint.load_step != -1}
+        once["exclude_from_loading"] = bool(checkpoint.exclude_from_loading)
+        if names := [f"checkpoint.{name}" for name, given in once.items() if given]:
+            return f"saved: the same command without {' and '.join(names)} goes on from here"
+        return "saved: the same command goes on from here"
+
+    def _save_in_hf(self) -> None:
+        """The last step as a Hugging Face folder: read back by a rank that no other waits for."""
+        checkpoint = self.config.checkpoint
         dtype = getattr(torch, checkpoint.export_dtype)
         save_in_hf(
             step_folder(self.checkpointer.folder, self.state.step),
@@ -429,23 +443,21 @@ class Trainer:
         ones = torch.ones(self.n, device=self.device)
         agreement = torch.zeros(4, self.n - 1, dtype=torch.int64, device=self.device)
         pairs: list[tuple[Tensor, Tensor]] = []
-        for i, window in enumerate(self.validation):
-            if i == steps or self.stopping.agreed():
-                break
-            self.stopping.ask()
-            batch = make_batch(window, self.n)
-            if compare:
-                real = batch.doc_ids != PADDING
-                pairs.append((batch.tokens[real], batch.labels[real]))
-            shown = shown or [batch]
-            batch = Batch(*(t.to(self.device) for t in batch))
-            hiddens = self.model(batch)
-            losses.add(*self.model.output(hiddens, batch.labels, ones, **self.loss_arguments))
-            agreement += text_agreement(self.model, hiddens, batch.labels)
-            tokens += batch.tokens.numel() * self.world.size
-        for module in self.model.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()  # a forward without backward leaves parameters gathered
+        with apart_from_training(self.model):
+            for i, window in enumerate(self.validation):
+                if i == steps or self.stopping.agreed():
+                    break
+                self.stopping.ask()
+                batch = make_batch(window, self.n)
+                if compare:
+                    real = batch.doc_ids != PADDING
+                    pairs.append((batch.tokens[real], batch.labels[real]))
+                shown = shown or [batch]
+                batch = Batch(*(t.to(self.device) for t in batch))
+                hiddens = self.model(batch)
+                losses.add(*self.model.output(hiddens, batch.labels, ones, **self.loss_arguments))
+                agreement += text_agreement(self.model, hiddens, batch.labels)
+                tokens += batch.tokens.numel() * self.world.size
         if self.stopping.signal:
             return []
         reduced = losses.reduce()

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from figures import new_figure
 
+from torchtitan_mtp.writing import written_whole
+
 Rows = list[dict[str, Any]]
 
 
@@ -67,7 +69,8 @@ def write_json(path: Path, results: dict[str, Any]) -> None:
     """The results with command and machine beside them."""
     path.parent.mkdir(parents=True, exist_ok=True)
     about = {"command": "python " + shlex.join(sys.argv), **machine()}
-    path.write_text(json.dumps(about | results, indent=1) + "\n")
+    with written_whole(path) as file:
+        file.write_text(json.dumps(about | results, indent=1) + "\n")
 
 
 def _draw(rows: Rows, path: Path, bars: Sequence[str]) -> None:

@@ -108,9 +108,9 @@ def test_told_to_stop_anywhere(where, number, mode, tmp_path, data, whole):
         interrupt(trainer, where, number)
         write = trainer.checkpointer._write
 
-        def note(states, step, kind):
+        def note(states, step, *rest):
             written.append(step)
-            return write(states, step, kind)
+            return write(states, step, *rest)
 
         trainer.checkpointer._write = note
 
@@ -131,13 +131,21 @@ def test_told_to_stop_anywhere(where, number, mode, tmp_path, data, whole):
     ("saves", "status", "said"),
     [
         (True, 0, "SIGTERM: stopped after step 3 of 6, saved: the same command goes on from here"),
+        (
+            "load_step",
+            0,
+            "step 3 of 6, saved: the same command without checkpoint.load_step goes on from here",
+        ),
         (False, 143, "stopped after step 3 of 6, nothing saved: checkpoint.enable = false"),
     ],
 )
 def test_the_exit_status_says_whether_it_was_saved(
     saves, status, said, tmp_path, data, monkeypatch, capsys
 ):
-    config = config_of(tmp_path, data, SAVES, {"checkpoint.enable": saves})
+    config = config_of(tmp_path, data, SAVES, {"checkpoint.enable": bool(saves)})
+    if saves == "load_step":  # where a step-3 lies, of the run that it goes back in
+        train(config_of(tmp_path, data, SAVES, {"checkpoint.interval": 1}))
+        config.checkpoint.load_step = 2
     (tmp_path / "run.toml").write_text(to_toml(config))
     step = Trainer.train_step
 
@@ -149,6 +157,9 @@ def test_the_exit_status_says_whether_it_was_saved(
     monkeypatch.setattr(Trainer, "train_step", told_in_step_3)
     assert main(["--job.config_file", str(tmp_path / "run.toml")]) == status
     assert said in capsys.readouterr().err
+    if saves == "load_step":
+        monkeypatch.undo()
+        assert train(config_of(tmp_path, data, SAVES)).start == 3
 
 
 def test_interrupted_before_the_first_step_is_one_line(tmp_path, data, monkeypatch, capsys):

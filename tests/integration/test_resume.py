@@ -24,6 +24,8 @@ from runs import (
     write_corpus,
 )
 from torchtitan_mtp.config import load_toml, to_toml
+from torchtitan_mtp.errors import UserError
+from torchtitan_mtp.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[2]
 SAVES = {
@@ -52,6 +54,45 @@ def test_three_and_three_steps_are_six(source, family, tmp_path, monkeypatch):
     assert same(second.weights, whole.weights)
     # The steps did something: losses differ from step to step, so equality means the same data.
     assert len({loss[0] for loss in whole.losses}) == 6
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_validation_costs_no_step_and_moves_nothing(last, tmp_path, monkeypatch):
+    """What was trained is saved before it is validated, experts' counts without validation's."""
+    keys = {**DEEPSEEK, "validation.enable": True, "validation.freq": 3}
+    whole = train(config_of(tmp_path / "whole", keys))
+    step = 6 if last else 3
+
+    def out_of_memory(trainer, compare=False):
+        assert trainer.state.step < step, "out of memory"
+
+    monkeypatch.setattr(Trainer, "evaluate", out_of_memory)
+    with pytest.raises(AssertionError, match="out of memory"):
+        train(config_of(tmp_path / "parts", keys, SAVES))
+    monkeypatch.undo()
+    second = train(config_of(tmp_path / "parts", keys, SAVES))
+    assert second.start == step and second.losses == whole.losses[step:]
+    assert same(second.weights, whole.weights)
+
+
+def test_the_present_configuration_decides_the_rate(tmp_path, caplog):
+    """TorchTitan's rule by hand: warmup over 2 of 12 steps, then a line that aims at step 13."""
+    caplog.set_level("INFO")
+    train(config_of(tmp_path, SAVES, {"optimizer.lr": 0.01}))
+    longer = {"training.steps": 12, "optimizer.lr": 0.005, "optimizer.weight_decay": 0.0}
+    second = train(config_of(tmp_path, SAVES, longer))
+    expected = [0.005 * (1 - (step - 3) / 10) for step in range(7, 13)]
+    assert [step["lr"] for step in second.logged] == pytest.approx(expected, rel=1e-12)
+    line = next(r.getMessage() for r in caplog.records if "changed since" in r.getMessage())
+    for told in ("lr 0.01 -> 0.005", "weight_decay 0.1 -> 0.0", "training.steps 6 -> 12"):
+        assert told in line
+
+
+def test_a_seed_is_not_made_of_trained_weights(tmp_path):
+    train(config_of(tmp_path, SAVES))
+    with pytest.raises(UserError, match=r"has trained weights already \(step-6\)"):
+        train(config_of(tmp_path, SAVES, {"checkpoint.create_seed_checkpoint": True}))
+    assert not (tmp_path / "run" / "checkpoint" / "step-0").exists()
 
 
 def test_experts_biases_resume_too(tmp_path):

@@ -9,6 +9,7 @@ PACKAGE = "torchtitan_mtp"
 ROOT = Path(__file__).resolve().parents[2] / PACKAGE
 ORDER = [
     "errors",
+    "writing",
     "config",
     "ops",
     "data",

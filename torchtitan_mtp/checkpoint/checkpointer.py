@@ -93,6 +93,8 @@ class Checkpointer:
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
         self._pinned: DefaultStager | None = None
+        self._came_from: int | None = None  # the step at which this run began to count
+        self._held: tuple[int, str] | None = None  # the step and kind saved last
 
     # ---- saving ----
 
@@ -121,7 +123,8 @@ class Checkpointer:
             force: save a full checkpoint now, due or not (a run that is being stopped).
 
         Returns:
-            False when nothing was due, or when step-N is whole already.
+            Whether step-N holds this state now, or will once it is written in the background: False
+            when nothing was due, and for a seed that is there already.
 
         Raises:
             UserError: on every rank: no space, a failed write (now or in the background).
@@ -133,25 +136,21 @@ class Checkpointer:
         self.wait()
         export = last and step > 0 and self.config.last_save_model_only and not force
         kind = MODEL_ONLY if export or step == 0 else FULL
-        if not self._ranks.first(lambda: self._wanted(step, kind)):
+        if self._held in ((step, kind), (step, FULL)):
+            return True
+        if step == 0 and self._ranks.first(lambda: folders.whole_kind(self.folder / "step-0")):
+            logger.info("%s is there already: not saved again", self.folder / "step-0")
             return False
+        after, self._held = None if self._held else self._came_from, (step, kind)
         states = self._states(kind, export)
         total = states_of.total_bytes(states)
         self._ranks.first(lambda: folders.start_writing(self.folder, step, total))
         if last or force or self.config.async_mode == "disabled":
-            self._write(states, step, kind)
+            self._write(states, step, kind, after)
         else:
-            self._pending = self._writer.submit(self._write, self._stage(states), step, kind)
+            staged = self._stage(states)
+            self._pending = self._writer.submit(self._write, staged, step, kind, after)
         return True
-
-    def _wanted(self, step: int, kind: str) -> bool:
-        """Whether step-N is still to be written (rank 0)."""
-        path = folders.step_folder(self.folder, step)
-        found = folders.whole_kind(path)
-        if found is None or (found == MODEL_ONLY and kind == FULL):
-            return True
-        logger.info("%s is there already (%s): not saved again", path, found)
-        return False
 
     def _states(self, kind: str, export: bool) -> dict[str, Any]:
         """What goes into a checkpoint, under its names there."""
@@ -179,7 +178,7 @@ class Checkpointer:
         stager.close()
         return staged
 
-    def _write(self, states: dict[str, Any], step: int, kind: str) -> None:
+    def _write(self, states: dict[str, Any], step: int, kind: str, after: int | None) -> None:
         """Write step-N and put it in place; in the background of training or not."""
         start = time.perf_counter()
         ranks, folder = self._ranks, self.folder
@@ -200,7 +199,7 @@ class Checkpointer:
             files = {name: entry for part in written for name, entry in part.items()}
             record = record_of_model(self.model, self.optimizer)
             manifest = Manifest(step, kind, ranks.world_size, files, record)
-            final = ranks.first(lambda: folders.finish_writing(folder, manifest))
+            final = ranks.first(lambda: folders.finish_writing(folder, manifest, after))
         except (CheckpointException, UserError, OSError) as error:
             if ranks.rank == 0:
                 folders.discard_writing(folder, step)
@@ -263,6 +262,7 @@ class Checkpointer:
                 logger.warning("checkpoint.initial_load_path is ignored: checkpoint.enable = false")
             return None
         self.wait()
+        self._came_from, self._held = 0, None
         step = self.config.load_step if step == -1 else step
         found = self._ranks.first(lambda: self._choose(step))
         if found is not None:
@@ -306,9 +306,8 @@ class Checkpointer:
                 )
             if newer := [other for other in finished if other > step]:
                 logger.warning(
-                    "step-%d is loaded while later steps (up to step-%d) stay in %s: a save at one "
-                    "of them is skipped, and the next start resumes from the latest; move them "
-                    "away, or set checkpoint.folder, to continue from here",
+                    "step-%d is loaded while later steps (up to step-%d) are in %s: the first save "
+                    "puts the full ones aside; then start without checkpoint.load_step to go on",
                     *(step, newer[-1], self.folder),
                 )
             return path, folders.kind_of(path)
@@ -361,9 +360,12 @@ class Checkpointer:
         opened = self._open(path)
         self._load_weights(opened, (), exact=True)
         exclude = self.config.exclude_from_loading
-        extra = {name: item for name, item in self.extra.items() if name not in exclude}
+        # A run that counts from step 0 follows the schedule from there.
+        without = {*exclude, *(["lr_scheduler"] if "train_state" in exclude else [])}
+        extra = {name: item for name, item in self.extra.items() if name not in without}
         optimizer = None if OPTIMIZER in exclude else self.optimizer
         restore(opened, self.model, optimizer, extra, self._ranks, rng=RNG not in exclude)
         step = opened.manifest.step if opened.manifest else int(path.name.rpartition("-")[2])
         logger.info("resumed %s at step %d", path, step)
+        self._came_from = 0 if "train_state" in exclude else step
         return step

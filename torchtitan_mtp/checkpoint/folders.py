@@ -12,6 +12,7 @@ in place, DCP's `.metadata` after the shards and the manifest last, and counts o
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import os
 import re
@@ -31,6 +32,7 @@ from torchtitan_mtp.checkpoint.manifest import (
 from torchtitan_mtp.checkpoint.metadata import read_metadata
 from torchtitan_mtp.checkpoint.remote import RemotePath, place
 from torchtitan_mtp.errors import UserError
+from torchtitan_mtp.writing import sync
 
 logger = logging.getLogger(__name__)
 
@@ -137,7 +139,7 @@ def start_writing(folder: Path, step: int, total_bytes: int) -> None:
     tmp = tmp_folder(folder, step)
     try:
         if isinstance(tmp, RemotePath) and _finished(tmp):
-            _keep_aside(tmp)
+            keep_aside(tmp)
         elif tmp.exists():
             logger.warning("%s: left by an interrupted save, removed", tmp)
             _remove(tmp)
@@ -156,28 +158,36 @@ def start_writing(folder: Path, step: int, total_bytes: int) -> None:
         raise UserError(f"{tmp}: can't be made: {error}; check job.dump_folder") from error
 
 
-def finish_writing(folder: Path, manifest: Manifest) -> Path:
+def finish_writing(folder: Path, manifest: Manifest, after: int | None = None) -> Path:
     """Write the manifest into the folder that was written, flush it and rename it to `step-N`.
 
-    What lies at `step-N` already (a model-only checkpoint that a full one replaces, a damaged one)
-    is kept beside it as `step-N.model_only` or `step-N.damaged`.
+    What lies at `step-N` already is kept beside it (`keep_aside`).
+
+    Args:
+        after: the step that the run came from, at its first save: later steps that could be
+            resumed from, or are damaged, are another continuation's and kept aside, too.
     """
     tmp, final = tmp_folder(folder, manifest.step), step_folder(folder, manifest.step)
     write_manifest(tmp, manifest)
+    later = [] if after is None else [s for s in finished_steps(folder) if s > after]
+    for path in (step_folder(folder, step) for step in later if step != manifest.step):
+        if whole_kind(path) != MODEL_ONLY:
+            keep_aside(path)
     if not isinstance(folder, RemotePath):
-        _sync_folder(tmp)
+        sync(tmp)
         if final.exists():
-            _keep_aside(final)
+            keep_aside(final)
         tmp.rename(final)
-        _sync_folder(folder)
+        sync(folder)
     return final
 
 
-def _keep_aside(path: Path) -> None:
-    """Rename what is in the place of a new step-N after what it is."""
-    aside = path.with_name(f"{path.name}.{whole_kind(path) or 'damaged'}")
-    if aside.exists():
-        raise UserError(f"{aside}: in the way of keeping the old {path.name}; move it away")
+def keep_aside(path: Path, kind: str = "") -> None:
+    """Rename what is in the place of something new after its kind: step-N.full, step-N.model_only
+    or step-N.damaged, with a number where such a name is taken."""
+    base = f"{path.name}.{kind or whole_kind(path) or 'damaged'}"
+    names = (base if n == 1 else f"{base}.{n}" for n in itertools.count(1))
+    aside = next(place for place in map(path.with_name, names) if not place.exists())
     path.rename(aside)
     logger.warning("%s: was there already, kept as %s", path, aside.name)
 
@@ -190,15 +200,6 @@ def _remove(path: Path) -> None:
         path.remove_tree()
     else:
         shutil.rmtree(path)
-
-
-def _sync_folder(path: Path) -> None:
-    """Make the folder's entries (new names, renames) survive a power loss."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def discard_writing(folder: Path, step: int) -> None:

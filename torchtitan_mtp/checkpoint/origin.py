@@ -10,6 +10,7 @@ from torchtitan_mtp.checkpoint.manifest import read_manifest
 from torchtitan_mtp.checkpoint.ranks import Ranks
 from torchtitan_mtp.checkpoint.record import Record
 from torchtitan_mtp.config import JobConfig, load_toml
+from torchtitan_mtp.errors import UserError
 
 
 class Origin(NamedTuple):
@@ -34,7 +35,8 @@ def find_origin(config: JobConfig) -> Origin:
     """All ranks call it together, and get what the first one finds.
 
     Raises:
-        UserError: on every rank: the newest checkpoint, or config.toml, is damaged.
+        UserError: on every rank: the newest checkpoint, or config.toml, is damaged; a seed is to be
+            made where there is more.
     """
     return Ranks().first(lambda: _find(config))
 
@@ -49,6 +51,12 @@ def _find(config: JobConfig) -> Origin:
         path = folders.step_folder(folder, step)
     elif checkpoint.initial_load_path and not checkpoint.initial_load_model_only:
         path = folders.find_checkpoint(checkpoint.initial_load_path)
+    trained = [done for done in folders.finished_steps(folder) if done > 0]
+    if checkpoint.create_seed_checkpoint and trained:
+        raise UserError(
+            f"checkpoint.create_seed_checkpoint: {folder} has trained weights already "
+            f"(step-{trained[-1]}); choose another job.dump_folder, or unset it to train"
+        )
     written = Path(config.job.dump_folder) / "config.toml"
     if config.training.seed is None and folders.finished_steps(folder) and written.is_file():
         seed = load_toml(written).training.seed

@@ -37,7 +37,9 @@ def restore(
 ) -> None:
     """Load optimizer, `extra` and random number generators from an open full checkpoint.
 
-    Generators are per rank: with another number of ranks they start anew, and a log line says so.
+    The optimizer's hyperparameters stay as they are; one log line says what differs, also in what
+    the `load_state_dict` of `extra` returns. Generators are per rank: with another number of ranks
+    they start anew, and a log line says so.
 
     Raises:
         UserError: a state is absent, or the optimizers differ.
@@ -56,10 +58,21 @@ def restore(
         logger.info("random number generators start anew: saved by another number of ranks")
     states |= moments
     read_states(opened, states, ranks)
+    changed: dict[str, tuple[Any, Any]] = {}
     if optimizer is not None:
-        states_of.set_optimizer_state(model, optimizer, {key: states[key] for key in moments})
+        present = {key: value for key, value in moments.items() if not is_moment(key)}
+        for key in present:
+            changed[f"{OPTIMIZER}.{key.rpartition('.')[2]}"] = (states[key], present[key])
+        state = {key: states[key] for key in moments} | present
+        states_of.set_optimizer_state(model, optimizer, state)
+    # The rate of a step is the schedule's; who set it is `initial_lr`.
+    if (initial := changed.pop(f"{OPTIMIZER}.initial_lr", None)) is not None:
+        changed[f"{OPTIMIZER}.lr"] = initial
     for name, item in extra.items():
-        item.load_state_dict(states[name])
+        changed |= item.load_state_dict(states[name]) or {}
+    told = [f"{key} {old} -> {new}" for key, (old, new) in changed.items() if old != new]
+    if told:
+        logger.info("changed since %s was saved: %s", opened.path, ", ".join(told))
     if rng_key in states:
         states_of.set_rng_state(states[rng_key])
 

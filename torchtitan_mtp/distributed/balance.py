@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from torchtitan_mtp.distributed.mesh import all_reduce
 from torchtitan_mtp.models.transformer import Transformer
@@ -25,6 +27,19 @@ def weigh_balance_losses(model: Transformer, head_weights: Sequence[float], sequ
             served = head_weights[1 + int(name.split(".")[2]) :: len(model.mtp.heads)]
             weight = sum(served) / len(served)
         moe.aux_loss_scale.fill_(weight * moe.args.aux_loss_coeff / sequences)
+
+
+@contextmanager
+def apart_from_training(model: Transformer) -> Iterator[None]:
+    """For forwards without a backward: they leave no parameter gathered and count no tokens."""
+    counts = [(c := moe.tokens_per_expert, c.clone()) for _, moe in model.named_mixtures()]
+    with torch.no_grad():
+        yield
+    for count, before in counts:
+        count.copy_(before)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 class ExpertLoads:

@@ -18,6 +18,7 @@ import torch
 from torchtitan_mtp.config import JobConfig
 from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.monitoring.observer import Observer
+from torchtitan_mtp.writing import written_whole
 
 logger = logging.getLogger(__name__)
 
@@ -53,11 +54,12 @@ def profile_steps(
     def write_trace(profiler: torch.profiler.profile) -> None:
         path = _dump_path(folder, f"iteration_{profiler.step_num}", f"rank{rank}_trace.json")
         begin = time.monotonic()
-        profiler.export_chrome_trace(path)
-        with open(path, "rb") as file:  # the profiler itself does not say what it can't write
-            file.seek(-2, os.SEEK_END)
-            if not file.read().rstrip().endswith(b"}"):
-                raise OSError(f"{path} is not whole: is the disk full?")
+        with written_whole(path) as whole:
+            profiler.export_chrome_trace(str(whole))
+            with whole.open("rb") as file:  # the profiler does not say what it can't write
+                file.seek(-2, os.SEEK_END)
+                if not file.read().rstrip().endswith(b"}"):
+                    raise OSError(f"{path} is not whole: is the disk full?")
         logger.info("profiler trace in %.1f s: %s", time.monotonic() - begin, path)
 
     activities = [torch.profiler.ProfilerActivity.CPU]
@@ -84,7 +86,7 @@ class _Snapshots:
 
     def write(self, name: str) -> None:
         path = _dump_path(self.folder, name, f"rank{self.rank}_memory_snapshot.pickle")
-        with open(path, "wb") as file:
+        with written_whole(path) as whole, whole.open("wb") as file:
             pickle.dump(torch.cuda.memory._snapshot(), file)
         logger.info("CUDA memory snapshot (for pytorch.org/memory_viz): %s", path)
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from torchtitan_mtp.checkpoint import Checkpointer
 from torchtitan_mtp.config import Checkpoint
+from torchtitan_mtp.optimizer import Schedule
 
 VOCAB, DIM = 24, 16
 
@@ -68,7 +69,7 @@ class Run:
     def __init__(self, folder, *, heads=2, tied=False, seed=0, model=None, **config):
         self.model = model or TinyModel(heads, tied, seed)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.01, betas=(0.9, 0.95))
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda s: 1 / (1 + s))
+        self.schedule = Schedule(self.optimizer, lambda s: 1 / (1 + s))
         self.counter = Counter()
         extra = {"lr_scheduler": self.schedule, "train_state": self.counter}
         settings = {"enable": True, "interval": 2, **config}

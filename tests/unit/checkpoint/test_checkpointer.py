@@ -15,6 +15,7 @@ from torch.distributed.checkpoint import FileSystemWriter
 from torchtitan_mtp.checkpoint import load_model_weights
 from torchtitan_mtp.checkpoint.manifest import read_manifest
 from torchtitan_mtp.errors import UserError
+from torchtitan_mtp.optimizer import Schedule
 
 
 def steps(folder: Path) -> list[str]:
@@ -121,17 +122,67 @@ def test_nothing_to_resume(tmp_path):
     assert resume(tmp_path)[1] is None
 
 
-def test_existing_step_is_not_written_again(tmp_path, caplog):
-    caplog.set_level(logging.INFO)
-    run = Run(tmp_path)
+def test_what_another_continuation_left_is_kept_aside(tmp_path, caplog):
+    """What was trained is saved, and what is in its place is kept, however often that happens."""
+    old = Run(tmp_path)
+    for step in (2, 4, 6):
+        old.train(2)
+        old.checkpointer.save(step, last=step == 6)
+    for again in range(2):
+        run, step = resume(tmp_path, load_step=2)
+        run.train(2, seed=again)
+        assert step == 2 and run.checkpointer.save(4)
+        assert run.checkpointer.save(4)  # which it holds: nothing is written
+        assert equal(snapshot(resume(tmp_path)[0]), snapshot(run))
+    assert steps(tmp_path) == ["step-2", "step-4", "step-4.full", "step-4.full.2", "step-6"]
+    run, step = resume(tmp_path)  # step-6 holds the model only
     run.train(2)
-    run.checkpointer.save(2)
-    saved = snapshot(run)
+    assert step == 4 and run.checkpointer.save(6, last=True)
+    weights = TinyModel(seed=5)
+    load_model_weights(tmp_path / "checkpoint" / "step-6", weights)
+    assert equal(dict(weights.state_dict()), dict(run.model.state_dict()))
+    assert "step-6.model_only" in steps(tmp_path)
+    # Counting from step 0 again, every step is in the way of what is trained from there.
+    run, step = resume(tmp_path, exclude_from_loading=["train_state"])
     run.train(1)
-    assert run.checkpointer.save(2) is False
-    assert "not saved again" in caplog.text
-    resumed, _ = resume(tmp_path)
-    assert equal(snapshot(resumed), saved)
+    run.checkpointer.save(1, force=True)
+    assert resume(tmp_path)[1] == 1
+    assert [name for name in steps(tmp_path) if "." not in name] == ["step-1", "step-6"]
+
+
+def test_the_present_hyperparameters_count(tmp_path, caplog):
+    """Of the optimizer and the schedule only moments and counts come back."""
+    caplog.set_level(logging.INFO)
+    saved = Run(tmp_path)
+    saved.schedule.rule = {"training.steps": 6, "lr_scheduler.decay_type": "linear"}
+    saved.train(2)
+    saved.checkpointer.save(2)
+
+    def other(**config):
+        run = Run(tmp_path, **config)
+        run.optimizer = torch.optim.AdamW(
+            run.model.parameters(), lr=0.001, betas=(0.8, 0.9), weight_decay=0.5, eps=1e-5
+        )
+        rule = {"training.steps": 9, "lr_scheduler.decay_type": "linear"}
+        run.schedule = Schedule(run.optimizer, lambda s: 1 / (10 + s), rule)
+        run.checkpointer.optimizer = run.optimizer
+        run.checkpointer.extra["lr_scheduler"] = run.schedule
+        run.checkpointer.load()
+        return run
+
+    run = other()
+    group = run.optimizer.param_groups[0]
+    found = [group[key] for key in ("betas", "weight_decay", "eps", "lr")]
+    assert found == [(0.8, 0.9), 0.5, 1e-5, 0.001 * (1 / 12)]
+    assert equal(run.optimizer.state_dict()["state"], saved.optimizer.state_dict()["state"])
+    line = next(r.getMessage() for r in caplog.records if "changed since" in r.getMessage())
+    assert line.endswith(
+        ": optimizer.betas (0.9, 0.95) -> (0.8, 0.9), optimizer.eps 1e-08 -> 1e-05, "
+        "optimizer.lr 0.01 -> 0.001, optimizer.weight_decay 0.01 -> 0.5, training.steps 6 -> 9"
+    )
+    for excluded, step in (("lr_scheduler", 0), ("train_state", 0), ("optimizer", 2)):
+        group = other(exclude_from_loading=[excluded]).optimizer.param_groups[0]
+        assert group["lr"] == 0.001 * (1 / (10 + step)), excluded
 
 
 def test_model_only_last_save_does_not_stand_in_the_way(tmp_path, caplog):
@@ -169,7 +220,7 @@ def test_model_only_never_takes_the_place_of_a_full_one(tmp_path):
     run = Run(tmp_path)
     run.train(2)
     run.checkpointer.save(2)
-    assert run.checkpointer.save(2, last=True) is False
+    assert run.checkpointer.save(2, last=True)  # held already
     assert resume(tmp_path)[1] == 2
 
 
@@ -187,7 +238,7 @@ def test_load_step_chooses(tmp_path, caplog):
         run.checkpointer.save(step)
     assert resume(tmp_path)[1] == 4
     assert resume(tmp_path, load_step=2)[1] == 2
-    assert "later steps (up to step-4) stay" in caplog.text
+    assert "later steps (up to step-4) are in" in caplog.text
     assert Run(tmp_path).checkpointer.load(2) == 2
     with pytest.raises(UserError, match=r"load_step = 3.*finished steps: 2, 4"):
         resume(tmp_path, load_step=3)
@@ -393,7 +444,7 @@ def test_frozen_trunk_with_an_optimizer_over_the_heads(tmp_path):
     def make(seed):
         run = Run(tmp_path, seed=seed)
         run.optimizer = torch.optim.AdamW(run.model.mtp.parameters(), lr=0.1)
-        run.schedule = torch.optim.lr_scheduler.LambdaLR(run.optimizer, lambda s: 1 / (1 + s))
+        run.schedule = Schedule(run.optimizer, lambda s: 1 / (1 + s))
         run.checkpointer.optimizer = run.optimizer
         run.checkpointer.extra["lr_scheduler"] = run.schedule
         for name, parameter in run.model.named_parameters():

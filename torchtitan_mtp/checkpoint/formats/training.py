@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from torchtitan_mtp.checkpoint.folders import keep_aside
 from torchtitan_mtp.checkpoint.formats.configs import Reader
 from torchtitan_mtp.checkpoint.formats.exporting import export_checkpoint, fits, holds
 from torchtitan_mtp.checkpoint.formats.formats import FORMATS, open_tensors
@@ -120,6 +121,8 @@ def save_in_hf(step: Path, model: Transformer, dtype: torch.dtype | None) -> Pat
     modules = 0 if model.mtp is None else len(model.mtp.heads)
     name = hf_format(model.args, modules, getattr(model.mtp, "trunk_state", "normalized"))
     out = step.with_name(f"{step.name}.hf")
+    if out.exists():
+        keep_aside(out, "before")
     export_checkpoint(step, out, name, dtype=dtype)
     logger.info("saved %s (%s)", out, name)
     return out

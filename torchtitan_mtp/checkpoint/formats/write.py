@@ -28,6 +28,7 @@ from torchtitan_mtp.checkpoint.formats.read import INDEX, WEIGHTS
 from torchtitan_mtp.checkpoint.manifest import MODEL_ONLY, Manifest, write_manifest
 from torchtitan_mtp.checkpoint.state import quiet
 from torchtitan_mtp.errors import UserError
+from torchtitan_mtp.writing import sync
 
 logger = logging.getLogger(__name__)
 
@@ -74,10 +75,10 @@ def written_aside(out: Path, total_bytes: int) -> Iterator[Path]:
             raise UserError(f"{out}: needs {total_bytes:,} bytes, {free:,} are free; make room")
         yield tmp
         for file in tmp.rglob("*"):
-            _sync(file)
-        _sync(tmp)
+            sync(file)
+        sync(tmp)
         tmp.rename(out)
-        _sync(out.parent)
+        sync(out.parent)
     except OSError as error:
         raise UserError(f"{out}: can't be written: {error}") from error
     finally:
@@ -85,14 +86,6 @@ def written_aside(out: Path, total_bytes: int) -> Iterator[Path]:
         with suppress(OSError):  # `out` is in them
             for folder in new_parents:
                 folder.rmdir()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def write_json(file: Path, value: dict[str, Any]) -> None:

@@ -1,0 +1,41 @@
+"""Files that are whole or absent, whenever their writer dies."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+
+@contextmanager
+def written_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A file to write in place of `path`, which it becomes at one stroke once the disk has it.
+
+    What stands at `path` stays until then. Something that is no file (/dev/stdout) is written to.
+
+    Raises:
+        OSError: it can't be written.
+    """
+    given, target = Path(path), Path(os.path.realpath(path))
+    in_place = given.exists() and not given.is_file()
+    aside = given if in_place else target.with_name(f".{os.getpid()}.tmp.{target.name}")
+    try:
+        yield aside
+        if not in_place:
+            sync(aside)
+            aside.replace(target)
+            sync(target.parent)
+    finally:
+        if not in_place:
+            with suppress(OSError):
+                aside.unlink()
+
+
+def sync(path: Path) -> None:
+    """Wait until the disk has a file, or a folder's entries (new names, renames)."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
