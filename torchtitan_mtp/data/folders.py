@@ -56,9 +56,8 @@ def data_files(root: Path, split: str, outputs: Set[str]) -> tuple[list[Path], L
             left_out["of other kinds"].append(path)
         elif path.is_file() or path.is_symlink():  # a link to nothing is told when it is opened
             files.append(path)
-    about = [path for path in files if _ABOUT.fullmatch(path.name)]
-    if about and len(about) < len(files):
-        left_out["about the data"], files = about, [x for x in files if x not in about]
+    if others := [path for path in files if not _ABOUT.fullmatch(path.name)]:
+        left_out["about the data"], files = sorted({*files} - {*others}), others
     for kinds in ((*_RECORDS, *_TEXTS), _RECORDS):
         splits = [_split_of(path.relative_to(root), kinds) for path in files]
         if "train" in splits:  # else texts may well be about tests

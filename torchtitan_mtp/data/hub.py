@@ -49,6 +49,7 @@ class HubStream:
         wanted = DATASETS.get(name, HubDataset(name, None, "train"))
         self._dataset = _load(name, wanted) if dataset is None else dataset
         self.num_shards = int(self._dataset.num_shards)
+        logger.info("dataset %s: a stream in %d part(s), %s", name, self.num_shards, wanted)
         self.fingerprint = ":".join(
             ["hub", wanted.path, str(wanted.config), wanted.split, text_field]
         )
