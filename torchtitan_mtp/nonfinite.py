@@ -28,12 +28,11 @@ class Skips(Protocol):
 
 
 class Verdict(NamedTuple):
-    """What the host has not looked at yet: a step's [is bad, gradient norm, targets of heads 1..n],
-    on its way here."""
+    """What the host has not looked at yet: a step's [is bad, gradient norm], on its way here."""
 
     step: int
-    values: Tensor  # [2 + n], on the host
-    arrived: torch.cuda.Event | None
+    arrive: Callable[[], list[float]]
+    targets: Sequence[float]
     batches: Sequence[Batch]
 
 
@@ -71,7 +70,12 @@ class FiniteGuard:
         self._pending: Verdict | None = None
 
     def admits(
-        self, step: int, loss: Tensor, norm: Tensor, targets: Tensor, batches: Sequence[Batch]
+        self,
+        step: int,
+        loss: Tensor,
+        norm: Tensor,
+        targets: Sequence[float],
+        batches: Sequence[Batch],
     ) -> bool:
         """Whether to call `optimizer.step()` now: unless this step is known to be left out.
 
@@ -79,7 +83,7 @@ class FiniteGuard:
             step: the number of this step, for messages.
             loss: this rank's, a scalar on its device.
             norm: of the gradient over all ranks, a scalar.
-            targets: how many heads 1..n have over all ranks, [n].
+            targets: how many heads 1..n have over all ranks.
             batches: the micro-batches of this rank, on the CPU.
 
         Raises:
@@ -89,12 +93,11 @@ class FiniteGuard:
         norm = norm.to(loss.device, non_blocking=True)
         bad = (~(loss.isfinite() & norm.isfinite())).float()
         bad = all_reduce(bad, dist.ReduceOp.MAX)
-        self._pending = Verdict(
-            step, *_send(torch.stack((bad, norm.float(), *targets.float()))), batches
-        )
+        arrive = send_to_host(torch.stack((bad, norm.float())))
+        self._pending = Verdict(step, arrive, targets, batches)
         if self._skips_on_device(loss.device):
-            self.optimizer.found_inf = bad.maximum((targets.sum() == 0).float())  # type: ignore[attr-defined]
-            return True
+            self.optimizer.found_inf = bad  # type: ignore[attr-defined]
+            return any(targets)
         return self.settle()
 
     def _skips_on_device(self, device: torch.device) -> bool:
@@ -111,14 +114,12 @@ class FiniteGuard:
         pending, self._pending = self._pending, None
         if pending is None:
             return True
-        if pending.arrived is not None:
-            pending.arrived.synchronize()
-        bad, norm, *targets = pending.values.numpy().tolist()
+        bad, norm = pending.arrive()
         if not bad:
-            self._in_a_row = 0
-            what = f"step {pending.step}{'' if any(targets) else ' updates nothing'}"
-            self._missing.check(what, targets, pending.batches)
-            return any(targets)
+            self._in_a_row, some = 0, any(pending.targets)
+            what = f"step {pending.step}{'' if some else ' updates nothing'}"
+            self._missing.check(what, pending.targets, pending.batches)
+            return some
         self._in_a_row += 1
         what = (
             f"step {pending.step}: loss or gradient not finite (norm {norm}): "
@@ -137,15 +138,20 @@ class FiniteGuard:
         return False
 
 
-def _send(values: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
-    """Start a copy to the host, and what tells that it is there; at once on a CPU."""
+def send_to_host(values: Tensor) -> Callable[[], list[float]]:
+    """Start a copy of values [m]; the result waits for it, not at all on a CPU, and returns it."""
     if values.device.type == "cpu":
-        return values, None
+        return lambda: values.numpy().tolist()
     host = torch.empty_like(values, device="cpu", pin_memory=True)
     host.copy_(values, non_blocking=True)
     event = torch.cuda.Event()
     event.record()
-    return host, event
+
+    def arrive() -> list[float]:
+        event.synchronize()
+        return host.numpy().tolist()
+
+    return arrive
 
 
 def find_cause(

@@ -55,7 +55,7 @@ from torchtitan_mtp.mtp import (
     head_weights,
     rest_unweighted,
 )
-from torchtitan_mtp.nonfinite import FiniteGuard, find_cause
+from torchtitan_mtp.nonfinite import FiniteGuard, find_cause, send_to_host
 from torchtitan_mtp.ops.backends import BACKENDS
 from torchtitan_mtp.optimizer import build_optimizer, build_scheduler
 from torchtitan_mtp.writing import written_whole
@@ -375,6 +375,7 @@ class Trainer:
         # Labels are data: every head's targets are counted over the whole step beforehand.
         valid = torch.stack([(b.labels != IGNORE).sum((0, 1)) for b in batches]).sum(0)  # [n]
         valid = all_reduce(valid.to(self.device, non_blocking=True))
+        arrive = send_to_host(valid)
         weights = head_weights(config.mtp, state.step + 1, config.training.steps)
         scales = head_scales(weights, valid)
         sequences = config.training.local_batch_size * self.accumulation * self.world.size
@@ -386,9 +387,10 @@ class Trainer:
             losses.add(*self.engine(self.model, batch, scales, self.loss_arguments, last))
 
         self.grad_norm = clip_gradients(self.model, config.training.max_norm)
-        resting = rest_unweighted(self.model, weights)
+        targets = arrive()  # this waits for no more than the step before, as the guard does
+        resting = rest_unweighted(self.model, weights, targets)
         lr = float(self.scheduler.get_last_lr()[0])
-        if self.guard.admits(state.step + 1, losses.total, self.grad_norm, valid, batches):
+        if self.guard.admits(state.step + 1, losses.total, self.grad_norm, targets, batches):
             self.optimizer.step()
         if self.float8_scales:
             self.float8_scales(self.model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
@@ -229,6 +230,9 @@ REST = {  # keys -> the steps in which modules 0 and 1 are under a loss with a w
     "chain, shared": ({**FORWARD, **SEQUENTIAL, "mtp.share_weights": True}, [3, 4, 5, 6], None),
     "experts, reverse": ({"mtp.curriculum": "reverse", **DEEPSEEK}, [1, 2, 3, 4], [1, 2]),
     "experts, no scale": ({"mtp.loss_scale": 0.0, **DEEPSEEK}, [], []),
+    # <bos> a <eos>: head 3 would have to look over the end.
+    "short documents": (ONE_BY_ONE, [1, 2, 3, 4, 5, 6], []),
+    "experts, short documents": (DEEPSEEK, [1, 2, 3, 4, 5, 6], []),
 }
 
 
@@ -236,6 +240,9 @@ REST = {  # keys -> the steps in which modules 0 and 1 are under a loss with a w
 def test_what_no_weighted_loss_reaches_does_not_change(case, tmp_path):
     """No decay, no moments, no step count, no expert's bias; and all the others do."""
     keys, *expected = REST[case]
+    if "short" in case:
+        lines = [json.dumps({"text": letter}) for letter in "abcd" * 40]
+        (tmp_path / "corpus.jsonl").write_text("\n".join(lines))
     moved: dict[str, list[int]] = {}
     counts: dict[str, int] = {}
 

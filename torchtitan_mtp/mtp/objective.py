@@ -59,15 +59,18 @@ def head_scales(weights: list[float], valid: Tensor) -> Tensor:
     return torch.where(valid > 0, weight / valid.clamp(min=1), 0.0).float()
 
 
-def rest_unweighted(model: Transformer, weights: Sequence[float]) -> list[str]:
+def rest_unweighted(
+    model: Transformer, weights: Sequence[float], targets: Sequence[float]
+) -> list[str]:
     """Take the gradients, which are zero, from modules of heads that no loss with a weight reaches:
     the optimizer then leaves them as they are, without decay or what moments hold of earlier steps.
 
-    weights: of CE_1..CE_n in this step. Call it after clipping, which sums over all gradients.
-    Returns the modules' names.
+    weights: of CE_1..CE_n in this step; targets: how many each has. Call it after clipping, which
+    sums over all gradients. Returns the modules' names.
     """
     heads = [] if model.mtp is None else list(model.mtp.heads)
-    used = {m for k, weight in enumerate(weights[1:], 2) if weight for m in model.mtp.reached(k)}
+    weighted = [k for k in range(2, len(weights) + 1) if weights[k - 1] and targets[k - 1]]
+    used = {module for k in weighted for module in model.mtp.reached(k)}
     resting = {f"mtp.heads.{j}": head for j, head in enumerate(heads) if head not in used}
     for head in resting.values():
         head.zero_grad(set_to_none=True)
