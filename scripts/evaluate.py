@@ -18,13 +18,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+from arguments import check_generation, path
 from figures import new_figure
-from paths import path
 from rich.console import Console
 from rich.table import Table
 
 from torchtitan_mtp.config import JobConfig
 from torchtitan_mtp.data.tokenizer import Tokenizer
+from torchtitan_mtp.distributed.memory import check_memory
 from torchtitan_mtp.distributed.shared_cores import SharedCores
 from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.inference import load_for_inference
@@ -102,6 +104,8 @@ def measure_on_text(
     batches = args.batches or (validation.steps if validation.enable else 20)
     check_length(model, seq_len, "--seq_len")
     n = 1 if model.mtp is None else model.mtp.num_future_tokens
+    size = 16 * (n + 1) * batch_size * seq_len  # bytes: labels and the like, int64
+    check_memory({f"--batch_size {batch_size}, --seq_len {seq_len}": size}, torch.device("cpu"))
     windows = text.windows(tokenizer, n, seq_len, batch_size)
     return measure_text(model, windows, tokenizer, batches=batches, softcap=run.loss.softcap)
 
@@ -113,6 +117,9 @@ def measure_on_continuation(
     name = "--prompt_tokens and --max_new_tokens"
     check_length(model, args.prompt_tokens + args.max_new_tokens, name)
     prompts = text.prompts(tokenizer, args.prompts, args.prompt_tokens)
+    what = f"--max_new_tokens {args.max_new_tokens} for --prompts {len(prompts)}"
+    length = args.prompt_tokens + args.max_new_tokens
+    check_generation(model, what, len(prompts), length)
     return measure_continuation(model, prompts, args.max_new_tokens, eos_id=tokenizer.eos_id)
 
 
@@ -126,8 +133,8 @@ def percent(rate: float) -> str:
     return "-" if math.isnan(rate) else f"{100 * rate:.1f}%"
 
 
-def figure(value: float) -> str:
-    return "-" if math.isnan(value) else f"{value:.2f}"
+def figure(value: float, digits: int = 2) -> str:
+    return "-" if math.isnan(value) else f"{value:.{digits}f}"
 
 
 def text_table(measure: TextMeasure) -> Table:
@@ -143,7 +150,7 @@ def text_table(measure: TextMeasure) -> Table:
     ]
     rows = zip(measure.losses, measure.accuracies, rates, strict=True)
     for k, (loss, accuracy, agreement) in enumerate(rows, start=1):
-        table.add_row(str(k), f"t+{k}", f"{loss:.4f}", percent(accuracy), *agreement)
+        table.add_row(str(k), f"t+{k}", figure(loss, 4), percent(accuracy), *agreement)
     return table
 
 

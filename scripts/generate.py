@@ -17,7 +17,7 @@ import time
 from typing import Any
 
 import torch
-from paths import path
+from arguments import check_generation, path
 from rich.console import Console
 from rich.table import Table
 
@@ -207,6 +207,9 @@ def continue_prompts(
 ) -> None:
     """All prompts as one batch: their texts, and what they cost."""
     prompts = [[tokenizer.bos_id, *tokenizer.encode(text).tolist()] for text in texts]
+    length, seen = max(map(len, prompts)) + args.max_new_tokens, config.training.seq_len
+    name = f"--max_new_tokens {args.max_new_tokens} for {len(prompts)} prompt(s)"
+    check_generation(model, name, len(prompts), length)
     options = sampling(args, config) | {"eos_id": tokenizer.eos_id, "compile": args.compile}
     drafting: dict[str, Any] = {"speculative": True, "num_draft": args.num_draft}
     speculative = args.speculative or args.compare
@@ -235,7 +238,6 @@ def continue_prompts(
     if args.compare:
         for line in comparisons(model, prompts, runs, args.temperature == 0):
             console.print(line)
-    length, seen = max(map(len, prompts)) + args.max_new_tokens, config.training.seq_len
     if length > seen:
         console.print(f"note: {length} tokens, the model was trained on {seen} at a time")
 
@@ -250,6 +252,7 @@ def converse(
     if args.compare or args.compile or args.num_draft == "auto":
         raise UserError("--interactive goes without --compare, --compile and --num_draft auto")
     check(model, [[tokenizer.bos_id]], args.max_new_tokens)
+    check_generation(model, f"--max_new_tokens {args.max_new_tokens}", 1, args.max_new_tokens)
     drafts = most_drafts(model, args.num_draft) if args.speculative else 0
     seq_len = config.training.seq_len
     most = max(seq_len - args.max_new_tokens, seq_len // 2)  # of the text before an answer

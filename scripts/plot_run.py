@@ -9,8 +9,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from arguments import path
 from figures import new_figure
-from paths import path
 
 from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.writing import written_whole

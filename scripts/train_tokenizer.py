@@ -11,10 +11,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from paths import path
+import torch
+from arguments import path
 
 from torchtitan_mtp.data import Source, StreamSource, build_source
 from torchtitan_mtp.data.tokenizer import LLAMA3_PATTERN, TiktokenTokenizer
+from torchtitan_mtp.distributed.memory import check_memory
 from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.writing import written_whole
 
@@ -58,6 +60,8 @@ def train(source_name: str, vocab_size: int, output: Path) -> None:
             f"--vocab_size {vocab_size}: the 256 bytes and {NUM_SPECIALS} special tokens need at"
             f" least {256 + NUM_SPECIALS}"
         )
+    # The trainer makes room for all of them at once, at the least a string's three words each.
+    check_memory({f"--vocab_size {vocab_size}": 24 * vocab_size}, torch.device("cpu"))
     source = open_source(source_name)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

@@ -31,6 +31,7 @@ from torchtitan_mtp.distributed.balance import (
 )
 from torchtitan_mtp.distributed.float8 import convert_to_float8, float8_scales_after_step
 from torchtitan_mtp.distributed.heartbeat import Heartbeat
+from torchtitan_mtp.distributed.memory import check_run
 from torchtitan_mtp.distributed.mesh import all_reduce, init_world, set_timeout
 from torchtitan_mtp.distributed.parallelize import parallelize
 from torchtitan_mtp.distributed.shared_cores import SharedCores
@@ -157,6 +158,9 @@ class Trainer:
             # before the training, not after it
             hf_format(self.args, self.n - 1, config.mtp.trunk_state)
         self.accumulation = micro_batches_per_step(config, self.world.size)
+        model = build_model(self.args, getattr(torch, training.dtype))
+        add_heads(model, config.mtp)
+        check_run(config, model, self.device, self.world.size, self.accumulation)
         self.loader, self.validation = self._build_data()
 
         dtype = training.mixed_precision_param
@@ -164,7 +168,7 @@ class Trainer:
             resolve_auto_dtype(self.device) if dtype == "auto" else getattr(torch, dtype)
         )
         self.loss_arguments = loss_arguments(config)
-        self.model = self._build_model()
+        self.model = self._prepare(model)
         self.engine = engines[config.mtp.engine]
         self.float8_scales = float8_scales_after_step(config)
         self.optimizer = build_optimizer(self.model.parameters(), config.optimizer)
@@ -240,10 +244,8 @@ class Trainer:
             infinite=False,
         )
 
-    def _build_model(self) -> Transformer:
+    def _prepare(self, model: Transformer) -> Transformer:
         config = self.config
-        model = build_model(self.args, getattr(torch, config.training.dtype))
-        add_heads(model, config.mtp)
         if "quantize.linear.float8" in config.model.converters:
             convert_to_float8(model, config.quantize.linear.float8, config.compile.enable)
         if config.model.print_after_conversion:

@@ -109,6 +109,7 @@ def test_a_hugging_face_folder_and_a_model_without_heads(
         (["--prompts", "-1"], "--prompts -1"),
         (["--seq_len", "999999"], "--seq_len: 999999 tokens, but the model takes"),
         (["--max_new_tokens", "999999", "--batches", "1"], "--prompt_tokens and --max_new_tokens"),
+        (["--batch_size", str(10**18)], f"--batch_size {10**18}, --seq_len 32: needs "),
         (["--source", "nowhere"], "'nowhere' is not a dataset"),
         (["--source", "./nowhere"], "'./nowhere'"),
         (["--device", "teapot"], "--device teapot"),

@@ -168,6 +168,8 @@ def test_samples_are_not_judged_by_the_margin(
         (["--prompt", ""], "the prompt is empty"),
         (["--prompt_file", "nowhere.txt"], "nowhere.txt: can't be read"),
         (["--prompt", "a", "--max_new_tokens", "0"], "max_new_tokens = 0"),
+        (["--prompt", "a", "--max_new_tokens", str(10**18)], f"{10**18} for 1 prompt(s): needs "),
+        (["--interactive", "--max_new_tokens", str(10**12)], f"{10**12}: needs "),
         (["--prompt", "a", "--temperature", "-1"], "temperature = -1.0"),
         (["--prompt", "a", "--speculative", "--num_draft", "9"], "num_draft = 9"),
         (["--prompt", "a", "--prompt", ""], "the prompt is empty"),

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from dataclasses import fields as dataclass_fields
 from typing import Any, get_type_hints
 
+LARGEST = 2**31 - 1  # integer where a key says nothing else
+
 
 @dataclass(frozen=True)
 class Rule:
@@ -53,6 +55,8 @@ class Rule:
             return ""
         if value in self.special:
             return ""
+        if isinstance(value, int) and self.at_most is None and value > LARGEST:
+            return f"at most {LARGEST}"
         inside = (
             # NaN fails every comparison; an infinity is meant only where it is a special value.
             float("-inf") < value < float("inf")

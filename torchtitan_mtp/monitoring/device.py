@@ -1,18 +1,16 @@
 """What the device can do (FLOP/s), which precision it prefers, and how much memory is in use."""
 
 import logging
-import os
 import re
 import sys
 import time
-from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
-logger = logging.getLogger(__name__)
+from torchtitan_mtp.distributed.memory import GIB, total_memory
 
-GIB = 1024**3
+logger = logging.getLogger(__name__)
 
 # Dense bfloat16 FLOP/s from the makers' data sheets (which often print the sparse figure, twice
 # this). A device matches when its name has all the words; the first match counts.
@@ -121,18 +119,6 @@ def resolve_auto_dtype(device: torch.device) -> torch.dtype:
     return choice[0]
 
 
-@dataclass(frozen=True)
-class MemoryStats:
-    """Peaks since the last reset in GiB and in percent of the device, and allocator trouble."""
-
-    max_active_gib: float
-    max_active_pct: float
-    max_reserved_gib: float
-    max_reserved_pct: float
-    num_alloc_retries: int
-    num_ooms: int
-
-
 class MemoryMonitor:
     """Peak memory of `device`.
 
@@ -143,14 +129,12 @@ class MemoryMonitor:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        if device.type == "cpu":
-            self.capacity = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        else:
-            self.capacity = torch.cuda.get_device_properties(device).total_memory
+        self.capacity = total_memory(device)
         self.reset()
 
-    def peak(self) -> MemoryStats:
-        """What was in use at most, of what the class counts."""
+    def peak(self) -> dict[str, float]:
+        """TorchTitan's memory tags: peaks since the last reset in GiB and in percent of the device,
+        and allocator trouble."""
         if self.device.type == "cpu":
             active = reserved = _peak_resident_bytes()
             retries = ooms = 0
@@ -161,14 +145,14 @@ class MemoryMonitor:
             retries, ooms = stats.get("num_alloc_retries", 0), stats.get("num_ooms", 0)
             if retries or ooms:
                 logger.warning("CUDA memory: %d allocation retries, %d OOMs", retries, ooms)
-        return MemoryStats(
-            max_active_gib=active / GIB,
-            max_active_pct=100 * active / self.capacity,
-            max_reserved_gib=reserved / GIB,
-            max_reserved_pct=100 * reserved / self.capacity,
-            num_alloc_retries=retries,
-            num_ooms=ooms,
-        )
+        return {
+            "memory/max_active(GiB)": active / GIB,
+            "memory/max_active(%)": 100 * active / self.capacity,
+            "memory/max_reserved(GiB)": reserved / GIB,
+            "memory/max_reserved(%)": 100 * reserved / self.capacity,
+            "memory/num_alloc_retries": retries,
+            "memory/num_ooms": ooms,
+        }
 
     def reset(self) -> None:
         if self.device.type != "cpu":

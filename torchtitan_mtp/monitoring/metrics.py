@@ -5,14 +5,13 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 
 import torch
 
 from torchtitan_mtp.config import JobConfig
 from torchtitan_mtp.inference.acceptance import Acceptance
 from torchtitan_mtp.monitoring.backends import build_backends
-from torchtitan_mtp.monitoring.device import MemoryMonitor, MemoryStats
+from torchtitan_mtp.monitoring.device import MemoryMonitor
 from torchtitan_mtp.monitoring.logging import use_color
 from torchtitan_mtp.monitoring.observer import Observer
 from torchtitan_mtp.monitoring.progress import Pace, ProgressBar
@@ -125,7 +124,6 @@ class MetricsProcessor:
         """
         elapsed = max(self.clock() - self.interval_start, 1e-9)
         steps = max(self.steps, 1)
-        memory = self.memory.peak()
         tps = self.tokens / elapsed / self.world_size
         metrics = {
             "loss_metrics/global_avg_loss": global_avg_loss,
@@ -140,14 +138,12 @@ class MetricsProcessor:
             "time_metrics/end_to_end(s)": elapsed / steps,
             "time_metrics/data_loading(s)": self.data_seconds / steps,
             "time_metrics/data_loading(%)": 100 * self.data_seconds / elapsed,
-            **memory_metrics(memory),
+            **self.memory.peak(),
             **(extra_metrics or {}),
         }
         self._write(metrics, step)
         self.pace.add(self.clock() - self.pace_start, self.pace_steps)
-        self._print_step(
-            step, metrics, list(zip(head_losses, head_accuracies, strict=True)), memory
-        )
+        self._print_step(step, metrics, list(zip(head_losses, head_accuracies, strict=True)))
         self._start_interval()
         self.pace_start, self.pace_steps = self.interval_start, 0
         self.memory.reset()
@@ -170,12 +166,11 @@ class MetricsProcessor:
         """
         self.interval_start += elapsed
         self.pace_start += elapsed
-        memory = self.memory.peak()
         tps = tokens / max(elapsed, 1e-9) / self.world_size
         metrics = {
             "loss": head_losses[0],
             "throughput(tps)": tps,
-            **memory_metrics(memory, counters=False),
+            **{tag: peak for tag, peak in self.memory.peak().items() if "max" in tag},
         }
         metrics = {f"validation_metrics/{tag}": value for tag, value in metrics.items()}
         metrics.update(head_metrics("validation_metrics", head_losses, head_accuracies))
@@ -218,7 +213,6 @@ class MetricsProcessor:
         step: int,
         metrics: Mapping[str, float],
         heads: list[tuple[float, float]],
-        memory: MemoryStats,
     ) -> None:
         tps, tflops, mfu = metrics["throughput(tps)"], metrics["tflops"], metrics.get("mfu(%)")
         eta = self.pace.time_left(self.total_steps - step)
@@ -227,7 +221,8 @@ class MetricsProcessor:
             "loss": f"loss: {format_loss(*heads[0]):>7}",
             "heads": format_heads(heads),
             "grad_norm": f"grad_norm: {metrics['grad_norm']:7.4f}",
-            "memory": f"memory: {memory.max_reserved_gib:5.2f}GiB({memory.max_reserved_pct:.2f}%)",
+            "memory": f"memory: {metrics['memory/max_reserved(GiB)']:5.2f}GiB"
+            f"({metrics['memory/max_reserved(%)']:.2f}%)",
             "tps": f"tps: {round(tps):,}",
             "mfu": f"tflops: {tflops:,.2f}" if mfu is None else f"mfu: {mfu:.2f}%",
             "data": f"data: {metrics['time_metrics/data_loading(%)']:.1f}%",
@@ -263,20 +258,6 @@ def acceptance_metrics(acceptance: Acceptance) -> dict[str, float]:
     if acceptance.tokens_per_step:
         rates["tokens_per_step"] = acceptance.tokens_per_step[-1]
     return {f"validation_metrics/{tag}": r for tag, r in rates.items() if not math.isnan(r)}
-
-
-def memory_metrics(memory: MemoryStats, *, counters: bool = True) -> dict[str, float]:
-    """TorchTitan's memory tags."""
-    values = asdict(memory)
-    tags = {
-        "memory/max_active(GiB)": "max_active_gib",
-        "memory/max_active(%)": "max_active_pct",
-        "memory/max_reserved(GiB)": "max_reserved_gib",
-        "memory/max_reserved(%)": "max_reserved_pct",
-    }
-    if counters:
-        tags |= {f"memory/{name}": name for name in ("num_alloc_retries", "num_ooms")}
-    return {tag: values[name] for tag, name in tags.items()}
 
 
 def format_rate(rate: float, form: str = ".1%") -> str:

@@ -113,7 +113,7 @@ def test_an_unsupported_value_fails_by_name(setting):
         ("metrics.log_freq=0", ">= 1"),
         ("loss.softcap=0", "> 0"),
         ("loss.label_smoothing=1", ">= 0 and < 1"),
-        ("mtp.num_future_tokens=0", ">= 1"),
+        ("mtp.num_future_tokens=0", ">= 1 and <= 1000"),
         ("mtp.loss_weights=1,-1,1", ">= 0"),
         ("mtp.loss_scale=-1", ">= 0"),
         ("mtp.loss_scale_boundary=1.1", ">= 0 and <= 1"),

@@ -48,6 +48,7 @@ def test_writes_a_tokenizer_that_reads_back(run, text, tmp_path, capsys):
     ("arguments", "message"),
     [
         (["--vocab_size", 200], "--vocab_size 200: .* at least 258"),
+        (["--vocab_size", 10**18], f"--vocab_size {10**18}: needs .* lower it"),
         (["--vocab_size", 9999], "--vocab_size 9999: the text of .* only makes"),
         (["--vocab_size", 300, "--source", "c4_test"], "'c4_test' is not a dataset here"),
         (["--vocab_size", 300, "--output", "/dev/null/x"], "can't be written"),

@@ -106,8 +106,8 @@ def test_cpu_memory_is_the_peak_resident_set() -> None:
     block = torch.ones(GIB // 4 // 4)  # a quarter GiB, every page touched
     del block
     after = monitor.peak()
-    assert after.max_reserved_gib >= before.max_reserved_gib
-    assert after.max_reserved_gib > 0.25
-    assert after.max_active_gib == after.max_reserved_gib
-    assert 0 < after.max_active_pct < 100
-    assert (after.num_alloc_retries, after.num_ooms) == (0, 0)
+    assert after["memory/max_reserved(GiB)"] >= before["memory/max_reserved(GiB)"]
+    assert after["memory/max_reserved(GiB)"] > 0.25
+    assert after["memory/max_active(GiB)"] == after["memory/max_reserved(GiB)"]
+    assert 0 < after["memory/max_active(%)"] < 100
+    assert (after["memory/num_alloc_retries"], after["memory/num_ooms"]) == (0, 0)

@@ -47,19 +47,19 @@ class LatentArgs:
     """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434), over the flavor's sizes; setting
     any of them puts it in place of heads of keys and values."""
 
-    q_lora_rank: int | None = setting(None, at_least=0)
+    q_lora_rank: int | None = setting(None, at_least=0, at_most=10**6)
     """Width that queries are compressed to; 0: they are not."""
 
-    kv_lora_rank: int | None = setting(None, at_least=1)
+    kv_lora_rank: int | None = setting(None, at_least=1, at_most=10**6)
     """Width that keys and values are compressed to."""
 
-    qk_nope_head_dim: int | None = setting(None, at_least=1)
+    qk_nope_head_dim: int | None = setting(None, at_least=1, at_most=10**6)
     """Dimensions of a head's query and key without positions."""
 
-    qk_rope_head_dim: int | None = setting(None, at_least=2)
+    qk_rope_head_dim: int | None = setting(None, at_least=2, at_most=10**6)
     """Rotated dimensions of a head's query and of the key that all heads share."""
 
-    v_head_dim: int | None = setting(None, at_least=1)
+    v_head_dim: int | None = setting(None, at_least=1, at_most=10**6)
     """Dimensions of a head's value."""
 
 
@@ -68,13 +68,13 @@ class MoEArgs:
     """Mixtures of experts (DeepSeek-V3, arXiv 2412.19437), over the flavor's sizes; setting any of
     these keys puts them in place of dense feed-forwards."""
 
-    num_experts: int | None = setting(None, at_least=1)
+    num_experts: int | None = setting(None, at_least=1, at_most=10_000)
     """Routed experts of a block."""
 
-    hidden_dim: int | None = setting(None, at_least=1)
+    hidden_dim: int | None = setting(None, at_least=1, at_most=10**6)
     """Width of an expert."""
 
-    num_shared_experts: int | None = setting(None, at_least=0)
+    num_shared_experts: int | None = setting(None, at_least=0, at_most=10_000)
     """Experts that every token goes to."""
 
     top_k: int | None = setting(None, at_least=1)
@@ -110,22 +110,22 @@ class MoEArgs:
 class ModelArgs:
     """Sizes to set over the flavor's; a key left out is the flavor's."""
 
-    dim: int | None = setting(None, at_least=1)
+    dim: int | None = setting(None, at_least=1, at_most=10**6)
     """Width of the model."""
 
-    n_layers: int | None = setting(None, at_least=1)
+    n_layers: int | None = setting(None, at_least=1, at_most=10_000)
     """Transformer blocks of the trunk."""
 
-    n_heads: int | None = setting(None, at_least=1)
+    n_heads: int | None = setting(None, at_least=1, at_most=10**5)
     """Attention heads."""
 
-    n_kv_heads: int | None = setting(None, at_least=1)
+    n_kv_heads: int | None = setting(None, at_least=1, at_most=10**5)
     """Key-value heads, a divisor of n_heads."""
 
-    head_size: int | None = setting(None, at_least=2)
+    head_size: int | None = setting(None, at_least=2, at_most=10**6)
     """Width of one attention head; where the flavor has none either: dim / n_heads."""
 
-    hidden_dim: int | None = setting(None, at_least=1)
+    hidden_dim: int | None = setting(None, at_least=1, at_most=10**6)
     """Width of the feed-forward layer."""
 
     norm_eps: float | None = setting(None, above=0)

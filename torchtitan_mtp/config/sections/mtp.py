@@ -16,7 +16,7 @@ class MTP:
     """"parallel": one block a head on the shared trunk (Gloeckle et al. 2024, arXiv 2404.19737);
     "sequential": a causal chain of modules after the model (DeepSeek-V3, arXiv 2412.19437)."""
 
-    num_future_tokens: int = setting(4, at_least=1)
+    num_future_tokens: int = setting(4, at_least=1, at_most=1000)
     """Future tokens that each position predicts (n); head 1 is the next-token head, so 1 is plain
     next-token prediction."""
 

@@ -114,7 +114,7 @@ class Training:
     gc_debug: bool = False
     """Collect garbage at every step and report cycles that hold tensors."""
 
-    seed: int | None = setting(None, at_least=0, also_named=("debug.seed",))
+    seed: int | None = setting(None, at_least=0, at_most=2**63 - 1, also_named=("debug.seed",))
     """Seed of weights and data order; None: one is drawn for the run (its config.toml has it)."""
 
     deterministic: bool = setting(False, also_named=("debug.deterministic",))
