@@ -6,7 +6,7 @@ import functools
 import logging
 import os
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,16 @@ from torch.distributed.tensor import DTensor
 from torchtitan_mtp.checkpoint import Checkpointer
 from torchtitan_mtp.checkpoint.folders import step_folder
 from torchtitan_mtp.checkpoint.formats.training import hf_format, save_in_hf
-from torchtitan_mtp.checkpoint.origin import Origin, find_origin
+from torchtitan_mtp.checkpoint.lock import FolderLock, written_folders
+from torchtitan_mtp.checkpoint.origin import find_origin
+from torchtitan_mtp.checkpoint.ranks import Ranks
+from torchtitan_mtp.checkpoint.run_state import LoaderState, TrainState
 from torchtitan_mtp.config import JobConfig, to_toml
-from torchtitan_mtp.data.loader import DataLoader, merge_states
+from torchtitan_mtp.data.loader import DataLoader
 from torchtitan_mtp.data.sources import configured_source
 from torchtitan_mtp.data.targets import IGNORE, PADDING, Batch, make_batch
 from torchtitan_mtp.data.tokenizer import build_tokenizer
+from torchtitan_mtp.distributed.agreement import agree, shared_settings
 from torchtitan_mtp.distributed.balance import (
     apart_from_training,
     balance_experts,
@@ -48,6 +52,7 @@ from torchtitan_mtp.monitoring.metrics import MetricsProcessor
 from torchtitan_mtp.monitoring.missing_targets import MissingTargets
 from torchtitan_mtp.monitoring.profiling import profile_steps, snapshot_memory
 from torchtitan_mtp.monitoring.spikes import LossSpikes
+from torchtitan_mtp.monitoring.step_losses import StepLosses
 from torchtitan_mtp.mtp import (
     add_heads,
     copy_last_layer,
@@ -64,85 +69,31 @@ from torchtitan_mtp.writing import written_whole
 logger = logging.getLogger(__name__)
 
 
-@dataclass
-class TrainState:
-    """Where a run is: steps done, input tokens seen by all ranks, steps whose update was skipped
-    for numbers that were not finite."""
-
-    step: int = 0
-    tokens: int = 0
-    skipped: int = 0
-
-    def state_dict(self) -> dict[str, Any]:
-        """Plain data."""
-        return asdict(self)
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from `state_dict`."""
-        self.step, self.tokens = state["step"], state["tokens"]
-        self.skipped = state.get("skipped", 0)
-
-
-class LoaderState:
-    """The loader's position as one state of the whole run."""
-
-    def __init__(self, loader: DataLoader) -> None:
-        self.loader = loader
-
-    def state_dict(self) -> dict[str, Any]:
-        """Every rank's lanes; all ranks call it together."""
-        states: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(states, self.loader.state_dict())
-        return merge_states(states)
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from `state_dict`, on any number of ranks that divides the lanes."""
-        self.loader.load_state_dict(state)
-
-
-class StepLosses:
-    """Sums over the micro-batches of a step on this rank, kept on the device."""
-
-    def __init__(self, n: int, device: torch.device) -> None:
-        self.sums = torch.zeros(3, n, dtype=torch.float64, device=device)  # loss, correct, valid
-        self.total = torch.zeros((), dtype=torch.float64, device=device)
-
-    def add(self, loss: Tensor, loss_sum: Tensor, valid: Tensor, correct: Tensor) -> None:
-        """Add one micro-batch's `LossOutput`."""
-        self.total += loss.detach()
-        self.sums += torch.stack((loss_sum.double(), correct.double(), valid.double()))
-
-    def reduce(self) -> dict[str, Any]:
-        """Over all ranks: `losses`, `accuracies`, `targets` (n each), `total`, `max_loss` of head
-        1. Means are nan without a target."""
-        own = self.sums[0, 0] / self.sums[2, 0]
-        max_loss = all_reduce(own.where(self.sums[2, 0] > 0, -torch.inf), dist.ReduceOp.MAX)
-        loss_sum, correct, valid = sums = all_reduce(self.sums.clone())
-        nothing = sums.new_tensor(torch.nan)
-        return {
-            "losses": (loss_sum / valid).tolist(),
-            "accuracies": (correct / valid).tolist(),
-            "targets": valid.tolist(),
-            "total": all_reduce(self.total).where(valid.any(), nothing).item(),
-            "max_loss": max_loss.where(valid[0] > 0, nothing).item(),
-        }
-
-
 class Trainer:
     """One run: `Trainer(config).train()`, then `close()`."""
 
     def __init__(self, config: JobConfig) -> None:
         self.config = config
-        training = config.training
-        self.world = init_world(config.parallelism, config.comm)
+        self.world = init_world(config.parallelism, config.comm, shared_settings(config))
+        self.ranks, self.lock = Ranks(), FolderLock()
+        self.ranks.first(lambda: self.lock.take(written_folders(config)))
+        try:
+            self._build()
+        except BaseException:
+            self.lock.release()
+            raise
+
+    def _build(self) -> None:
+        config, training = self.config, self.config.training
         if config.job.description:
             logger.info(config.job.description)
         self.device = self.world.device
         self.origin = find_origin(config)
         # config.toml then says which seed it was, and with it which documents were held out.
-        self.seed = training.seed = _agree_on_seed(config, self.origin)
+        self.seed = training.seed = self.origin.seed
         set_determinism(training.deterministic, self.seed)
-        self.tokenizer = build_tokenizer(config.model.hf_assets_path)
+        # Files are each rank's own: what fails on one of them ends all.
+        self.tokenizer = self.ranks.together(lambda: build_tokenizer(config.model.hf_assets_path))
         self.n = config.mtp.num_future_tokens if "mtp" in config.model.converters else 1
         config.mtp.num_future_tokens = self.n
         self.args = model_args(
@@ -161,7 +112,11 @@ class Trainer:
         model = build_model(self.args, getattr(torch, training.dtype))
         add_heads(model, config.mtp)
         check_run(config, model, self.device, self.world.size, self.accumulation)
-        self.loader, self.validation = self._build_data()
+        self.loader, self.validation = self.ranks.together(self._build_data)
+        loaders = {"training": self.loader, "validation": self.validation}
+        for name, loader in loaders.items():
+            identity = {} if loader is None else loader.identity
+            agree({f"{name} data: {key}": value for key, value in identity.items()})
 
         dtype = training.mixed_precision_param
         self.param_dtype = (
@@ -270,17 +225,11 @@ class Trainer:
         if resumed is None and self.config.mtp.init == "copy_last_layer" and self.model.mtp:
             report = self.checkpointer.load_report
             copy_last_layer(self.model, None if report is None else report.missing)
-        if self.world.is_main:
-            folder = Path(self.config.job.dump_folder)
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-                with written_whole(folder / "config.toml") as file:
-                    file.write_text(to_toml(self.config), encoding="utf-8")
-            except OSError as error:
-                raise UserError(
-                    f"job.dump_folder = {folder}: can't be written to ({error.strerror}); choose "
-                    "another folder"
-                ) from None
+        self.ranks.first(self._write_config)
+
+    def _write_config(self) -> None:
+        with written_whole(Path(self.config.job.dump_folder) / "config.toml") as file:
+            file.write_text(to_toml(self.config), encoding="utf-8")
 
     # ---------------------------------------------------------------- train
 
@@ -497,6 +446,7 @@ class Trainer:
         self.metrics.close()
         self.loader.close()
         self.gc.close()
+        self.lock.release()
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -541,13 +491,3 @@ def set_determinism(deterministic: bool, seed: int) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
-
-
-def _agree_on_seed(config: JobConfig, origin: Origin) -> int:
-    """The configured seed; else that of the run that is resumed; else one that rank 0 draws."""
-    seeds: list[int | None] = [config.training.seed]
-    if seeds[0] is None:
-        seeds = [torch.seed() % 2**31 if origin.seed is None else origin.seed]
-    dist.broadcast_object_list(seeds, src=0)
-    assert seeds[0] is not None
-    return seeds[0]

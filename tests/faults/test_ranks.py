@@ -109,12 +109,29 @@ def skip(folder: Path, rank: int) -> tuple[Run, Run]:
     return found, train(config_of(folder, keys), lambda t: leave_out_updates(t, {3}))
 
 
+def disagree(folder: Path, name: str, rank: int) -> str:
+    """What each rank says when rank 1 has something else."""
+    other: dict[str, Any] = {
+        "lr": {"optimizer.lr": 0.5},
+        "data": write_corpus(folder / "other", "jsonl", seed=5),
+        "absent": {"training.dataset_path": str(folder / "nowhere.jsonl")},
+    }
+    keys = {"job.dump_folder": str(folder / name), "training.dataset": "corpus"}
+    keys["training.dataset_path"] = str(folder / "corpus.jsonl")
+    try:
+        Trainer(config_of(folder, keys, other[name] if rank == 1 else {}))
+    except UserError as error:
+        return str(error)
+    return ""
+
+
 def everything(rank: int, folder: Path) -> dict[str, Any]:
     results: dict[str, Any] = {"whole": train(config_of(folder))}
     for name in ("step", "validation", "save"):
         results[name] = stop_and_go_on(folder, name, rank)
     results["bad"] = meet_bad_batch(folder, rank)
     results["skip"] = skip(folder, rank)
+    results["disagree"] = {name: disagree(folder, name, rank) for name in ("lr", "data", "absent")}
     return results
 
 
@@ -151,3 +168,16 @@ def test_a_bad_batch_on_one_rank_is_skipped_on_both(ranks):
     for found, expected in (results["skip"] for results in ranks):
         assert same(found.weights, expected.weights)
         assert found.logged[-1]["extra_metrics"] == {"skipped_steps": 1}
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("lr", "optimizer.lr differs between ranks: 0.0008 on rank 0, 0.5 on rank 1; give all"),
+        ("data", "training data: source differs between ranks: "),
+        ("absent", "nowhere.jsonl"),
+    ],
+)
+def test_ranks_that_were_given_other_things_do_not_start(name, said, ranks):
+    for rank in ranks:
+        assert said in rank["disagree"][name] and "\n" not in rank["disagree"][name]

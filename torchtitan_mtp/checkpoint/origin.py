@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 from torchtitan_mtp.checkpoint import folders
 from torchtitan_mtp.checkpoint.manifest import read_manifest
 from torchtitan_mtp.checkpoint.ranks import Ranks
@@ -18,12 +20,12 @@ class Origin(NamedTuple):
 
     checkpoint: None for a new run.
     record: its manifest's; None for a new run, and in checkpoints written before there was one.
-    seed: the run's until now, by its config.toml, where the configuration names none.
+    seed: the configured one; else the run's until now, by its config.toml; else a drawn one.
     """
 
+    seed: int
     checkpoint: Path | None = None
     record: Record | None = None
-    seed: int | None = None
 
     @property
     def unrecorded(self) -> bool:
@@ -42,23 +44,23 @@ def find_origin(config: JobConfig) -> Origin:
 
 
 def _find(config: JobConfig) -> Origin:
-    checkpoint, seed = config.checkpoint, None
-    if not checkpoint.enable:
-        return Origin()
-    folder = folders.checkpoint_folder(config.job.dump_folder, checkpoint.folder)
-    step, path = folders.chosen_step(folder, checkpoint.load_step), None
-    if step is not None:
-        path = folders.step_folder(folder, step)
-    elif checkpoint.initial_load_path and not checkpoint.initial_load_model_only:
-        path = folders.find_checkpoint(checkpoint.initial_load_path)
-    trained = [done for done in folders.finished_steps(folder) if done > 0]
-    if checkpoint.create_seed_checkpoint and trained:
-        raise UserError(
-            f"checkpoint.create_seed_checkpoint: {folder} has trained weights already "
-            f"(step-{trained[-1]}); choose another job.dump_folder, or unset it to train"
-        )
-    written = Path(config.job.dump_folder) / "config.toml"
-    if config.training.seed is None and folders.finished_steps(folder) and written.is_file():
-        seed = load_toml(written).training.seed
+    checkpoint, seed, path = config.checkpoint, config.training.seed, None
+    if checkpoint.enable:
+        folder = folders.checkpoint_folder(config.job.dump_folder, checkpoint.folder)
+        finished = folders.finished_steps(folder)
+        if checkpoint.create_seed_checkpoint and any(finished):
+            raise UserError(
+                f"checkpoint.create_seed_checkpoint: {folder} has trained weights already "
+                f"(step-{finished[-1]}); choose another job.dump_folder, or unset it to train"
+            )
+        step = folders.chosen_step(folder, checkpoint.load_step)
+        if step is not None:
+            path = folders.step_folder(folder, step)
+        elif checkpoint.initial_load_path and not checkpoint.initial_load_model_only:
+            path = folders.find_checkpoint(checkpoint.initial_load_path)
+        written = Path(config.job.dump_folder) / "config.toml"
+        if seed is None and finished and written.is_file():
+            seed = load_toml(written).training.seed
     manifest = None if path is None else read_manifest(path)
-    return Origin(path, None if manifest is None else manifest.record, seed)
+    record = None if manifest is None else manifest.record
+    return Origin(torch.seed() % 2**31 if seed is None else seed, path, record)

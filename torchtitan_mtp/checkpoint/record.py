@@ -141,7 +141,7 @@ def check_record(
     out = sorted({key.partition(".")[0] for key in matters} & {"mtp", "optimizer"})
     raise UserError(
         f"{source}: trained with {told}; set it as it was"
-        + (", or start a new run from its weights (initial_load_path)" if resuming else "")
+        + (", or start a new run from it (checkpoint.initial_load_path)" if resuming else "")
         + (f", or leave it out with checkpoint.exclude_from_loading = {show(out)}" if out else "")
     )
 

@@ -123,6 +123,11 @@ class DataLoader:
             self._next_window = dp_rank
             self._state = self._snapshot()
 
+    @property
+    def identity(self) -> State:
+        """What a run's ranks and its checkpoints have to agree on, as plain data."""
+        return dict(self._identity)
+
     def next_window(self) -> Window:
         """The next micro-batch of this rank (infinite loaders)."""
         self._check_infinite()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -12,6 +13,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from torchtitan_mtp.config import Comm, Parallelism
+from torchtitan_mtp.distributed.agreement import agree
 from torchtitan_mtp.errors import UserError
 
 # What the driver of a GPU has in /dev, and the variables by which a user hides the GPUs.
@@ -72,8 +74,13 @@ def local_device() -> torch.device:
     return torch.device("cpu")
 
 
-def init_world(parallelism: Parallelism, comm: Comm | None = None) -> World:
-    """Join the job that torchrun started, or start one of a single rank."""
+def init_world(
+    parallelism: Parallelism, comm: Comm | None = None, settings: Mapping[str, Any] | None = None
+) -> World:
+    """Join the job that torchrun started, or start one of a single rank.
+
+    settings: what all ranks have to `agree` on, at once.
+    """
     comm = comm or Comm()
     alone = "RANK" not in os.environ
     # NCCL's flight recorder: what every rank was doing when a collective timed out.
@@ -93,6 +100,7 @@ def init_world(parallelism: Parallelism, comm: Comm | None = None) -> World:
                 f"can't meet the other ranks at {place}: {str(error).splitlines()[0]}; check that "
                 "all of them started and reach that address"
             ) from error
+    agree(settings or {})
     mesh = init_device_mesh(device.type, degrees, mesh_dim_names=("dp_replicate", "dp_shard"))
     return World(dist.get_rank(), dist.get_world_size(), device, mesh)
 
