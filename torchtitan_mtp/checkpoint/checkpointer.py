@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -270,9 +270,11 @@ class Checkpointer:
             if self.config.initial_load_path:
                 logger.info("checkpoint.initial_load_path is ignored: resuming from %s", path)
             return self._resume(path) if kind == FULL else self._start_from(path)
-        if not self.config.initial_load_path:
-            return None
         given = self.config.initial_load_path
+        if not given or self.config.initial_load_in_hf:
+            self._check_exclude(())
+        if not given:
+            return None
         if self.config.initial_load_in_hf:
             assert isinstance(self.model, Transformer)
             exclude = self.config.exclude_from_loading
@@ -331,7 +333,7 @@ class Checkpointer:
 
     def _load_weights(self, opened: Opened, allowed: Sequence[str], exact: bool = False) -> None:
         exclude = self.config.exclude_from_loading
-        self._check_exclude(opened, exclude)
+        self._check_exclude(stored_model_names(opened))
         ours = record_of_model(self.model, self.optimizer)
         check_record(opened.path, opened.record, ours, exclude, resuming=exact)
         self.load_report = load_opened_weights(
@@ -344,11 +346,11 @@ class Checkpointer:
             exact_dtype=exact,
         )
 
-    def _check_exclude(self, opened: Opened, exclude: Sequence[str]) -> None:
+    def _check_exclude(self, stored: Iterable[str]) -> None:
         """Every entry of exclude_from_loading means something, here or in the checkpoint."""
         states = {"model", OPTIMIZER, RNG, "lr_scheduler", "dataloader", "train_state", *self.extra}
-        names = [*states_of.model_state(self.model), *stored_model_names(opened)]
-        for entry in exclude:
+        names = [*states_of.model_state(self.model), *stored, "mtp.heads.0"]
+        for entry in self.config.exclude_from_loading:
             if entry not in states and not any(excluded(name, (entry,)) for name in names):
                 raise UserError(
                     f"checkpoint.exclude_from_loading names {entry!r}, expected one of "

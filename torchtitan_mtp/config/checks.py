@@ -3,6 +3,7 @@
 from collections.abc import Collection
 
 from torchtitan_mtp.config.job_config import JobConfig
+from torchtitan_mtp.config.sections.quantize import AUTO_FILTER
 from torchtitan_mtp.config.setting import Option, options
 from torchtitan_mtp.config.values import show
 from torchtitan_mtp.errors import UserError
@@ -92,6 +93,11 @@ def _check_float8(config: JobConfig) -> None:
         raise UserError(
             "quantize.linear.float8.enable_fsdp_float8_all_gather = true: needs recipe_name = "
             f'"tensorwise", found {show(float8.recipe_name)}'
+        )
+    if AUTO_FILTER in float8.filter_fqns and float8.recipe_name == "rowwise_with_gw_hp":
+        raise UserError(
+            f'quantize.linear.float8.filter_fqns has "{AUTO_FILTER}": torchao knows no sizes for '
+            'recipe_name = "rowwise_with_gw_hp"; take it out, or take "tensorwise" or "rowwise"'
         )
     if float8.emulate and config.compile.enable:
         raise UserError(

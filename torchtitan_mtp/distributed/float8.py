@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from torch import nn
 
 from torchtitan_mtp.config import Float8Linear, JobConfig
+from torchtitan_mtp.config.sections.quantize import AUTO_FILTER
 from torchtitan_mtp.errors import UserError
+
+_KEPT = ("output", "router.gate")  # whatever filter_fqns says
 
 
 def convert_to_float8(model: nn.Module, float8: Float8Linear, compiled: bool = False) -> None:
     """Swap `nn.Linear` for torchao's `Float8Linear`, in place, on the meta device.
 
     Left alone: `output` (its projection runs inside the loss), routers (which decide in float32),
-    experts (whose products are grouped), layers whose name holds an entry of `filter_fqns`, and
-    layers whose sides are not multiples of 16 (float8 products need that).
+    experts (whose products are grouped), layers whose name holds an entry of `filter_fqns`, layers
+    whose sides are not multiples of 16 (float8 products need that), and with "auto_filter_small_kn"
+    in `filter_fqns` those that torchao knows to be too small to gain.
     Hardware without float8 products needs `emulate`; a CPU always emulates, which torch.compile
     (`compiled`) can't do.
     """
@@ -25,7 +30,7 @@ def convert_to_float8(model: nn.Module, float8: Float8Linear, compiled: bool = F
     logging.getLogger("torchao").setLevel(logging.ERROR)
     logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
     try:
-        from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+        from torchao import float8 as ao
     except ImportError as error:
         raise UserError(
             f'model.converters names "quantize.linear.float8", which needs torchao: {error}'
@@ -43,21 +48,43 @@ def convert_to_float8(model: nn.Module, float8: Float8Linear, compiled: bool = F
             "the emulation; set compile.enable = false"
         )
     if float8.recipe_name in ("rowwise", "rowwise_with_gw_hp"):
-        config = Float8LinearConfig.from_recipe_name(float8.recipe_name)
+        config = ao.Float8LinearConfig.from_recipe_name(float8.recipe_name)
         object.__setattr__(config, "emulate", emulate)  # the config class is frozen
     else:
-        config = Float8LinearConfig(
+        config = ao.Float8LinearConfig(
             enable_fsdp_float8_all_gather=float8.enable_fsdp_float8_all_gather, emulate=emulate
         )
 
-    def wanted(module: nn.Module, name: str) -> bool:
-        if not isinstance(module, nn.Linear) or any(f in name for f in float8.filter_fqns):
-            return False
-        if name == "output" or name.endswith("router.gate"):
-            return False
-        return module.in_features % 16 == module.out_features % 16 == 0
+    filters = [entry for entry in float8.filter_fqns if entry != AUTO_FILTER]
+    linear = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    _check_filters(filters, linear)
+    recipe = float8.recipe_name or "tensorwise"
+    gains = ao._auto_filter_for_recipe(recipe, []) if AUTO_FILTER in float8.filter_fqns else None
 
-    convert_to_float8_training(model, config=config, module_filter_fn=wanted)
+    def wanted(module: nn.Module, name: str) -> bool:
+        if name not in linear or any(f in name for f in filters) or name.endswith(_KEPT):
+            return False
+        fits = all(side % 16 == 0 for side in linear[name].weight.shape)
+        return fits and (gains is None or gains(module, name))
+
+    if not any(wanted(module, name) for name, module in linear.items()):
+        raise UserError(
+            'model.converters names "quantize.linear.float8", but sizes and filter_fqns = '
+            f"{float8.filter_fqns} leave no linear layer for it; take it out"
+        )
+    ao.convert_to_float8_training(model, config=config, module_filter_fn=wanted)
+
+
+def _check_filters(filters: Sequence[str], names: Collection[str]) -> None:
+    """Refuse an entry that keeps nothing; what is kept in any model needs no place in this one."""
+    known = sorted({AUTO_FILTER} | {".".join(name.split(".")[-2:]) for name in names})
+    for entry in filters:
+        if not entry or not any(entry in name for name in (*_KEPT, *names)):
+            (nearest,) = difflib.get_close_matches(entry, known, n=1, cutoff=0.0)
+            raise UserError(
+                f"quantize.linear.float8.filter_fqns names {entry!r}, which no linear layer's name "
+                f"contains; did you mean {nearest!r}?"
+            )
 
 
 def float8_scales_after_step(config: JobConfig) -> Callable[[nn.Module], None] | None:

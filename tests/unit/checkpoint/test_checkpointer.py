@@ -336,7 +336,11 @@ def test_other_optimizer_is_refused_unless_excluded(tmp_path):
 
 
 def test_unknown_exclusion_is_refused(tmp_path):
-    run = Run(tmp_path)
+    run = Run(tmp_path, exclude_from_loading=["optimiser"])
+    with pytest.raises(UserError, match=r"exclude_from_loading names 'optimiser', expected one"):
+        run.checkpointer.load()  # at the start of a run, not when it is resumed
+    run = Run(tmp_path, exclude_from_loading=["optimizer", "mtp", "layers.0"])
+    assert run.checkpointer.load() is None
     run.checkpointer.save(2, force=True)
     with pytest.raises(UserError, match=r"exclude_from_loading names 'data_loader', expected one"):
         resume(tmp_path, exclude_from_loading=["data_loader"])

@@ -230,6 +230,17 @@ def test_float8():
     emulated = ["--model.converters=float8", "--quantize.linear.float8.emulate"]
     assert "torch.compile" in refusal(*emulated, "--compile.enable")
     assert parse_args(emulated)
+    small = ["--model.converters=float8", "--quantize.linear.float8.filter_fqns"]
+    recipe = "--quantize.linear.float8.recipe_name=rowwise_with_gw_hp"
+    message = refusal(*small, "auto_filter_small_kn", recipe)
+    assert message.startswith('quantize.linear.float8.filter_fqns has "auto_filter_small_kn"')
+
+
+def test_every_list_of_words_is_held_against_what_there_is():
+    """By its choices; or by the model and the checkpoint, which these two are."""
+    lists = {name: option.type for name, option in options(JobConfig).items()}
+    free = {name for name, kind in lists.items() if kind in (list[str], list[list[str]])}
+    assert free == {"quantize.linear.float8.filter_fqns", "checkpoint.exclude_from_loading"}
 
 
 @pytest.mark.parametrize(

@@ -78,6 +78,48 @@ def test_filtered_layers_stay():
         assert converted == (not kept), name
 
 
+def converted(shape, **keys) -> set[str]:
+    """The float8 layers of the first block, and of others, of a model on the meta device."""
+    model = build_model(replace(ARGS, n_layers=1, **shape))
+    convert_to_float8(model, Float8Linear(**keys))
+    names = (n for n, m in model.named_modules() if isinstance(m, Float8))
+    return {name.removeprefix("layers.0.") for name in names}
+
+
+LARGE = {"dim": 2048, "n_heads": 16, "n_kv_heads": 4, "hidden_dim": 5632}
+OUTER = {"feed_forward.w1", "feed_forward.w3"}  # 5632 x 2048
+
+
+@pytest.mark.parametrize(
+    ("recipe", "filters", "expected"),
+    [
+        # torchao: too small are N <= 1024 with K <= 4096, of [N, K]; here wk and wv of 512 x 2048.
+        (None, [], {"attention.wq", "attention.wo", "feed_forward.w2", *OUTER}),
+        ("tensorwise", ["w2"], {"attention.wq", "attention.wo", *OUTER}),
+        # rowwise: N <= 2048, or K <= 1024, or both N <= 4096 and K <= 2048.
+        ("rowwise", [], OUTER),
+    ],
+)
+def test_layers_too_small_to_gain_stay(recipe, filters, expected):
+    auto = ["auto_filter_small_kn", *filters]
+    assert converted(LARGE, recipe_name=recipe, filter_fqns=auto) == expected
+
+
+def test_filters_that_keep_nothing_are_refused():
+    # TorchTitan's recipes: what stays in any model needs no place in this one.
+    assert converted(LARGE, filter_fqns=["output", "router.gate"]) > {"attention.wk"}
+    for entry, nearest in (
+        ("atention.wq", "attention.wq"),
+        ("auto_filter_smal_kn", "auto_filter_small_kn"),
+        ("feed_forward.w4", "feed_forward.w"),
+        ("", ""),
+    ):
+        with pytest.raises(UserError, match=f"filter_fqns names '{entry}', .*mean '{nearest}"):
+            converted(LARGE, filter_fqns=["output", entry])
+    with pytest.raises(UserError, match="leave no linear layer for it"):
+        converted({"dim": 64}, filter_fqns=["auto_filter_small_kn"])
+
+
 @pytest.mark.parametrize("recipe", ["tensorwise", "rowwise", "rowwise_with_gw_hp"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_float8_learns_about_the_same(family, recipe, tmp_path):

@@ -5,6 +5,8 @@ from typing import Literal
 
 from torchtitan_mtp.config.setting import rule
 
+AUTO_FILTER = "auto_filter_small_kn"
+
 
 @dataclass
 class Float8Linear:
@@ -21,8 +23,9 @@ class Float8Linear:
     """torchao's recipe for the scales; None: tensorwise."""
 
     filter_fqns: list[str] = field(default_factory=list)
-    """Layers whose name contains one of these stay as they are; so do all with a side that 16
-    does not divide."""
+    """Layers whose name contains one of these stay as they are; "auto_filter_small_kn": those that
+    torchao finds too small to gain. So do all with a side that 16 does not divide, `output` and
+    routers. An entry that is in no linear layer's name is an error."""
 
     emulate: bool = False
     """Compute with float8's rounding where the hardware has no float8; slow, for tests."""
