@@ -35,9 +35,10 @@ The command line wins over the file, the file over the defaults below. Options a
 `--help` prints every option, `--job.print_config` the configuration as it was understood.
 
 Names, types and defaults are those of TorchTitan v0.2 wherever it has the key, so that its TOML
-files run unchanged. Its keys that are not supported here have to stay at their defaults; anything
-else stops with a line that names the key. So does a key that is unknown, of the wrong type or out
-of range, with the nearest right name. A leading `~` of a file or folder is the home folder.
+files run unchanged where nothing in them is missing here ([torchtitan.md](torchtitan.md) has each
+of them). Its keys that are not supported here have to stay at their defaults; anything else stops
+with a line that names the key. So does a key that is unknown, of the wrong type or out of range,
+with the nearest right name. A leading `~` of a file or folder is the home folder.
 """
 
 TORCHTITAN = """\

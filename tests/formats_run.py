@@ -11,6 +11,8 @@ from torch import Tensor
 
 from small import perturb_norms
 from torchtitan_mtp.checkpoint import load_model_weights
+from torchtitan_mtp.checkpoint.checksums import hash_files
+from torchtitan_mtp.checkpoint.manifest import MODEL_ONLY, Manifest, write_manifest
 from torchtitan_mtp.config import JobConfig, to_toml
 from torchtitan_mtp.config.setting import options
 from torchtitan_mtp.models.flavors import model_args
@@ -99,7 +101,10 @@ def write_run(
     model = make_model(config, dtype=dtype)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.toml").write_text(to_toml(config))
-    dcp.save(model.state_dict(), checkpoint_id=folder / "checkpoint" / "step-5", no_dist=True)
+    step = folder / "checkpoint" / "step-5"
+    dcp.save(model.state_dict(), checkpoint_id=step, no_dist=True)
+    files = hash_files([step / ".metadata", *sorted(step.glob("*.distcp"))])
+    write_manifest(step, Manifest(5, MODEL_ONLY, 1, files))
     return model, config
 
 

@@ -102,8 +102,10 @@ class Trainer:
             tokenizer_vocab=self.tokenizer.vocab_size,
             vocab_size=config.model.vocab_size,
             max_seq_len=max(training.seq_len, config.validation.seq_len),
+            trained_len=training.seq_len,
             attn_mask_type=config.model.attn_mask_type,
             changes=config.model.args.given(),
+            earlier=self.origin.earlier,
         )
         if config.checkpoint.last_save_in_hf:
             # before the training, not after it

@@ -28,6 +28,7 @@ from torchtitan_mtp.checkpoint.record import (
     check_record,
     record_beside,
     record_of_model,
+    untold,
 )
 from torchtitan_mtp.checkpoint.state import model_state, quiet
 from torchtitan_mtp.checkpoint.storage import SafeLoadPlanner, SafeReader
@@ -220,6 +221,7 @@ def load_opened_weights(
     """`load_model_weights` of a checkpoint that is open; strict where nothing is allowed."""
     if "model" in exclude:
         return LoadReport()
+    _check_program(opened, model)
     current = model_state(model)
     stored = stored_model_names(opened)
     wanted = {name: t for name, t in current.items() if not excluded(name, exclude)}
@@ -240,6 +242,25 @@ def load_opened_weights(
     report = LoadReport(tuple(missing), tuple(unexpected), tuple(cast))
     log_report(opened.path, report)
     return report
+
+
+def _check_program(opened: Opened, model: nn.Module) -> None:
+    """Refuse TorchTitan's Qwen3, whose heads turn other pairs; say what is taken for granted of
+    weights that come without a word about their model."""
+    record = record_of_model(model)
+    if record is None:
+        return
+    ours = opened.manifest is not None and "format" not in (opened.record or {"format": ""})
+    if record["args"]["qk_norm"] and not ours:
+        raise UserError(
+            f"{opened.path}: not of a run here; TorchTitan's Qwen3 turns other pairs of a head: "
+            "read it with scripts/import_checkpoint.py --format torchtitan"
+        )
+    if opened.record is None:
+        logger.warning(
+            "%s: no word of its model, taken for one with %s; set what is not so",
+            *(opened.path, untold(record)),
+        )
 
 
 def _aliases(state: dict[str, torch.Tensor]) -> dict[str, set[str]]:

@@ -8,9 +8,8 @@ from typing import NamedTuple
 import torch
 
 from torchtitan_mtp.checkpoint import folders
-from torchtitan_mtp.checkpoint.manifest import read_manifest
 from torchtitan_mtp.checkpoint.ranks import Ranks
-from torchtitan_mtp.checkpoint.record import Record
+from torchtitan_mtp.checkpoint.record import keeps_earlier
 from torchtitan_mtp.config import JobConfig, load_toml
 from torchtitan_mtp.errors import UserError
 
@@ -19,18 +18,13 @@ class Origin(NamedTuple):
     """The checkpoint that a run resumes from, or starts with where only weights are there.
 
     checkpoint: None for a new run.
-    record: its manifest's; None for a new run, and in checkpoints written before there was one.
+    earlier: its model has what its flavor had before it became TorchTitan's (`keeps_earlier`).
     seed: the configured one; else the run's until now, by its config.toml; else a drawn one.
     """
 
     seed: int
     checkpoint: Path | None = None
-    record: Record | None = None
-
-    @property
-    def unrecorded(self) -> bool:
-        """Whether the run goes on from a checkpoint that says nothing of its model's constants."""
-        return self.checkpoint is not None and self.record is None
+    earlier: bool = False
 
 
 def find_origin(config: JobConfig) -> Origin:
@@ -61,6 +55,5 @@ def _find(config: JobConfig) -> Origin:
         written = Path(config.job.dump_folder) / "config.toml"
         if seed is None and finished and written.is_file():
             seed = load_toml(written).training.seed
-    manifest = None if path is None else read_manifest(path)
-    record = None if manifest is None else manifest.record
-    return Origin(torch.seed() % 2**31 if seed is None else seed, path, record)
+    seed = torch.seed() % 2**31 if seed is None else seed
+    return Origin(seed, path, keeps_earlier(config, path))

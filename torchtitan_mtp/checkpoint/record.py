@@ -14,15 +14,18 @@ from torch import nn
 
 from torchtitan_mtp.checkpoint.folders import find_config
 from torchtitan_mtp.checkpoint.formats.spec import ModelSpec, spec_of_run
-from torchtitan_mtp.config import load_toml
+from torchtitan_mtp.checkpoint.manifest import read_manifest
+from torchtitan_mtp.config import JobConfig, load_toml
 from torchtitan_mtp.config.values import show
 from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.models.args import LatentArgs, ModelArgs, MoEArgs, RoPEScaling, YaRN
+from torchtitan_mtp.models.flavors import EARLIER
 from torchtitan_mtp.models.transformer import Transformer
 
 logger = logging.getLogger(__name__)
 
-Record = dict[str, Any]  # the fields of a ModelSpec, and the optimizer's name
+# The fields of a ModelSpec, and the optimizer's name; of an export the format.
+Record = dict[str, Any]
 _SCALINGS: dict[str, type[RoPEScaling] | type[YaRN]] = {"llama3": RoPEScaling, "yarn": YaRN}
 _COEFFICIENTS = ("load_balance_coeff", "aux_loss_coeff")  # of the training, not of the function
 
@@ -48,7 +51,7 @@ def spec_of_record(record: Record) -> ModelSpec:
             args[name] = kind(**args[name]) if args[name] else None
         if scaling := dict(args["rope_scaling"] or {}):
             args["rope_scaling"] = _SCALINGS[scaling.pop("rope_type")](**scaling)
-        fields = {key: value for key, value in record.items() if key != "optimizer"}
+        fields = {k: v for k, v in record.items() if k not in ("optimizer", "format")}
         return ModelSpec(**fields | {"args": ModelArgs(**args)})
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"not a record of this version: {error}; update this program") from error
@@ -71,9 +74,31 @@ def record_beside(checkpoint: Path) -> Record | None:
     """By the config.toml near a checkpoint without a record; None where none tells."""
     try:
         config = load_toml(find_config(checkpoint))
-        return record_of(spec_of_run(config, config.model.vocab_size or 1), config.optimizer.name)
+        earlier = keeps_earlier(config, checkpoint, say=False)
+        spec = spec_of_run(config, config.model.vocab_size or 1, earlier)
+        return record_of(spec, config.optimizer.name)
     except UserError:
         return None
+
+
+def keeps_earlier(config: JobConfig, checkpoint: Path | None, say: bool = True) -> bool:
+    """Whether the model of a run's checkpoint has what its flavor had before its numbers became
+    TorchTitan's: one without a record, or whose record says so. Error: a damaged manifest."""
+    name, flavor = config.model.name, config.model.flavor
+    fields = EARLIER.get((name, flavor), {})
+    manifest = read_manifest(checkpoint) if fields and checkpoint is not None else None
+    if manifest is None:
+        return False
+    now, then = (vars(spec_of_run(config, 1, earlier).args) for earlier in (False, True))
+    kept = {key: then[key] for key in fields if now[key] != then[key]}
+    theirs = vars(spec_of_record(manifest.record).args) if manifest.record else then
+    if not kept or any(theirs[key] != value for key, value in kept.items()):
+        return False
+    if say:
+        told = ", ".join(f"{key} = {value}" for key, value in kept.items())
+        older = f"{checkpoint}: from before {name} {flavor} had TorchTitan's numbers; keeps"
+        logger.warning("%s %s", older, told)
+    return True
 
 
 def constants(record: Record) -> Record:
@@ -104,6 +129,14 @@ def constants(record: Record) -> Record:
         values = record["args"][part] or {}
         found |= {f"model.args.{part}.{k}": v for k, v in values.items() if k not in _COEFFICIENTS}
     return found
+
+
+def untold(record: Record) -> str:
+    """What a folder of TorchTitan's does not say of its model, and no shape gives away."""
+    said = ((key, show(value)) for key, value in constants(record).items())
+    return ", ".join(
+        f"{k} = {v}" for k, v in said if k.startswith(("model.args.norm", "model.args.rope"))
+    )
 
 
 def check_record(

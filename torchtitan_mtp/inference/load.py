@@ -11,6 +11,7 @@ import torch
 from torchtitan_mtp.checkpoint import find_checkpoint, find_config, load_model_weights
 from torchtitan_mtp.checkpoint.formats.training import config_of_hf, load_hf_weights
 from torchtitan_mtp.checkpoint.ranks import Ranks
+from torchtitan_mtp.checkpoint.record import keeps_earlier
 from torchtitan_mtp.config import JobConfig, load_toml
 from torchtitan_mtp.data.tokenizer import Tokenizer, build_tokenizer
 from torchtitan_mtp.distributed.mesh import local_device
@@ -55,7 +56,8 @@ def load_for_inference(
     checkpoint = folder if is_hf else find_checkpoint(path)
     config = config_of_hf(folder) if is_hf else load_toml(find_config(path))
     tokenizer = build_tokenizer(config.model.hf_assets_path)
-    model = _empty_model(config, tokenizer, dtype).to_empty(device=device)
+    earlier = not is_hf and keeps_earlier(config, checkpoint)
+    model = _empty_model(config, tokenizer, dtype, earlier).to_empty(device=device)
     model.tie_weights()  # to_empty gives each name memory of its own
     model.init_buffers()
     if is_hf:
@@ -71,7 +73,9 @@ def load_for_inference(
     return model.eval().requires_grad_(False), tokenizer, config
 
 
-def _empty_model(config: JobConfig, tokenizer: Tokenizer, dtype: torch.dtype) -> Transformer:
+def _empty_model(
+    config: JobConfig, tokenizer: Tokenizer, dtype: torch.dtype, earlier: bool
+) -> Transformer:
     """The run's model with its heads, on the meta device."""
     args = model_args(
         config.model.name,
@@ -79,8 +83,10 @@ def _empty_model(config: JobConfig, tokenizer: Tokenizer, dtype: torch.dtype) ->
         tokenizer_vocab=tokenizer.vocab_size,
         vocab_size=config.model.vocab_size,
         max_seq_len=max(2048, config.training.seq_len, config.validation.seq_len),
+        trained_len=config.training.seq_len,
         attn_mask_type=config.model.attn_mask_type,
         changes=config.model.args.given(),
+        earlier=earlier,
     )
     model = build_model(args, dtype)
     if "mtp" in config.model.converters:

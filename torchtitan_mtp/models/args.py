@@ -92,9 +92,10 @@ class ModelArgs:
 
     `vocab_size = None` leaves the vocabulary to the tokenizer. `hidden_dim` and `head_size` are
     None where they follow from `dim`. `qk_norm`: RMSNorm of each query's and key's head, before it
-    is rotated (Qwen3, arXiv 2505.09388). `qkv_bias`: biases of the projections to queries, keys and
-    values (Qwen2, arXiv 2407.10671). `latent`: its attention in place of heads of keys and values.
-    `moe`: mixtures in place of dense feed-forwards.
+    is rotated (Qwen3, arXiv 2505.09388). `final_norm_eps`: of the trunk's last norm, where it is
+    not `norm_eps`. `qkv_bias`: biases of the projections to queries, keys and values (Qwen2, arXiv
+    2407.10671). `latent`: its attention in place of heads of keys and values. `moe`: mixtures in
+    place of dense feed-forwards.
     """
 
     dim: int = 4096
@@ -111,6 +112,7 @@ class ModelArgs:
     latent: LatentArgs | None = None
     moe: MoEArgs | None = None
     norm_eps: float = 1e-5
+    final_norm_eps: float | None = None
     rope_theta: float = 10000.0
     rope_scaling: RoPEScaling | YaRN | None = None
     max_seq_len: int = 2048

@@ -9,88 +9,53 @@ from typing import Any
 from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.models.args import LatentArgs, ModelArgs, MoEArgs, RoPEScaling, YaRN
 
-_LLAMA3_1 = RoPEScaling(factor=8.0)
-_LLAMA3_2 = RoPEScaling(factor=32.0)
+_LLAMA3_2: dict[str, Any] = {"rope_scaling": RoPEScaling(factor=32.0), "tied_embeddings": True}
+
+
+def _llama3(**shape: Any) -> ModelArgs:
+    # TorchTitan scales the rotary frequencies of all its sizes as Llama 3.1 does.
+    common: dict[str, Any] = {"n_kv_heads": 8, "vocab_size": 128256, "rope_theta": 500000.0}
+    common["rope_scaling"] = RoPEScaling(factor=8.0)
+    return ModelArgs(**common | shape)
 
 
 def _qwen3(**shape: Any) -> ModelArgs:
     # All dense Qwen3 models: heads of 128, 8 of them for keys and values, no rotary scaling.
-    return ModelArgs(
-        n_kv_heads=8,
-        head_size=128,
-        vocab_size=151936,
-        qk_norm=True,
-        norm_eps=1e-6,
-        rope_theta=1000000.0,
-        **shape,
-    )
+    common: dict[str, Any] = {"n_kv_heads": 8, "head_size": 128, "vocab_size": 151936}
+    common |= {"qk_norm": True, "norm_eps": 1e-6, "rope_theta": 1000000.0}
+    return ModelArgs(**common | shape)
 
 
 def _qwen2(**shape: Any) -> ModelArgs:
     # Dense Qwen2.5: biases of queries, keys and values, no rotary scaling.
-    return ModelArgs(qkv_bias=True, norm_eps=1e-6, rope_theta=1000000.0, **shape)
+    common: dict[str, Any] = {"vocab_size": 151936, "norm_eps": 1e-6, "rope_theta": 1000000.0}
+    return ModelArgs(qkv_bias=True, **common | shape)
 
 
+# TorchTitan's: 1e-5, and torch's own of float32 for the last norm, which names none.
+_EPS: dict[str, Any] = {"norm_eps": 1e-5, "final_norm_eps": 2.0**-23}
+
+
+def _v2_lite(experts: int, width: int, top_k: int) -> dict[str, Any]:
+    softmax: dict[str, Any] = {"score_func": "softmax", "route_norm": False}
+    routed: dict[str, Any] = {"num_experts": experts, "hidden_dim": width, "top_k": top_k}
+    moe = MoEArgs(num_shared_experts=2, **softmax, **routed)
+    yarn = YaRN(mscale=0.70, mscale_all_dim=0.70)  # DeepSeek-V2-Lite has 0.707
+    return _EPS | {"latent": LatentArgs(), "moe": moe, "rope_scaling": yarn}
+
+
+# Sizes that TorchTitan v0.2.2 has under the same name mean the same numbers (docs/torchtitan.md).
 flavors: dict[str, dict[str, ModelArgs]] = {
     "llama3": {
         # 1.6 M parameters over bytes: trains on two CPU cores in minutes.
         "quickstart": ModelArgs(dim=128, n_layers=4, n_heads=4, multiple_of=64, rope_theta=10000.0),
-        "debugmodel": ModelArgs(
-            dim=256, n_layers=6, n_heads=16, vocab_size=2048, rope_theta=500000.0
-        ),
-        "1B": ModelArgs(
-            dim=2048,
-            n_layers=16,
-            n_heads=32,
-            n_kv_heads=8,
-            vocab_size=128256,
-            ffn_dim_multiplier=1.5,
-            rope_theta=500000.0,
-            rope_scaling=_LLAMA3_2,
-            tied_embeddings=True,
-        ),
-        "3B": ModelArgs(
-            dim=3072,
-            n_layers=28,
-            n_heads=24,
-            n_kv_heads=8,
-            vocab_size=128256,
-            rope_theta=500000.0,
-            rope_scaling=_LLAMA3_2,
-            tied_embeddings=True,
-        ),
-        "8B": ModelArgs(
-            dim=4096,
-            n_layers=32,
-            n_heads=32,
-            n_kv_heads=8,
-            vocab_size=128256,
-            ffn_dim_multiplier=1.3,
-            multiple_of=1024,
-            rope_theta=500000.0,
-            rope_scaling=_LLAMA3_1,
-        ),
-        "70B": ModelArgs(
-            dim=8192,
-            n_layers=80,
-            n_heads=64,
-            n_kv_heads=8,
-            vocab_size=128256,
-            ffn_dim_multiplier=1.3,
-            multiple_of=4096,
-            rope_theta=500000.0,
-            rope_scaling=_LLAMA3_1,
-        ),
-        "405B": ModelArgs(
-            dim=16384,
-            n_layers=126,
-            n_heads=128,
-            n_kv_heads=8,
-            vocab_size=128256,
-            ffn_dim_multiplier=1.2,
-            multiple_of=4096,
-            rope_theta=500000.0,
-            rope_scaling=_LLAMA3_1,
+        "debugmodel": _llama3(dim=256, n_layers=6, n_heads=16, n_kv_heads=None, vocab_size=2048),
+        "1B": _llama3(dim=2048, n_layers=16, n_heads=32, ffn_dim_multiplier=1.5, **_LLAMA3_2),
+        "3B": _llama3(dim=3072, n_layers=28, n_heads=24, **_LLAMA3_2),
+        "8B": _llama3(dim=4096, n_layers=32, n_heads=32, ffn_dim_multiplier=1.3, multiple_of=1024),
+        "70B": _llama3(dim=8192, n_layers=80, n_heads=64, ffn_dim_multiplier=1.3, multiple_of=4096),
+        "405B": _llama3(
+            dim=16384, n_layers=126, n_heads=128, ffn_dim_multiplier=1.2, multiple_of=4096
         ),
         # The byte-level model of Gloeckle et al. 2024, section 3.3 (n = 8 works best there).
         "byte_7B": ModelArgs(dim=4096, n_layers=32, n_heads=32, rope_theta=10000.0),
@@ -99,38 +64,26 @@ flavors: dict[str, dict[str, ModelArgs]] = {
     },
     "qwen2": {  # Qwen2.5's sizes
         "0.5B": _qwen2(
-            dim=896,
-            n_layers=24,
-            n_heads=14,
-            n_kv_heads=2,
-            hidden_dim=4864,
-            vocab_size=151936,
-            tied_embeddings=True,
+            dim=896, n_layers=24, n_heads=14, n_kv_heads=2, hidden_dim=4864, tied_embeddings=True
         ),
         "1.5B": _qwen2(
-            dim=1536,
-            n_layers=28,
-            n_heads=12,
-            n_kv_heads=2,
-            hidden_dim=8960,
-            vocab_size=151936,
-            tied_embeddings=True,
+            dim=1536, n_layers=28, n_heads=12, n_kv_heads=2, hidden_dim=8960, tied_embeddings=True
         ),
         "7B": _qwen2(
-            dim=3584,
-            n_layers=28,
-            n_heads=28,
-            n_kv_heads=4,
-            hidden_dim=18944,
-            vocab_size=152064,
+            dim=3584, n_layers=28, n_heads=28, n_kv_heads=4, hidden_dim=18944, vocab_size=152064
         ),
-        "custom": _qwen2(),
+        "custom": _qwen2(vocab_size=None),
     },
     "qwen3": {
+        "debugmodel": _qwen3(
+            dim=256, n_layers=8, n_heads=16, hidden_dim=3072, vocab_size=2048, tied_embeddings=True
+        ),
         "0.6B": _qwen3(dim=1024, n_layers=28, n_heads=16, hidden_dim=3072, tied_embeddings=True),
         "1.7B": _qwen3(dim=2048, n_layers=28, n_heads=16, hidden_dim=6144, tied_embeddings=True),
         "4B": _qwen3(dim=2560, n_layers=36, n_heads=32, hidden_dim=9728, tied_embeddings=True),
         "8B": _qwen3(dim=4096, n_layers=36, n_heads=32, hidden_dim=12288),
+        "14B": _qwen3(dim=5120, n_layers=40, n_heads=40, hidden_dim=17408),
+        "32B": _qwen3(dim=5120, n_layers=64, n_heads=64, hidden_dim=25600),
         "custom": ModelArgs(qk_norm=True, norm_eps=1e-6, rope_theta=1000000.0),
     },
     "deepseek_v3": {
@@ -158,22 +111,7 @@ flavors: dict[str, dict[str, ModelArgs]] = {
             norm_eps=1e-6,
         ),
         "debugmodel": ModelArgs(
-            dim=256,
-            n_layers=6,
-            n_heads=16,
-            vocab_size=2048,
-            hidden_dim=1024,
-            latent=LatentArgs(),
-            moe=MoEArgs(
-                num_experts=8,
-                hidden_dim=256,
-                num_shared_experts=2,
-                top_k=3,
-                score_func="softmax",
-                route_norm=False,
-            ),
-            norm_eps=1e-6,
-            rope_scaling=YaRN(mscale=0.707, mscale_all_dim=0.707),
+            dim=256, n_layers=6, n_heads=16, vocab_size=2048, hidden_dim=1024, **_v2_lite(8, 256, 3)
         ),
         # DeepSeek-V2-Lite's shape, as TorchTitan has it under this name.
         "16B": ModelArgs(
@@ -182,17 +120,8 @@ flavors: dict[str, dict[str, ModelArgs]] = {
             n_heads=16,
             vocab_size=102400,
             hidden_dim=10944,
-            latent=LatentArgs(),
-            moe=MoEArgs(
-                num_experts=64,
-                hidden_dim=1408,
-                num_shared_experts=2,
-                top_k=6,
-                score_func="softmax",
-                route_norm=False,
-            ),
-            norm_eps=1e-6,
-            rope_scaling=YaRN(mscale=0.707, mscale_all_dim=0.707),
+            attn_mask_type="block_causal",
+            **_v2_lite(64, 1408, 6),
         ),
         "671B": ModelArgs(
             dim=7168,
@@ -210,12 +139,24 @@ flavors: dict[str, dict[str, ModelArgs]] = {
                 num_limited_groups=4,
                 route_scale=2.5,
             ),
-            norm_eps=1e-6,
             rope_scaling=YaRN(),
+            attn_mask_type="block_causal",
+            **_EPS,
         ),
         "custom": ModelArgs(latent=LatentArgs(), moe=MoEArgs(), norm_eps=1e-6),
     },
 }
+
+# What flavors had of these until they became TorchTitan's: runs that were begun with it keep it.
+_DEEPSEEKS = {"norm_eps": 1e-6, "final_norm_eps": None, "attn_mask_type": "causal"}
+_LITES = _DEEPSEEKS | {"rope_scaling": YaRN(mscale=0.707, mscale_all_dim=0.707)}
+EARLIER: dict[tuple[str, str], dict[str, Any]] = {
+    ("llama3", "debugmodel"): {"rope_scaling": None},
+    ("deepseek_v3", "debugmodel"): _LITES,
+    ("deepseek_v3", "16B"): _LITES,
+    ("deepseek_v3", "671B"): _DEEPSEEKS | {"rope_scaling": YaRN()},
+}
+_MIXTURES = ("debugmodel_moe", "30B-A3B", "235B-A22B")  # TorchTitan's, of Qwen3
 
 
 def model_args(
@@ -225,13 +166,17 @@ def model_args(
     tokenizer_vocab: int,
     vocab_size: int | None = None,
     max_seq_len: int = 2048,
-    attn_mask_type: str = "causal",
+    trained_len: int | None = None,
+    attn_mask_type: str | None = None,
     changes: Mapping[str, Any] | None = None,
+    earlier: bool = False,
 ) -> ModelArgs:
     """The shape called `flavor` in `family`, with what the run decides filled in.
 
     changes: fields of `ModelArgs` to set over the flavor's ([model.args]); `rope_scaling`, `latent`
-    and `moe` may be mappings of their fields.
+    and `moe` may be mappings of their fields. earlier: over what `EARLIER` has of the flavor.
+    A flavor's own YaRN holds where `trained_len` (default: `max_seq_len`) exceeds the context that
+    it extends, as in TorchTitan; one that `changes` speaks of, always.
     The vocabulary is `vocab_size`, else the flavor's, else the tokenizer's rounded up to a multiple
     of 64 (odd sizes are slow). Errors: an unknown name; a vocabulary smaller than the token ids;
     attention heads or experts that don't fit.
@@ -240,8 +185,17 @@ def model_args(
         raise UserError(f'model.name = "{family}": expected one of {", ".join(flavors)}')
     if flavor not in flavors[family]:
         names = ", ".join(flavors[family])
-        raise UserError(f'model.flavor = "{flavor}": {family} has {names}')
-    args = _changed(flavors[family][flavor], changes or {})
+        mixture = family == "qwen3" and flavor in _MIXTURES
+        yet = "mixtures of experts are not here yet for Qwen3, which" if mixture else family
+        raise UserError(f'model.flavor = "{flavor}": {yet} has {names}')
+    args, changes = flavors[family][flavor], changes or {}
+    yarn = args.rope_scaling if isinstance(args.rope_scaling, YaRN) else None
+    if earlier:
+        args = replace(args, **EARLIER.get((family, flavor), {}))
+    elif yarn and "rope_scaling" not in changes:
+        extended = (trained_len or max_seq_len) > yarn.original_max_seq_len
+        args = replace(args, rope_scaling=yarn if extended else None)
+    args = _changed(args, changes)
     check_shape(args)
     vocab = vocab_size or args.vocab_size or 64 * -(-tokenizer_vocab // 64)
     if vocab < tokenizer_vocab:
@@ -250,11 +204,14 @@ def model_args(
             f"{whose}: a vocabulary of {vocab}, but the tokenizer makes ids "
             f"up to {tokenizer_vocab - 1}; set model.vocab_size to at least {tokenizer_vocab}"
         )
-    return replace(args, vocab_size=vocab, max_seq_len=max_seq_len, attn_mask_type=attn_mask_type)
+    mask = attn_mask_type or args.attn_mask_type
+    return replace(args, vocab_size=vocab, max_seq_len=max_seq_len, attn_mask_type=mask)
 
 
 def _changed(args: ModelArgs, changes: Mapping[str, Any]) -> ModelArgs:
     changes = dict(changes)
+    if "norm_eps" in changes:  # every norm's
+        changes.setdefault("final_norm_eps", None)
     for name, kind in (("latent", LatentArgs), ("moe", MoEArgs)):
         if isinstance(part := changes.get(name), Mapping):
             changes[name] = replace(getattr(args, name) or kind(), **part)

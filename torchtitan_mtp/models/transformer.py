@@ -35,7 +35,7 @@ class TransformerBlock(nn.Module):
 
     def __init__(self, args: ModelArgs, depth: int) -> None:
         super().__init__()
-        self.depth = depth
+        self.depth, self.last_eps = depth, args.final_norm_eps or args.norm_eps
         self.attention = Attention(args) if args.latent is None else LatentAttention(args)
         self.moe: MoE | None = None
         self.feed_forward: FeedForward | None = None
@@ -58,7 +58,7 @@ class TransformerBlock(nn.Module):
         feed_forward = self.feed_forward if self.moe is None else self.moe
         assert feed_forward is not None
         x = x + feed_forward(self.ffn_norm(x))
-        return x if norm is None else F.rms_norm(x, norm.shape, norm, self.ffn_norm.eps)
+        return x if norm is None else F.rms_norm(x, norm.shape, norm, self.last_eps)
 
     def init_std(self, name: str) -> float:
         """Standard deviation of the weight `name` at initialisation."""
@@ -125,7 +125,7 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleDict(
             {str(i): TransformerBlock(args, depth=i) for i in range(args.n_layers)}
         )
-        self.norm = nn.RMSNorm(args.dim, eps=args.norm_eps)
+        self.norm = nn.RMSNorm(args.dim, eps=args.final_norm_eps or args.norm_eps)
         self.output = Unembedding(args)
         self.tie_weights()
         self.mtp: Any = None

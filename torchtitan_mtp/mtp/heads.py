@@ -78,7 +78,7 @@ class SequentialHead(nn.Module):
 
     def __init__(self, model: Transformer) -> None:
         super().__init__()
-        dim, eps = model.args.dim, model.args.norm_eps
+        dim, eps, self.trunk_eps = model.args.dim, model.args.norm_eps, model.norm.eps
         self.enorm = nn.RMSNorm(dim, eps=eps)
         self.hnorm = nn.RMSNorm(dim, eps=eps)
         self.eh_proj = nn.Linear(2 * dim, dim, bias=False)
@@ -99,7 +99,7 @@ class SequentialHead(nn.Module):
         that norm, which is taken here.
         """
         if trunk_norm is not None:
-            h = F.rms_norm(h, trunk_norm.shape, trunk_norm, self.hnorm.eps)  # all norms' eps
+            h = F.rms_norm(h, trunk_norm.shape, trunk_norm, self.trunk_eps)
         x = self.eh_proj(torch.cat((self.enorm(emb), self.hnorm(h)), dim=-1))  # [B, S, 2D] -> D
         return self.norm(self.block(x, context, cache))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import logging
@@ -10,19 +11,25 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from checkpoint_run import Run
 
-from runs import config_of, interrupt_after, same, train
+from formats_run import QWEN, write_run
+from runs import TINY, config_of, interrupt_after, same, train
 from small import ARGS, DEEPSEEK, small_model
 from torchtitan_mtp.checkpoint import load_model_weights
+from torchtitan_mtp.checkpoint.formats import export_checkpoint, import_checkpoint
 from torchtitan_mtp.checkpoint.formats.spec import ModelSpec
 from torchtitan_mtp.checkpoint.manifest import read_manifest
 from torchtitan_mtp.checkpoint.origin import find_origin
 from torchtitan_mtp.checkpoint.record import record_of, spec_of_record
 from torchtitan_mtp.config import MTP, JobConfig, to_toml
 from torchtitan_mtp.errors import UserError
+from torchtitan_mtp.inference.load import load_for_inference
 from torchtitan_mtp.models.args import RoPEScaling, YaRN
-from torchtitan_mtp.models.flavors import flavors
+from torchtitan_mtp.models.flavors import EARLIER, flavors
+from torchtitan_mtp.models.init import init_weights
+from torchtitan_mtp.models.transformer import Transformer, build_model
 
 CHAIN = MTP(heads="sequential", num_future_tokens=3, share_weights=True)
 SCALED = replace(DEEPSEEK, rope_scaling=YaRN(factor=8.0))
@@ -112,12 +119,12 @@ def without_record(step: Path) -> None:
 def test_without_a_record_the_configuration_beside_it_tells(tmp_path):
     saves = {"checkpoint.enable": True, "checkpoint.interval": 2, "training.steps": 4}
     config = config_of(tmp_path, saves)
-    assert find_origin(config).checkpoint is None and not find_origin(config).unrecorded
+    assert find_origin(config).checkpoint is None
     train(config, interrupt_after(2))
     step = tmp_path / "run" / "checkpoint" / "step-2"
-    assert find_origin(config).record == read_manifest(step).record
+    assert read_manifest(step).record is not None
     without_record(step)
-    assert find_origin(config).checkpoint == step and find_origin(config).unrecorded
+    assert find_origin(config).checkpoint == step
     with pytest.raises(
         UserError, match=r"rope_theta = 10000.0, this run has 500000.0; set it as it was"
     ):
@@ -127,3 +134,61 @@ def test_without_a_record_the_configuration_beside_it_tells(tmp_path):
     assert again.start == 2 and same(again.weights, whole.weights)
     (tmp_path / "run" / "config.toml").write_text(to_toml(JobConfig()).replace("llama3", "other"))
     train(config_of(tmp_path, saves, {"model.args.rope_theta": 5e5, "checkpoint.load_step": 2}))
+
+
+def test_a_run_keeps_what_its_flavor_had(tmp_path, monkeypatch, caplog):
+    """Begun before the flavor's numbers changed: resumed twice, read and exported as it was."""
+    saves = {"checkpoint.enable": True, "checkpoint.interval": 1, "training.steps": 4}
+    whole = train(config_of(tmp_path / "whole", {"training.steps": 4}))
+    train(config_of(tmp_path, saves), interrupt_after(2))
+    without_record(tmp_path / "run" / "checkpoint" / "step-2")
+    scaling = RoPEScaling(8.0, original_max_seq_len=16)
+    monkeypatch.setitem(flavors["llama3"], "tiny", replace(TINY, rope_scaling=scaling))
+    monkeypatch.setitem(EARLIER, ("llama3", "tiny"), {"rope_scaling": None})
+    train(config_of(tmp_path, saves), interrupt_after(3))  # and step-3 has a record
+    told = "from before llama3 tiny had TorchTitan's numbers; keeps rope_scaling = None"
+    assert caplog.text.count(told) == 1
+    again = train(config_of(tmp_path, saves))
+    assert again.start == 3 and same(again.weights, whole.weights)
+    for path in (tmp_path / "run", tmp_path / "run" / "checkpoint" / "step-2"):
+        assert load_for_inference(path)[0].args.rope_scaling is None
+    spec = export_checkpoint(tmp_path / "run", tmp_path / "out", "llama_hf", drop_heads=True)
+    assert spec.args.rope_scaling is None
+    # A new run has the new numbers, and so has what it leaves.
+    train(config_of(tmp_path / "new", saves))
+    assert load_for_inference(tmp_path / "new" / "run")[0].args.rope_scaling == scaling
+
+
+def foreign(folder: Path, **changes: object) -> Transformer:
+    """A folder as TorchTitan leaves it: nothing but tensors."""
+    model = build_model(replace(ARGS, **changes)).to_empty(device="cpu")
+    init_weights(model, 0)
+    dcp.save(model.state_dict(), checkpoint_id=folder / "step-3", no_dist=True)
+    return model
+
+
+def test_folders_that_do_not_say_their_model(tmp_path, caplog):
+    """TorchTitan's llama3 is warned of; its Qwen3, whose heads turn other pairs, is refused."""
+    model = foreign(tmp_path / "llama", rope_scaling=RoPEScaling(8.0))
+    load_model_weights(tmp_path / "llama", model)
+    assert "taken for one with model.args.norm_eps = 1e-05, model.args.rope_theta" in caplog.text
+    assert "model.args.rope_scaling.factor = 8.0" in caplog.text
+    model = foreign(tmp_path / "qwen", qk_norm=True)
+    message = r"step-3: not of a run here; TorchTitan's Qwen3 .*import_checkpoint.py --format torch"
+    with pytest.raises(UserError, match=message):
+        load_model_weights(tmp_path / "qwen", model)
+    # Nor is our own export in that layout taken for a run's, wherever it lies.
+    run = tmp_path / "run"
+    model, _ = write_run(run, **QWEN)
+    load_model_weights(run, model)
+    export_checkpoint(run, run / "export", "torchtitan")
+    assert "TorchTitan's flavor has to have model.args.norm_eps = 1e-06" in caplog.text
+    with pytest.raises(UserError, match=r"export: not of a run here"):
+        load_model_weights(run / "export", model)
+    (tmp_path / "run.toml").write_text((run / "config.toml").read_text())
+    source, config = run / "export", tmp_path / "run.toml"
+    import_checkpoint(source, tmp_path / "back", "torchtitan", config_file=config)
+    assert "taken for a model with model.args.norm_eps = 1e-06" in caplog.text
+    again = copy.deepcopy(model)
+    load_model_weights(tmp_path / "back", again)
+    assert same(again.state_dict(), model.state_dict())

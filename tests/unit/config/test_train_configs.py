@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 
 from torchtitan_mtp.config import load_toml, parse_args, to_toml
+from torchtitan_mtp.errors import UserError
+from torchtitan_mtp.models.flavors import model_args
 
 ROOT = Path(__file__).resolve().parents[3]
 RECIPES = sorted((ROOT / "train_configs").glob("*.toml"))
@@ -136,3 +138,46 @@ def test_debug_recipes_are_small():
     for name in ("debug_parallel", "debug_sequential"):
         training = load_toml(ROOT / "train_configs" / f"{name}.toml").training
         assert (training.steps, training.seq_len, training.local_batch_size) == (10, 128, 2)
+
+
+# TOML files of TorchTitan v0.2.2: name, flavor, and what is refused (docs/torchtitan.md).
+FT = "job.custom_config_module=torchtitan.components.ft.config"
+TORCHTITAN = {
+    "llama3/debug_model": ("llama3", "debugmodel", None),
+    "llama3/llama3_8b": ("llama3", "8B", None),
+    "llama3/llama3_70b": ("llama3", "70B", "parallelism.tensor_parallel_degree=8"),
+    "llama3/llama3_405b": ("llama3", "405B", "parallelism.tensor_parallel_degree=8"),
+    "llama3_ft/debug_model": ("llama3", "debugmodel", FT),
+    "qwen3/qwen3_0.6b": ("qwen3", "0.6B", None),
+    "qwen3/qwen3_1.7b": ("qwen3", "1.7B", None),
+    "qwen3/qwen3_32b": ("qwen3", "32B", None),
+    "qwen3/qwen3_moe_debug": ("qwen3", "debugmodel_moe", "model.flavor=debugmodel_moe"),
+    "deepseek_v3/debug_model": ("deepseek_v3", "debugmodel", None),
+    "deepseek_v3/deepseek_v3_16b": ("deepseek_v3", "16B", "parallelism.expert_parallel_degree=8"),
+    "deepseek_v3/deepseek_v3_671b": ("deepseek_v3", "671B", None),
+    "llama4/debug_model": ("llama4", "debugmodel", "model.name=llama4"),
+    "llama4/llama4_17bx16e": ("llama4", "17bx16e", "parallelism.tensor_parallel_degree=8"),
+    "llama4/llama4_17bx128e": ("llama4", "17bx128e", "parallelism.tensor_parallel_degree=8"),
+    "gpt_oss/debug_model": ("gpt_oss", "debugmodel", "model.name=gpt_oss"),
+}
+
+
+@pytest.mark.parametrize("recipe", TORCHTITAN)
+def test_which_of_torchtitans_recipes_run(recipe):
+    name, flavor, refused = TORCHTITAN[recipe]
+    key, _, value = (refused or "").partition("=")
+    argv = [f"--model.name={name}", f"--model.flavor={flavor}"]
+    argv += [] if not key or key.startswith("model.") else [f"--{refused}"]
+
+    def read() -> None:
+        config = parse_args(argv)
+        model_args(config.model.name, config.model.flavor, tokenizer_vocab=256)
+
+    if refused is None:
+        read()
+    else:
+        with pytest.raises(UserError, match=rf'^{re.escape(key)} = "?{re.escape(value)}'):
+            read()
+    page = (ROOT / "docs" / "torchtitan.md").read_text()
+    (row,) = (line for line in page.splitlines() if line.startswith(f"| `{recipe}.toml` |"))
+    assert (" runs " in row) == (refused is None) and key in row

@@ -34,6 +34,7 @@ from torchtitan_mtp.checkpoint.formats.write import (
     written_aside,
 )
 from torchtitan_mtp.checkpoint.load import names_line
+from torchtitan_mtp.checkpoint.record import keeps_earlier, record_of, untold
 from torchtitan_mtp.config import JobConfig, load_toml
 from torchtitan_mtp.data.tokenizer import build_tokenizer
 from torchtitan_mtp.errors import UserError
@@ -69,7 +70,7 @@ def export_checkpoint(
     embedding = source.kinds.get("tok_embeddings.weight")
     if embedding is None:
         raise UserError(f"{source.where}: no tok_embeddings.weight in it; expected a model")
-    spec = spec_of_run(config, embedding.shape[0])
+    spec = spec_of_run(config, embedding.shape[0], keeps_earlier(config, source.where))
     check_tensors(source, spec.shapes(), _tied(spec))
     spec = _fitting(form, format_name, spec, source, drop_heads)
     settings = {} if form.write_config is None else form.write_config(spec)
@@ -83,7 +84,9 @@ def export_checkpoint(
             write_json(folder / "params.json", settings)
             copy_tokenizer(config.model.hf_assets_path, folder)
         else:
-            write_dcp(folder, outputs)
+            record = record_of(spec) | {"format": format_name}
+            write_dcp(folder, outputs, record=record)
+            logger.warning("%s: TorchTitan's flavor has to have %s", out, untold(record))
         verify(open_tensors(form, folder), outputs, source)
     return spec
 

@@ -25,7 +25,7 @@ from torchtitan_mtp.checkpoint.formats.read import DCPTensors, Tensors, read_jso
 from torchtitan_mtp.checkpoint.formats.spec import ModelSpec, describe_run, spec_of_run
 from torchtitan_mtp.checkpoint.formats.tokenizer_files import copy_tokenizer
 from torchtitan_mtp.checkpoint.formats.write import Output, write_dcp, written_aside
-from torchtitan_mtp.checkpoint.record import record_of
+from torchtitan_mtp.checkpoint.record import record_of, untold
 from torchtitan_mtp.config import MTP, JobConfig, load_toml, to_toml
 from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.models.flavors import check_shape
@@ -59,6 +59,7 @@ def import_checkpoint(
         if embedding is None:
             raise UserError(f"{tensors.where}: no tok_embeddings.weight in it; expected a model")
         spec = spec_of_run(config, embedding.shape[0]).without_heads()
+        logger.warning("%s: taken for a model with %s", tensors.where, untold(record_of(spec)))
     outputs = inward(tensors, form, spec, dtype)
     if form.read_config is not None:
         describe_run(config, spec)

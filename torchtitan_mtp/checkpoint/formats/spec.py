@@ -78,8 +78,9 @@ class ModelSpec:
         return {name: param.shape for name, param in model.named_parameters()} | biases
 
 
-def spec_of_run(config: JobConfig, vocab_size: int) -> ModelSpec:
-    """The model of a run, from its configuration and the rows of its embedding."""
+def spec_of_run(config: JobConfig, vocab_size: int, earlier: bool = False) -> ModelSpec:
+    """The model of a run, from its configuration and the rows of its embedding. earlier: with what
+    its flavor had before it became TorchTitan's."""
     args = model_args(
         config.model.name,
         config.model.flavor,
@@ -88,6 +89,7 @@ def spec_of_run(config: JobConfig, vocab_size: int) -> ModelSpec:
         max_seq_len=config.training.seq_len,
         attn_mask_type=config.model.attn_mask_type,
         changes=config.model.args.given(),
+        earlier=earlier,
     )
     mtp = config.mtp
     if "mtp" not in config.model.converters or mtp.num_future_tokens == 1:

@@ -178,8 +178,9 @@ class Model:
     vocab_size: int | None = setting(None, at_least=1)
     """Rows of the embedding; None: the flavor's, or the tokenizer's where the flavor is open."""
 
-    attn_mask_type: Literal["causal", "block_causal"] = "causal"
-    """Whether a token sees all earlier tokens, or only those of its own document."""
+    attn_mask_type: Literal["causal", "block_causal"] | None = None
+    """Whether a token sees all earlier tokens, or only those of its own document; None: the
+    flavor's ("causal" but for deepseek_v3's 16B and 671B)."""
 
     converters: list[Literal["mtp", "quantize.linear.float8"]] = field(
         default_factory=list,
