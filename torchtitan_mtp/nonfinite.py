@@ -32,7 +32,7 @@ class Verdict(NamedTuple):
 
     step: int
     arrive: Callable[[], list[float]]
-    targets: Sequence[float]
+    targets: list[float]
     batches: Sequence[Batch]
 
 
@@ -70,12 +70,7 @@ class FiniteGuard:
         self._pending: Verdict | None = None
 
     def admits(
-        self,
-        step: int,
-        loss: Tensor,
-        norm: Tensor,
-        targets: Sequence[float],
-        batches: Sequence[Batch],
+        self, step: int, loss: Tensor, norm: Tensor, targets: list[float], batches: Sequence[Batch]
     ) -> bool:
         """Whether to call `optimizer.step()` now: unless this step is known to be left out.
 

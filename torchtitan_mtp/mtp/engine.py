@@ -55,20 +55,24 @@ LossArguments = dict[str, Any]
 
 
 def forward_loss(
-    model: Transformer, batch: Batch, head_scales: Tensor, loss: LossArguments
+    model: Transformer,
+    batch: Batch,
+    head_scales: Tensor,
+    loss: LossArguments,
+    head_loss: HeadByHeadLoss | None = None,
 ) -> LossOutput:
     """The loss of all heads, with its graph where gradients are on.
 
-    loss: keyword arguments of `linear_cross_entropy`. Without gradients under FSDP2, call
-    `reshard()` on the FSDP modules afterwards: nothing else frees what a forward gathered.
+    loss: keyword arguments of `linear_cross_entropy`. head_loss: what computes it in its place, for
+    one backward and no chain; states give way to their gradients. Without gradients under FSDP2,
+    call `reshard()` on the FSDP modules afterwards: nothing else frees what a forward gathered.
     """
-    hiddens = model(batch)
-    outputs = [
-        model.output(
-            hiddens[heads], batch.labels[..., heads], head_scales[heads], detach=aside, **loss
-        )
-        for heads, aside in _groups(model, len(hiddens))
-    ]
+    hiddens, outputs = model(batch), []
+    for heads, aside in _groups(model, len(hiddens)):
+        how = {"head_scales": head_scales[heads], **loss}
+        if head_loss is not None:
+            how = {"head_loss": head_loss, "first": heads.start, "in_place": True}
+        outputs.append(model.output(hiddens[heads], batch.labels[..., heads], detach=aside, **how))
     return _together(outputs)
 
 
@@ -90,10 +94,8 @@ def joint(
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(last_micro_batch)
         model.set_is_last_backward(last_micro_batch)
-    if chunked:
-        out = _forward_loss_in_place(model, batch, head_scales, loss)
-    else:
-        out = forward_loss(model, batch, head_scales, loss)
+    head_loss = _head_loss(head_scales, loss) if chunked else None
+    out = forward_loss(model, batch, head_scales, loss, head_loss)
     out.loss.backward()
     return _detached(out)
 
@@ -230,26 +232,6 @@ def _backward_of_loss(
     if out.loss.requires_grad:
         out.loss.backward()
     return _detached(out)
-
-
-def _forward_loss_in_place(
-    model: Transformer, batch: Batch, head_scales: Tensor, loss: LossArguments
-) -> LossOutput:
-    """As `forward_loss`, for one backward and no chain; states give way to their gradients."""
-    hiddens = model(batch)
-    head_loss = _head_loss(head_scales, loss)
-    outputs = [
-        model.output(
-            hiddens[heads],
-            batch.labels[..., heads],
-            detach=aside,
-            head_loss=head_loss,
-            first=heads.start,
-            in_place=True,
-        )
-        for heads, aside in _groups(model, len(hiddens))
-    ]
-    return _together(outputs)
 
 
 def _groups(model: Transformer, n: int) -> list[tuple[slice, bool]]:

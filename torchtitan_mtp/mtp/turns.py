@@ -70,16 +70,15 @@ def finish_with_next_backward(model: Transformer, reduce: bool) -> None:
         return
     model.set_requires_gradient_sync(reduce)
     model.set_is_last_backward(reduce)
-    tied = model.tok_embeddings.weight
-    if reduce and model.args.tied_embeddings and tied.requires_grad:
 
-        def join(_: Tensor) -> None:
-            hook.remove()
-            for parameter in (model.norm.weight, tied):
-                if (gradient := parameter.grad) is not None:
-                    gradient.data = gradient.to(accumulation_dtype(gradient.dtype))
+    def join(tied: Tensor) -> None:
+        hook.remove()
+        for gradient in (model.norm.weight.grad, tied.grad):
+            if gradient is not None:
+                gradient.data = gradient.to(accumulation_dtype(gradient.dtype))
 
-        hook = tied.register_post_accumulate_grad_hook(join)
+    if reduce and model.args.tied_embeddings and model.output.weight.requires_grad:
+        hook = model.output.weight.register_post_accumulate_grad_hook(join)
 
 
 def release(model: Transformer) -> None:
