@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -19,12 +19,6 @@ from torchtitan_mtp.models.transformer import Transformer
 from torchtitan_mtp.monitoring.missing_targets import MissingTargets
 
 logger = logging.getLogger(__name__)
-
-
-class Skips(Protocol):
-    """Where skipped updates are counted, over the whole run."""
-
-    skipped: int
 
 
 class Verdict(NamedTuple):
@@ -49,7 +43,7 @@ class FiniteGuard:
     Args:
         optimizer: whose updates are guarded.
         allowed: updates in a row that may be skipped; one more stops the run.
-        counts: `skipped` goes up by one with each.
+        counts: its `skipped`, over the whole run, goes up by one with each.
         find_cause: from a step's micro-batches to where in them it began, for the message; called
             by all ranks together.
     """
@@ -58,7 +52,7 @@ class FiniteGuard:
         self,
         optimizer: torch.optim.Optimizer,
         allowed: int,
-        counts: Skips,
+        counts: Any,
         find_cause: Callable[[Sequence[Batch]], str],
     ) -> None:
         self.optimizer = optimizer

@@ -67,9 +67,8 @@ def local_device() -> torch.device:
         hidden = any(os.environ.get(name) in ("", "-1") for name in variables)
         if os.path.exists(node) and not hidden:
             raise UserError(
-                f"there is a GPU here ({node}), which torch {torch.__version__} can't use: "
-                f"{reason}; install a torch and a driver that fit one another, or set "
-                f'{variables[0]}="" to compute on the CPU'
+                f"there is a GPU ({node}) that torch {torch.__version__} can't use: {reason}; take "
+                f'a torch that fits its driver, or set {variables[0]}="" to compute on the CPU'
             )
     return torch.device("cpu")
 

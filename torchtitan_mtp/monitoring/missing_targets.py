@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Sequence
 
-import torch
 import torch.distributed as dist
 
 from torchtitan_mtp.data.targets import PADDING, Batch
@@ -27,8 +26,7 @@ class MissingTargets:
 
 
 def _cause(batches: Sequence[Batch], k: int) -> str:
-    doc = torch.cat([batch.doc_ids for batch in batches]) if batches else torch.empty(0, k)
-    reaches = (doc[:, k:] == doc[:, :-k]) & (doc[:, k:] != PADDING)  # [B, S-k]
-    if not reaches.any():
-        return f"no document here has more than {k} tokens"
-    return "all that it could predict is prompt, which is no target"
+    docs = [batch.doc_ids for batch in batches]  # [B, S]
+    if any(((doc[:, k:] == doc[:, :-k]) & (doc[:, k:] != PADDING)).any() for doc in docs):
+        return "all that it could predict is prompt, which is no target"
+    return f"no document here has more than {k} tokens"

@@ -10,21 +10,16 @@ logger = logging.getLogger(__name__)
 
 
 class Observer:
-    """An event file, a trace, a progress bar: at its first failure a warning, then left alone.
-
-    Its methods are those of what `make` returns; they give None where they fail.
-    """
+    """What `make` returns, such as an event file: it warns at its first failure and is then left
+    alone; its methods give None where they fail."""
 
     def __init__(self, what: str, make: Callable[[], Any] = lambda: None) -> None:
         self._what, self._failed = what, False
         self._watching = self.attempt(make)
 
     def attempt(self, act: Callable[..., Any], *args: Any) -> Any:
-        """`act(*args)`, unless something failed before.
-
-        Raises:
-            UserError: what the user asked for can't be had at all, such as a missing package.
-        """
+        """`act(*args)`, unless something failed before. A UserError, as of a missing package, is
+        raised."""
         if self._failed:
             return None
         try:
