@@ -24,7 +24,7 @@ from torchtitan_mtp.checkpoint.ranks import Ranks
 from torchtitan_mtp.checkpoint.run_state import LoaderState, TrainState
 from torchtitan_mtp.config import JobConfig, to_toml
 from torchtitan_mtp.data.loader import DataLoader
-from torchtitan_mtp.data.sources import configured_source
+from torchtitan_mtp.data.mixture import configured_source
 from torchtitan_mtp.data.targets import IGNORE, PADDING, Batch, make_batch
 from torchtitan_mtp.data.tokenizer import build_tokenizer
 from torchtitan_mtp.distributed.agreement import agree, shared_settings

@@ -112,4 +112,4 @@ def test_held_out_documents_are_compared_with_pair_statistics(tmp_path, caplog):
     tables = [r.getMessage() for r in caplog.records if "held-out text" in r.getMessage()]
     assert len(tables) == 1  # at the end only
     for k, loss in enumerate(run.validated[-1], 1):
-        assert f"{loss:.3f}"[:4] in tables[0], (k, tables[0])
+        assert f"{loss:.4f}" in tables[0], (k, tables[0])

@@ -4,6 +4,7 @@ from collections.abc import Collection
 
 from torchtitan_mtp.config.job_config import JobConfig
 from torchtitan_mtp.config.sections.quantize import AUTO_FILTER
+from torchtitan_mtp.config.sections.training import Training
 from torchtitan_mtp.config.setting import Option, options
 from torchtitan_mtp.config.values import show
 from torchtitan_mtp.errors import UserError
@@ -18,6 +19,7 @@ def check(config: JobConfig, given: Collection[str] = ()) -> None:
         if not option.is_table:
             _check_key(option, option.get(config))
     _check_batch(config)
+    _check_mixture(config.training)
     _check_profiling(config)
     _check_checkpointing(config)
     _check_float8(config)
@@ -44,6 +46,15 @@ def _check_batch(config: JobConfig) -> None:
             f"training.global_batch_size = {total}: expected -1 or a multiple of "
             f"training.local_batch_size = {local}"
         )
+
+
+def _check_mixture(training: Training) -> None:
+    for key in ("dataset", "dataset_path"):
+        if training.mixture and getattr(training, key) != getattr(Training, key):
+            raise UserError(
+                f"training.mixture and training.{key} = {show(getattr(training, key))}: both say"
+                " what to train on; keep one of them"
+            )
 
 
 def _check_profiling(config: JobConfig) -> None:

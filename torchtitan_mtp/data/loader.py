@@ -1,14 +1,15 @@
 """Windows of tokens for every data rank, in one global order that no world size changes.
 
-The token stream of a run is V lanes, V fixed when the run begins. Document i of the split belongs
-to lane i mod V; a lane reads its documents in an order shuffled anew each epoch, and cuts what it
-reads into windows (lanes.py). Window g of the run is the next window of lane g mod V, and a step
-whose global batch is B windows trains on windows t*B .. (t+1)*B - 1.
+The token stream of a run is V lanes, V fixed when the run begins: each reads an equal stretch of
+every epoch (walks.py, corpus.py), and cuts it into windows (lanes.py). Window g of the run is the
+next window of lane g mod V, and a step whose global batch is B windows trains on windows
+t*B .. (t+1)*B - 1. With several sources (mixture.py) every lane has a stretch of each, and lane and
+window decide which of them it comes from.
 
 Data rank r of R, where R divides V, makes the windows with g mod R = r, which come from the lanes
-with l mod R = r: no rank reads another's documents. The position of a run is V, the next g, and for
-each lane its document and token: a few hundred bytes, exact at any window, and the same whatever R
-was, so a run continues on any R that divides V with the same global batches.
+with l mod R = r. The position of a run is V, the next g, and for each lane and source its document
+and token: a few hundred bytes, exact at any window, and the same whatever R was, so a run continues
+on any R that divides V with the same global batches.
 """
 
 import logging
@@ -18,23 +19,26 @@ from typing import Any
 import numpy as np
 import torch
 
+from torchtitan_mtp.data.corpus import Corpus
 from torchtitan_mtp.data.document import Source, StreamSource
-from torchtitan_mtp.data.lanes import Lane, LaneWindow, OncePass, ShuffledWalk, StreamWalk, Walk
+from torchtitan_mtp.data.lanes import Lane, LaneWindow
+from torchtitan_mtp.data.mixture import Mixture
 from torchtitan_mtp.data.order import split_documents
 from torchtitan_mtp.data.prefetch import Prefetcher
 from torchtitan_mtp.data.targets import PADDING, Window
 from torchtitan_mtp.data.tokenizer import Tokenizer
+from torchtitan_mtp.data.walks import DealtWalk, OncePass, StreamWalk, StretchWalk, Walk
 from torchtitan_mtp.errors import UserError
 
 logger = logging.getLogger(__name__)
 
 NUM_LANES = 64  # divisible by every power of two up to it: most numbers of data ranks
-STATE_VERSION = 1
+STATE_VERSION = 2
+DEALT_DOCUMENTS = 1  # version of states whose lanes were dealt whole documents, and go on so
 _CAUSES = {
-    "version": "the version of this package",
-    "source": "training.dataset, training.dataset_path and the files as they were (a folder's files"
-    " that are now left out are read through a glob, FOLDER/**/*.*), or go on at the same place in"
-    " other files with --training.accept_changed_data",
+    "source": "training.dataset, dataset_path or mixture, text_field and the files as they were (a"
+    " folder's files that are now left out are read through a glob, FOLDER/**/*.*), or go on at the"
+    " same place in other files with --training.accept_changed_data",
     "tokenizer": "model.hf_assets_path and its file as it was",
     "documents": "as many documents as there were",
     "seed": "training.seed",
@@ -48,7 +52,7 @@ class DataLoader:
     """Windows [local_batch_size, S+n] for one data rank.
 
     Args:
-        source: the documents.
+        source: the documents, or a mixture of several sources of them.
         tokenizer: makes their tokens.
         seq_len: S, tokens of input in a window.
         num_future_tokens: n, tokens of lookahead.
@@ -65,12 +69,12 @@ class DataLoader:
         accept_changed_data: a state of other files is taken, where there are as many documents.
 
     Raises:
-        UserError: fewer documents than data ranks, or no document to hold out.
+        UserError: no document to hold out.
     """
 
     def __init__(
         self,
-        source: Source | StreamSource,
+        source: Source | StreamSource | Mixture,
         tokenizer: Tokenizer,
         seq_len: int,
         num_future_tokens: int,
@@ -89,7 +93,7 @@ class DataLoader:
             raise ValueError("seq_len, num_future_tokens and local_batch_size must be positive")
         if not 0 <= dp_rank < dp_world:
             raise ValueError(f"data rank {dp_rank} of {dp_world}")
-        self._source = source
+        self._mixture = source if isinstance(source, Mixture) else Mixture([source])
         self._tokenizer = tokenizer
         self._seq_len = seq_len
         self._lookahead = num_future_tokens
@@ -100,26 +104,26 @@ class DataLoader:
         self._depth = prefetch
         self._accept_changed_data = accept_changed_data
         self._prefetcher: Prefetcher[tuple[Window, State]] | None = None
+        self._parts = [self._part(x, split, validation_fraction) for x in self._mixture.sources]
+        held_out = split == "train" and any(isinstance(part, Corpus) for part in self._parts)
         # What a state must agree with for its positions to mean the same documents and tokens.
         self._identity: State = {
-            "version": STATE_VERSION,
-            "source": source.fingerprint,
+            "source": self._mixture.fingerprint,
             "tokenizer": tokenizer.fingerprint,
+            "documents": sum(len(x.source) for x in self._parts if isinstance(x, Corpus)),
             "seed": seed,
-            "held_out": 0.0,
+            "held_out": validation_fraction if held_out else 0.0,
         }
-        if isinstance(source, StreamSource):
-            _check_stream_split(source, split)
-            self._documents = np.empty(0, np.int64)
-        else:
-            self._documents = split_documents(
-                len(source), split, validation_fraction, seed, source.name
-            )
-            self._identity["documents"] = len(source)
-            self._identity["held_out"] = validation_fraction if split == "train" else 0.0
+        self._version = STATE_VERSION
         self._infinite = infinite
         if infinite:
-            self._set_lanes(self._default_num_lanes())
+            width = seq_len + num_future_tokens
+            # Stretches of a window at least; a lane of a stream reads whole files.
+            most = min(
+                int(x.sizes[x.documents].sum()) // width if isinstance(x, Corpus) else x.num_shards
+                for x in self._parts
+            )
+            self._set_lanes(default_num_lanes(most, dp_world))
             self._next_window = dp_rank
             self._state = self._snapshot()
 
@@ -149,7 +153,7 @@ class DataLoader:
     def epoch(self) -> int:
         """Times this rank has been through all its documents, as of the last window handed out."""
         self._check_infinite()
-        return min(lane["epoch"] for lane in self._state["lanes"].values())
+        return min(at["epoch"] for lane in self._state["lanes"].values() for at in lane)
 
     def state_dict(self) -> State:
         """Plain data: the position after the last window handed out (not the last prefetched), for
@@ -166,13 +170,16 @@ class DataLoader:
         self._check_infinite()
         self._check_state(state)
         self.close()
+        if state.get("shares", [1.0]) != (shares := self._mixture.shares):
+            logger.warning(
+                "dataset %s: from window %d on the sources' shares are %s, before they were %s",
+                *(self._mixture.name, state["next_window"], shares, state["shares"]),
+            )
+        self._version = state["version"]
         self._set_lanes(state["num_lanes"])
-        for number, lane in self._lanes.items():
-            lane.seek(state["lanes"][str(number)])
-        start = state["next_window"]
-        self._next_window = (
-            start + (self._rank - start) % self._world
-        )  # this rank's first from there
+        self._restore(state)
+        # this rank's first window from there
+        self._next_window += (self._rank - self._next_window) % self._world
         self._state = self._snapshot()
 
     def close(self) -> None:
@@ -186,42 +193,61 @@ class DataLoader:
         if not self._infinite:
             raise RuntimeError("a finite loader is only iterated: it has no position")
 
+    def _part(
+        self, source: Source | StreamSource, split: str, fraction: float
+    ) -> Corpus | StreamSource:
+        if not isinstance(source, StreamSource):
+            documents = split_documents(len(source), split, fraction, self._seed, source.name)
+            return Corpus(source, documents, self._tokenizer, self._seed)
+        if split == "validation":
+            raise UserError(
+                f"dataset {source.name}: nothing can be held out of a stream; give"
+                " validation.dataset another one (c4_validation for c4), or turn validation.enable"
+                " off"
+            )
+        return source
+
     def _set_lanes(self, num_lanes: int) -> None:
         self._num_lanes = num_lanes
         self._lanes = {
-            lane: Lane(self._walk(lane), self._tokenizer)
+            lane: [Lane(self._walk(part, lane)) for part in self._parts]
             for lane in range(self._rank, num_lanes, self._world)
         }
 
-    def _default_num_lanes(self) -> int:
-        if isinstance(self._source, StreamSource):
-            return stream_num_lanes(self._source.num_shards, self._world)
-        return default_num_lanes(len(self._documents), self._world, self._source.name)
-
-    def _walk(self, lane: int) -> Walk:
-        if isinstance(self._source, StreamSource):
-            return StreamWalk(self._source, lane, self._num_lanes)
-        documents = self._documents[lane :: self._num_lanes]
-        return ShuffledWalk(self._source, documents, self._seed, lane)
+    def _walk(self, part: Corpus | StreamSource, lane: int) -> Walk:
+        if not isinstance(part, Corpus):
+            return StreamWalk(part, self._tokenizer, lane, self._num_lanes)
+        if self._version == DEALT_DOCUMENTS:
+            return DealtWalk(part, lane, self._num_lanes)
+        return StretchWalk(part, lane, self._num_lanes)
 
     def _restore(self, state: State) -> None:
-        for number, lane in self._lanes.items():
-            lane.seek(state["lanes"][str(number)])
+        for number, lanes in self._lanes.items():
+            places = state["lanes"][str(number)]
+            places = places if isinstance(places, list) else [places]  # as older states have it
+            for lane, place in zip(lanes, places, strict=True):
+                lane.seek(place)
         self._next_window = state["next_window"]
 
     def _snapshot(self) -> State:
         return {
+            "version": self._version,
             **self._identity,
+            "shares": self._mixture.shares,
             "num_lanes": self._num_lanes,
             "next_window": self._next_window,
-            "lanes": {str(number): lane.position() for number, lane in self._lanes.items()},
+            "lanes": {
+                str(number): [lane.position() for lane in lanes]
+                for number, lanes in self._lanes.items()
+            },
         }
 
     def _produce(self) -> tuple[Window, State]:
         rows = []
         for _ in range(self._batch_size):
-            lane = self._lanes[self._next_window % self._num_lanes]
-            row = lane.next_window(self._seq_len, self._lookahead)
+            turn, lane = divmod(self._next_window, self._num_lanes)
+            source = self._mixture.pick(lane, turn)
+            row = self._lanes[lane][source].next_window(self._seq_len, self._lookahead)
             assert row is not None, "an endless lane has ended"
             rows.append(row)
             self._next_window += self._world
@@ -230,7 +256,7 @@ class DataLoader:
     def _one_pass(self) -> Iterator[Window]:
         # Every rank reads and encodes the whole split, as one lane, and keeps its share: how many
         # windows there are is known to all of them at the same point, without communication.
-        lane = Lane(OncePass(self._source, self._documents), self._tokenizer)
+        lane = Lane(OncePass(self._parts, self._mixture.shares, self._tokenizer))
         rows: list[LaneWindow] = []
         number = 0
         while (row := lane.next_window(self._seq_len, self._lookahead)) is not None:
@@ -250,7 +276,13 @@ class DataLoader:
             yield _stack(rows + [padding] * (self._batch_size - len(rows)))
 
     def _check_state(self, state: State) -> None:
+        name = self._mixture.name
         anew = ", or start the data anew with --checkpoint.exclude_from_loading dataloader"
+        if (version := state.get("version")) not in (DEALT_DOCUMENTS, STATE_VERSION):
+            raise UserError(
+                f"dataset {name}: the checkpoint's data position has version {version}, this"
+                f" package reads {DEALT_DOCUMENTS} and {STATE_VERSION}: update it{anew}"
+            )
         for key, mine in self._identity.items():
             found = state.get(key, mine if key == "documents" else None)  # older states lack it
             if found == mine:
@@ -258,57 +290,36 @@ class DataLoader:
             if key == "source" and self._accept_changed_data:
                 logger.warning(
                     "dataset %s: not the files of the checkpoint; going on at its place in these",
-                    self._source.name,
+                    name,
                 )
             else:
                 raise UserError(
-                    f"dataset {self._source.name}: the checkpoint's data position has {key}"
+                    f"dataset {name}: the checkpoint's data position has {key}"
                     f" {found!r}, this run has {mine!r}: put back {_CAUSES[key]}{anew}"
                 )
         lanes = state["num_lanes"]
         if lanes % self._world:
             allowed = [r for r in range(1, lanes + 1) if lanes % r == 0]
             raise UserError(
-                f"dataset {self._source.name}: the checkpoint's data is in {lanes} lanes, which"
+                f"dataset {name}: the checkpoint's data is in {lanes} lanes, which"
                 f" can't be dealt to {self._world} data ranks; resume on one of {allowed}"
             )
         absent = [x for x in range(self._rank, lanes, self._world) if str(x) not in state["lanes"]]
         if absent:
             raise UserError(
-                f"dataset {self._source.name}: the checkpoint's data position lacks lane"
+                f"dataset {name}: the checkpoint's data position lacks lane"
                 f" {absent[0]} of {lanes}, as if one rank alone had saved it: load another"
                 f" checkpoint{anew}"
             )
 
 
-def default_num_lanes(num_documents: int, dp_world: int, name: str) -> int:
-    """V for a new run: NUM_LANES where the ranks divide it and documents fill it, else the largest
-    multiple of `dp_world` that is at most max(NUM_LANES, dp_world) and the number of documents.
-
-    Raises:
-        UserError: fewer documents than data ranks.
-    """
-    if num_documents < dp_world:
-        raise UserError(
-            f"dataset {name}: {num_documents} documents for {dp_world} data ranks; every rank needs"
-            " at least one: give more documents or fewer ranks"
-        )
-    most = min(max(NUM_LANES, dp_world), num_documents)
-    return most // dp_world * dp_world
-
-
-def stream_num_lanes(num_shards: int, dp_world: int) -> int:
-    """V for a new run on a sequential source: by its parts as by documents; where it has fewer
-    parts than there are ranks, a lane a rank, each reading everything for its share."""
-    return dp_world if num_shards < dp_world else default_num_lanes(num_shards, dp_world, "")
-
-
-def _check_stream_split(source: StreamSource, split: str) -> None:
-    if split == "validation":
-        raise UserError(
-            f"dataset {source.name}: nothing can be held out of a stream; give validation.dataset"
-            " another one (c4_validation for c4), or turn validation.enable off"
-        )
+def default_num_lanes(most: int, dp_world: int) -> int:
+    """V for a new run: `dp_world`, doubled as long as that is at most NUM_LANES and `most`. So
+    a run can go on with half and twice as many ranks."""
+    lanes = dp_world
+    while 2 * lanes <= min(NUM_LANES, most):
+        lanes *= 2
+    return lanes
 
 
 def merge_states(states: Iterable[State]) -> State:

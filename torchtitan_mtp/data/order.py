@@ -1,4 +1,4 @@
-"""Which documents are held out, and in which order a lane reads its own.
+"""Which documents are held out, and in which order an epoch reads the others.
 
 Both come from one hash of document numbers instead of a random generator, whose stream a new
 version of its library may change: a run resumed years later must find the same order.
@@ -44,9 +44,10 @@ def split_documents(
     return documents[held_out if split == "validation" else ~held_out]
 
 
-def shuffled(documents: np.ndarray, seed: int, lane: int, epoch: int) -> np.ndarray:
-    """The documents of a lane in the order of an epoch."""
-    return documents[np.argsort(_hash(documents, seed, lane, epoch), kind="stable")]
+def shuffled(documents: np.ndarray, *keys: int) -> np.ndarray:
+    """The documents in the order of the keys: (seed, epoch); of runs whose documents were dealt to
+    lanes, (seed, lane, epoch)."""
+    return documents[np.argsort(_hash(documents, *keys), kind="stable")]
 
 
 def _hash(numbers: np.ndarray, *keys: int) -> np.ndarray:

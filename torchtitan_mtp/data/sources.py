@@ -7,11 +7,10 @@ import os
 import sysconfig
 from collections.abc import Iterable, Sequence, Set
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from torchtitan_mtp.config import JobConfig
-from torchtitan_mtp.config.sections.training import Training, Validation
 from torchtitan_mtp.data import compressed
 from torchtitan_mtp.data.document import Document, Source, StreamSource
 from torchtitan_mtp.data.files import BadRecords, DataFile, Spans, fingerprint_files
@@ -147,16 +146,10 @@ def build_source(
     )
 
 
-def configured_source(config: JobConfig, table: Training | Validation) -> Source | StreamSource:
-    """The documents of config.training or config.validation, without what the run writes."""
-    dump = Path(config.job.dump_folder).expanduser()
-    return build_source(
-        table.dataset,
-        table.dataset_path,
-        bad_records=config.training.bad_records,
-        split="train" if table is config.training else "validation",
-        outputs=[dump, dump / config.checkpoint.folder],
-    )
+def find_source(name: str, **options: Any) -> Source | StreamSource:
+    """The documents of a dataset that is named, or of a file, folder or glob: `build_source`."""
+    spelled = name.startswith(("/", "./", "../")) or any(c in name for c in "*?[")
+    return build_source(name, name if spelled or Path(name).exists() else None, **options)
 
 
 def _open_file(

@@ -6,7 +6,6 @@ import itertools
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,8 +15,9 @@ from torch import Tensor
 from torchtitan_mtp.config import JobConfig
 from torchtitan_mtp.data.document import Document, Source, StreamSource
 from torchtitan_mtp.data.loader import DataLoader
+from torchtitan_mtp.data.mixture import Mixture, configured_source, parse_entry
 from torchtitan_mtp.data.order import split_documents
-from torchtitan_mtp.data.sources import build_source, configured_source
+from torchtitan_mtp.data.sources import find_source
 from torchtitan_mtp.data.targets import IGNORE, Batch, Window, make_batch
 from torchtitan_mtp.data.tokenizer import Tokenizer
 from torchtitan_mtp.errors import UserError
@@ -33,7 +33,7 @@ class Text:
     about: for people, which documents these are.
     """
 
-    source: Source | StreamSource
+    source: Source | StreamSource | Mixture
     split: dict[str, Any]  # split, seed, validation_fraction, as `DataLoader` takes them
     about: str
 
@@ -69,42 +69,48 @@ class Text:
         return prompts
 
     def _spread(self, count: int) -> Iterator[Document]:
-        if isinstance(self.source, StreamSource):
-            yield from itertools.islice(self.source.open_lane(0, 1), count)
+        sources = self.source.sources if isinstance(self.source, Mixture) else [self.source]
+        for i, source in enumerate(sources):
+            share = count * (i + 1) // len(sources) - count * i // len(sources)
+            yield from self._spread_over(source, share)
+
+    def _spread_over(self, source: Source | StreamSource, count: int) -> Iterator[Document]:
+        if isinstance(source, StreamSource):
+            yield from itertools.islice(source.open_lane(0, 1), count)
             return
         numbers = split_documents(
-            len(self.source),
+            len(source),
             self.split["split"],
             self.split["validation_fraction"],
             self.split["seed"],
-            self.source.name,
+            source.name,
         )
         picked = np.linspace(0, len(numbers), min(count, len(numbers)), endpoint=False)
-        yield from (self.source[int(numbers[int(i)])] for i in picked)
+        yield from (source[int(numbers[int(i)])] for i in picked)
 
 
 def find_text(config: JobConfig, name: str | None) -> Text:
     """What to evaluate a run on.
 
-    name: a dataset, file, folder or glob, all of whose documents are taken; None, or the source
+    name: a dataset, file, folder or glob, all of whose documents are taken; None, or a source
         that the run trained on: what the run validates on, as it was held out.
 
     Raises:
         UserError: nothing there, or nothing that says what was held out.
     """
     training, validation = config.training, config.validation
-    if name is not None and name not in (training.dataset, training.dataset_path):
-        spelled = name.startswith(("/", "./", "../")) or any(c in name for c in "*?[")
-        is_path = spelled or Path(name).exists()
-        of = ("source", name) if is_path else (name,)
-        source = build_source(*of, bad_records=training.bad_records, split="all")
-        return Text(source, _split("all"), name)
+    mixed = [parse_entry(entry)[1] for entry in training.mixture]
+    if name is not None and name not in (mixed or (training.dataset, training.dataset_path)):
+        options = {"text_field": training.text_field, "bad_records": training.bad_records}
+        return Text(find_source(name, split="all", **options), _split("all"), name)
     if name is None and (validation.dataset or validation.dataset_path):
         about = validation.dataset_path or validation.dataset
         source = configured_source(config, validation)
         return Text(source, _split("all"), about)
     source = configured_source(config, training)
-    about = training.dataset_path or training.dataset
+    about = " and ".join(mixed) or training.dataset_path or training.dataset
+    if isinstance(source, Mixture) and name is not None:
+        source, about = source.sources[mixed.index(name)], name
     if not validation.enable or validation.dataset or validation.dataset_path:
         return Text(source, _split("all"), f"{about}, which the run trained on")
     if training.seed is None:

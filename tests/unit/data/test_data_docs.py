@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from torchtitan_mtp.config import parse_args
+from torchtitan_mtp.data.mixture import parse_entry
 
 ROOT = Path(__file__).parents[3]
 TEXT = (ROOT / "docs" / "data.md").read_text()
@@ -21,7 +22,8 @@ def test_examples_run(block):
 
 @pytest.mark.parametrize("arguments", TRAININGS)
 def test_trainings_parse(arguments):
-    assert parse_args(shlex.split(arguments)).training.dataset_path
+    training = parse_args(shlex.split(arguments)).training
+    assert training.dataset_path or list(map(parse_entry, training.mixture))
 
 
 def test_tokenizer_command(tmp_path):
@@ -39,4 +41,4 @@ def test_tokenizer_command(tmp_path):
 
 def test_every_block_is_found():
     assert len(BLOCKS) == 2
-    assert len(TRAININGS) == 2
+    assert len(TRAININGS) == 3

@@ -8,7 +8,8 @@ import pytest
 from torchtitan_mtp.config import JobConfig, to_toml
 from torchtitan_mtp.data import folders
 from torchtitan_mtp.data.files import fingerprint_files
-from torchtitan_mtp.data.sources import build_source, configured_source
+from torchtitan_mtp.data.mixture import configured_source
+from torchtitan_mtp.data.sources import build_source
 from torchtitan_mtp.errors import UserError
 
 

@@ -59,6 +59,22 @@ def test_by_default_what_the_run_held_out(run: JobConfig, corpus: Path) -> None:
     assert "held out" in find_text(run, None).about
 
 
+def test_a_run_on_a_mixture_held_something_out_of_each(run: JobConfig, corpus: Path) -> None:
+    alone = documents(find_text(run, None))
+    other = corpus.with_name("other.jsonl")
+    other.write_text(corpus.read_text().replace('"text": "', '"text": "-'))
+    run.training.dataset, run.training.dataset_path = JobConfig().training.dataset, None
+    run.training.mixture = [f"0.6 {corpus}", f"0.4 {other}"]
+    assert documents(find_text(run, str(corpus))) == alone
+    text = find_text(run, None)
+    held_out = documents(text)  # in turn: of the same numbers of documents, the same ones
+    assert [piece for piece in held_out if not piece.startswith("-")] == alone
+    assert [piece[1:] for piece in held_out if piece.startswith("-")] == alone
+    assert held_out[0] == alone[0] and held_out[1] == "-" + alone[0]
+    assert str(corpus) in text.about and str(other) in text.about
+    assert len(text.prompts(BYTES, 4, 12)) == 4
+
+
 def test_any_other_source_is_taken_whole(run: JobConfig, tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     for name in ("a.txt", "b.txt"):

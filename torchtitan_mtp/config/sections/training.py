@@ -1,6 +1,6 @@
 """Tables about the data and how the weights are updated."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import inf
 from typing import Literal
 
@@ -73,6 +73,13 @@ class Training:
     """Resume at the checkpoint's place in the data though files have changed since (a record was
     mended), where there are as many documents as before."""
 
+    text_field: str = "text"
+    """Of a record (.jsonl, .parquet, the hub's), the field that holds its text."""
+
+    mixture: list[str] = field(default_factory=list)
+    """Several sources instead of one: of each its share of the tokens, a space, and a dataset,
+    file, folder or glob, as in ["0.7 python_stdlib", "0.3 /data/code/**/*.jsonl"]."""
+
     validation_fraction: float = setting(0.05, above=0, below=1)
     """Fraction of the documents held out for validation where validation.dataset is empty."""
 
@@ -133,6 +140,9 @@ class Validation:
 
     dataset_path: str | None = setting(None, path=True)
     """File or folder of the source, where it needs one."""
+
+    text_field: str = "text"
+    """Of a record, the field that holds its text."""
 
     local_batch_size: int = setting(8, at_least=1)
     """Sequences of one validation batch on one rank."""

@@ -1,0 +1,115 @@
+"""A random-access source as one stream of tokens an epoch, of which each lane reads a stretch.
+
+An epoch is all documents of the split, laid end to end in an order shuffled anew, and lane l of V
+reads an equal stretch of it. So a lane's share is measured in tokens and not in documents, and a
+long document is cut over several lanes. Stretches are measured in the sizes of `Corpus.sizes`;
+an end that falls inside a document, at a fraction f of its size, is an end at token
+round(f * tokens) for both neighbours: every token is read once an epoch, however rough the sizes.
+"""
+
+import contextlib
+import functools
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from weakref import WeakValueDictionary
+
+import numpy as np
+
+from torchtitan_mtp.data.document import Document, Source
+from torchtitan_mtp.data.order import shuffled
+from torchtitan_mtp.data.parquet import CACHED_ROW_GROUPS
+from torchtitan_mtp.data.tokenizer import ByteTokenizer, Tokenizer
+from torchtitan_mtp.errors import UserError
+
+ENCODED_BYTES = 16 << 20  # a split of up to this size is encoded once at the start, to be counted
+_BYTES_A_TOKEN = 4  # of what is not: for the begin and end tokens, which no byte stands for
+
+
+@dataclass(eq=False)
+class Encoded:
+    """A document as tokens, int32: begin, prompt, text, end. Those before `first_target`, begin
+    and prompt, are never targets."""
+
+    tokens: np.ndarray
+    first_target: int
+
+
+def encode_document(tokenizer: Tokenizer, document: Document, where: Callable[[], str]) -> Encoded:
+    """The tokens of a document; `where` names its place if the tokenizer fails on it."""
+    prompt, text = (_encode(tokenizer, part, where) for part in (document.prompt, document.text))
+    bos, eos = [tokenizer.bos_id], [tokenizer.eos_id]
+    tokens = np.concatenate([bos, prompt, text, eos], dtype=np.int32)
+    return Encoded(tokens, 1 + len(prompt) if document.prompt else 0)
+
+
+def _encode(tokenizer: Tokenizer, text: str, where: Callable[[], str]) -> np.ndarray:
+    try:
+        return tokenizer.encode(text) if text else np.empty(0, np.int32)
+    except (UserError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as e:  # those written in Rust panic with BaseExceptions
+        raise UserError(
+            f"data {where()}: the tokenizer fails on this document"
+            f" ({type(e).__name__}: {str(e)[:200]}); mend it or leave it out"
+        ) from e
+
+
+@dataclass(eq=False)
+class Epoch:
+    """Documents in reading order, [D] int64, and their sizes up to and with each, summed, [D]."""
+
+    order: np.ndarray
+    ends: np.ndarray
+
+
+class Corpus:
+    """The documents of a split, measured; what lanes share of their reading of it."""
+
+    def __init__(
+        self, source: Source, documents: np.ndarray, tokenizer: Tokenizer, seed: int
+    ) -> None:
+        self.source = source
+        self.documents = documents
+        self._tokenizer = tokenizer
+        self.seed = seed
+        # Both live as long as a lane reads in them: lanes of one epoch have one order, and a
+        # document that many lanes share is encoded once.
+        self._epochs: WeakValueDictionary[int, Epoch] = WeakValueDictionary()
+        self._encoded: WeakValueDictionary[int, Encoded] = WeakValueDictionary()
+
+    @functools.cached_property
+    def sizes(self) -> np.ndarray:
+        """What stretches are measured in, at the documents' numbers, int64 [len(source)]: tokens,
+        where they are known (bytes are) or quickly counted; else roughly in proportion."""
+        sizes = self.source.sizes()
+        specials = len(encode_document(self._tokenizer, Document(""), str).tokens)
+        if isinstance(self._tokenizer, ByteTokenizer):
+            return sizes + specials
+        if sizes[self.documents].sum() > ENCODED_BYTES:
+            return sizes + specials * _BYTES_A_TOKEN
+        # Encoding lets go of Python's lock. No more threads than a Parquet file keeps row groups.
+        with ThreadPoolExecutor(CACHED_ROW_GROUPS) as threads:
+            parts = np.array_split(self.documents, 64)
+            list(threads.map(functools.partial(self._count, sizes), parts))
+        return sizes
+
+    def _count(self, sizes: np.ndarray, documents: np.ndarray) -> None:
+        for i in map(int, documents):
+            with contextlib.suppress(UserError):  # raised when the document is read for training
+                sizes[i] = len(self.encode(i).tokens)
+
+    def epoch(self, number: int) -> Epoch:
+        epoch = self._epochs.get(number)
+        if epoch is None:
+            order = shuffled(self.documents, self.seed, number)
+            epoch = self._epochs[number] = Epoch(order, np.cumsum(self.sizes[order]))
+        return epoch
+
+    def encode(self, number: int) -> Encoded:
+        document = self._encoded.get(number)
+        if document is None:
+            where = functools.partial(self.source.where, number)
+            document = encode_document(self._tokenizer, self.source[number], where)
+            self._encoded[number] = document
+        return document
