@@ -6,6 +6,7 @@ import functools
 import logging
 import os
 import time
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,10 @@ from torch.distributed.tensor import DTensor
 from torchtitan_mtp.checkpoint import Checkpointer
 from torchtitan_mtp.checkpoint.folders import step_folder
 from torchtitan_mtp.checkpoint.formats.training import hf_format, save_in_hf
-from torchtitan_mtp.checkpoint.lock import FolderLock, written_folders
+from torchtitan_mtp.checkpoint.lock import lock_folders, written_folders
 from torchtitan_mtp.checkpoint.origin import find_origin
 from torchtitan_mtp.checkpoint.ranks import Ranks
-from torchtitan_mtp.checkpoint.run_state import LoaderState, TrainState
+from torchtitan_mtp.checkpoint.resume import LoaderState, TrainState
 from torchtitan_mtp.config import JobConfig, to_toml
 from torchtitan_mtp.data.loader import DataLoader
 from torchtitan_mtp.data.mixture import configured_source
@@ -75,12 +76,12 @@ class Trainer:
     def __init__(self, config: JobConfig) -> None:
         self.config = config
         self.world = init_world(config.parallelism, config.comm, shared_settings(config))
-        self.ranks, self.lock = Ranks(), FolderLock()
-        self.ranks.first(lambda: self.lock.take(written_folders(config)))
+        self.ranks, self.lock = Ranks(), ExitStack()
         try:
+            self.ranks.first(lambda: lock_folders(written_folders(config), self.lock))
             self._build()
         except BaseException:
-            self.lock.release()
+            self.lock.close()
             raise
 
     def _build(self) -> None:
@@ -113,7 +114,8 @@ class Trainer:
         self.accumulation = micro_batches_per_step(config, self.world.size)
         model = build_model(self.args, getattr(torch, training.dtype))
         add_heads(model, config.mtp)
-        check_run(config, model, self.device, self.world.size, self.accumulation)
+        fits = functools.partial(check_run, config, model, self.device, self.world.size)
+        self.ranks.together(lambda: fits(self.accumulation))
         self.loader, self.validation = self.ranks.together(self._build_data)
         loaders = {"training": self.loader, "validation": self.validation}
         for name, loader in loaders.items():
@@ -300,11 +302,10 @@ class Trainer:
         checkpoint = self.config.checkpoint
         if self.stopped_unsaved:
             return "nothing saved: checkpoint.enable = false or checkpoint.load_only = true"
-        once = {"load_step": checkpoint.load_step != -1}
-        once["exclude_from_loading"] = bool(checkpoint.exclude_from_loading)
-        if names := [f"checkpoint.{name}" for name, given in once.items() if given]:
-            return f"saved: the same command without {' and '.join(names)} goes on from here"
-        return "saved: the same command goes on from here"
+        once = ["checkpoint.load_step"] if checkpoint.load_step != -1 else []
+        once += ["checkpoint.exclude_from_loading"] if checkpoint.exclude_from_loading else []
+        without = f" without {' and '.join(once)}" if once else ""
+        return f"saved: the same command{without} goes on from here"
 
     def _save_in_hf(self) -> None:
         """The last step as a Hugging Face folder: read back by a rank that no other waits for."""
@@ -448,7 +449,7 @@ class Trainer:
         self.metrics.close()
         self.loader.close()
         self.gc.close()
-        self.lock.release()
+        self.lock.close()
         if dist.is_initialized():
             dist.destroy_process_group()
 

@@ -194,7 +194,7 @@ def finish(trainer: Trainer) -> None:
     if os.environ.get("WORLD_SIZE", "1") == "1":
         trainer.close()
         return
-    trainer.lock.release()
+    trainer.lock.close()
     for part in (trainer.checkpointer, trainer.metrics, trainer.loader, trainer.gc):
         part.close()
 

@@ -8,8 +8,8 @@ import os
 import socket
 import time
 from collections.abc import Iterable
+from contextlib import ExitStack
 from pathlib import Path
-from typing import IO
 
 from torchtitan_mtp.checkpoint.folders import checkpoint_folder
 from torchtitan_mtp.checkpoint.remote import RemotePath
@@ -31,39 +31,22 @@ def written_folders(config: JobConfig) -> list[Path]:
     return [dump, checkpoints] if outside else [dump]
 
 
-class FolderLock:
-    """Held by one process until it releases it or dies, which the kernel notices however it dies.
+def lock_folders(folders: Iterable[Path], held: ExitStack) -> None:
+    """Make folders and keep other runs out of them until `held` is closed or this process is gone,
+    however it dies: the lock is the kernel's. Its file only says who had it last.
 
-    The file says who held it last; whether somebody does, only the kernel knows.
+    Raises:
+        UserError: another run has one: its host, process and start; or it can't be written to.
     """
-
-    def __init__(self) -> None:
-        self._files: list[IO[str]] = []
-
-    def take(self, folders: Iterable[Path]) -> None:
-        """Make the folders and lock them, or none of them.
-
-        Raises:
-            UserError: another run holds one, with its host, process and start; or it can't be
-                written to.
-        """
-        try:
-            for folder in folders:
-                self._lock(folder)
-        except BaseException:
-            self.release()
-            raise
-
-    def _lock(self, folder: Path) -> None:
+    for folder in folders:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            file = (folder / NAME).open("a+")
+            file = held.enter_context((folder / NAME).open("a+"))
         except OSError as error:
             raise UserError(
                 f"job.dump_folder = {folder}: can't be written to ({error.strerror}); choose "
                 "another folder"
             ) from None
-        self._files.append(file)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -74,13 +57,8 @@ class FolderLock:
             ) from None
         except OSError as error:  # a file system without locks
             logger.warning("%s: can't be locked (%s): start no second run in it", folder, error)
-            return
+            continue
         file.truncate(0)
-        since = time.strftime("%Y-%m-%d %H:%M:%S")
-        file.write(f"host {socket.gethostname()}, process {os.getpid()}, since {since}\n")
+        now = time.strftime("%Y-%m-%d %H:%M:%S")
+        print(f"host {socket.gethostname()}, process {os.getpid()}, since {now}", file=file)
         file.flush()
-
-    def release(self) -> None:
-        """Let others in."""
-        while self._files:
-            self._files.pop().close()

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from pathlib import Path
+from contextlib import ExitStack
 
 import pytest
 
 from runs import config_of
-from torchtitan_mtp.checkpoint.lock import FolderLock
+from torchtitan_mtp.checkpoint.lock import lock_folders
 from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.trainer import Trainer
 
 HOLDER = """
 import sys, time
 from pathlib import Path
-from torchtitan_mtp.checkpoint.lock import FolderLock
-lock = FolderLock()
-lock.take([Path(sys.argv[1])])
+from contextlib import ExitStack
+from torchtitan_mtp.checkpoint.lock import lock_folders
+held = ExitStack()
+lock_folders([Path(sys.argv[1])], held)
 print("locked", flush=True)
 time.sleep(60)
 """
@@ -29,11 +30,10 @@ def test_the_holder_is_named_and_its_death_is_enough(tmp_path):
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout is not None and holder.stdout.readline() == "locked\n"
         with pytest.raises(UserError, match=rf"run: another run .*host .*process {holder.pid}, si"):
-            FolderLock().take([tmp_path / "free", tmp_path / "run"])
+            lock_folders([tmp_path / "run"], ExitStack())
         holder.kill()
-    lock = FolderLock()
-    lock.take([tmp_path / "free", tmp_path / "run"])  # what could not be had was given back
-    lock.release()
+    with ExitStack() as held:
+        lock_folders([tmp_path / "run"], held)
 
 
 def test_two_runs_in_one_place(tmp_path):
@@ -54,4 +54,4 @@ def test_two_runs_in_one_place(tmp_path):
 def test_a_folder_that_cannot_be_written_to(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"job\.dump_folder = .*file/run: can't be written to"):
-        FolderLock().take([Path(tmp_path / "file" / "run")])
+        lock_folders([tmp_path / "file" / "run"], ExitStack())
