@@ -116,6 +116,7 @@ def constants(record: Record) -> Record:
         "model.args.norm_eps": args.norm_eps,
         "model.args.rope_theta": args.rope_theta,
         "model.args.rope_scaling.factor": 1.0,
+        "model.args.final_norm_eps": args.final_norm_eps or args.norm_eps,
         "model.attn_mask_type": args.attn_mask_type,
         "mtp.heads": spec.heads,
         "mtp.num_future_tokens": spec.num_future_tokens,

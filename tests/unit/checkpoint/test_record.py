@@ -6,7 +6,7 @@ import copy
 import hashlib
 import json
 import logging
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -22,11 +22,11 @@ from torchtitan_mtp.checkpoint.formats import export_checkpoint, import_checkpoi
 from torchtitan_mtp.checkpoint.formats.spec import ModelSpec
 from torchtitan_mtp.checkpoint.manifest import read_manifest
 from torchtitan_mtp.checkpoint.origin import find_origin
-from torchtitan_mtp.checkpoint.record import record_of, spec_of_record
+from torchtitan_mtp.checkpoint.record import constants, record_of, spec_of_record
 from torchtitan_mtp.config import MTP, JobConfig, to_toml
 from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.inference.load import load_for_inference
-from torchtitan_mtp.models.args import RoPEScaling, YaRN
+from torchtitan_mtp.models.args import ModelArgs, RoPEScaling, YaRN
 from torchtitan_mtp.models.flavors import EARLIER, flavors
 from torchtitan_mtp.models.init import init_weights
 from torchtitan_mtp.models.transformer import Transformer, build_model
@@ -37,6 +37,7 @@ SCALED = replace(DEEPSEEK, rope_scaling=YaRN(factor=8.0))
 MODELS = [
     (ARGS, {"n_heads": 2, "n_kv_heads": 1}, "model.args.n_heads = 4, this run has 2"),
     (ARGS, {"norm_eps": 1e-6}, "model.args.norm_eps = 1e-05, this run has 1e-06"),
+    (ARGS, {"final_norm_eps": 1e-6}, "final_norm_eps = 1e-05, this run has 1e-06"),
     (
         ARGS,
         {"attn_mask_type": "causal"},
@@ -99,6 +100,15 @@ def test_another_optimizer(tmp_path):
         run.checkpointer.load()
     run.checkpointer.config.exclude_from_loading = ["optimizer"]
     assert run.checkpointer.load() == 2
+
+
+def test_every_constant_is_compared_or_told_by_shapes():
+    """A new field of ModelArgs has to be one or the other."""
+    told = {"dim", "n_layers", "vocab_size", "multiple_of", "ffn_dim_multiplier", "hidden_dim"}
+    told |= {"qk_norm", "qkv_bias", "tied_embeddings", "max_seq_len"}
+    keys = constants(record_of(ModelSpec(SCALED)))
+    compared = {key.removeprefix("model.").removeprefix("args.").split(".")[0] for key in keys}
+    assert {field.name for field in fields(ModelArgs)} - told <= compared
 
 
 def test_every_flavor_comes_back_from_its_record():
