@@ -196,7 +196,9 @@ def evaluate_heads(
     measure = measure_on_text(args, text, model, tokenizer, run)
     console.print(f"text: {measure.targets[0]:,} tokens of {text.about}")
     console.print(text_table(measure))
-    console.print(f"bits per byte: {measure.bits_per_byte:.4f} ({measure.num_bytes:,} bytes)")
+    console.print(
+        f"bits per byte: {figure(measure.bits_per_byte, 4)} ({measure.num_bytes:,} bytes)"
+    )
     results: dict[str, Any] = {
         "text": {
             "about": text.about,

@@ -59,7 +59,8 @@ def check_run(
     state[f"loss.chunk_rows = {rows}"] = 2 * rows * model.tok_embeddings.num_embeddings
     largest = max(model.named_parameters(), key=lambda item: item[1].numel())[0]
     size = sum(p.numel() * p.element_size() for p in model.parameters()) // ranks
-    copies = 4 if config.mtp.train == "all" else 1  # with gradients and the optimizer's moments
+    trains = config.mtp.train == "all" and not config.checkpoint.create_seed_checkpoint
+    copies = 4 if trains else 1  # with gradients and the optimizer's two moments
     where = data if training.enable_cpu_offload else state
     where[f"model.args, model.vocab_size: {largest} and the other weights"] = copies * size
     if device.type == "cpu":

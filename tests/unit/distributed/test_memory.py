@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from runs import config_of
+from runs import TINY, config_of
 from torchtitan_mtp.config import JobConfig, parse_args
 from torchtitan_mtp.config.setting import options
 from torchtitan_mtp.distributed import memory
 from torchtitan_mtp.errors import UserError
+from torchtitan_mtp.models.transformer import build_model
 from torchtitan_mtp.trainer import Trainer
 
 CPU = torch.device("cpu")
@@ -117,3 +120,16 @@ def test_what_is_on_a_gpu_is_held_against_it(tmp_path, monkeypatch):
         weights, batches = (any(word in key for key in needs) for word in ("weights", "local_"))
         assert device.type == ("cuda", "cpu")[i % 2] and batches == (i % 2 == 1)
         assert weights == (i in (0, 3))
+
+
+def test_weights_alone_do_for_a_seed(tmp_path, monkeypatch):
+    """A seed checkpoint of a model that many ranks are going to train, made on one machine."""
+    config = config_of(tmp_path)
+    model = build_model(replace(TINY, vocab_size=256))
+    size = sum(4 * p.numel() for p in model.parameters())
+    monkeypatch.setattr(memory, "total_memory", lambda device: 2 * size)
+    with pytest.raises(UserError, match=f"weights: needs {4 * size / 2**30:.1f} GiB"):
+        memory.check_run(config, model, CPU, 1, 1)
+    memory.check_run(config, model, CPU, 4, 1)
+    config.checkpoint.enable = config.checkpoint.create_seed_checkpoint = True
+    memory.check_run(config, model, CPU, 1, 1)
