@@ -20,7 +20,7 @@ FOLDER_SUFFIXES = frozenset(
     .txt .text .txt.gz .txt.zst .md .rst .tex .html .xml .css .toml .yaml .yml .sql .sh
     .py .pyi .c .h .cc .cpp .hpp .cu .java .js .ts .go .rs .rb""".split()  # noqa: SIM905
 )
-_CONFIG = "config.toml"  # a run writes it, with all keys, into its folder
+_CONFIG, RUN_LOCK = "config.toml", "run.lock"  # a run writes them, one with all keys in it
 _ABOUT = re.compile(
     r"((?i:readme|licen[cs]e)|COPYING|NOTICE|CHANGELOG|CONTRIBUTING|CITATION)"
     r"([-_.].*)?\.(md|rst|txt|text|html)"
@@ -84,7 +84,7 @@ def matching_files(pattern: Path, outputs: Set[str]) -> tuple[list[Path], LeftOu
     written: list[Path] = []
     for path in map(Path, glob.glob(str(pattern), recursive=True)):
         if path.is_file():
-            inside = [path] if path.name == _CONFIG else []
+            inside = [path] if path.name in (_CONFIG, RUN_LOCK) else []
             inside += itertools.takewhile(lambda folder: folder != top, path.parents)
             (written if any(map(is_written, inside)) else files).append(path)
     return sorted(files), {"outputs of runs": sorted(written)}

@@ -12,6 +12,7 @@ from typing import Any
 from torchtitan_mtp.config import JobConfig
 from torchtitan_mtp.config.sections.training import Training, Validation
 from torchtitan_mtp.data.document import Source, StreamSource
+from torchtitan_mtp.data.folders import RUN_LOCK
 from torchtitan_mtp.data.sources import build_source, find_source
 from torchtitan_mtp.errors import UserError
 
@@ -57,12 +58,15 @@ def configured_source(
     Raises:
         UserError: as `build_source`; an entry of the mixture that is none.
     """
-    dump = Path(config.job.dump_folder).expanduser()
+    profiling = config.profiling
+    written = [config.checkpoint.folder, config.metrics.save_tb_folder, RUN_LOCK]
+    written += [profiling.save_traces_folder, profiling.save_memory_snapshot_folder]
+    written += ["", config.comm.save_traces_folder]
     options: dict[str, Any] = {
         "text_field": table.text_field,
         "bad_records": config.training.bad_records,
         "split": "train" if isinstance(table, Training) else "validation",
-        "outputs": [dump, dump / config.checkpoint.folder],
+        "outputs": [Path(config.job.dump_folder, x) for x in written],
     }
     if not isinstance(table, Training) or not table.mixture:
         return build_source(table.dataset, table.dataset_path, **options)

@@ -1,10 +1,10 @@
 import contextlib
 import json
 import os
-import shutil
 
 import pytest
 
+from torchtitan_mtp.checkpoint import lock
 from torchtitan_mtp.config import JobConfig, to_toml
 from torchtitan_mtp.data import folders
 from torchtitan_mtp.data.files import fingerprint_files
@@ -155,23 +155,19 @@ def test_what_cannot_be_read_is_an_error(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("dump", ["outputs", "", "deep/er"])
 @pytest.mark.parametrize("pattern", ["", "**/*"])
-def test_what_the_run_writes_is_no_data_at_its_second_start(tmp_path, dump, pattern):
+@pytest.mark.parametrize("saved", ["checkpoint", "../saved", "../../saved"])
+def test_what_the_run_writes_is_no_data_at_its_second_start(tmp_path, dump, pattern, saved):
     root = fill(tmp_path / "root", ["a.txt", "deep/b.md"])
     config = JobConfig()
     config.job.dump_folder = str(root / dump)
-    config.checkpoint.folder = "../saved"
+    config.checkpoint.folder = saved
     config.training.dataset_path = str(root / pattern)
     config.validation.dataset_path = str(root / pattern)
     first = configured_source(config, config.training)
-    fill(root / dump, ["checkpoint/step-1/x.json", "tb/x.txt"] if dump else [])
-    fill(
-        root / dump / "../saved" if dump else root / "sub",
-        ["step-2.hf/README.md", "step-2.hf/merges.txt"],
-    )
-    if not dump:
-        config.checkpoint.folder = "sub"
-        shutil.rmtree(root / "saved", ignore_errors=True)
-    (root / dump / "config.toml").write_text(to_toml(config))
+    names = [lock.NAME, f"{saved}/step-1/x.md", f"{saved}/step-2.hf/merges.txt"]
+    fill(root / dump, [*names, "tb/a/wandb/config.yaml", "profile_traces/i/x.txt"])
+    if dump != "outputs":  # a run that has just begun has no config.toml
+        (root / dump / "config.toml").write_text(to_toml(config))
     for table in (config.training, config.validation):
         second = configured_source(config, table)
         assert names_read(second) == ["a.txt", "deep/b.md"]
