@@ -120,7 +120,7 @@ def measure_on_continuation(
     what = f"--max_new_tokens {args.max_new_tokens} for --prompts {len(prompts)}"
     length = args.prompt_tokens + args.max_new_tokens
     check_generation(model, what, len(prompts), length)
-    return measure_continuation(model, prompts, args.max_new_tokens, eos_id=tokenizer.eos_id)
+    return measure_continuation(model, prompts, args.max_new_tokens, eos_id=tokenizer.eos_ids)
 
 
 def check_length(model: Transformer, length: int, what: str) -> None:

@@ -206,11 +206,11 @@ def continue_prompts(
     config: JobConfig,
 ) -> None:
     """All prompts as one batch: their texts, and what they cost."""
-    prompts = [[tokenizer.bos_id, *tokenizer.encode(text).tolist()] for text in texts]
+    prompts = [tokenizer.prompt(text) for text in texts]
     length, seen = max(map(len, prompts)) + args.max_new_tokens, config.training.seq_len
     name = f"--max_new_tokens {args.max_new_tokens} for {len(prompts)} prompt(s)"
     check_generation(model, name, len(prompts), length)
-    options = sampling(args, config) | {"eos_id": tokenizer.eos_id, "compile": args.compile}
+    options = sampling(args, config) | {"eos_id": tokenizer.eos_ids, "compile": args.compile}
     drafting: dict[str, Any] = {"speculative": True, "num_draft": args.num_draft}
     speculative = args.speculative or args.compare
     ways: dict[str, dict[str, Any]] = {"speculative": drafting} if speculative else {"plain": {}}
@@ -251,7 +251,7 @@ def converse(
     """
     if args.compare or args.compile or args.num_draft == "auto":
         raise UserError("--interactive goes without --compare, --compile and --num_draft auto")
-    check(model, [[tokenizer.bos_id]], args.max_new_tokens)
+    check(model, [[tokenizer.eos_id]], args.max_new_tokens)
     check_generation(model, f"--max_new_tokens {args.max_new_tokens}", 1, args.max_new_tokens)
     drafts = most_drafts(model, args.num_draft) if args.speculative else 0
     seq_len = config.training.seq_len
@@ -269,7 +269,7 @@ def converse(
             if not line:
                 text = []
                 continue
-            start = [*text, *tokenizer.encode("\n").tolist()] if text else [tokenizer.bos_id]
+            start = [*text, *tokenizer.encode("\n").tolist()] if text else tokenizer.prefix
             text = [*start, *tokenizer.encode(line).tolist()]
             text += answer(
                 model, tokenizer, text[-most:], args.max_new_tokens, sampler, drafts, line
@@ -289,15 +289,15 @@ def answer(
     shown, steps, begin = TextStream(tokenizer), -1, time.perf_counter()
     print(line, end="", flush=True)
     with contextlib.suppress(KeyboardInterrupt):
-        eos_id = tokenizer.eos_id
-        for new in stream(model, prompt, max_new_tokens, sampler, num_draft=drafts, eos_id=eos_id):
+        ends = tokenizer.eos_ids
+        for new in stream(model, prompt, max_new_tokens, sampler, num_draft=drafts, eos_id=ends):
             steps += 1  # the first tokens are the prompt's
             print(shown.add(new), end="", flush=True)
     print(shown.finish(), flush=True)
     count, seconds = len(shown.tokens), time.perf_counter() - begin
     rate = f"{(count - 1) / steps:.2f} tokens/step, " if steps > 0 else ""
     print(f"[{count} tokens, {rate}{count / seconds:.1f} tokens/s]", file=sys.stderr)
-    return [token for token in shown.tokens if token != tokenizer.eos_id]
+    return [token for token in shown.tokens if token not in tokenizer.eos_ids]
 
 
 def run(args: argparse.Namespace) -> None:

@@ -60,7 +60,7 @@ def run(
     model, tokenizer, _ = load_for_inference(checkpoint, find_device(device))
     if model.mtp is None:
         raise UserError(f"benchmark decode: {checkpoint} has no heads 2..n, which draft")
-    texts = [[tokenizer.bos_id, *tokenizer.encode(text).tolist()] for text in prompts]
+    texts = [tokenizer.prompt(text) for text in prompts]
     counts = [most_drafts(model, count) for count in drafts or (None,)]
     rows = [
         row(model, texts, max_new_tokens, mode, count, repeats)

@@ -28,7 +28,7 @@ _BYTES_A_TOKEN = 4  # of what is not: for the begin and end tokens, which no byt
 
 @dataclass(eq=False)
 class Encoded:
-    """A document as tokens, int32: begin, prompt, text, end. Those before `first_target`, begin
+    """A document as tokens, int32: prefix, prompt, text, eos. Those before `first_target`, prefix
     and prompt, are never targets."""
 
     tokens: np.ndarray
@@ -38,9 +38,9 @@ class Encoded:
 def encode_document(tokenizer: Tokenizer, document: Document, where: Callable[[], str]) -> Encoded:
     """The tokens of a document; `where` names its place if the tokenizer fails on it."""
     prompt, text = (_encode(tokenizer, part, where) for part in (document.prompt, document.text))
-    bos, eos = [tokenizer.bos_id], [tokenizer.eos_id]
-    tokens = np.concatenate([bos, prompt, text, eos], dtype=np.int32)
-    return Encoded(tokens, 1 + len(prompt) if document.prompt else 0)
+    front = np.array(tokenizer.prefix, np.int32)
+    tokens = np.concatenate([front, prompt, text, [tokenizer.eos_id]], dtype=np.int32)
+    return Encoded(tokens, len(front) + len(prompt) if document.prompt else 0)
 
 
 def _encode(tokenizer: Tokenizer, text: str, where: Callable[[], str]) -> np.ndarray:

@@ -39,7 +39,7 @@ _CAUSES = {
     "source": "training.dataset, dataset_path or mixture, text_field and the files as they were (a"
     " folder's files that are now left out are read through a glob, FOLDER/**/*.*), or go on at the"
     " same place in other files with --training.accept_changed_data",
-    "tokenizer": "model.hf_assets_path and its file as it was",
+    "tokenizer": "model.hf_assets_path and its files as they were",
     "documents": "as many documents as there were",
     "seed": "training.seed",
     "held_out": "validation.enable, validation.dataset and training.validation_fraction",
@@ -283,6 +283,8 @@ class DataLoader:
                 f"dataset {name}: the checkpoint's data position has version {version}, this"
                 f" package reads {DEALT_DOCUMENTS} and {STATE_VERSION}: update it{anew}"
             )
+        self._tokenizer.go_on_as(str(state.get("tokenizer")))
+        self._identity["tokenizer"] = self._tokenizer.fingerprint
         for key, mine in self._identity.items():
             found = state.get(key, mine if key == "documents" else None)  # older states lack it
             if found == mine:

@@ -3,15 +3,22 @@
 import base64
 import binascii
 import hashlib
+import itertools
 import json
+import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
 
 import numpy as np
+import tiktoken
+import tokenizers
+from tokenizers import AddedToken
 
+from torchtitan_mtp.data.special_tokens import SpecialIds, read_special_tokens
 from torchtitan_mtp.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 LLAMA3_RANKS = 128_000
 # How Llama 3 (Meta's llama3/tokenizer.py) and scripts/train_tokenizer.py cut text before merging.
@@ -21,39 +28,66 @@ LLAMA3_PATTERN = (
 )
 BEGIN_OF_TEXT = "<|begin_of_text|>"
 END_OF_TEXT = "<|end_of_text|>"
+# What ends a document where no file says it.
+_ENDS = (END_OF_TEXT, "</s>", "<|endoftext|>", "<eos>", "<|im_end|>")
+_CONVERT = (
+    ", which is not read here: write a tokenizer.json beside it with transformers:"
+    " AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+)
 
 
-class Tokenizer(Protocol):
-    """Text to ids and back.
+class Tokenizer:
+    """Text to ids and back, and the special tokens."""
 
-    Attributes:
-        vocab_size: one more than the largest id it can return, special tokens included.
-        bos_id: put before a document.
-        eos_id: put after a document.
-        fingerprint: equal for two tokenizers that give the same ids.
-    """
-
-    vocab_size: int
-    bos_id: int
-    eos_id: int
-    fingerprint: str
+    vocab_size: int  # one more than the largest id that it can return, special tokens included
+    prefix: tuple[int, ...]  # put before a document or a prompt; may be empty
+    eos_id: int  # put after a document
+    eos_ids: tuple[int, ...]  # each of them ends decoding
+    bos_id: int | None
+    pad_id: int | None
+    fingerprint: str  # equal for two tokenizers that give documents the same ids
+    # What earlier versions gave: prefix and eos_id by fingerprint.
+    earlier: Mapping[str, tuple[tuple[int, ...], int]] = {}
 
     def encode(self, text: str) -> np.ndarray:
         """Ids of the text, [T] int32, with no special token, whatever the text spells."""
-        ...
+        raise NotImplementedError
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of the ids; bytes that are no UTF-8 become U+FFFD. Ids that stand for no text
         (special tokens, a padded vocabulary's) leave nothing."""
-        ...
+        raise NotImplementedError
+
+    def prompt(self, text: str) -> list[int]:
+        """The ids of a text to continue."""
+        ids = self.encode(text).tolist()
+        return [*self.prefix, *ids]
+
+    def set_special(self, ids: SpecialIds, prefix: tuple[int, ...], of_text: str) -> None:
+        """of_text: the fingerprint as far as it is of the ids of a text."""
+        assert ids.eos is not None
+        self.bos_id, self.eos_id, self.eos_ids, self.pad_id = ids.bos, ids.eos, ids.ends, ids.pad
+        self.prefix = prefix
+        self.fingerprint = f"{of_text}:{','.join(map(str, prefix))}:{ids.eos}"
+        self.vocab_size = max(self.vocab_size, 1 + max((ids.eos, *prefix)))
+
+    def go_on_as(self, fingerprint: str) -> None:
+        """Frame documents as the run with this fingerprint began, if that is an `earlier` one."""
+        if fingerprint in self.earlier and fingerprint != self.fingerprint:
+            self.fingerprint = fingerprint
+            self.prefix, self.eos_id = self.earlier[fingerprint]
+            around = f"{list(self.prefix)} in front and {self.eos_id} at the end, as the run began"
+            logger.warning("documents go on with %s: the tokenizer's files say otherwise", around)
 
 
-class ByteTokenizer:
+class ByteTokenizer(Tokenizer):
     """One token a byte of UTF-8: ids 0-255 are bytes, then bos, eos and pad. Needs no file."""
 
     vocab_size = 259
+    prefix = (256,)
     bos_id = 256
     eos_id = 257
+    eos_ids = (257,)
     pad_id = 258
     fingerprint = "byte"
 
@@ -67,7 +101,19 @@ class ByteTokenizer:
         return bytes(i for i in map(int, ids) if 0 <= i < 256).decode("utf-8", errors="replace")
 
 
-class TiktokenTokenizer:
+class NoTokenizer(Tokenizer):
+    """Of a model that came without one: text is refused with `error`, ids are not."""
+
+    vocab_size, prefix, eos_id, eos_ids, fingerprint = 0, (), -1, (), "none"
+
+    def __init__(self, error: UserError) -> None:
+        self.error = error
+
+    def encode(self, text: str) -> np.ndarray:
+        raise self.error
+
+
+class TiktokenTokenizer(Tokenizer):
     """Byte-pair ranks in tiktoken's file format, cut by Llama 3's pattern.
 
     A file of 128,000 ranks is Llama 3's and gets its 256 special tokens (vocabulary 128,256); any
@@ -78,47 +124,44 @@ class TiktokenTokenizer:
     """
 
     def __init__(self, path: str | Path) -> None:
-        try:
-            import tiktoken
-        except ImportError as e:
-            raise UserError(
-                f"tokenizer {path}: reading it needs tiktoken: pip install tiktoken"
-            ) from e
-        data = _read(Path(path))
-        ranks = _parse_ranks(Path(path), data)
+        path = Path(path)
+        data = _read(path)
+        ranks = _parse_ranks(path, data)
         specials = _special_tokens(len(ranks))
         self._encoding = tiktoken.Encoding(
-            name=Path(path).name,
+            name=path.name,
             pat_str=LLAMA3_PATTERN,
             mergeable_ranks=ranks,
             special_tokens=specials,
         )
-        self._num_ranks = len(ranks)
+        self.num_ranks = len(ranks)
         self.vocab_size = len(ranks) + len(specials)
-        self.bos_id = specials[BEGIN_OF_TEXT]
-        self.eos_id = specials[END_OF_TEXT]
-        self.fingerprint = f"tiktoken:{hashlib.sha256(data).hexdigest()}"
+        folder = path.parent.parent if path.parent.name == "original" else path.parent
+        ids = read_special_tokens(folder).resolve(specials.get, BEGIN_OF_TEXT, END_OF_TEXT)
+        prefix = () if ids.bos is None else (ids.bos,)
+        self.set_special(ids, prefix, f"tiktoken:{hashlib.sha256(data).hexdigest()}")
+
+    def set_special(self, ids: SpecialIds, prefix: tuple[int, ...], of_text: str) -> None:
+        super().set_special(ids, prefix, of_text)
+        bare = (self.num_ranks,), self.num_ranks + 1
+        self.earlier = {of_text: bare}
+        if (prefix, ids.eos) == bare:
+            self.fingerprint = of_text
 
     def encode(self, text: str) -> np.ndarray:
         parts = [self._encoding.encode_ordinary(part) for part in _parts(text)]
         return np.concatenate([np.array(ids, dtype=np.int32) for ids in parts])
 
     def decode(self, ids: Sequence[int]) -> str:
-        text = [i for i in map(int, ids) if 0 <= i < self._num_ranks]
+        text = [i for i in map(int, ids) if 0 <= i < self.num_ranks]
         return self._encoding.decode_bytes(text).decode("utf-8", errors="replace")
 
 
-class HFTokenizer:
-    """A Hugging Face `tokenizer.json`, with bos and eos named by the `tokenizer_config.json` beside
-    it where there is one. A model without a bos token gets eos before its documents as well."""
+class HFTokenizer(Tokenizer):
+    """A Hugging Face `tokenizer.json`, and the special tokens that it and the files beside it name.
+    The prefix is what its post-processor puts in front of a text."""
 
     def __init__(self, path: str | Path) -> None:
-        try:
-            import tokenizers
-        except ImportError as e:
-            raise UserError(
-                f"tokenizer {path}: reading it needs tokenizers: pip install tokenizers"
-            ) from e
         path = Path(path)
         data = _read(path)
         try:
@@ -131,31 +174,40 @@ class HFTokenizer:
         cut = self._tokenizer.truncation or self._tokenizer.padding
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        vocab = self._tokenizer.get_vocab(with_added_tokens=True)
-        self.vocab_size = max(vocab.values()) + 1  # ids may have gaps
-        named = _named_specials(path.parent / "tokenizer_config.json")
-        eos = _first_known(
-            vocab,
-            [
-                named.get("eos_token"),
-                END_OF_TEXT,
-                "</s>",
-                "<|endoftext|>",
-                "<eos>",
-                "<|im_end|>",
-            ],
-        )
-        if eos is None:
+        found = read_special_tokens(path.parent, b'"ByteLevel"' in data)
+        vocab, own = self._tokenizer.get_vocab(), self._tokenizer.get_added_tokens_decoder()
+        known = {token.content for token in own.values()}
+        new = {text: special for text, special in found.tokens.items() if text not in known}
+        self._tokenizer.add_tokens([AddedToken(text, special=s) for text, s in new.items()])
+        ids = found.resolve(self._tokenizer.token_to_id, "", *_ENDS)
+        if ids.eos is None:
             raise UserError(
                 f"tokenizer {path}: no end-of-text token found; name one as eos_token in"
                 f" {path.parent / 'tokenizer_config.json'}"
             )
-        bos = _first_known(vocab, [named.get("bos_token"), BEGIN_OF_TEXT, "<s>", "<bos>"])
-        self.eos_id = eos
-        self.bos_id = eos if bos is None else bos
-        self.fingerprint = f"hf:{hashlib.sha256(data).hexdigest()}:{self.bos_id}:{self.eos_id}"
-        if cut:  # earlier versions applied them: other ids
-            self.fingerprint += ":whole"
+        a = self._tokenizer.encode("a")
+        marked = zip(a.ids, a.special_tokens_mask, strict=True)
+        prefix = tuple(i for i, _ in itertools.takewhile(lambda pair: pair[1], marked))
+        self.vocab_size = 1 + max(self._tokenizer.get_vocab().values())  # ids may have gaps
+        of_text = f"hf:{hashlib.sha256(data).hexdigest()}"
+        more = [text for text in new if text not in vocab]
+        if cut or more:  # earlier versions cut texts, and had no such tokens
+            of_text += f":{':'.join(more) or 'whole'}"
+        self.set_special(ids, prefix, of_text)
+        named = [found.config.get(key) for key in ("eos_token", "bos_token")]
+        eos_name, bos_name = (t.get("content") if isinstance(t, dict) else t for t in named)
+        # Once eos and bos were these, and eos stood in for a bos that was not there.
+        eos = next((vocab[t] for t in (eos_name, *_ENDS) if t in vocab), ids.eos)
+        front = next(
+            (vocab[t] for t in (bos_name, BEGIN_OF_TEXT, "<s>", "<bos>") if t in vocab), eos
+        )
+        self.earlier = {f"{of_text}:{front}:{eos}": ((front,), eos)}
+
+    def gives_ids_of(self, ranks: TiktokenTokenizer) -> bool:
+        """Whether the two are of one model, by the number of tokens and the pattern that cuts."""
+        cut, size = self._tokenizer.pre_tokenizer, self._tokenizer.get_vocab_size(False)
+        pattern = json.dumps(LLAMA3_PATTERN).encode()
+        return size == ranks.num_ranks and cut is not None and pattern in cut.__getstate__()
 
     def encode(self, text: str) -> np.ndarray:
         # A lone surrogate (JSON can spell one) has no UTF-8; "?" stands for it.
@@ -168,15 +220,17 @@ class HFTokenizer:
 
 
 def build_tokenizer(path: str) -> Tokenizer:
-    """The tokenizer that `path` names: the word "byte", a file, or a folder that holds one of
-    tokenizer.model, original/tokenizer.model, *.tiktoken, tokenizer.json (in this order).
+    """The tokenizer that `path` names: the word "byte", a file, or a folder.
+
+    In a folder tokenizer.json rules; tokenizer.model, original/tokenizer.model or *.tiktoken is
+    read where there is none, and as the faster way to the same ids.
 
     Raises:
         UserError: nothing there, or a file that is not a tokenizer of these kinds.
     """
     if path == "byte":
         return ByteTokenizer()
-    place = Path(path)
+    place = Path(path).expanduser()
     if place.is_file():
         return HFTokenizer(place) if place.suffix == ".json" else TiktokenTokenizer(place)
     if not place.is_dir():
@@ -184,17 +238,26 @@ def build_tokenizer(path: str) -> Tokenizer:
             f"tokenizer {path}: no such file or folder; give one, or the word byte"
             " (model.hf_assets_path)"
         )
-    hf = place / "tokenizer.json"
-    tiktokens = [place / "tokenizer.model", place / "original" / "tokenizer.model"]
-    for file in tiktokens + sorted(place.glob("*.tiktoken")):
-        # A SentencePiece tokenizer.model is passed over where a tokenizer.json says the same.
-        if file.is_file() and (not hf.is_file() or _starts_like_ranks(file)):
-            return TiktokenTokenizer(file)
-    if hf.is_file():
-        return HFTokenizer(hf)
+    file = place / "tokenizer.json"
+    hf = HFTokenizer(file) if file.is_file() else None
+    names = ("tokenizer.model", "original/tokenizer.model", "spiece.model")
+    for file in [*(place / name for name in names), *sorted(place.glob("*.tiktoken"))]:
+        if file.is_file() and (hf is None or _starts_like_ranks(file)):
+            ranks = TiktokenTokenizer(file)
+            if hf is None:
+                return ranks
+            if hf.gives_ids_of(ranks):
+                ids = SpecialIds(hf.bos_id, hf.eos_id, hf.eos_ids, hf.pad_id)
+                ranks.set_special(ids, hf.prefix, *ranks.earlier)
+                ranks.vocab_size = max(ranks.vocab_size, hf.vocab_size)
+                return ranks
+    if hf is not None:
+        return hf
+    if (place / "vocab.json").is_file():
+        raise UserError(f"tokenizer {path}: the folder holds vocab.json{_CONVERT}")
     raise UserError(
-        f"tokenizer {path}: the folder holds none of tokenizer.model, original/tokenizer.model,"
-        " *.tiktoken, tokenizer.json"
+        f"tokenizer {path}: the folder holds none of tokenizer.json, tokenizer.model,"
+        " original/tokenizer.model, *.tiktoken"
     )
 
 
@@ -241,6 +304,8 @@ def _starts_like_ranks(path: Path) -> bool:
 def _parse_ranks(path: Path, data: bytes) -> dict[bytes, int]:
     # Not tiktoken.load.load_tiktoken_bpe: it caches local files by path in a temp folder and goes
     # on returning the old ranks after the file has changed.
+    if data.startswith(b"\n"):  # as a message of pieces does
+        raise UserError(f"tokenizer {path}: a SentencePiece model{_CONVERT}")
     ranks: dict[bytes, int] = {}
     for number, line in enumerate(data.split(b"\n"), 1):
         if not line.strip():
@@ -251,10 +316,9 @@ def _parse_ranks(path: Path, data: bytes) -> dict[bytes, int]:
         except binascii.Error:
             token = None
         if match is None or token is None:
-            hint = "; SentencePiece models are not read, a tokenizer.json is" if number == 1 else ""
             raise UserError(
                 f"tokenizer {path}:{number}: expected a base64 token and its rank, found"
-                f" {line[:40]!r}{hint}"
+                f" {line[:40]!r}"
             )
         if token in ranks:
             raise UserError(f"tokenizer {path}:{number}: token {token!r} has a rank already")
@@ -274,36 +338,7 @@ def _parse_ranks(path: Path, data: bytes) -> dict[bytes, int]:
 def _special_tokens(num_ranks: int) -> dict[str, int]:
     names = [BEGIN_OF_TEXT, END_OF_TEXT]
     if num_ranks == LLAMA3_RANKS:  # Meta's llama3/tokenizer.py
-        names += [f"<|reserved_special_token_{i}|>" for i in range(4)]
-        names += [
-            "<|start_header_id|>",
-            "<|end_header_id|>",
-            "<|reserved_special_token_4|>",
-        ]
-        names += ["<|eot_id|>"]
-        names += [f"<|reserved_special_token_{i}|>" for i in range(5, 251)]
+        reserved = [f"<|reserved_special_token_{i}|>" for i in range(251)]
+        header = ["<|start_header_id|>", "<|end_header_id|>", reserved[4], "<|eot_id|>"]
+        names += [*reserved[:4], *header, *reserved[5:]]
     return {name: num_ranks + i for i, name in enumerate(names)}
-
-
-def _named_specials(config: Path) -> dict[str, str]:
-    """bos_token and eos_token of a tokenizer_config.json, where it has them."""
-    if not config.is_file():
-        return {}
-    try:
-        values: dict[str, Any] = json.loads(_read(config))
-        found = {key: values.get(key) for key in ("bos_token", "eos_token")}
-    except (ValueError, AttributeError, RecursionError) as e:
-        raise UserError(f"{config}: not a JSON object: {_line(e)}") from e
-    named = {}
-    for key, value in found.items():
-        # A token is a string, or an object that holds it as "content".
-        token = value.get("content") if isinstance(value, dict) else value
-        if not isinstance(token, str | None):
-            raise UserError(f"{config}: {key} = {value!r}, expected a token")
-        if token:
-            named[key] = token
-    return named
-
-
-def _first_known(vocab: dict[str, int], names: Sequence[str | None]) -> int | None:
-    return next((vocab[name] for name in names if name is not None and name in vocab), None)

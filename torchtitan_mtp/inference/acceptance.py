@@ -28,6 +28,7 @@ from torch import Tensor
 
 from torchtitan_mtp.data.targets import IGNORE, Batch
 from torchtitan_mtp.inference.decoding import generate
+from torchtitan_mtp.inference.rows import EndIds
 from torchtitan_mtp.inference.stats import expected_tokens_per_step, ratio
 from torchtitan_mtp.models.transformer import Transformer
 
@@ -140,7 +141,7 @@ def measure_continuation(
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     *,
-    eos_id: int | None = None,
+    eos_id: EndIds = None,
     batch_size: int = 16,
 ) -> Continuation:
     """Continue prompts greedily and compare every head's drafts with what came.

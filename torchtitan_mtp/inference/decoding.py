@@ -35,7 +35,7 @@ from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.inference.cache import LayerCache, Positions, Span, later, shifted, take
 from torchtitan_mtp.inference.draft_length import DraftLength
 from torchtitan_mtp.inference.drafting import Plan, TrunkStates, build_drafter
-from torchtitan_mtp.inference.rows import Generation, Rows
+from torchtitan_mtp.inference.rows import EndIds, Generation, Rows
 from torchtitan_mtp.inference.sampling import Sampler
 from torchtitan_mtp.models.transformer import Transformer
 
@@ -51,12 +51,13 @@ def generate(
     top_p: float | None = None,
     seed: int = 0,
     softcap: float | None = None,
-    eos_id: int | None = None,
+    eos_id: EndIds = None,
     speculative: bool = False,
     num_draft: int | Literal["auto"] | None = None,
     compile: bool = False,
 ) -> Generation:
-    """Continue each prompt by `max_new_tokens` tokens, or up to and with `eos_id`.
+    """Continue each prompt by `max_new_tokens` tokens, or up to and with `eos_id` (of several,
+    the first that comes).
 
     Args:
         temperature, top_k, top_p, seed, softcap: see `Sampler`; 0 is greedy.

@@ -60,12 +60,11 @@ class Text:
         documents = list(self._spread(count))
         prompts = []
         for j, document in enumerate(documents):
-            text = tokenizer.encode(document.prompt + document.text).tolist()
-            tokens = [tokenizer.bos_id, *text]
+            tokens = tokenizer.prompt(document.prompt + document.text)
             share = count * (j + 1) // len(documents) - count * j // len(documents)
             room = max(0, len(tokens) - length)
             starts = {room * i // (share + 1) for i in range(1, share + 1)}
-            prompts += [tokens[start : start + length] for start in sorted(starts)]
+            prompts += [tokens[start : start + length] for start in sorted(starts) if tokens]
         return prompts
 
     def _spread(self, count: int) -> Iterator[Document]:

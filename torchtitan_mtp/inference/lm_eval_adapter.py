@@ -37,7 +37,7 @@ Scored = tuple[tuple[str, str] | None, list[int], list[int]]
 class HarnessModel(TemplateLM):
     """The `lm_eval.api.model.LM` of a loaded model.
 
-    Contexts begin with the tokenizer's bos, as documents do in training. What is longer than the
+    Contexts begin with the tokenizer's prefix, as documents do in training. What is longer than the
     run's `training.seq_len` loses its beginning.
     """
 
@@ -56,14 +56,15 @@ class HarnessModel(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        return self.tok.bos_id
+        """What stands for an empty context."""
+        return self.tok.eos_id if self.tok.bos_id is None else self.tok.bos_id
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **_: Any
     ) -> list[int]:
-        """Token ids, after bos unless `add_special_tokens` is False."""
-        ids: list[int] = self.tok.encode(string).tolist()
-        return ids if add_special_tokens is False else [self.tok.bos_id, *ids]
+        """Token ids, after the prefix unless `add_special_tokens` is False."""
+        ids = self.tok.prompt(string)
+        return ids[len(self.tok.prefix) :] if add_special_tokens is False else ids
 
     def _loglikelihood_tokens(
         self, requests: Sequence[Scored], disable_tqdm: bool = False, **_: Any
@@ -167,7 +168,8 @@ class HarnessModel(TemplateLM):
         until = [until] if isinstance(until, str) else until
         most = int(options.get("max_gen_toks", MAX_NEW_TOKENS))
         keep = max(1, self.max_length - most)
-        prompts = [self.tok_encode(context)[-keep:] for context in contexts]
+        start = [self.prefix_token_id]  # for an empty context without a prefix
+        prompts = [self.tok_encode(context)[-keep:] or start for context in contexts]
         sampling = {name: options[name] for name in ("top_k", "top_p") if options.get(name)}
         if options.get("do_sample", False):
             sampling["temperature"] = options.get("temperature", 1.0)
@@ -178,7 +180,7 @@ class HarnessModel(TemplateLM):
                 self.model,
                 [prompts[b] + new[b] for b in left],
                 min(ROUND, room),
-                eos_id=self.eot_token_id,
+                eos_id=self.tok.eos_ids,
                 softcap=self.softcap,
                 speculative=self.model.mtp is not None,
                 seed=self._generations,
@@ -192,7 +194,7 @@ class HarnessModel(TemplateLM):
 
     def _ended(self, tokens: list[int], until: Sequence[str]) -> bool:
         text = self.tok.decode(tokens)
-        return tokens[-1] == self.eot_token_id or any(stop in text for stop in until if stop)
+        return tokens[-1] in self.tok.eos_ids or any(stop in text for stop in until if stop)
 
 
 def cut(text: str, until: Sequence[str]) -> str:

@@ -9,11 +9,12 @@ from pathlib import Path
 import torch
 
 from torchtitan_mtp.checkpoint import find_checkpoint, find_config, load_model_weights
+from torchtitan_mtp.checkpoint.formats.tokenizer_files import check_rows
 from torchtitan_mtp.checkpoint.formats.training import config_of_hf, load_hf_weights
 from torchtitan_mtp.checkpoint.ranks import Ranks
 from torchtitan_mtp.checkpoint.record import keeps_earlier
 from torchtitan_mtp.config import JobConfig, load_toml
-from torchtitan_mtp.data.tokenizer import Tokenizer, build_tokenizer
+from torchtitan_mtp.data.tokenizer import NoTokenizer, Tokenizer, build_tokenizer
 from torchtitan_mtp.distributed.mesh import local_device
 from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.models.flavors import model_args
@@ -55,7 +56,14 @@ def load_for_inference(
     is_hf = (folder / "config.json").is_file()
     checkpoint = folder if is_hf else find_checkpoint(path)
     config = config_of_hf(folder) if is_hf else load_toml(find_config(path))
-    tokenizer = build_tokenizer(config.model.hf_assets_path)
+    try:
+        tokenizer = build_tokenizer(config.model.hf_assets_path)
+    except UserError as error:
+        if os.path.exists(config.model.hf_assets_path):
+            raise
+        tokenizer = NoTokenizer(error)
+    if is_hf:
+        check_rows(tokenizer, folder, config.model.vocab_size)
     earlier = not is_hf and keeps_earlier(config, checkpoint)
     model = _empty_model(config, tokenizer, dtype, earlier).to_empty(device=device)
     model.tie_weights()  # to_empty gives each name memory of its own

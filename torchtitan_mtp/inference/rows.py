@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from torchtitan_mtp.inference.stats import Stats
+
+EndIds = int | Collection[int] | None  # each of them ends a row
 
 
 @dataclass(frozen=True)
@@ -25,10 +27,12 @@ def accepted_drafts(drafts: Sequence[int], target: Sequence[int]) -> int:
 
 
 class Rows:
-    """The new tokens of every row, at most `max_new_tokens` each, the last one `eos_id`."""
+    """The new tokens of every row, at most `max_new_tokens` each, up to and with the first that is
+    `eos_id`, or one of them."""
 
-    def __init__(self, batch: int, max_new_tokens: int, eos_id: int | None, num_draft: int) -> None:
-        self.max_new_tokens, self.eos_id = max_new_tokens, eos_id
+    def __init__(self, batch: int, max_new_tokens: int, eos_id: EndIds, num_draft: int) -> None:
+        self.max_new_tokens = max_new_tokens
+        self.ends = {eos_id} if isinstance(eos_id, int) else set(eos_id or ())
         self.tokens: list[list[int]] = [[] for _ in range(batch)]
         zeros = [0] * num_draft
         self.stats = Stats(
@@ -41,7 +45,7 @@ class Rows:
         return max(self._left(text) for text in self.tokens)
 
     def _left(self, text: list[int]) -> int:
-        ended = text and text[-1] == self.eos_id
+        ended = text and text[-1] in self.ends
         return 0 if ended else self.max_new_tokens - len(text)
 
     def start(self, target: list[list[int]]) -> None:
@@ -69,8 +73,8 @@ class Rows:
             self.stats.count_step(len(drafts), accepted)
             self._drafts.append((row, len(text), drafts))
             new = choices[: min(accepted + 1, left)]
-            if self.eos_id in new:
-                new = new[: new.index(self.eos_id) + 1]
+            end = next((i for i, token in enumerate(new, 1) if token in self.ends), None)
+            new = new[:end]
             text += new
             grown.append(len(new))
         return grown

@@ -9,7 +9,7 @@ import torch
 from torchtitan_mtp.data.tokenizer import Tokenizer
 from torchtitan_mtp.inference.decoding import Decoder, check, decode
 from torchtitan_mtp.inference.draft_length import DraftLength
-from torchtitan_mtp.inference.rows import Rows
+from torchtitan_mtp.inference.rows import EndIds, Rows
 from torchtitan_mtp.inference.sampling import Sampler
 from torchtitan_mtp.models.transformer import Transformer
 
@@ -24,7 +24,7 @@ def stream(
     sampler: Sampler,
     *,
     num_draft: int = 0,
-    eos_id: int | None = None,
+    eos_id: EndIds = None,
 ) -> Iterator[list[int]]:
     """The tokens that `generate` would give, each step's as soon as they are known.
 

@@ -202,7 +202,8 @@ def model_args(
         whose = f"model.vocab_size = {vocab}" if vocab_size else f'model.flavor = "{flavor}"'
         raise UserError(
             f"{whose}: a vocabulary of {vocab}, but the tokenizer makes ids "
-            f"up to {tokenizer_vocab - 1}; set model.vocab_size to at least {tokenizer_vocab}"
+            f"up to {tokenizer_vocab - 1}; take the model's own tokenizer or, for a new model, set "
+            f"model.vocab_size to at least {tokenizer_vocab}"
         )
     mask = attn_mask_type or args.attn_mask_type
     return replace(args, vocab_size=vocab, max_seq_len=max_seq_len, attn_mask_type=mask)

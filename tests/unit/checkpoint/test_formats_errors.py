@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
 
 from formats_run import DEEPSEEK, PARALLEL, QWEN, QWEN2, RAW, SEQUENTIAL, SMALL, write_run
 from torchtitan_mtp.checkpoint.formats import export_checkpoint, import_checkpoint
@@ -18,6 +19,7 @@ from torchtitan_mtp.checkpoint.formats import exporting as exporting_module
 from torchtitan_mtp.checkpoint.formats.training import config_of_hf
 from torchtitan_mtp.checkpoint.formats.write import written_aside
 from torchtitan_mtp.errors import UserError
+from torchtitan_mtp.inference import generate, load_for_inference
 
 
 def refusal(action: Callable[[], object]) -> str:
@@ -435,3 +437,62 @@ def test_folders_above_are_made_and_removed_again(tmp_path: Path) -> None:
     with written_aside(tmp_path / "a/b/out", 0):
         pass
     assert [path.name for path in (tmp_path / "a" / "b").iterdir()] == ["out"]
+
+
+def test_a_tokenizer_with_more_ids_than_rows(copy: Path) -> None:
+    file = copy / "llama" / "tokenizer.json"
+    tokenizer = Tokenizer.from_file(str(file))
+    tokenizer.add_tokens([f"<{i}>" for i in range(100)])
+    tokenizer.save(str(file))  # 259 + 100 ids
+    for action in (
+        lambda: import_checkpoint(copy / "llama", copy / "out", "llama_hf"),
+        lambda: load_for_inference(copy / "llama"),
+    ):
+        message = refusal(action)
+        assert "359 ids" in message and "320 rows" in message
+        assert "resize_token_embeddings(359)" in message
+    assert not (copy / "out").exists()
+
+
+@pytest.mark.parametrize("left", ["chat_template.jinja", "special_tokens_map.json", None])
+def test_a_model_without_a_tokenizer(copy: Path, caplog, capsys, left: str | None) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (copy / "llama" / name).unlink()
+    if left:
+        (copy / "llama" / left).write_text("{}")
+    import_checkpoint(copy / "llama", copy / "out", "llama_hf")
+    assert f"no tokenizer; put one into {copy / 'out' / 'tokenizer'}" in caplog.text
+    model, tokenizer, _ = load_for_inference(copy / "out")
+    assert generate(model, [[3, 4]], 2, eos_id=tokenizer.eos_ids).tokens[0][1:]  # ids are as good
+    assert str(copy / "out" / "tokenizer") in refusal(lambda: tokenizer.prompt("text"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("vocab.json", b'{"a": 0}'),
+        ("tokenizer.model", b"\n\x0e\n\x05<unk>\x15"),
+        ("spiece.model", b"\n\x0e\n\x05<unk>\x15"),
+    ],
+)
+def test_tokenizers_that_are_not_read(copy: Path, name: str, content: bytes) -> None:
+    (copy / "llama" / "tokenizer.json").unlink()
+    (copy / "llama" / name).write_bytes(content)
+    (copy / "llama" / "merges.txt").write_text("")
+    message = refusal(lambda: import_checkpoint(copy / "llama", copy / "out", "llama_hf"))
+    assert "AutoTokenizer" in message and "save_pretrained" in message
+    assert not (copy / "out").exists()
+
+
+def test_what_ends_decoding_goes_in_and_out(copy: Path) -> None:
+    """From config.json or generation_config.json into the run's folder, and out again."""
+    ends = {"bos_token_id": 256, "eos_token_id": [257, 9, 7]}
+    edit(copy / "llama" / "generation_config.json", **ends)
+    import_checkpoint(copy / "llama", copy / "one", "llama_hf")
+    export_checkpoint(copy / "one", copy / "two", "llama_hf")
+    (copy / "two" / "generation_config.json").unlink()
+    assert json.loads((copy / "two" / "config.json").read_text()).items() >= ends.items()
+    import_checkpoint(copy / "two", copy / "three", "llama_hf")
+    for place in ("one", "two", "three"):
+        _, tokenizer, _ = load_for_inference(copy / place)
+        assert (tokenizer.eos_id, tokenizer.eos_ids) == (257, (257, 9, 7))

@@ -53,7 +53,7 @@ class NumberedTokens:
         self._ends = np.cumsum(lengths)
         self._starts = self._ends - lengths
         self.bos_id, self.eos_id = int(self._ends[-1]), int(self._ends[-1]) + 1
-        self.vocab_size = self.eos_id + 1
+        self.prefix, self.vocab_size = (self.bos_id,), self.eos_id + 1
 
     def encode(self, text):
         if not text:

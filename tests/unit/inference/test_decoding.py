@@ -241,6 +241,9 @@ def test_a_row_ends_with_eos_also_inside_a_step(speculative: bool) -> None:
     rows = generate(model, [[0], [4]], 20, eos_id=6, speculative=speculative)
     assert rows.tokens == [[1, 2, 3, 4, 5, 6], [5, 6]]
     assert rows.stats.tokens == 8
+    # Of several, whichever comes first.
+    rows = generate(model, [[0], [4]], 20, eos_id=(6, 3), speculative=speculative)
+    assert rows.tokens == [[1, 2, 3], [5, 6]]
 
 
 def test_parallel_heads_run_over_accepted_positions_once(monkeypatch: pytest.MonkeyPatch) -> None:

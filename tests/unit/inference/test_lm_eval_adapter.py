@@ -68,6 +68,29 @@ def test_loglikelihoods(model: Transformer) -> None:
     assert [greedy for _, greedy in found].count(True) == 1
 
 
+class WithoutBos(ByteTokenizer):
+    """As Qwen's: nothing goes in front."""
+
+    bos_id, prefix = None, ()
+
+
+def test_a_model_without_bos(model: Transformer) -> None:
+    """As the harness's own adapter for transformers has it: no token in front, and eos for an empty
+    context."""
+    lm = harness(model)
+    lm.tok = WithoutBos()
+    found = lm.loglikelihood(instances("loglikelihood", ("def", " foo"), ("", "x")))
+    contexts = [([*b"def"], b" foo"), ([EOS], b"x")]
+    for (context, continuation), (log_prob, _) in zip(contexts, found, strict=True):
+        expected = naive(model, context, list(continuation))
+        assert log_prob == pytest.approx(expected[0], rel=1e-4), context
+    request = instances("generate_until", ("ab", {"max_gen_toks": 40}))
+    (text,) = lm.generate_until(request)
+    lm.tok.eos_ids = (EOS, ord(text[7]))
+    assert lm.generate_until(request) == [text[: text.index(text[7]) + 1]]
+    assert lm.generate_until(instances("generate_until", ("", {"max_gen_toks": 1})))
+
+
 def test_spaces_at_the_end_of_a_context_are_the_continuations(model: Transformer) -> None:
     lm = harness(model)
     (moved,), (plain,) = (

@@ -202,7 +202,9 @@ def _write_hf_files(
     folder: Path, config: JobConfig, settings: dict[str, Any], dtype: torch.dtype
 ) -> None:
     tokenizer = build_tokenizer(config.model.hf_assets_path)
-    special = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+    ends = list(tokenizer.eos_ids)
+    special = {"bos_token_id": tokenizer.bos_id, "eos_token_id": ends if ends[1:] else ends[0]}
+    special |= {"pad_token_id": tokenizer.pad_id} if tokenizer.pad_id is not None else {}
     dtype_name = str(dtype).removeprefix("torch.")
     write_json(folder / "config.json", settings | special | {"dtype": dtype_name})
     write_json(folder / "generation_config.json", special)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -23,10 +24,11 @@ from torchtitan_mtp.checkpoint.formats.formats import (
 from torchtitan_mtp.checkpoint.formats.names import Entry, swap_halves, to_pairs
 from torchtitan_mtp.checkpoint.formats.read import DCPTensors, Tensors, read_json
 from torchtitan_mtp.checkpoint.formats.spec import ModelSpec, describe_run, spec_of_run
-from torchtitan_mtp.checkpoint.formats.tokenizer_files import copy_tokenizer
+from torchtitan_mtp.checkpoint.formats.tokenizer_files import CONFIGS, check_rows, copy_tokenizer
 from torchtitan_mtp.checkpoint.formats.write import Output, write_dcp, written_aside
 from torchtitan_mtp.checkpoint.record import record_of, untold
 from torchtitan_mtp.config import MTP, JobConfig, load_toml, to_toml
+from torchtitan_mtp.data.tokenizer import build_tokenizer
 from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.models.flavors import check_shape
 
@@ -67,11 +69,12 @@ def import_checkpoint(
     with written_aside(out, sum(output.bytes for output in outputs)) as tmp:
         if form.read_config is not None:
             (tmp / "tokenizer").mkdir()
-            if copy_tokenizer(str(folder), tmp / "tokenizer"):
-                config.model.hf_assets_path = str(out / "tokenizer")
+            config.model.hf_assets_path = str(out / "tokenizer")
+            if copy_tokenizer(str(folder), tmp / "tokenizer", CONFIGS):
+                check_rows(build_tokenizer(str(folder)), folder, spec.args.vocab_size)
             else:
-                (tmp / "tokenizer").rmdir()
-                logger.warning("%s: no tokenizer; set model.hf_assets_path in config.toml", folder)
+                shutil.rmtree(tmp / "tokenizer")
+                logger.warning("%s: no tokenizer; put one into %s", folder, out / "tokenizer")
         (tmp / "config.toml").write_text(to_toml(config), encoding="utf-8")
         step = tmp / config.checkpoint.folder / "step-0"
         write_dcp(step, outputs, record=record_of(spec))

@@ -6,10 +6,11 @@ import shutil
 from pathlib import Path
 
 from tokenizers import Tokenizer as FastTokenizer
-from tokenizers import decoders, models, pre_tokenizers
+from tokenizers import decoders, models, pre_tokenizers, processors
 
 from torchtitan_mtp.checkpoint.formats.write import write_json
-from torchtitan_mtp.data.tokenizer import ByteTokenizer
+from torchtitan_mtp.data.tokenizer import ByteTokenizer, Tokenizer
+from torchtitan_mtp.errors import UserError
 
 FILES = (
     "tokenizer.json",
@@ -21,12 +22,30 @@ FILES = (
     "merges.txt",
     "tokenizer.model",
     "original/tokenizer.model",
+    "spiece.model",
 )
 _BYTE_SPECIALS = ("<|begin_of_text|>", "<|end_of_text|>", "<|pad|>")
 
 
-def copy_tokenizer(path: str, out: Path) -> bool:
+# Name some special tokens, in a folder that is imported.
+CONFIGS = ("config.json", "generation_config.json")
+
+
+def check_rows(tokenizer: Tokenizer, folder: Path, rows: int | None) -> None:
+    """Error: more ids than the embedding has rows."""
+    if rows is not None and (ids := tokenizer.vocab_size) > rows:
+        raise UserError(
+            f"{folder}: the tokenizer has {ids} ids, the model's embedding {rows} rows: take the "
+            "tokens that were added out of the tokenizer's files, or add rows with transformers: "
+            f"model.resize_token_embeddings({ids})"
+        )
+
+
+def copy_tokenizer(path: str, out: Path, also: tuple[str, ...] = ()) -> bool:
     """Put the tokenizer that `path` names (as model.hf_assets_path does) into the folder `out`.
+
+    Args:
+        also: further files to take from a folder with one.
 
     Returns:
         Whether there was one.
@@ -40,15 +59,17 @@ def copy_tokenizer(path: str, out: Path) -> bool:
         shutil.copyfile(place, out / name)
         found = [name]
         place = place.parent
-        wanted = ["tokenizer_config.json"] if name == "tokenizer.json" else []
+        wanted = list(FILES[1:4]) if name == "tokenizer.json" else []
     else:
-        wanted, found = [*FILES, *(file.name for file in place.glob("*.tiktoken"))], []
+        wanted, found = [*FILES, *also, *(file.name for file in place.glob("*.tiktoken"))], []
     for name in wanted:
         if (place / name).is_file():
             (out / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(place / name, out / name)
             found.append(name)
-    return any(name.endswith(("tokenizer.json", ".model", ".tiktoken")) for name in found)
+    return any(
+        name.endswith(("tokenizer.json", "vocab.json", ".model", ".tiktoken")) for name in found
+    )
 
 
 def _write_byte_tokenizer(out: Path) -> None:
@@ -61,8 +82,11 @@ def _write_byte_tokenizer(out: Path) -> None:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(list(specials))  # their ids follow the vocabulary's
     assert all(tokenizer.token_to_id(name) == i for name, i in specials.items())
-    tokenizer.save(str(out / "tokenizer.json"))
     bos, eos, pad = _BYTE_SPECIALS
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=[bos, "$A"], special_tokens=[(bos, byte.bos_id)]
+    )
+    tokenizer.save(str(out / "tokenizer.json"))
     write_json(
         out / "tokenizer_config.json",
         {

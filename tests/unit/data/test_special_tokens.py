@@ -1,0 +1,377 @@
+"""Folders of tokenizers as they are published, each compared with transformers' AutoTokenizer."""
+
+import base64
+import hashlib
+import json
+import re
+from pathlib import Path
+
+import pytest
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+from torchtitan_mtp.data.loader import DataLoader
+from torchtitan_mtp.data.sources import build_source
+from torchtitan_mtp.data.tokenizer import LLAMA3_PATTERN, TiktokenTokenizer, build_tokenizer
+from torchtitan_mtp.errors import UserError
+
+TEXTS = ["the cat", "a\n the  theme: 2024!", "naïve 漢字 🙂", "x" * 50]
+
+
+def byte_level(*specials: str, pattern: str | None = None, front: str | None = None) -> Tokenizer:
+    """A byte-level BPE with a few merges; `front` is what its template puts before a text."""
+    vocabulary = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    merges = [("t", "h"), ("th", "e"), ("Ġ", "the"), ("c", "a"), ("ca", "t")]
+    vocabulary |= {a + b: 256 + i for i, (a, b) in enumerate(merges)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if pattern:
+        parts = [
+            pre_tokenizers.Split(Regex(pattern), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(parts)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    return finished(tokenizer, specials, front)
+
+
+def sentencepiece(*specials: str, like: str = "prepend", front: str | None = None) -> Tokenizer:
+    """A converted SentencePiece BPE with byte fallback: Llama 2's as transformers 4 ("prepend") or
+    5 ("metaspace") writes it, or Gemma's ("gemma")."""
+    tokens = [*specials, *(f"<0x{i:02X}>" for i in range(256)), *"▁abcdefghijklmnopqrstuvwxyz"]
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    merges = [("t", "h"), ("th", "e"), ("▁", "the"), ("c", "a"), ("ca", "t")]
+    vocabulary |= {a + b: len(tokens) + i for i, (a, b) in enumerate(merges)}
+    tokenizer = Tokenizer(
+        models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    )
+    if like == "metaspace":
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace("▁", "first", split=False)
+    elif like == "gemma":
+        tokenizer.normalizer = normalizers.Replace(" ", "▁")
+        tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    else:
+        tokenizer.normalizer = normalizers.Sequence(
+            [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+        )
+    parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    strip = [] if like == "gemma" else [decoders.Strip(" ", 1, 0)]
+    tokenizer.decoder = decoders.Sequence([*parts, *strip])
+    return finished(tokenizer, specials, front)
+
+
+def finished(tokenizer: Tokenizer, specials: tuple[str, ...], front: str | None) -> Tokenizer:
+    tokenizer.add_special_tokens(list(specials))
+    if front:
+        number = tokenizer.token_to_id(front)
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=[front, "$A"], pair=[front, "$A", front, "$B"], special_tokens=[(front, number)]
+        )
+    return tokenizer
+
+
+def as_object(content: str) -> dict[str, object]:
+    flags = dict.fromkeys(("lstrip", "rstrip", "normalized", "single_word"), False)
+    return {"content": content, **flags}
+
+
+LLAMA3 = ("<|begin_of_text|>", "<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")
+IM = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+# Each: tokenizer.json, the files beside it, and what config.json or generation_config.json add to
+# AutoTokenizer's bos, eos and pad: eos where it has none, and the other ids that end decoding.
+LAYOUTS = {
+    "llama 2": (
+        sentencepiece("<unk>", "<s>", "</s>", front="<s>"),
+        {
+            "tokenizer_config.json": {
+                "tokenizer_class": "LlamaTokenizer",
+                "bos_token": as_object("<s>") | {"__type": "AddedToken"},
+                "eos_token": as_object("</s>") | {"__type": "AddedToken"},
+                "pad_token": None,
+                "add_bos_token": True,
+                "add_eos_token": False,
+            },
+            "special_tokens_map.json": {"bos_token": as_object("<s>")},
+            "config.json": {"model_type": "llama", "bos_token_id": 1, "eos_token_id": 2},
+        },
+        {},
+    ),
+    "llama class without names": (
+        sentencepiece("<unk>", "<s>", "</s>", like="metaspace", front="<s>"),
+        {"tokenizer_config.json": {"tokenizer_class": "LlamaTokenizerFast"}},
+        {},
+    ),
+    "mistral, its class is not taken": (
+        sentencepiece("<unk>", "<s>", "</s>", front="<s>"),
+        {
+            "tokenizer_config.json": {"tokenizer_class": "LlamaTokenizer", "eos_token": "</s>"},
+            "config.json": {"model_type": "mistral"},
+        },
+        {},
+    ),
+    "gemma without names": (
+        sentencepiece("<pad>", "<eos>", "<bos>", "<unk>", "<mask>", like="gemma", front="<bos>"),
+        {"config.json": {"model_type": "gemma2", "eos_token_id": [1, 4]}},
+        {"ends": [1, 4]},
+    ),
+    "llama 3": (
+        byte_level(*LLAMA3, pattern=LLAMA3_PATTERN, front="<|begin_of_text|>"),
+        {
+            "tokenizer_config.json": {
+                "tokenizer_class": "PreTrainedTokenizerFast",
+                "bos_token": "<|begin_of_text|>",
+                "eos_token": "<|end_of_text|>",
+            },
+            "config.json": {"model_type": "llama", "eos_token_id": 262},
+        },
+        {},
+    ),
+    "llama 3 instruct, ranks beside": (
+        byte_level(*LLAMA3, pattern=LLAMA3_PATTERN, front="<|begin_of_text|>"),
+        {
+            "tokenizer_config.json": {
+                "bos_token": "<|begin_of_text|>",
+                "eos_token": "<|eot_id|>",
+                "added_tokens_decoder": {
+                    str(261 + i): as_object(t) | {"special": True} for i, t in enumerate(LLAMA3)
+                },
+            },
+            "config.json": {"model_type": "llama", "eos_token_id": [262, 264]},
+            "generation_config.json": {"eos_token_id": [262, 263, 264]},
+            "original/tokenizer.model": None,
+        },
+        {"ends": [264, 262, 263]},
+    ),
+    "qwen 3": (
+        byte_level(*IM),
+        {
+            "tokenizer_config.json": {
+                "tokenizer_class": "Qwen2Tokenizer",
+                "add_bos_token": False,
+                "bos_token": None,
+                "eos_token": "<|im_end|>",
+                "pad_token": "<|endoftext|>",
+            },
+            "config.json": {"model_type": "qwen3", "bos_token_id": 261, "eos_token_id": 263},
+            "generation_config.json": {"eos_token_id": [263, 261], "pad_token_id": 261},
+        },
+        {"ends": [263, 261]},
+    ),
+    "qwen 2 without tokenizer_config.json": (
+        byte_level(*IM),
+        {"config.json": {"model_type": "qwen2", "eos_token_id": 263}},
+        {"ends": [261, 263]},
+    ),
+    "gpt-2": (
+        byte_level("<|endoftext|>"),
+        {
+            "tokenizer_config.json": {"model_max_length": 1024},
+            "config.json": {"model_type": "gpt2", "bos_token_id": 261, "eos_token_id": 261},
+        },
+        {},
+    ),
+    "gpt-neox and olmo": (
+        byte_level("<|endoftext|>", "<|padding|>"),
+        {
+            "tokenizer_config.json": {"tokenizer_class": "GPTNeoXTokenizer", "bos_token": None},
+            "config.json": {"model_type": "olmo"},
+        },
+        {},
+    ),
+    "smollm": (
+        byte_level(*IM),
+        {
+            "tokenizer_config.json": {
+                "tokenizer_class": "GPT2Tokenizer",
+                "add_prefix_space": False,
+                "bos_token": "<|im_start|>",
+                "eos_token": "<|im_end|>",
+                "pad_token": "<|im_end|>",
+            },
+            "config.json": {"model_type": "llama", "eos_token_id": 263},
+        },
+        {},
+    ),
+    "add_bos_token without a template": (
+        byte_level("<s>", "</s>"),
+        {"tokenizer_config.json": {"add_bos_token": True, "bos_token": "<s>", "eos_token": "</s>"}},
+        {},
+    ),
+    "a template against add_bos_token": (
+        byte_level("<s>", "</s>", front="<s>"),
+        {
+            "tokenizer_config.json": {
+                "add_bos_token": False,
+                "bos_token": "<s>",
+                "eos_token": "</s>",
+            }
+        },
+        {},
+    ),
+    "eos in added_tokens_decoder alone": (
+        byte_level("<s>", "</s>"),
+        {
+            "tokenizer_config.json": {
+                "eos_token": "<|done|>",
+                "added_tokens_decoder": {
+                    "264": as_object("<|done|>") | {"special": True},
+                    "263": as_object("<|more|>") | {"special": False},
+                },
+            }
+        },
+        {},
+    ),
+    "names in special_tokens_map.json alone": (
+        byte_level("<s>", "</s>", "<|done|>"),
+        {
+            "tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast"},
+            "special_tokens_map.json": {
+                "eos_token": as_object("<|done|>"),
+                "bos_token": "<s>",
+                "pad_token": "<new>",
+            },
+            "added_tokens.json": {"<extra>": 264},
+        },
+        {},
+    ),
+    "special_tokens_map.json beside added_tokens_decoder": (
+        byte_level("<s>", "</s>", "<|done|>"),
+        {
+            "tokenizer_config.json": {"eos_token": "</s>", "added_tokens_decoder": {}},
+            "special_tokens_map.json": {"eos_token": "<|done|>"},
+        },
+        {},
+    ),
+    "eos in config.json alone": (
+        byte_level("<s>", "</s>", "<|done|>"),
+        {"config.json": {"model_type": "llama", "bos_token_id": 261, "eos_token_id": 263}},
+        {"bos": 261, "eos": 263},
+    ),
+    "eos in generation_config.json alone": (
+        byte_level("<s>", "</s>", "<|done|>"),
+        {
+            "config.json": {"model_type": "llama"},
+            "generation_config.json": {"eos_token_id": [263, 262], "pad_token_id": 262},
+        },
+        {"eos": 263, "ends": [263, 262], "pad": 262},
+    ),
+    "objects": (
+        byte_level("<s>", "</s>", "<|done|>", front="<s>"),
+        {
+            "tokenizer_config.json": {
+                "bos_token": as_object("<s>") | {"__type": "AddedToken"},
+                "eos_token": as_object("<|done|>") | {"__type": "AddedToken"},
+            }
+        },
+        {},
+    ),
+}
+
+
+def write(folder: Path, name: str) -> None:
+    tokenizer, files, _ = LAYOUTS[name]
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    for file, content in files.items():
+        (folder / file).parent.mkdir(exist_ok=True)
+        if content is None:
+            (folder / file).write_bytes(ranks_of(tokenizer))
+        else:
+            (folder / file).write_text(json.dumps(content))
+
+
+def ranks_of(tokenizer: Tokenizer) -> bytes:
+    """The vocabulary in tiktoken's format, each token's bytes as its own decoder gives them."""
+    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    hidden = [i for i in range(256) if i not in shown]
+    byte = {chr(i): i for i in shown} | {chr(256 + k): i for k, i in enumerate(hidden)}
+    vocabulary = tokenizer.get_vocab(with_added_tokens=False)
+    lines = (
+        base64.b64encode(bytes(byte[c] for c in token)) + b" %d\n" % i
+        for token, i in sorted(vocabulary.items(), key=lambda item: item[1])
+    )
+    return b"".join(lines)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_folder_means_what_it_means_to_autotokenizer(tmp_path, name):
+    from transformers import AutoTokenizer
+
+    write(tmp_path, name)
+    theirs, ours = AutoTokenizer.from_pretrained(tmp_path), build_tokenizer(str(tmp_path))
+    more = LAYOUTS[name][2]
+    assert ours.bos_id == more.get("bos", theirs.bos_token_id)
+    assert ours.eos_id == more.get("eos", theirs.eos_token_id)
+    assert ours.pad_id == more.get("pad", theirs.pad_token_id)
+    assert list(ours.eos_ids) == more.get("ends", [ours.eos_id])
+    assert ours.vocab_size == max(theirs.get_vocab().values()) + 1
+    for text in TEXTS:
+        ids = ours.encode(text).tolist()
+        assert ids == theirs(text, add_special_tokens=False)["input_ids"]
+        assert [*ours.prefix, *ids] == theirs(text)["input_ids"]
+        assert ours.decode([*ours.prompt(text), ours.eos_id]) == text
+    assert isinstance(ours, TiktokenTokenizer) == ("original/tokenizer.model" in LAYOUTS[name][1])
+
+
+@pytest.mark.parametrize(
+    ("name", "front", "eos"),
+    [("qwen 3", 263, 263), ("gpt-2", 261, 261), ("llama 3 instruct, ranks beside", 261, 262)],
+)
+def test_documents_get_what_the_files_say_and_old_runs_go_on(tmp_path, caplog, name, front, eos):
+    """What earlier versions put around documents: eos for a bos that is not there, and the bare
+    ranks file's <|end_of_text|>."""
+    write(tmp_path / "assets", name)
+    (tmp_path / "text.txt").write_text("the cat")
+    source = build_source("files", str(tmp_path / "text.txt"))
+    text = build_tokenizer(str(tmp_path / "assets")).encode("the cat").tolist()
+
+    def loader() -> DataLoader:
+        tokenizer = build_tokenizer(str(tmp_path / "assets"))
+        return DataLoader(source, tokenizer, len(text), 1, 1, prefetch=0, split="all")
+
+    new, tokenizer = loader(), build_tokenizer(str(tmp_path / "assets"))
+    state, document = new.state_dict(), [*tokenizer.prompt("the cat"), tokenizer.eos_id]
+    assert new.next_window().tokens[0].tolist() == document[: len(text) + 1]
+    assert (tokenizer.prefix, tokenizer.eos_id) != ((front,), eos)
+
+    kind, digest, *_ = tokenizer.fingerprint.split(":")
+    old = f"hf:{digest}:{front}:{eos}" if kind == "hf" else f"tiktoken:{digest}"
+    place = {"epoch": 0, "index": 0, "offset": 0}
+    state |= {"version": 1, "num_lanes": 1, "lanes": {"0": place}, "tokenizer": old}
+    run = loader()
+    run.load_state_dict(state)
+    seen = [t for _ in range(4) for t in run.next_window().tokens[0, : len(text)].tolist()]
+    assert seen == ([front, *text, eos] * 4)[: len(seen)]
+    assert run.state_dict()["tokenizer"] == old
+    assert "as the run began" in caplog.text
+    with pytest.raises(UserError, match="has tokenizer"):
+        run.load_state_dict(state | {"tokenizer": "hf:other"})
+
+
+def test_a_fingerprint_stays_where_nothing_changed(tmp_path):
+    """A checkpoint's data position holds it: sha256 of the file, what is in front, and eos."""
+    write(tmp_path, "llama 2")
+    digest = hashlib.sha256((tmp_path / "tokenizer.json").read_bytes()).hexdigest()
+    assert build_tokenizer(str(tmp_path)).fingerprint == f"hf:{digest}:1:2"
+    ranks = tmp_path / "ranks" / "tokenizer.model"
+    ranks.parent.mkdir()
+    ranks.write_bytes(ranks_of(LAYOUTS["llama 3"][0]))
+    digest = hashlib.sha256(ranks.read_bytes()).hexdigest()
+    assert build_tokenizer(str(ranks.parent)).fingerprint == f"tiktoken:{digest}"
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("config.json", '{"eos_token_id": "</s>"}', "eos_token_id = '</s>', expected an id"),
+        ("generation_config.json", "[1]", "not a JSON object"),
+        ("special_tokens_map.json", "{", "not a JSON object"),
+        ("tokenizer_config.json", '{"added_tokens_decoder": {"5": {"content": 5}}}', "expected a"),
+    ],
+)
+def test_files_that_say_nonsense(tmp_path, file, content, message):
+    write(tmp_path, "objects")
+    (tmp_path / file).write_text(content)
+    with pytest.raises(UserError, match=f"{re.escape(file)}: .*{message}") as error:
+        build_tokenizer(str(tmp_path))
+    assert "\n" not in str(error.value)
