@@ -40,6 +40,6 @@ def _parse(line: bytes, text_field: str) -> Document:
         )
         raise ValueError(
             f"expected an object with a string {text_field!r}, or strings 'prompt' and"
-            f" 'completion'; found {found}"
+            f" 'completion'; found {str(found)[:200]}"
         )
     return document
