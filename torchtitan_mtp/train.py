@@ -52,7 +52,7 @@ def _run(config: JobConfig) -> int:
 
     init_logging(rank, size, color=use_color(config.metrics.disable_color_printing))
     if config.job.print_config and rank == 0:
-        Observer("stdout").attempt(_print, to_toml(config))
+        Observer("stdout").attempt(os.write, 1, f"{to_toml(config)}\n".encode())
     trainer = Trainer(config)
     try:
         trainer.train()
@@ -65,14 +65,6 @@ def _run(config: JobConfig) -> int:
     trainer.close()
     stopped = trainer.stopping.signal
     return 128 + stopped if stopped and trainer.stopped_unsaved else 0
-
-
-def _print(text: str) -> None:
-    try:
-        print(text, flush=True)
-    except OSError:  # a full disk, a pipe that nobody reads: the rest goes nowhere
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise
 
 
 def _fail(message: str, status: int = 1) -> int:

@@ -43,7 +43,7 @@ def check_run(
     config: JobConfig, model: Transformer, device: torch.device, ranks: int, accumulation: int
 ) -> None:
     """Error: a training of `model` (on meta) can't fit, whatever is sharded or computed twice."""
-    training, validation, args = config.training, config.validation, model.args
+    training, validation, n = config.training, config.validation, config.mtp.num_future_tokens
     data, state = dict[str, int](), dict[str, int]()
     for table, keys, times in (
         ("training", training, accumulation),
@@ -52,9 +52,9 @@ def check_run(
         name = f"{table}.local_batch_size = {keys.local_batch_size}, seq_len = {keys.seq_len}"
         name += f", {times:,} of them a step" if times > 1 else ""
         # Labels [n], future tokens [n-1], tokens, positions and documents in int64.
-        data[name] = 16 * (config.mtp.num_future_tokens + 1) * times
-        data[name] *= keys.local_batch_size * keys.seq_len
-    state[f"seq_len = {args.max_seq_len}"] = 4 * args.rope_dim * args.max_seq_len
+        data[name] = 16 * (n + 1) * times * keys.local_batch_size * keys.seq_len
+    longest = model.args.max_seq_len
+    state[f"seq_len = {longest}"] = 4 * model.args.rope_dim * longest
     rows = min(config.loss.chunk_rows or 1, training.local_batch_size * training.seq_len)
     state[f"loss.chunk_rows = {rows}"] = 2 * rows * model.tok_embeddings.num_embeddings
     largest = max(model.named_parameters(), key=lambda item: item[1].numel())[0]
@@ -63,8 +63,7 @@ def check_run(
     copies = 4 if trains else 1  # with gradients and the optimizer's two moments
     where = data if training.enable_cpu_offload else state
     where[f"model.args, model.vocab_size: {largest} and the other weights"] = copies * size
-    if device.type == "cpu":
-        data |= state
-    else:
+    if device.type != "cpu":
         check_memory(state, device)
-    check_memory(data, torch.device("cpu"))
+        state = {}
+    check_memory(data | state, torch.device("cpu"))

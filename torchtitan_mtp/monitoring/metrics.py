@@ -31,6 +31,8 @@ COLORS = {
 }
 RESET = "\033[39m"
 
+Heads = list[tuple[float, float]]  # losses and accuracies of heads 1..n
+
 
 class MetricsProcessor:
     """Counts what every step did and reports it at the steps to log.
@@ -76,7 +78,6 @@ class MetricsProcessor:
         self.step = start_step
         self.pace = Pace()
         self._start_interval()
-        self.pace_start, self.pace_steps = self.interval_start, -1  # the first step compiles
 
     def _start_interval(self) -> None:
         self.steps = 0  # since the last log
@@ -92,9 +93,6 @@ class MetricsProcessor:
         """Count one optimizer step: input tokens of ALL ranks, and the seconds waited for data."""
         self.step += 1
         self.steps += 1
-        if self.pace_steps < 0:
-            self.pace_start = self.clock()
-        self.pace_steps += 1
         self.tokens += tokens
         self.data_seconds += data_seconds
         if self.progress:
@@ -142,10 +140,9 @@ class MetricsProcessor:
             **(extra_metrics or {}),
         }
         self._write(metrics, step)
-        self.pace.add(self.clock() - self.pace_start, self.pace_steps)
+        self.pace.add(elapsed, steps)
         self._print_step(step, metrics, list(zip(head_losses, head_accuracies, strict=True)))
         self._start_interval()
-        self.pace_start, self.pace_steps = self.interval_start, 0
         self.memory.reset()
 
     def log_validation(
@@ -165,7 +162,6 @@ class MetricsProcessor:
         are taken out of the training interval, whose throughput goes on unharmed.
         """
         self.interval_start += elapsed
-        self.pace_start += elapsed
         tps = tokens / max(elapsed, 1e-9) / self.world_size
         metrics = {
             "loss": head_losses[0],
@@ -179,9 +175,9 @@ class MetricsProcessor:
         heads = list(zip(head_losses, head_accuracies, strict=True))
         parts = {
             "step": f"validate step: {step:2}",
-            "loss": f"loss: {format_loss(*heads[0]):>7}",
+            "loss": f"loss: {figure(heads[0][0], '.4f', heads[0][1]):>7}",
             "heads": format_heads(heads),
-            "accuracy": "accuracy: " + " ".join(format_rate(rate) for rate in head_accuracies),
+            "accuracy": "accuracy: " + " ".join(figure(a, ".1%", a) for a in head_accuracies),
             "acceptance": format_acceptance(acceptance),
             "tps": f"tps: {round(tps):,}",
         }
@@ -208,17 +204,12 @@ class MetricsProcessor:
         for backend in self.backends:
             backend.log(metrics, step)
 
-    def _print_step(
-        self,
-        step: int,
-        metrics: Mapping[str, float],
-        heads: list[tuple[float, float]],
-    ) -> None:
+    def _print_step(self, step: int, metrics: Mapping[str, float], heads: Heads) -> None:
         tps, tflops, mfu = metrics["throughput(tps)"], metrics["tflops"], metrics.get("mfu(%)")
         eta = self.pace.time_left(self.total_steps - step)
         parts = {
             "step": f"step: {step:2}",
-            "loss": f"loss: {format_loss(*heads[0]):>7}",
+            "loss": f"loss: {figure(heads[0][0], '.4f', heads[0][1]):>7}",
             "heads": format_heads(heads),
             "grad_norm": f"grad_norm: {metrics['grad_norm']:7.4f}",
             "memory": f"memory: {metrics['memory/max_reserved(GiB)']:5.2f}GiB"
@@ -230,7 +221,7 @@ class MetricsProcessor:
         }
         logger.info(self._paint(parts))
         if self.progress:
-            loss = format_loss(*heads[0])
+            loss = figure(heads[0][0], ".4f", heads[0][1])
             self.progress.update(step, f"loss {loss}  {round(tps):,} tok/s  eta {eta}")
 
     def _paint(self, parts: Mapping[str, str]) -> str:
@@ -260,28 +251,24 @@ def acceptance_metrics(acceptance: Acceptance) -> dict[str, float]:
     return {f"validation_metrics/{tag}": r for tag, r in rates.items() if not math.isnan(r)}
 
 
-def format_rate(rate: float, form: str = ".1%") -> str:
-    """A rate, or "-" where there was nothing to take it of."""
-    return "-" if math.isnan(rate) else format(rate, form)
+def figure(value: float, form: str, of: float) -> str:
+    """A loss or rate, or "-" where `of`, a head's accuracy or the rate itself, is of nothing."""
+    return "-" if math.isnan(of) else format(value, form)
 
 
-def format_loss(loss: float, accuracy: float) -> str:
-    """A loss, or "-" of a head without targets, which has no accuracy either."""
-    return "-" if math.isnan(accuracy) else f"{loss:.4f}"
-
-
-def format_heads(heads: Sequence[tuple[float, float]]) -> str:
+def format_heads(heads: Heads) -> str:
     """Losses of heads 2..n, of losses and accuracies of all; head 1's is the line's `loss`. Empty
     without further heads."""
     if len(heads) < 2:
         return ""
     name = "head 2" if len(heads) == 2 else f"heads 2-{len(heads)}"
-    return f"{name}: " + " ".join(format_loss(*head) for head in heads[1:])
+    return f"{name}: " + " ".join(figure(loss, ".4f", of) for loss, of in heads[1:])
 
 
 def format_acceptance(acceptance: Acceptance) -> str:
     """Acceptance of heads 2..n, and the tokens a step that it makes. Empty without such heads."""
     if not acceptance.marginal:
         return ""
-    rates = " ".join(format_rate(rate) for rate in acceptance.marginal)
-    return f"acceptance: {rates}  tokens/step: {format_rate(acceptance.tokens_per_step[-1], '.2f')}"
+    rates = " ".join(figure(rate, ".1%", rate) for rate in acceptance.marginal)
+    tokens = acceptance.tokens_per_step[-1]
+    return f"acceptance: {rates}  tokens/step: {figure(tokens, '.2f', tokens)}"

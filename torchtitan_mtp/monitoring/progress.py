@@ -21,20 +21,20 @@ class Pace:
     doubles or halves, however unevenly a machine is shared."""
 
     def __init__(self) -> None:
-        self.seconds, self.lines = math.nan, 0
+        self.seconds, self.lines = math.nan, -1  # the first has the start's compilation
 
     def add(self, seconds: float, steps: int) -> None:
         """A line: `steps` took `seconds`."""
-        if steps < 1:
-            return
         self.lines += 1
+        if self.lines < 1:
+            return
         before = self.seconds if self.lines > 1 else seconds / steps
         mean = before + (seconds / steps - before) / min(self.lines, 10)
         self.seconds = min(max(mean, before / 2), 2 * before)
 
     def time_left(self, steps: int) -> str:
-        """Of `steps`, such as "0:12:40"; "-" before the first line."""
-        return str(timedelta(seconds=round(self.seconds * steps))) if self.lines else "-"
+        """Of `steps`, such as "0:12:40"; "-" before the second line."""
+        return str(timedelta(seconds=round(self.seconds * steps))) if self.lines > 0 else "-"
 
 
 class ProgressBar:

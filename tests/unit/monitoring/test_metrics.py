@@ -247,7 +247,7 @@ def test_console_line_is_plain_and_complete(
     line = re.sub(r"memory: +[\d.]+GiB\([\d.]+%\)", "memory: M", log.messages[-1])
     assert line == (
         "step: 10  loss:  2.5000  heads 2-3: 3.0000 3.5000  grad_norm:  1.5000  memory: M  "
-        "tps: 500  mfu: 50.00%  data: 25.0%  eta: 0:00:03"
+        "tps: 500  mfu: 50.00%  data: 25.0%  eta: -"
     )
 
 
