@@ -141,8 +141,9 @@ def build_source(
     if dataset in DATASETS or dataset.count("/") == 1:
         return HubStream(dataset, text_field, bad_records=bad_records)
     raise UserError(
-        f"training.dataset: {dataset!r} is not a dataset here; give training.dataset_path a file,"
-        f" folder or glob, or name one of {', '.join([STDLIB, *DATASETS])} or org/name on the hub"
+        f"dataset {dataset!r} is not a dataset here; give the path of a file, folder or glob (as"
+        " dataset_path, or in training.mixture), or name one of"
+        f" {', '.join([STDLIB, *DATASETS])} or org/name on the hub"
     )
 
 
@@ -198,7 +199,7 @@ def _find_files(
         found = (
             "only outputs of runs" if any(left_out.values()) else "no file, folder or glob match"
         )
-        raise UserError(f"dataset {dataset}: {found} at training.dataset_path {pattern!r}")
+        raise UserError(f"dataset {dataset}: {found} at {pattern!r}")
     return Path(os.path.commonpath([path.parent for path in files])), files, _told(left_out)
 
 
