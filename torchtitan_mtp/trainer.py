@@ -270,10 +270,14 @@ class Trainer:
                 # First what was trained is saved: whatever validation dies of costs no step.
                 self._save(last=step == steps, stop=self.stopping.agreed())
                 due = step % config.validation.freq == 0 or step == steps
-                if self.validation and due and not self.stopping.signal:
-                    self.evaluate(compare=step == steps)
-                    if self.stopping.agreed() and step < steps:
-                        self._save(last=False, stop=True)
+                try:
+                    if self.validation and due and not self.stopping.signal:
+                        self.evaluate(compare=step == steps)
+                        if self.stopping.agreed() and step < steps:
+                            self._save(last=False, stop=True)
+                finally:
+                    if step == steps:
+                        self._save_in_hf()
                 profiler.step()
                 memory.step()
 
@@ -294,9 +298,6 @@ class Trainer:
                 self.config.training.steps,
                 self._how_to_go_on(),
             )
-        in_hf = self.config.checkpoint.last_save_in_hf and self.checkpointer.saves
-        if last and in_hf and self.world.is_main:
-            self._save_in_hf()
 
     def _how_to_go_on(self) -> str:
         checkpoint = self.config.checkpoint
@@ -308,8 +309,11 @@ class Trainer:
         return f"saved: the same command{without} goes on from here"
 
     def _save_in_hf(self) -> None:
-        """The last step as a Hugging Face folder: read back by a rank that no other waits for."""
+        """The last step as a Hugging Face folder, where that is asked for: read back by one rank,
+        which no other waits for."""
         checkpoint = self.config.checkpoint
+        if not (checkpoint.last_save_in_hf and self.checkpointer.saves and self.world.is_main):
+            return
         dtype = getattr(torch, checkpoint.export_dtype)
         save_in_hf(
             step_folder(self.checkpointer.folder, self.state.step),

@@ -59,7 +59,12 @@ def test_three_and_three_steps_are_six(source, family, tmp_path, monkeypatch):
 @pytest.mark.parametrize("last", [False, True])
 def test_validation_costs_no_step_and_moves_nothing(last, tmp_path, monkeypatch):
     """What was trained is saved before it is validated, experts' counts without validation's."""
-    keys = {**DEEPSEEK, "validation.enable": True, "validation.freq": 3}
+    keys = {
+        **DEEPSEEK,
+        "validation.enable": True,
+        "validation.freq": 3,
+        "model.args.norm_eps": 1e-6,
+    }
     whole = train(config_of(tmp_path / "whole", keys))
     step = 6 if last else 3
 
@@ -67,9 +72,11 @@ def test_validation_costs_no_step_and_moves_nothing(last, tmp_path, monkeypatch)
         assert trainer.state.step < step, "out of memory"
 
     monkeypatch.setattr(Trainer, "evaluate", out_of_memory)
+    in_hf = {"checkpoint.last_save_in_hf": True}
     with pytest.raises(AssertionError, match="out of memory"):
-        train(config_of(tmp_path / "parts", keys, SAVES))
+        train(config_of(tmp_path / "parts", keys, SAVES, in_hf))
     monkeypatch.undo()
+    assert (tmp_path / "parts" / "run" / "checkpoint" / "step-6.hf").exists() == last
     second = train(config_of(tmp_path / "parts", keys, SAVES))
     assert second.start == step and second.losses == whole.losses[step:]
     assert same(second.weights, whole.weights)
