@@ -75,7 +75,8 @@ class Trainer:
 
     def __init__(self, config: JobConfig) -> None:
         self.config = config
-        self.world = init_world(config.parallelism, config.comm, shared_settings(config))
+        shared, folder = shared_settings(config), config.job.dump_folder
+        self.world = init_world(config.parallelism, config.comm, shared, folder)
         self.ranks, self.lock = Ranks(), ExitStack()
         try:
             self.ranks.first(lambda: lock_folders(written_folders(config), self.lock))

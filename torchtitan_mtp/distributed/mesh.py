@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -74,7 +75,10 @@ def local_device() -> torch.device:
 
 
 def init_world(
-    parallelism: Parallelism, comm: Comm | None = None, settings: Mapping[str, Any] | None = None
+    parallelism: Parallelism,
+    comm: Comm | None = None,
+    settings: Mapping[str, Any] | None = None,
+    dump_folder: str = ".",
 ) -> World:
     """Join the job that torchrun started, or start one of a single rank.
 
@@ -82,9 +86,9 @@ def init_world(
     """
     comm = comm or Comm()
     alone = "RANK" not in os.environ
-    # NCCL's flight recorder: what every rank was doing when a collective timed out.
-    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", str(comm.trace_buf_size))
     device = local_device()
+    if device.type == "cuda":
+        record_collectives(comm, dump_folder)
     degrees = data_degrees(parallelism, 1 if alone else int(os.environ["WORLD_SIZE"]))
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -102,6 +106,18 @@ def init_world(
     agree(settings or {})
     mesh = init_device_mesh(device.type, degrees, mesh_dim_names=("dp_replicate", "dp_shard"))
     return World(dist.get_rank(), dist.get_world_size(), device, mesh)
+
+
+def record_collectives(comm: Comm, dump_folder: str) -> None:
+    """NCCL's flight recorder: what every rank was doing when a collective timed out."""
+    folder = os.path.join(dump_folder, comm.save_traces_folder)
+    if comm.trace_buf_size:
+        with contextlib.suppress(OSError):  # then there are no traces
+            os.makedirs(folder, exist_ok=True)
+        os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", str(comm.trace_buf_size))
+    traces = os.path.join(folder, comm.save_traces_file_prefix)
+    os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", traces)
 
 
 def _meeting_place(alone: bool, timeout: timedelta) -> dict[str, Any]:

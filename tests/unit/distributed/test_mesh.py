@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
-from torchtitan_mtp.config import Parallelism
+from torchtitan_mtp.config import Comm, Parallelism
 from torchtitan_mtp.distributed import mesh
-from torchtitan_mtp.distributed.mesh import GPU_NODES, data_degrees, local_device
+from torchtitan_mtp.distributed.mesh import (
+    GPU_NODES,
+    data_degrees,
+    local_device,
+    record_collectives,
+)
 from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.inference.load import find_device
 
@@ -88,3 +95,18 @@ def test_a_gpu_is_used(monkeypatch):
     monkeypatch.setattr(torch.cuda, "init", lambda: None)
     monkeypatch.setenv("LOCAL_RANK", "3")
     assert local_device() == torch.device("cuda", 3)
+
+
+def test_traces_of_collectives_go_where_the_configuration_says(tmp_path, monkeypatch):
+    """The names are those that torch's libraries read."""
+    names = ("TORCH_FR_BUFFER_SIZE", "TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DUMP_ON_TIMEOUT")
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv(name, "")  # so that it is put back
+        monkeypatch.delenv(name)
+    comm = Comm(trace_buf_size=7, save_traces_folder="traces", save_traces_file_prefix="r")
+    record_collectives(comm, str(tmp_path))
+    assert [os.environ[name] for name in names] == ["7", str(tmp_path / "traces" / "r"), "1"]
+    assert (tmp_path / "traces").is_dir()
+    record_collectives(Comm(trace_buf_size=9), "elsewhere")
+    assert os.environ["TORCH_FR_BUFFER_SIZE"] == "7", "the user's own stays"
