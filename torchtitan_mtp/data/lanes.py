@@ -82,10 +82,6 @@ class Lane:
     def _advance(self, count: int) -> None:
         self._offset += count
         self._held -= count
-        while self._open and self._offset >= (length := _length(self._open[0])):
-            self._offset -= length
-            self._open.popleft()
-
-
-def _length(piece: Piece) -> int:
-    return piece.stop - piece.start
+        while self._open and self._offset >= self._open[0].stop - self._open[0].start:
+            piece = self._open.popleft()
+            self._offset -= piece.stop - piece.start

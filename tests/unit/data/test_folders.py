@@ -177,7 +177,7 @@ def test_what_the_run_writes_is_no_data_at_its_second_start(tmp_path, dump, patt
 def test_only_outputs(tmp_path):
     fill(tmp_path, ["run/a.txt"])
     (tmp_path / "run" / "config.toml").write_text(to_toml(JobConfig()))
-    with pytest.raises(UserError, match=r"only outputs of runs at training\.dataset_path"):
+    with pytest.raises(UserError, match=r"only outputs of runs at .*txt"):
         read(tmp_path / "**" / "*.txt")
     assert read(tmp_path / "run" / "*.txt") == ["run/a.txt"]  # named, not matched
     assert folders.is_output(tmp_path / "run", set())
