@@ -93,7 +93,7 @@ class Checkpointer:
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
         self._pinned: DefaultStager | None = None
-        self._came_from: int | None = None  # the step at which this run began to count
+        self._came_from: int | None = None  # where this run began to count, until its first save
         self._held: tuple[int, str] | None = None  # the step and kind saved last
 
     # ---- saving ----
@@ -141,15 +141,13 @@ class Checkpointer:
         if step == 0 and self._ranks.first(lambda: folders.whole_kind(self.folder / "step-0")):
             logger.info("%s is there already: not saved again", self.folder / "step-0")
             return False
-        after, self._held = None if self._held else self._came_from, (step, kind)
         states = self._states(kind, export)
         total = states_of.total_bytes(states)
         self._ranks.first(lambda: folders.start_writing(self.folder, step, total))
         if last or force or self.config.async_mode == "disabled":
-            self._write(states, step, kind, after)
+            self._write(states, step, kind)
         else:
-            staged = self._stage(states)
-            self._pending = self._writer.submit(self._write, staged, step, kind, after)
+            self._pending = self._writer.submit(self._write, self._stage(states), step, kind)
         return True
 
     def _states(self, kind: str, export: bool) -> dict[str, Any]:
@@ -178,7 +176,7 @@ class Checkpointer:
         stager.close()
         return staged
 
-    def _write(self, states: dict[str, Any], step: int, kind: str, after: int | None) -> None:
+    def _write(self, states: dict[str, Any], step: int, kind: str) -> None:
         """Write step-N and put it in place; in the background of training or not."""
         start = time.perf_counter()
         ranks, folder = self._ranks, self.folder
@@ -199,7 +197,9 @@ class Checkpointer:
             files = {name: entry for part in written for name, entry in part.items()}
             record = record_of_model(self.model, self.optimizer)
             manifest = Manifest(step, kind, ranks.world_size, files, record)
+            after = self._came_from
             final = ranks.first(lambda: folders.finish_writing(folder, manifest, after))
+            self._came_from, self._held = None, (step, kind)
         except (CheckpointException, UserError, OSError) as error:
             if ranks.rank == 0:
                 folders.discard_writing(folder, step)
