@@ -129,8 +129,9 @@ class DataLoader:
 
     @property
     def identity(self) -> State:
-        """What a run's ranks and its checkpoints have to agree on, as plain data."""
-        return dict(self._identity)
+        """What a run's ranks have to agree on, and its checkpoints but for the shares of sources, as
+        plain data."""
+        return {**self._identity, "shares": self._mixture.shares}
 
     def next_window(self) -> Window:
         """The next micro-batch of this rank (infinite loaders)."""

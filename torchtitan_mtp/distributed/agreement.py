@@ -41,7 +41,13 @@ def shared_settings(config: JobConfig) -> dict[str, Any]:
     """Keys and values that all ranks have in common. Where a rank finds its input may differ: what
     it finds there is compared."""
     own = {"model.hf_assets_path", "training.dataset_path", "validation.dataset_path"}
-    own |= {"job.config_file", "job.description", "job.print_config", "job.debug"}
+    own |= {
+        "training.mixture",
+        "job.config_file",
+        "job.description",
+        "job.print_config",
+        "job.debug",
+    }
     keys = options(JobConfig)
     return {k: o.get(config) for k, o in keys.items() if not o.is_table and k not in own}
 

@@ -11,6 +11,7 @@ from torchtitan_mtp.data.loader import DataLoader
 from torchtitan_mtp.data.mixture import Mixture, configured_source
 from torchtitan_mtp.data.sources import build_source
 from torchtitan_mtp.data.tokenizer import ByteTokenizer
+from torchtitan_mtp.distributed.agreement import shared_settings
 from torchtitan_mtp.errors import UserError
 
 S, N = 16, 2
@@ -98,6 +99,14 @@ def test_other_shares_on_resume_keep_the_places(tmp_path, caplog):
     assert abs(drawn["a"] - 160) < 8
     with pytest.raises(UserError, match=r"has source .* put back training\.dataset, dataset_path"):
         loader(Mixture(sources[::-1], [0.75, 0.25])).load_state_dict(state)
+
+
+def test_ranks_may_find_a_mixture_in_other_places_but_agree_on_shares(tmp_path):
+    sources = [build_source("x", str(corpus(tmp_path, letter))) for letter in "ab"]
+    elsewhere = [build_source("y", str(corpus(tmp_path / "y", letter))) for letter in "ab"]
+    identities = [loader(Mixture(x, [0.6, 0.4])).identity for x in (sources, elsewhere)]
+    assert identities[0] == identities[1] != loader(Mixture(sources, [0.4, 0.6])).identity
+    assert "training.mixture" not in shared_settings(JobConfig())
 
 
 def test_held_out_documents_are_each_sources_own(tmp_path):
