@@ -129,8 +129,7 @@ class DataLoader:
 
     @property
     def identity(self) -> State:
-        """What a run's ranks have to agree on, and its checkpoints but for the shares of sources, as
-        plain data."""
+        """What a run's ranks have to agree on, and but for `shares` its checkpoints; plain data."""
         return {**self._identity, "shares": self._mixture.shares}
 
     def next_window(self) -> Window:
