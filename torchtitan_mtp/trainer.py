@@ -47,7 +47,7 @@ from torchtitan_mtp.models.flavors import model_args
 from torchtitan_mtp.models.transformer import Transformer, build_model
 from torchtitan_mtp.monitoring.baselines import comparison_table, skip_bigram_entropies
 from torchtitan_mtp.monitoring.device import peak_flops, resolve_auto_dtype
-from torchtitan_mtp.monitoring.flops import count_model_flops, forward_backward_flops_per_token
+from torchtitan_mtp.monitoring.flops import forward_backward_flops_per_token
 from torchtitan_mtp.monitoring.gc import GarbageCollection
 from torchtitan_mtp.monitoring.metrics import MetricsProcessor
 from torchtitan_mtp.monitoring.missing_targets import MissingTargets
@@ -148,11 +148,10 @@ class Trainer:
             },
         )
         self._start()
-        flops = count_model_flops(self.model)
         self.metrics = MetricsProcessor(
             config,
             device=self.device,
-            flops_per_token=forward_backward_flops_per_token(flops, training.seq_len),
+            flops_per_token=forward_backward_flops_per_token(self.model, training.seq_len),
             peak_flops=peak_flops(self.device, self.param_dtype),
             rank=self.world.rank,
             world_size=self.world.size,

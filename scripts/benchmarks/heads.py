@@ -23,7 +23,7 @@ from torchtitan_mtp.distributed.activation_checkpoint import apply_activation_ch
 from torchtitan_mtp.models.args import ModelArgs
 from torchtitan_mtp.models.init import init_weights
 from torchtitan_mtp.models.transformer import Transformer, build_model
-from torchtitan_mtp.monitoring.flops import count_model_flops, forward_backward_flops_per_token
+from torchtitan_mtp.monitoring.flops import forward_backward_flops_per_token
 from torchtitan_mtp.mtp import add_heads, engines, head_scales, head_weights
 from torchtitan_mtp.ops import LossOutput
 from torchtitan_mtp.optimizer import build_optimizer
@@ -138,7 +138,7 @@ def model_of(case: str, n: int, sizes: dict[str, Any]) -> tuple[Transformer, MTP
 def flops_per_token(case: str, n: int, sizes: dict[str, Any]) -> int:
     """FLOPs that a token needs; recomputation is not counted."""
     model, _ = model_of(case, n, sizes)
-    return forward_backward_flops_per_token(count_model_flops(model), sizes["seq_len"])
+    return forward_backward_flops_per_token(model, sizes["seq_len"])
 
 
 def prepare(case: str, n: int, **sizes: Any) -> Callable[[], None]:

@@ -16,7 +16,7 @@ from benchmarks.report import report
 from torchtitan_mtp.config import parse_args
 from torchtitan_mtp.models.flavors import flavors
 from torchtitan_mtp.monitoring.device import MemoryMonitor, peak_flops
-from torchtitan_mtp.monitoring.flops import count_model_flops, forward_backward_flops_per_token
+from torchtitan_mtp.monitoring.flops import forward_backward_flops_per_token
 from torchtitan_mtp.trainer import Trainer
 
 
@@ -87,8 +87,7 @@ def _measure(trainer: Trainer, steps: int, warmup: int) -> dict[str, Any]:
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
     rate = (trainer.state.tokens - tokens) / statistics.median(seconds)  # tokens a second
-    shapes = count_model_flops(trainer.model)
-    flops = forward_backward_flops_per_token(shapes, config.training.seq_len)
+    flops = forward_backward_flops_per_token(trainer.model, config.training.seq_len)
     peak = peak_flops(device, trainer.param_dtype)
     return {
         "layers": trainer.args.n_layers,

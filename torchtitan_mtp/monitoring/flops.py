@@ -20,7 +20,6 @@ counted, for it is not work that the model needs.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -31,56 +30,28 @@ from torchtitan_mtp.models.moe import MoE
 from torchtitan_mtp.models.transformer import Transformer
 
 
-@dataclass(frozen=True)
-class ModelFlops:
-    """What multiplies for one token, counted once per application.
+def forward_backward_flops_per_token(model: Transformer, seq_len: int) -> int:
+    """FLOPs of one token's forward and backward, without recomputation (formula above).
 
-    Attributes:
-        trunk_params: active weights of the trunk's linear layers, `output` left out.
-        trunk_attention: sum of n_heads * head_dim over the trunk's attention layers.
-        head_params: active weights of the linear layers of heads 2..n (blocks and `eh_proj`).
-        head_attention: sum of n_heads * head_dim over these heads' attention layers.
-        output_params: weights of the unembedding, D * V.
-        num_heads: n, the applications of `output` to one token.
-        trunk_trained: whether head 1 trains the trunk and `output`.
-        detached: whether heads 2..n train nothing but themselves.
-        heads_trained: whether they train themselves.
+    Reads the shapes of `model`, on any device (meta included), sharded or not. Frozen parameters
+    are told by `requires_grad`.
     """
-
-    trunk_params: int
-    trunk_attention: int
-    head_params: int
-    head_attention: int
-    output_params: int
-    num_heads: int
-    trunk_trained: bool = True
-    detached: bool = False
-    heads_trained: bool = True
-
-
-def count_model_flops(model: Transformer) -> ModelFlops:
-    """Read the shapes of `model`, on any device (meta included), sharded or not.
-
-    Where its `mtp` holds fewer than n - 1 modules (weights shared), each counts as often as it is
-    applied. Frozen parameters are told by `requires_grad`.
-    """
-    output, mtp = model.output, model.mtp
-    trunk_params, trunk_attention = _count(model.layers.values(), skip=output)
-    trained = any(p.requires_grad for p in model.layers.parameters())
-    heads = [] if mtp is None else list(mtp.heads)
-    head_params, head_attention = _count(heads, skip=output)
-    applications = (mtp.num_future_tokens - 1) // len(heads) if heads else 0
-    return ModelFlops(
-        trunk_params=trunk_params,
-        trunk_attention=trunk_attention,
-        head_params=head_params * applications,
-        head_attention=head_attention * applications,
-        output_params=output.weight.numel(),
-        num_heads=1 + len(heads) * applications,
-        trunk_trained=trained,
-        detached=not trained or (mtp is not None and mtp.detach_trunk),
-        heads_trained=any(p.requires_grad for head in heads for p in head.parameters()),
+    heads = [] if model.mtp is None else list(model.mtp.heads)
+    # Where heads share weights, their module counts as often as it is applied.
+    times = (model.mtp.num_future_tokens - 1) // len(heads) if heads else 0
+    trunk_params, trunk_attention = _count(model.layers.values(), skip=model.output)
+    head_params, head_attention = _count(heads, skip=model.output)
+    output = model.output.weight.numel()
+    trunk_trained, heads_trained = (
+        any(p.requires_grad for part in parts for p in part.parameters())
+        for parts in (model.layers.values(), heads)
     )
+    detached = not trunk_trained or (heads and model.mtp.detach_trunk)
+    first = 3 if trunk_trained else 1  # head 1: forward; gradients of input and weight
+    trunk = first * (trunk_params + output + seq_len * trunk_attention)
+    own = (3 if heads_trained else 2) * head_params + 3 * seq_len * head_attention
+    others = times * (own + (2 if detached else 3) * output * len(heads))
+    return 2 * (trunk + others)
 
 
 def _count(parts: Iterable[Any], skip: nn.Module) -> tuple[int, int]:
@@ -96,15 +67,3 @@ def _count(parts: Iterable[Any], skip: nn.Module) -> tuple[int, int]:
                 routed = sum(weight.numel() for weight in module.experts.parameters())
                 params += routed * module.args.top_k // module.args.num_experts
     return params, attention
-
-
-def forward_backward_flops_per_token(shapes: ModelFlops, seq_len: int) -> int:
-    """FLOPs of one token's forward and backward, without recomputation (formula above)."""
-    n = shapes.num_heads
-    trunk = 2 * shapes.trunk_params + 2 * seq_len * shapes.trunk_attention  # forward
-    heads = 2 * shapes.head_params + 2 * seq_len * shapes.head_attention
-    output = 2 * shapes.output_params
-    first = 3 if shapes.trunk_trained else 1  # head 1: forward; gradients of input and weight
-    others = 2 if shapes.detached else 3
-    own = 0 if shapes.heads_trained else 2 * shapes.head_params  # no gradient of these weights
-    return first * (trunk + output) + 3 * heads - own + others * output * (n - 1)

@@ -14,11 +14,7 @@ from torchtitan_mtp.config.sections.mtp import MTP
 from torchtitan_mtp.data.targets import Batch
 from torchtitan_mtp.models.args import LatentArgs, ModelArgs, MoEArgs
 from torchtitan_mtp.models.transformer import Transformer
-from torchtitan_mtp.monitoring.flops import (
-    ModelFlops,
-    count_model_flops,
-    forward_backward_flops_per_token,
-)
+from torchtitan_mtp.monitoring.flops import forward_backward_flops_per_token
 from torchtitan_mtp.mtp.transform import add_heads
 
 B, S, V, D, LAYERS = 2, 16, 48, 32, 3
@@ -103,41 +99,38 @@ def test_formula_equals_the_flop_counter(mtp: MTP, args: ModelArgs) -> None:
     with torch.device("meta"):
         model = build(mtp, args)
     model.to_empty(device="cpu").init_buffers()
-    shapes = count_model_flops(model)
     # The counter sees unmasked attention, S keys for every query, where the formula has S / 2.
-    forward_halves = 3 if shapes.trunk_trained else 1
-    masked_half = 2 * S * (forward_halves * shapes.trunk_attention + 3 * shapes.head_attention)
-    expected = forward_backward_flops_per_token(shapes, S) + masked_half
+    expected = forward_backward_flops_per_token(model, 2 * S)
     assert counted_flops_per_token(model, mtp.num_future_tokens) == expected
 
 
-def test_shapes_by_hand() -> None:
-    shapes = count_model_flops(build(MTP(num_future_tokens=3, heads="sequential")))
+def block_params() -> int:
+    """wq, wo; wk, wv of half the heads; w1..3."""
     ffn = build(MTP(num_future_tokens=1)).layers["0"].feed_forward.w1.out_features
-    block = 2 * D * D + 2 * D * (D // 2) + 3 * D * ffn  # wq, wo; wk, wv of half the heads; w1..3
-    assert shapes == ModelFlops(
-        trunk_params=LAYERS * block,
-        trunk_attention=LAYERS * D,
-        head_params=2 * (block + 2 * D * D),
-        head_attention=2 * D,
-        output_params=D * V,
-        num_heads=3,
-    )
+    return 2 * D * D + 2 * D * (D // 2) + 3 * D * ffn
 
 
 def test_plain_model_is_six_per_parameter_and_causal_attention() -> None:
-    shapes = ModelFlops(1000, 64, 0, 0, 200, num_heads=1)
-    assert forward_backward_flops_per_token(shapes, 128) == 6 * 1200 + 6 * 128 * 64
+    found = forward_backward_flops_per_token(build(MTP(num_future_tokens=1)), 128)
+    assert found == 6 * (LAYERS * block_params() + D * V) + 6 * 128 * LAYERS * D
+
+
+def test_a_chain_by_hand() -> None:
+    found = forward_backward_flops_per_token(build(MTP(num_future_tokens=3, heads="sequential")), S)
+    params = LAYERS * block_params() + 2 * (block_params() + 2 * D * D)
+    assert found == 6 * (params + 3 * D * V) + 6 * S * (LAYERS + 2) * D
 
 
 def test_output_multiplies_once_per_head() -> None:
-    one, four = (
-        forward_backward_flops_per_token(ModelFlops(1000, 0, 0, 0, 200, n), 8) for n in (1, 4)
+    one, three = (
+        forward_backward_flops_per_token(build(MTP(num_future_tokens=n, match_parameters=True)), 8)
+        for n in (1, 3)
     )
-    assert four - one == 6 * 3 * 200
+    assert three - one == 6 * 2 * D * V
 
 
 def test_a_model_on_the_meta_device_counts_the_same() -> None:
     with torch.device("meta"):
         meta = build(MTP(num_future_tokens=4))
-    assert count_model_flops(meta) == count_model_flops(build(MTP(num_future_tokens=4)))
+    whole = build(MTP(num_future_tokens=4))
+    assert forward_backward_flops_per_token(meta, S) == forward_backward_flops_per_token(whole, S)
