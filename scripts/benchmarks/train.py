@@ -101,5 +101,5 @@ def _measure(trainer: Trainer, steps: int, warmup: int) -> dict[str, Any]:
         "tokens/s": rate,
         "GFLOP/token": flops / 1e9,
         "MFU %": 100 * rate * flops / peak if peak else float("nan"),
-        "peak GiB": memory.peak().max_active_gib,
+        "peak GiB": memory.peak()["memory/max_active(GiB)"],
     }

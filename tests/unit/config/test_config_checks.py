@@ -237,10 +237,11 @@ def test_float8():
 
 
 def test_every_list_of_words_is_held_against_what_there_is():
-    """By its choices; or by the model and the checkpoint, which these two are."""
+    """By its choices; or by the model, by the checkpoint, and as sources that have to be there."""
     lists = {name: option.type for name, option in options(JobConfig).items()}
     free = {name for name, kind in lists.items() if kind in (list[str], list[list[str]])}
-    assert free == {"quantize.linear.float8.filter_fqns", "checkpoint.exclude_from_loading"}
+    model, checkpoint = "quantize.linear.float8.filter_fqns", "checkpoint.exclude_from_loading"
+    assert free == {model, checkpoint, "training.mixture"}
 
 
 @pytest.mark.parametrize(
