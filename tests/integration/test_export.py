@@ -359,7 +359,7 @@ def test_modules_that_read_another_state_are_not_loaded(tmp_path: Path) -> None:
     saved, _ = write_run(tmp_path / "saved", **shape, **RAW)
     export_checkpoint(tmp_path / "saved", tmp_path / "hf", "mimo_hf")
     keys = shape | {"mtp.heads": "sequential", "mtp.num_future_tokens": 3}
-    with pytest.raises(UserError, match='mtp.trunk_state = "raw", this run has "normalized"'):
+    with pytest.raises(UserError, match=r'mtp.trunk_state = "raw", this run has "normalized"'):
         start(tmp_path / "a", tmp_path / "hf", **keys)
     keys |= {"checkpoint.exclude_from_loading": ["mtp"]}
     started, _ = start(tmp_path / "b", tmp_path / "hf", **keys)
