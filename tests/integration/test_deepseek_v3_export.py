@@ -369,4 +369,4 @@ def test_what_no_folder_holds_is_refused_before_the_training(tmp_path: Path) -> 
     for changes, message in ((softmax, "takes sigmoids"), (experts, "no Hugging Face format")):
         with pytest.raises(UserError, match=message):
             train(config_of(tmp_path, keys, changes))
-        assert not (tmp_path / "run").exists()
+        assert not (tmp_path / "run" / "config.toml").exists()
