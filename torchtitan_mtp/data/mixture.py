@@ -62,11 +62,13 @@ def configured_source(
     written = [config.checkpoint.folder, config.metrics.save_tb_folder, RUN_LOCK]
     written += [profiling.save_traces_folder, profiling.save_memory_snapshot_folder]
     written += ["", config.comm.save_traces_folder]
+    training = isinstance(table, Training)
     options: dict[str, Any] = {
         "text_field": table.text_field,
         "bad_records": config.training.bad_records,
-        "split": "train" if isinstance(table, Training) else "validation",
+        "split": "train" if training else "validation",
         "outputs": [Path(config.job.dump_folder, x) for x in written],
+        "key": "training.dataset_path" if training else "validation.dataset_path",
     }
     if not isinstance(table, Training) or not table.mixture:
         return build_source(table.dataset, table.dataset_path, **options)
@@ -76,7 +78,7 @@ def configured_source(
             f"training.mixture: the weights are {total:g} in all, expected 1: each is a share of"
             " the windows"
         )
-    sources = [find_source(name, **options) for name in names]
+    sources = [find_source(name, **(options | {"key": "training.mixture"})) for name in names]
     for share, source in zip(shares, sources, strict=True):
         logger.info("dataset %s: %.3g%% of the windows", source.name, 100 * share / total)
     return Mixture(sources, [share / total for share in shares])

@@ -112,6 +112,7 @@ def build_source(
     bad_records: str = "stop",
     split: str = "train",
     outputs: Iterable[Path] = (),
+    key: str = "training.dataset_path",
 ) -> Source | StreamSource:
     """The documents that `dataset` names.
 
@@ -126,13 +127,14 @@ def build_source(
         bad_records: "stop" at the first record that is none, or "skip" and count them.
         split: which of a folder's files; see `data_files`.
         outputs: what this run writes: no data.
+        key: what gives a path, for messages.
 
     Raises:
         UserError: unknown name, nothing at the path, unreadable or empty files, no network.
     """
     if dataset_path:
         written = {os.path.realpath(path) for path in outputs}
-        root, paths, left_out = _find_files(dataset, dataset_path, split, written)
+        root, paths, left_out = _find_files(dataset, dataset_path, split, written, key)
         cache = Path(cache_dir).expanduser() if cache_dir else None
         return FilesSource(dataset, root, paths, text_field, cache, bad_records, left_out)
     if dataset == STDLIB:
@@ -141,9 +143,8 @@ def build_source(
     if dataset in DATASETS or dataset.count("/") == 1:
         return HubStream(dataset, text_field, bad_records=bad_records)
     raise UserError(
-        f"dataset {dataset!r} is not a dataset here; give the path of a file, folder or glob (as"
-        " dataset_path, or in training.mixture), or name one of"
-        f" {', '.join([STDLIB, *DATASETS])} or org/name on the hub"
+        f"dataset {dataset!r} is not a dataset here; give the path of a file, folder or glob as"
+        f" {key}, or name one of {', '.join([STDLIB, *DATASETS])} or org/name on the hub"
     )
 
 
@@ -180,7 +181,7 @@ def _stdlib_files(root: Path) -> list[Path]:
 
 
 def _find_files(
-    dataset: str, pattern: str, split: str, written: Set[str]
+    dataset: str, pattern: str, split: str, written: Set[str], key: str
 ) -> tuple[Path, list[Path], str]:
     """The folder that names are relative to, the files, sorted, and what is left out, as text."""
     place = Path(pattern).expanduser()
@@ -199,7 +200,7 @@ def _find_files(
         found = (
             "only outputs of runs" if any(left_out.values()) else "no file, folder or glob match"
         )
-        raise UserError(f"dataset {dataset}: {found} at {pattern!r}")
+        raise UserError(f"dataset {dataset}: {found} at {key} {pattern!r}")
     return Path(os.path.commonpath([path.parent for path in files])), files, _told(left_out)
 
 
