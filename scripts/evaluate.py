@@ -31,9 +31,10 @@ from torchtitan_mtp.distributed.shared_cores import SharedCores
 from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.inference import load_for_inference
 from torchtitan_mtp.inference.acceptance import Acceptance, Continuation, measure_continuation
-from torchtitan_mtp.inference.held_out import Text, TextMeasure, find_text, measure_text
+from torchtitan_mtp.inference.held_out import Text, find_text
 from torchtitan_mtp.inference.load import DTYPES, find_device
 from torchtitan_mtp.models.transformer import Transformer
+from torchtitan_mtp.validation import TextMeasure, measure_windows
 from torchtitan_mtp.writing import written_whole
 
 
@@ -107,7 +108,7 @@ def measure_on_text(
     size = 16 * (n + 1) * batch_size * seq_len  # bytes: labels and the like, int64
     check_memory({f"--batch_size {batch_size}, --seq_len {seq_len}": size}, torch.device("cpu"))
     windows = text.windows(tokenizer, n, seq_len, batch_size)
-    return measure_text(model, windows, tokenizer, batches=batches, softcap=run.loss.softcap)
+    return measure_windows(model, windows, tokenizer, batches=batches, softcap=run.loss.softcap)
 
 
 def measure_on_continuation(

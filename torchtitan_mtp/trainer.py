@@ -6,6 +6,7 @@ import functools
 import logging
 import os
 import time
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -26,7 +27,7 @@ from torchtitan_mtp.checkpoint.resume import LoaderState, TrainState
 from torchtitan_mtp.config import JobConfig, to_toml
 from torchtitan_mtp.data.loader import DataLoader
 from torchtitan_mtp.data.mixture import configured_source
-from torchtitan_mtp.data.targets import IGNORE, PADDING, Batch, make_batch
+from torchtitan_mtp.data.targets import IGNORE, Batch, make_batch
 from torchtitan_mtp.data.tokenizer import build_tokenizer
 from torchtitan_mtp.distributed.agreement import agree, shared_settings
 from torchtitan_mtp.distributed.balance import (
@@ -42,10 +43,7 @@ from torchtitan_mtp.distributed.parallelize import parallelize
 from torchtitan_mtp.distributed.shared_cores import SharedCores
 from torchtitan_mtp.distributed.stopping import Stopping
 from torchtitan_mtp.errors import UserError
-from torchtitan_mtp.inference.acceptance import Acceptance, text_agreement
-from torchtitan_mtp.models.flavors import model_args
-from torchtitan_mtp.models.transformer import Transformer, build_model
-from torchtitan_mtp.monitoring.baselines import comparison_table, skip_bigram_entropies
+from torchtitan_mtp.models.transformer import Transformer
 from torchtitan_mtp.monitoring.device import peak_flops, resolve_auto_dtype
 from torchtitan_mtp.monitoring.flops import forward_backward_flops_per_token
 from torchtitan_mtp.monitoring.gc import GarbageCollection
@@ -55,16 +53,18 @@ from torchtitan_mtp.monitoring.profiling import profile_steps, snapshot_memory
 from torchtitan_mtp.monitoring.spikes import LossSpikes
 from torchtitan_mtp.monitoring.step_losses import StepLosses
 from torchtitan_mtp.mtp import (
-    add_heads,
+    args_of_run,
     copy_last_layer,
     engines,
     head_scales,
     head_weights,
+    model_of_run,
     rest_unweighted,
 )
 from torchtitan_mtp.nonfinite import FiniteGuard, find_cause, send_to_host
 from torchtitan_mtp.ops.backends import BACKENDS
 from torchtitan_mtp.optimizer import build_optimizer, build_scheduler
+from torchtitan_mtp.validation import compare_with_pairs, measure_text
 from torchtitan_mtp.writing import written_whole
 
 logger = logging.getLogger(__name__)
@@ -98,23 +98,12 @@ class Trainer:
         self.tokenizer = self.ranks.together(lambda: build_tokenizer(config.model.hf_assets_path))
         self.n = config.mtp.num_future_tokens if "mtp" in config.model.converters else 1
         config.mtp.num_future_tokens = self.n
-        self.args = model_args(
-            config.model.name,
-            config.model.flavor,
-            tokenizer_vocab=self.tokenizer.vocab_size,
-            vocab_size=config.model.vocab_size,
-            max_seq_len=max(training.seq_len, config.validation.seq_len),
-            trained_len=training.seq_len,
-            attn_mask_type=config.model.attn_mask_type,
-            changes=config.model.args.given(),
-            earlier=self.origin.earlier,
-        )
+        self.args = args_of_run(config, self.tokenizer.vocab_size, earlier=self.origin.earlier)
         if config.checkpoint.last_save_in_hf:
             # before the training, not after it
             hf_format(self.args, self.n - 1, config.mtp.trunk_state)
         self.accumulation = micro_batches_per_step(config, self.world.size)
-        model = build_model(self.args, getattr(torch, training.dtype))
-        add_heads(model, config.mtp)
+        model = model_of_run(config, self.args, getattr(torch, training.dtype))
         fits = functools.partial(check_run, config, model, self.device, self.world.size)
         self.ranks.together(lambda: fits(self.accumulation))
         self.loader, self.validation = self.ranks.together(self._build_data)
@@ -387,7 +376,6 @@ class Trainer:
 
     # ---------------------------------------------------------------- evaluate
 
-    @torch.no_grad()
     def evaluate(self, compare: bool = False) -> list[float]:
         """Held-out loss of every head (nats a token, over all ranks), logged with accuracies and
         with how often heads 2..n draft what head 1 would say.
@@ -395,57 +383,42 @@ class Trainer:
         compare: also say what pair statistics of the same text would reach (bytes only: the counts
         of a larger vocabulary are too thin to mean anything).
         """
-        assert self.validation is not None
-        self.heartbeat.where = f"validation after step {self.state.step}"
-        begin, steps, tokens = time.perf_counter(), self.config.validation.steps, 0
+        where = self.heartbeat.where = f"validation after step {self.state.step}"
+        begin = time.perf_counter()
         compare = compare and self.tokenizer.vocab_size <= 512
-        losses, shown = StepLosses(self.n, self.device), list[Batch]()
-        ones = torch.ones(self.n, device=self.device)
-        agreement = torch.zeros(4, self.n - 1, dtype=torch.int64, device=self.device)
-        pairs: list[tuple[Tensor, Tensor]] = []
+        shown: list[Batch] = []
         with apart_from_training(self.model):
-            for i, window in enumerate(self.validation):
-                if i == steps or self.stopping.agreed():
-                    break
-                self.stopping.ask()
-                batch = make_batch(window, self.n)
-                if compare:
-                    real = batch.doc_ids != PADDING
-                    pairs.append((batch.tokens[real], batch.labels[real]))
-                shown = shown or [batch]
-                batch = Batch(*(t.to(self.device) for t in batch))
-                hiddens = self.model(batch)
-                losses.add(*self.model.output(hiddens, batch.labels, ones, **self.loss_arguments))
-                agreement += text_agreement(self.model, hiddens, batch.labels)
-                tokens += batch.tokens.numel() * self.world.size
+            batches = self._held_out_batches(shown, keep=compare)
+            found = measure_text(self.model, batches, self.device, **self.loss_arguments)
         if self.stopping.signal:
             return []
-        reduced = losses.reduce()
-        self.missing.check(f"validation after step {self.state.step}", reduced["targets"], shown)
+        self.missing.check(where, found.targets, shown)
         self.metrics.log_validation(
             self.state.step,
-            head_losses=reduced["losses"],
-            head_accuracies=reduced["accuracies"],
-            acceptance=Acceptance(*all_reduce(agreement).tolist()),
-            tokens=tokens,
+            head_losses=found.losses,
+            head_accuracies=found.accuracies,
+            acceptance=found.acceptance,
+            tokens=found.tokens * self.world.size,
             elapsed=time.perf_counter() - begin,
         )
-        if compare and any(reduced["targets"]):
-            self._compare_with_pairs(reduced, pairs)
-        return reduced["losses"]
+        if compare and any(found.targets):
+            table = compare_with_pairs(found, shown, self.tokenizer.vocab_size)
+            logger.info(
+                "held-out text, against what one token tells about the k-th next:\n%s", table
+            )
+        return found.losses
 
-    def _compare_with_pairs(
-        self, reduced: dict[str, Any], pairs: list[tuple[Tensor, Tensor]]
-    ) -> None:
-        everyone: list[Any] = [None] * self.world.size
-        dist.all_gather_object(everyone, pairs)
-        tokens, labels = (
-            torch.cat(part).numpy()
-            for part in zip(*(pair for rank in everyone for pair in rank), strict=True)
-        )
-        entropies = skip_bigram_entropies(tokens, labels, self.tokenizer.vocab_size)
-        table = comparison_table(reduced["losses"], reduced["accuracies"], entropies)
-        logger.info("held-out text, against what one token tells about the k-th next:\n%s", table)
+    def _held_out_batches(self, shown: list[Batch], keep: bool) -> Iterator[Batch]:
+        """What one validation reads, up to a signal; `shown` gets the first, or all with `keep`."""
+        assert self.validation is not None
+        for i, window in enumerate(self.validation):
+            if i == self.config.validation.steps or self.stopping.agreed():
+                return
+            self.stopping.ask()
+            batch = make_batch(window, self.n)
+            if keep or not shown:
+                shown.append(batch)
+            yield batch
 
     def close(self) -> None:
         """Wait for what is being written, stop threads, leave the process group."""

@@ -11,9 +11,8 @@ from torchtitan_mtp.config import JobConfig, parse_args
 from torchtitan_mtp.config.setting import Option
 from torchtitan_mtp.config.torchtitan import known_options
 from torchtitan_mtp.data.targets import IGNORE  # noqa: F401  (imported before the first case)
-from torchtitan_mtp.models.flavors import model_args
 from torchtitan_mtp.models.transformer import build_model
-from torchtitan_mtp.mtp import add_heads, head_weights
+from torchtitan_mtp.mtp import add_heads, args_of_run, head_weights
 from torchtitan_mtp.optimizer import build_optimizer, build_scheduler
 from torchtitan_mtp.trainer import loss_arguments, micro_batches_per_step
 
@@ -43,15 +42,7 @@ def plan(config: JobConfig) -> None:
     """What the trainer makes of a configuration, on the meta device."""
     heads = config.mtp.num_future_tokens if "mtp" in config.model.converters else 1
     config.mtp.num_future_tokens = heads
-    args = model_args(
-        config.model.name,
-        config.model.flavor,
-        tokenizer_vocab=259,
-        vocab_size=config.model.vocab_size,
-        max_seq_len=max(config.training.seq_len, config.validation.seq_len),
-        attn_mask_type=config.model.attn_mask_type,
-        changes=config.model.args.given(),
-    )
+    args = args_of_run(config, 259)
     loss_arguments(config)
     micro_batches_per_step(config, 1)
     sizes = [args.n_layers, args.dim, heads, args.max_seq_len, args.vocab_size or 0]

@@ -14,10 +14,10 @@ from runs import train
 from torchtitan_mtp.config import load_toml
 from torchtitan_mtp.data.tokenizer import build_tokenizer
 from torchtitan_mtp.distributed.activation_checkpoint import apply_activation_checkpointing
-from torchtitan_mtp.models.flavors import flavors, model_args
+from torchtitan_mtp.models.flavors import flavors
 from torchtitan_mtp.models.transformer import build_model
 from torchtitan_mtp.monitoring.flops import forward_backward_flops_per_token
-from torchtitan_mtp.mtp import add_heads
+from torchtitan_mtp.mtp import add_heads, args_of_run
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted((ROOT / "train_configs").glob("*.toml"))
@@ -29,15 +29,7 @@ def test_a_recipes_model_builds(recipe):
     config = load_toml(recipe)
     open_vocabulary = flavors[config.model.name][config.model.flavor].vocab_size is None
     vocab = build_tokenizer(config.model.hf_assets_path).vocab_size if open_vocabulary else 1
-    args = model_args(
-        config.model.name,
-        config.model.flavor,
-        tokenizer_vocab=vocab,
-        vocab_size=config.model.vocab_size,
-        max_seq_len=config.training.seq_len,
-        attn_mask_type=config.model.attn_mask_type,
-        changes=config.model.args.given(),
-    )
+    args = args_of_run(config, vocab)
     model = build_model(args, getattr(torch, config.training.dtype))
     trunk = sum(p.numel() for p in model.parameters())
     if "mtp" in config.model.converters:

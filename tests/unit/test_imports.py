@@ -21,6 +21,7 @@ ORDER = [
     "monitoring",
     "optimizer",
     "nonfinite",
+    "validation",
     "trainer",
     "train",
 ]

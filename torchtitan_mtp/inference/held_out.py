@@ -1,16 +1,13 @@
-"""A text to evaluate on: its documents, its windows, prompts from it, and losses on the windows."""
+"""A text to evaluate on: its documents, its windows, and prompts from it."""
 
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from torchtitan_mtp.config import JobConfig
 from torchtitan_mtp.data.document import Document, Source, StreamSource
@@ -18,12 +15,9 @@ from torchtitan_mtp.data.loader import DataLoader
 from torchtitan_mtp.data.mixture import Mixture, configured_source, parse_entry
 from torchtitan_mtp.data.order import split_documents
 from torchtitan_mtp.data.sources import find_source
-from torchtitan_mtp.data.targets import IGNORE, Batch, Window, make_batch
+from torchtitan_mtp.data.targets import Window
 from torchtitan_mtp.data.tokenizer import Tokenizer
 from torchtitan_mtp.errors import UserError
-from torchtitan_mtp.inference.acceptance import Acceptance, text_agreement
-from torchtitan_mtp.inference.stats import ratio
-from torchtitan_mtp.models.transformer import Transformer
 
 
 @dataclass(frozen=True)
@@ -123,73 +117,3 @@ def find_text(config: JobConfig, name: str | None) -> Text:
 
 def _split(split: str, seed: int = 0, fraction: float = 0.0) -> dict[str, Any]:
     return {"split": split, "seed": seed, "validation_fraction": fraction}
-
-
-@dataclass(frozen=True)
-class TextMeasure:
-    """What n heads make of a text; lists run from head 1 to head n.
-
-    losses: cross-entropy, nats a token. accuracies: share of targets that are the head's most
-    likely token. targets: how many there were. num_bytes: of head 1's targets, as UTF-8.
-    """
-
-    losses: list[float]
-    accuracies: list[float]
-    targets: list[int]
-    num_bytes: int
-    acceptance: Acceptance
-
-    @property
-    def bits_per_byte(self) -> float:
-        """Head 1's loss in bits over the text's bytes. The end of a document costs bits and has no
-        bytes."""
-        return ratio(self.losses[0] * self.targets[0] / math.log(2), self.num_bytes)
-
-
-@torch.inference_mode()
-def measure_text(
-    model: Transformer,
-    windows: Iterable[Window],
-    tokenizer: Tokenizer,
-    *,
-    batches: int = -1,
-    softcap: float | None = None,
-) -> TextMeasure:
-    """Losses, accuracies and acceptance on `batches` windows [B, S+n] (-1: all of them)."""
-    n = 1 if model.mtp is None else model.mtp.num_future_tokens
-    device = model.norm.weight.device
-    sums = torch.zeros(3, n, dtype=torch.float64, device=device)
-    agreement = torch.zeros(4, n - 1, dtype=torch.int64, device=device)
-    labels = []
-    for window in itertools.islice(windows, batches if batches >= 0 else None):
-        batch = make_batch(window, n)
-        labels.append(batch.labels[..., 0].flatten())
-        batch = Batch(*(t.to(device) for t in batch))
-        hiddens = model(batch)
-        out = model.output(hiddens, batch.labels, softcap=softcap)
-        sums += torch.stack((out.loss_sum, out.correct, out.valid))
-        agreement += text_agreement(model, hiddens, batch.labels)
-    if not labels:
-        raise UserError("the text is empty: nothing to evaluate on")
-    loss_sums, correct, valid = sums.tolist()
-    return TextMeasure(
-        [ratio(*pair) for pair in zip(loss_sums, valid, strict=True)],
-        [ratio(*pair) for pair in zip(correct, valid, strict=True)],
-        [int(count) for count in valid],
-        count_bytes(torch.cat(labels), tokenizer),
-        Acceptance(*agreement.tolist()),
-    )
-
-
-def count_bytes(labels: Tensor, tokenizer: Tokenizer) -> int:
-    """Bytes of UTF-8 that head 1's targets stand for.
-
-    labels: [N] of consecutive positions, IGNORE where a document ends. A document is decoded as a
-    whole, since a character may be spread over several tokens; where the labels begin or end
-    within one, it may count as a byte or two more.
-    """
-    ends = (labels == IGNORE).nonzero().squeeze(1)
-    return sum(
-        len(tokenizer.decode(piece[piece != IGNORE].tolist()).encode())
-        for piece in torch.tensor_split(labels, ends)
-    )

@@ -17,9 +17,8 @@ from torchtitan_mtp.config import JobConfig, load_toml
 from torchtitan_mtp.data.tokenizer import NoTokenizer, Tokenizer, build_tokenizer
 from torchtitan_mtp.distributed.mesh import local_device
 from torchtitan_mtp.errors import UserError
-from torchtitan_mtp.models.flavors import model_args
-from torchtitan_mtp.models.transformer import Transformer, build_model
-from torchtitan_mtp.mtp import add_heads
+from torchtitan_mtp.models.transformer import Transformer
+from torchtitan_mtp.mtp import args_of_run, model_of_run
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
 
@@ -65,7 +64,8 @@ def load_for_inference(
     if is_hf:
         check_rows(tokenizer, folder, config.model.vocab_size)
     earlier = not is_hf and keeps_earlier(config, checkpoint)
-    model = _empty_model(config, tokenizer, dtype, earlier).to_empty(device=device)
+    args = args_of_run(config, tokenizer.vocab_size, at_least=2048, earlier=earlier)
+    model = model_of_run(config, args, dtype).to_empty(device=device)
     model.tie_weights()  # to_empty gives each name memory of its own
     model.init_buffers()
     if is_hf:
@@ -79,24 +79,3 @@ def load_for_inference(
             allow_cast=True,
         )
     return model.eval().requires_grad_(False), tokenizer, config
-
-
-def _empty_model(
-    config: JobConfig, tokenizer: Tokenizer, dtype: torch.dtype, earlier: bool
-) -> Transformer:
-    """The run's model with its heads, on the meta device."""
-    args = model_args(
-        config.model.name,
-        config.model.flavor,
-        tokenizer_vocab=tokenizer.vocab_size,
-        vocab_size=config.model.vocab_size,
-        max_seq_len=max(2048, config.training.seq_len, config.validation.seq_len),
-        trained_len=config.training.seq_len,
-        attn_mask_type=config.model.attn_mask_type,
-        changes=config.model.args.given(),
-        earlier=earlier,
-    )
-    model = build_model(args, dtype)
-    if "mtp" in config.model.converters:
-        add_heads(model, config.mtp)
-    return model

@@ -7,10 +7,39 @@ from collections.abc import Collection
 import torch
 from torch import nn
 
-from torchtitan_mtp.config import MTP
+from torchtitan_mtp.config import MTP, JobConfig
 from torchtitan_mtp.errors import UserError
-from torchtitan_mtp.models.transformer import Transformer
+from torchtitan_mtp.models.args import ModelArgs
+from torchtitan_mtp.models.flavors import model_args
+from torchtitan_mtp.models.transformer import Transformer, build_model
 from torchtitan_mtp.mtp.heads import ParallelHeads, SequentialHeads, last_layer
+
+
+def args_of_run(
+    config: JobConfig, tokenizer_vocab: int, *, at_least: int = 0, earlier: bool = False
+) -> ModelArgs:
+    """The shape of a run's model: `model_args` of its configuration.
+
+    Positions reach as far as training and validation do, and to `at_least`.
+    """
+    model, training = config.model, config.training
+    return model_args(
+        model.name,
+        model.flavor,
+        tokenizer_vocab=tokenizer_vocab,
+        vocab_size=model.vocab_size,
+        max_seq_len=max(at_least, training.seq_len, config.validation.seq_len),
+        trained_len=training.seq_len,
+        attn_mask_type=model.attn_mask_type,
+        changes=model.args.given(),
+        earlier=earlier,
+    )
+
+
+def model_of_run(config: JobConfig, args: ModelArgs, dtype: torch.dtype) -> Transformer:
+    """A run's model with its heads, on the meta device."""
+    model = build_model(args, dtype)
+    return add_heads(model, config.mtp) if "mtp" in config.model.converters else model
 
 
 def add_heads(model: Transformer, mtp: MTP) -> Transformer:

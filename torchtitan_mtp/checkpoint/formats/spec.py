@@ -10,9 +10,9 @@ from torch import Size
 
 from torchtitan_mtp.config import MTP, JobConfig, TrunkState
 from torchtitan_mtp.models.args import ModelArgs, YaRN
-from torchtitan_mtp.models.flavors import flavors, model_args
+from torchtitan_mtp.models.flavors import flavors
 from torchtitan_mtp.models.transformer import build_model
-from torchtitan_mtp.mtp import add_heads
+from torchtitan_mtp.mtp import add_heads, args_of_run
 
 # What [model.args] can say; the rest of `ModelArgs` is the run's.
 _SIZES = (
@@ -81,16 +81,8 @@ class ModelSpec:
 def spec_of_run(config: JobConfig, vocab_size: int, earlier: bool = False) -> ModelSpec:
     """The model of a run, from its configuration and the rows of its embedding. earlier: with what
     its flavor had before it became TorchTitan's."""
-    args = model_args(
-        config.model.name,
-        config.model.flavor,
-        tokenizer_vocab=0,
-        vocab_size=vocab_size,
-        max_seq_len=config.training.seq_len,
-        attn_mask_type=config.model.attn_mask_type,
-        changes=config.model.args.given(),
-        earlier=earlier,
-    )
+    args = args_of_run(config, 0, earlier=earlier)
+    args = replace(args, vocab_size=vocab_size, max_seq_len=config.training.seq_len)
     mtp = config.mtp
     if "mtp" not in config.model.converters or mtp.num_future_tokens == 1:
         return ModelSpec(args)

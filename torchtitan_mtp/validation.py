@@ -1,0 +1,118 @@
+"""What heads make of a text: the one loop of a run's validation and of `scripts/evaluate.py`."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from torchtitan_mtp.data.targets import IGNORE, PADDING, Batch, Window, make_batch
+from torchtitan_mtp.data.tokenizer import Tokenizer
+from torchtitan_mtp.distributed.mesh import all_reduce
+from torchtitan_mtp.errors import UserError
+from torchtitan_mtp.inference.acceptance import Acceptance, text_agreement
+from torchtitan_mtp.inference.stats import ratio
+from torchtitan_mtp.models.transformer import Transformer
+from torchtitan_mtp.monitoring.baselines import comparison_table, skip_bigram_entropies
+from torchtitan_mtp.monitoring.step_losses import StepLosses
+
+
+@dataclass(frozen=True)
+class TextMeasure:
+    """What n heads make of a text; lists run from head 1 to head n.
+
+    losses: cross-entropy, nats a token. accuracies: share of targets that are the head's most
+    likely token; both nan without a target. targets: how many there were. tokens: that were read on
+    this rank, padding included. num_bytes: of head 1's targets, as UTF-8, where they were counted.
+    """
+
+    losses: list[float]
+    accuracies: list[float]
+    targets: list[int]
+    acceptance: Acceptance
+    tokens: int
+    num_bytes: int = 0
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Head 1's loss in bits over the text's bytes. The end of a document costs bits and has no
+        bytes."""
+        return ratio(self.losses[0] * self.targets[0] / math.log(2), self.num_bytes)
+
+
+@torch.no_grad()
+def measure_text(
+    model: Transformer, batches: Iterable[Batch], device: torch.device, **loss: Any
+) -> TextMeasure:
+    """Losses, accuracies and acceptance on batches, over all ranks. loss: options of
+    `linear_cross_entropy`."""
+    n = 1 if model.mtp is None else model.mtp.num_future_tokens
+    losses, tokens = StepLosses(n, device), 0
+    agreement = torch.zeros(4, n - 1, dtype=torch.int64, device=device)
+    for batch in batches:
+        batch = Batch(*(t.to(device) for t in batch))
+        hiddens = model(batch)
+        losses.add(*model.output(hiddens, batch.labels, **loss))
+        agreement += text_agreement(model, hiddens, batch.labels)
+        tokens += batch.tokens.numel()
+    found = losses.reduce()
+    targets = [int(count) for count in found["targets"]]
+    acceptance = Acceptance(*all_reduce(agreement).tolist())
+    return TextMeasure(found["losses"], found["accuracies"], targets, acceptance, tokens)
+
+
+def measure_windows(
+    model: Transformer,
+    windows: Iterable[Window],
+    tokenizer: Tokenizer,
+    *,
+    batches: int = -1,
+    softcap: float | None = None,
+) -> TextMeasure:
+    """`measure_text` of `batches` windows [B, S+n] (-1: all of them), with the text's bytes."""
+    labels = []
+
+    def read() -> Iterator[Batch]:
+        n = 1 if model.mtp is None else model.mtp.num_future_tokens
+        for window in itertools.islice(windows, batches if batches >= 0 else None):
+            batch = make_batch(window, n)
+            labels.append(batch.labels[..., 0].flatten())
+            yield batch
+
+    found = measure_text(model, read(), model.norm.weight.device, softcap=softcap)
+    if not labels:
+        raise UserError("the text is empty: nothing to evaluate on")
+    return replace(found, num_bytes=count_bytes(torch.cat(labels), tokenizer))
+
+
+def count_bytes(labels: Tensor, tokenizer: Tokenizer) -> int:
+    """Bytes of UTF-8 that head 1's targets stand for.
+
+    labels: [N] of consecutive positions, IGNORE where a document ends. A document is decoded as a
+    whole, since a character may be spread over several tokens; where the labels begin or end
+    within one, it may count as a byte or two more.
+    """
+    ends = (labels == IGNORE).nonzero().squeeze(1)
+    return sum(
+        len(tokenizer.decode(piece[piece != IGNORE].tolist()).encode())
+        for piece in torch.tensor_split(labels, ends)
+    )
+
+
+def compare_with_pairs(found: TextMeasure, batches: Sequence[Batch], vocab_size: int) -> str:
+    """A table of the heads beside what pair statistics of the same text would reach. batches: this
+    rank's, which all ranks put together."""
+    real = [batch.doc_ids != PADDING for batch in batches]
+    own = [(b.tokens[r], b.labels[r]) for b, r in zip(batches, real, strict=True)]
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, own)
+    pairs = zip(*itertools.chain.from_iterable(everyone), strict=True)
+    tokens, labels = (torch.cat(part).numpy() for part in pairs)
+    entropies = skip_bigram_entropies(tokens, labels, vocab_size)
+    return comparison_table(found.losses, found.accuracies, entropies)
