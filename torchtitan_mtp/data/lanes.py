@@ -1,12 +1,13 @@
 """A lane: a sequence of documents as one stream of tokens, cut into windows."""
 
 from collections import deque
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 
 from torchtitan_mtp.data.targets import PADDING
-from torchtitan_mtp.data.walks import Piece, Position, Walk
+from torchtitan_mtp.data.walks import Piece, Position
 
 
 class LaneWindow(NamedTuple):
@@ -24,43 +25,31 @@ class Lane:
     first is the target of head 1 exactly once.
     """
 
-    def __init__(self, walk: Walk) -> None:
-        self._walk = walk
+    def __init__(self, pieces: Iterator[Piece], position: Position) -> None:
+        """position: of a lane that went as far; of the first piece, for one that begins."""
+        self._pieces = pieces
+        self._first = position
         # What the next window begins in, and what the last one looked ahead into.
         self._open: deque[Piece] = deque()
-        self._offset = 0  # of the next window, in the first open piece
-        self._held = 0  # open tokens from there on
+        self._offset = int(position.get("offset", 0))  # of the next window, in the first open piece
+        self._held = -self._offset  # open tokens from there on
 
     def position(self) -> Position:
         """Where the next window begins, as plain data: the piece and the token in it."""
-        piece = self._open[0].position if self._open else self._walk.position()
+        piece = self._open[0].position if self._open else self._first
         return {**piece, "offset": self._offset}
 
-    def seek(self, position: Position) -> None:
-        self._walk.seek(position)
-        self._open.clear()
-        self._offset = int(position["offset"])
-        self._held = -self._offset
-
     def next_window(self, seq_len: int, lookahead: int) -> LaneWindow | None:
-        """The next window; at the end of a finite walk padded, then None."""
+        """The next window; at the end of the pieces padded, then None."""
         width = seq_len + lookahead
-        while self._held < width and self._open_next():
-            pass
+        while self._held < width and (piece := next(self._pieces, None)) is not None:
+            self._open.append(piece)
+            self._held += piece.stop - piece.start
         if self._held < 2:  # a token without a next one: nothing to predict
             return None
         window = self._cut(width)
         self._advance(seq_len)
         return window
-
-    def _open_next(self) -> bool:
-        try:
-            piece = self._walk.__next__()
-        except StopIteration:
-            return False
-        self._open.append(piece)
-        self._held += piece.stop - piece.start
-        return True
 
     def _cut(self, width: int) -> LaneWindow:
         tokens = np.zeros(width, np.int64)

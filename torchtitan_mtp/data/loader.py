@@ -27,7 +27,7 @@ from torchtitan_mtp.data.order import split_documents
 from torchtitan_mtp.data.prefetch import Prefetcher
 from torchtitan_mtp.data.targets import PADDING, Window
 from torchtitan_mtp.data.tokenizer import Tokenizer
-from torchtitan_mtp.data.walks import DealtWalk, OncePass, StreamWalk, StretchWalk, Walk
+from torchtitan_mtp.data.walks import DealtDocuments, Position, Stretches, once, stream_share
 from torchtitan_mtp.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -123,8 +123,7 @@ class DataLoader:
                 int(x.sizes[x.documents].sum()) // width if isinstance(x, Corpus) else x.num_shards
                 for x in self._parts
             )
-            self._set_lanes(default_num_lanes(most, dp_world))
-            self._next_window = dp_rank
+            self._begin(default_num_lanes(most, dp_world), dp_rank, {})
             self._state = self._snapshot()
 
     @property
@@ -176,7 +175,6 @@ class DataLoader:
                 *(self._mixture.name, state["next_window"], shares, state["shares"]),
             )
         self._version = state["version"]
-        self._set_lanes(state["num_lanes"])
         self._restore(state)
         # this rank's first window from there
         self._next_window += (self._rank - self._next_window) % self._world
@@ -207,27 +205,25 @@ class DataLoader:
             )
         return source
 
-    def _set_lanes(self, num_lanes: int) -> None:
-        self._num_lanes = num_lanes
-        self._lanes = {
-            lane: [Lane(self._walk(part, lane)) for part in self._parts]
-            for lane in range(self._rank, num_lanes, self._world)
-        }
-
-    def _walk(self, part: Corpus | StreamSource, lane: int) -> Walk:
-        if not isinstance(part, Corpus):
-            return StreamWalk(part, self._tokenizer, lane, self._num_lanes)
-        if self._version == DEALT_DOCUMENTS:
-            return DealtWalk(part, lane, self._num_lanes)
-        return StretchWalk(part, lane, self._num_lanes)
-
     def _restore(self, state: State) -> None:
-        for number, lanes in self._lanes.items():
-            places = state["lanes"][str(number)]
-            places = places if isinstance(places, list) else [places]  # as older states have it
-            for lane, place in zip(lanes, places, strict=True):
-                lane.seek(place)
-        self._next_window = state["next_window"]
+        self._begin(state["num_lanes"], state["next_window"], state["lanes"])
+
+    def _begin(self, num_lanes: int, next_window: int, places: State) -> None:
+        self._num_lanes, self._next_window = num_lanes, next_window
+        self._lanes = {}
+        for lane in range(self._rank, num_lanes, self._world):
+            at = places.get(str(lane), [None] * len(self._parts))
+            at = at if isinstance(at, list) else [at]  # as older states have it
+            parts = zip(self._parts, at, strict=True)
+            self._lanes[lane] = [self._lane(part, lane, place) for part, place in parts]
+
+    def _lane(self, part: Corpus | StreamSource, lane: int, place: Position | None) -> Lane:
+        if not isinstance(part, Corpus):
+            place = place or {"epoch": 0, "stream": None}
+            return Lane(stream_share(part, self._tokenizer, lane, self._num_lanes, place), place)
+        kind = DealtDocuments if self._version == DEALT_DOCUMENTS else Stretches
+        pieces = kind(part, lane, self._num_lanes, place)
+        return Lane(pieces, place or pieces.position())
 
     def _snapshot(self) -> State:
         return {
@@ -256,7 +252,7 @@ class DataLoader:
     def _one_pass(self) -> Iterator[Window]:
         # Every rank reads and encodes the whole split, as one lane, and keeps its share: how many
         # windows there are is known to all of them at the same point, without communication.
-        lane = Lane(OncePass(self._parts, self._mixture.shares, self._tokenizer))
+        lane = Lane(once(self._parts, self._mixture.shares, self._tokenizer), {})
         rows: list[LaneWindow] = []
         number = 0
         while (row := lane.next_window(self._seq_len, self._lookahead)) is not None:
@@ -269,9 +265,7 @@ class DataLoader:
         if number % (self._world * self._batch_size):
             width = self._seq_len + self._lookahead
             padding = LaneWindow(
-                np.zeros(width, np.int64),
-                np.full(width, PADDING),
-                np.zeros(width, np.bool_),
+                np.zeros(width, np.int64), np.full(width, PADDING), np.zeros(width, np.bool_)
             )
             yield _stack(rows + [padding] * (self._batch_size - len(rows)))
 

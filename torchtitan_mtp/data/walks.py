@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from torchtitan_mtp.data.corpus import Corpus, Encoded, Epoch, encode_document
-from torchtitan_mtp.data.document import DocumentStream, StreamSource
+from torchtitan_mtp.data.document import StreamSource
 from torchtitan_mtp.data.order import shuffled
 from torchtitan_mtp.data.tokenizer import Tokenizer
 from torchtitan_mtp.errors import UserError
@@ -26,22 +26,7 @@ class Piece(NamedTuple):
     position: Position
 
 
-class Walk:
-    """A lane's pieces in reading order."""
-
-    def __next__(self) -> Piece:
-        raise NotImplementedError
-
-    def position(self) -> Position:
-        """The place that the next piece is found from."""
-        raise NotImplementedError
-
-    def seek(self, position: Position) -> None:
-        """Go on from a piece's position, or the walk's."""
-        raise NotImplementedError
-
-
-class StretchWalk(Walk):
+class Stretches(Iterator[Piece]):
     """A lane's stretch of every epoch of a corpus, one epoch after another.
 
     Lane l of V reads stretch (l + e) mod V of epoch e. A stretch that ends inside a document takes
@@ -49,18 +34,18 @@ class StretchWalk(Walk):
     epoch every token that has one before it is a target of head 1 once.
     """
 
-    def __init__(self, corpus: Corpus, lane: int, num_lanes: int) -> None:
+    def __init__(
+        self, corpus: Corpus, lane: int, num_lanes: int, position: Position | None = None
+    ) -> None:
         self._corpus = corpus
         self._lane = lane
         self._num_lanes = num_lanes
-        self._begin(0)
+        self._begin(int(position["epoch"]) if position else 0)
+        if position:
+            self._index = int(position["index"])
 
     def position(self) -> Position:
         return {"epoch": self._number, "index": self._index}
-
-    def seek(self, position: Position) -> None:
-        self._begin(int(position["epoch"]))
-        self._index = int(position["index"])
 
     def __next__(self) -> Piece:
         while True:
@@ -85,7 +70,7 @@ class StretchWalk(Walk):
         self._index = int(np.searchsorted(self._epoch.ends, self._start, side="right"))
 
 
-class DealtWalk(StretchWalk):
+class DealtDocuments(Stretches):
     """Document i of the corpus to lane i mod V, whole: how runs read, and go on reading, that began
     before there were stretches."""
 
@@ -96,66 +81,40 @@ class DealtWalk(StretchWalk):
         self._start, self._stop, self._index = 0, len(order), 0
 
 
-class StreamWalk(Walk):
+def stream_share(
+    source: StreamSource, tokenizer: Tokenizer, lane: int, num_lanes: int, position: Position
+) -> Iterator[Piece]:
     """A lane's share of a sequential source, again and again, in its own order."""
-
-    def __init__(
-        self, source: StreamSource, tokenizer: Tokenizer, lane: int, num_lanes: int
-    ) -> None:
-        self._source = source
-        self._tokenizer = tokenizer
-        self._lane = lane
-        self._num_lanes = num_lanes
-        self._epoch = 0
-        # Opened when first read: opening may ask the network.
-        self._stream: DocumentStream | None = None
-        self._resume_at: Any = None
-
-    def position(self) -> Position:
-        place = self._resume_at if self._stream is None else self._stream.state()
-        return {"epoch": self._epoch, "stream": place}
-
-    def seek(self, position: Position) -> None:
-        self._epoch = int(position["epoch"])
-        self._stream = None
-        self._resume_at = position["stream"]
-
-    def __next__(self) -> Piece:
-        for _ in range(2):  # at the end, once more from the start
-            if self._stream is None:
-                open_lane = self._source.open_lane
-                self._stream = open_lane(self._lane, self._num_lanes, self._resume_at)
-            try:
-                position, document = self.position(), next(self._stream)
-                encoded = encode_document(self._tokenizer, document, self._stream.where)
-                return Piece(encoded, 0, len(encoded.tokens), position)
-            except StopIteration:
-                self.seek({"epoch": self._epoch + 1, "stream": None})
-        raise UserError(
-            f"dataset {self._source.name}: lane {self._lane} of {self._num_lanes} has no documents;"
-            " use fewer data ranks, or a dataset with more documents"
-        )
+    epoch, place = int(position["epoch"]), position["stream"]
+    empty = False
+    while not empty:
+        stream = source.open_lane(lane, num_lanes, place)
+        empty, place = place is None, stream.state()
+        for document in stream:
+            tokens = encode_document(tokenizer, document, stream.where)
+            yield Piece(tokens, 0, len(tokens.tokens), {"epoch": epoch, "stream": place})
+            empty, place = False, stream.state()
+        epoch, place = epoch + 1, None
+    raise UserError(
+        f"dataset {source.name}: lane {lane} of {num_lanes} has no documents; use fewer data ranks,"
+        " or a dataset with more documents"
+    )
 
 
-class OncePass(Walk):
+def once(
+    parts: Sequence[Corpus | StreamSource], shares: Sequence[float], tokenizer: Tokenizer
+) -> Iterator[Piece]:
     """All documents of the parts, once; it is not resumed. As long as several parts have some left,
     the next is of the one that has given the least tokens for its share."""
-
-    def __init__(
-        self, parts: Sequence[Corpus | StreamSource], shares: Sequence[float], tokenizer: Tokenizer
-    ) -> None:
-        self._unread = {i: _once(part, tokenizer) for i, part in enumerate(parts)}
-        self._given = [0.0] * len(parts)
-        self._shares = shares
-
-    def __next__(self) -> Piece:
-        while self._unread:
-            i = min(self._unread, key=self._given.__getitem__)
-            if (document := next(self._unread[i], None)) is not None:
-                self._given[i] += len(document.tokens) / self._shares[i]
-                return Piece(document, 0, len(document.tokens), {})
-            del self._unread[i]
-        raise StopIteration
+    given = dict.fromkeys(range(len(parts)), 0.0)  # by those that have some left
+    unread = [_once(part, tokenizer) for part in parts]
+    while given:
+        i = min(given, key=given.__getitem__)
+        if (document := next(unread[i], None)) is None:
+            del given[i]
+        else:
+            given[i] += len(document.tokens) / shares[i]
+            yield Piece(document, 0, len(document.tokens), {})
 
 
 def _once(part: Corpus | StreamSource, tokenizer: Tokenizer) -> Iterator[Encoded]:

@@ -16,7 +16,7 @@ from torchtitan_mtp.data.loader import DataLoader
 from torchtitan_mtp.data.sources import build_source
 from torchtitan_mtp.data.targets import IGNORE, make_batch
 from torchtitan_mtp.data.tokenizer import ByteTokenizer
-from torchtitan_mtp.data.walks import StretchWalk
+from torchtitan_mtp.data.walks import Stretches
 
 N = 3
 
@@ -147,9 +147,9 @@ def test_an_epochs_stretches_hold_every_target_once_whatever_the_sizes(name, num
     corpus.sizes = 1 + np.random.default_rng(num_lanes).integers(0, 50, len(source))
     counts = np.zeros(tokenizer.vocab_size, np.int64)
     for lane in range(num_lanes):
-        walk = StretchWalk(corpus, lane, num_lanes)
-        while walk.position()["epoch"] < 3:
-            document, start, stop, position = walk.__next__()
+        for document, start, stop, position in Stretches(corpus, lane, num_lanes):
+            if position["epoch"] >= 3:
+                break
             if position["epoch"] == 2:
                 np.add.at(counts, document.tokens[start + 1 : stop], 1)
     assert (counts[:-2] == 1).all()
