@@ -198,11 +198,11 @@ def test_an_imported_module_gives_their_draft_logits(tmp_path, theirs_of, module
     last = theirs(ids[:, :size], output_hidden_states=True).hidden_states[-1]
     expected = module_states(mtp, theirs.config, last, ids, size, modules)
     found = our_states(ours, ids, size)
-    torch.testing.assert_close(ours.output(found[0]), theirs.lm_head(last), rtol=0, atol=1e-5)
+    torch.testing.assert_close(ours.output(found[0]), theirs.lm_head(last), rtol=0, atol=2e-5)
     for a, b in zip(found[1:], expected, strict=True):
         logits = theirs.lm_head(b)
         assert logits.std() > 0.1
-        torch.testing.assert_close(ours.output(a), logits, rtol=0, atol=1e-5)
+        torch.testing.assert_close(ours.output(a), logits, rtol=0, atol=2e-5)
 
     # And back: every tensor of theirs but the copies, to the bit.
     export_checkpoint(tmp_path / "run", tmp_path / "again", FORMAT)

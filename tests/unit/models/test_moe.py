@@ -76,7 +76,7 @@ def test_all_tokens_to_the_same_experts():
         _, expected = naive_gradients(moe, x)
         assert moe.tokens_per_expert.tolist() == [0, 0, 2 * size, 0, 2 * size, 0, 0, 2 * size]
         for key, gradient in found.items():
-            torch.testing.assert_close(gradient, expected[key], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(gradient, expected[key], rtol=1e-4, atol=3e-5)
         assert found["experts.w1"][[0, 1, 3, 5, 6]].count_nonzero() == 0
         assert all(gradient.isfinite().all() for gradient in found.values())
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from torchtitan_mtp.ops import chunked_argmax
+from torchtitan_mtp.ops import chunked, chunked_argmax
 
 
 @pytest.mark.parametrize("chunk_rows", [1, 7, 64, None])
@@ -17,8 +17,10 @@ def test_equal_to_whole_logits(chunk_rows: int | None, dtype: torch.dtype) -> No
     assert torch.equal(found, (hidden @ weight.T).argmax(1))
 
 
-def test_half_precision_is_judged_by_unrounded_logits() -> None:
-    """Logits 256 and 257 are one number in bfloat16, and two here."""
+def test_half_precision_is_judged_by_unrounded_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Logits 256 and 257 are one number in bfloat16, and two here, unless the CPU multiplies in
+    bfloat16, which rounds them."""
+    monkeypatch.setattr(chunked, "_cpu_multiplies", lambda dtype: False)
     hidden = torch.ones(3, 2, dtype=torch.bfloat16)
     weight = torch.tensor([[256.0, 0.0], [256.0, 1.0], [0.0, 0.0]]).bfloat16()
     assert chunked_argmax(hidden, weight).tolist() == [1, 1, 1]
