@@ -230,6 +230,10 @@ def build_tokenizer(path: str) -> Tokenizer:
     """
     if path == "byte":
         return ByteTokenizer()
+    if not path:
+        raise UserError(
+            'model.hf_assets_path = "": the model has no tokenizer; name a folder or file with one'
+        )
     place = Path(path).expanduser()
     if place.is_file():
         return HFTokenizer(place) if place.suffix == ".json" else TiktokenTokenizer(place)

@@ -58,7 +58,7 @@ def load_for_inference(
     try:
         tokenizer = build_tokenizer(config.model.hf_assets_path)
     except UserError as error:
-        if os.path.exists(config.model.hf_assets_path):
+        if config.model.hf_assets_path:
             raise
         tokenizer = NoTokenizer(error)
     if is_hf:

@@ -461,10 +461,13 @@ def test_a_model_without_a_tokenizer(copy: Path, caplog, capsys, left: str | Non
     if left:
         (copy / "llama" / left).write_text("{}")
     import_checkpoint(copy / "llama", copy / "out", "llama_hf")
-    assert f"no tokenizer; put one into {copy / 'out' / 'tokenizer'}" in caplog.text
+    config = copy / "out" / "config.toml"
+    assert f"no tokenizer; set model.hf_assets_path in {config} to one" in caplog.text
     model, tokenizer, _ = load_for_inference(copy / "out")
     assert generate(model, [[3, 4]], 2, eos_id=tokenizer.eos_ids).tokens[0][1:]  # ids are as good
-    assert str(copy / "out" / "tokenizer") in refusal(lambda: tokenizer.prompt("text"))
+    assert "model.hf_assets_path" in refusal(lambda: tokenizer.prompt("text"))
+    export_checkpoint(copy / "out", copy / "again", "llama_hf")
+    assert not list((copy / "again").glob("tokenizer*"))
 
 
 @pytest.mark.parametrize(

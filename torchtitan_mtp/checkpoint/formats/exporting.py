@@ -201,11 +201,15 @@ def _outward(
 def _write_hf_files(
     folder: Path, config: JobConfig, settings: dict[str, Any], dtype: torch.dtype
 ) -> None:
-    tokenizer = build_tokenizer(config.model.hf_assets_path)
-    ends = list(tokenizer.eos_ids)
-    special = {"bos_token_id": tokenizer.bos_id, "eos_token_id": ends if ends[1:] else ends[0]}
-    special |= {"pad_token_id": tokenizer.pad_id} if tokenizer.pad_id is not None else {}
+    path, special = config.model.hf_assets_path, {}
+    if path:
+        tokenizer = build_tokenizer(path)
+        copy_tokenizer(path, folder)
+        ends = list(tokenizer.eos_ids)
+        special = {"bos_token_id": tokenizer.bos_id, "eos_token_id": ends if ends[1:] else ends[0]}
+        special |= {"pad_token_id": tokenizer.pad_id} if tokenizer.pad_id is not None else {}
+    else:
+        logger.warning("%s: without a tokenizer, as the run is", folder.name)
     dtype_name = str(dtype).removeprefix("torch.")
     write_json(folder / "config.json", settings | special | {"dtype": dtype_name})
     write_json(folder / "generation_config.json", special)
-    copy_tokenizer(config.model.hf_assets_path, folder)

@@ -74,7 +74,11 @@ def import_checkpoint(
                 check_rows(build_tokenizer(str(folder)), folder, spec.args.vocab_size)
             else:
                 shutil.rmtree(tmp / "tokenizer")
-                logger.warning("%s: no tokenizer; put one into %s", folder, out / "tokenizer")
+                config.model.hf_assets_path = ""
+                logger.warning(
+                    "%s: no tokenizer; set model.hf_assets_path in %s to one",
+                    *(folder, out / "config.toml"),
+                )
         (tmp / "config.toml").write_text(to_toml(config), encoding="utf-8")
         step = tmp / config.checkpoint.folder / "step-0"
         write_dcp(step, outputs, record=record_of(spec))
