@@ -169,7 +169,7 @@ def test_interrupted_before_the_first_step_is_one_line(tmp_path, data, monkeypat
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(5)
 
-    monkeypatch.setattr(Trainer, "_build_model", interrupted)
+    monkeypatch.setattr(Trainer, "_build", interrupted)
     assert main(["--job.config_file", str(tmp_path / "run.toml")]) == 130
     assert capsys.readouterr().err.endswith(
         "error: interrupted before the first step; nothing was trained\n"

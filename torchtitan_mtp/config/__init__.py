@@ -4,17 +4,11 @@ from torchtitan_mtp.config.checks import check
 from torchtitan_mtp.config.job_config import JobConfig
 from torchtitan_mtp.config.manager import load_toml, parse_args
 from torchtitan_mtp.config.sections.checkpoint import Checkpoint
-from torchtitan_mtp.config.sections.model import Model
-from torchtitan_mtp.config.sections.mtp import MTP, Loss, TrunkState
-from torchtitan_mtp.config.sections.parallelism import ActivationCheckpoint, Compile, Parallelism
+from torchtitan_mtp.config.sections.mtp import MTP, TrunkState
+from torchtitan_mtp.config.sections.parallelism import ActivationCheckpoint, Parallelism
 from torchtitan_mtp.config.sections.quantize import Float8Linear
-from torchtitan_mtp.config.sections.run import Comm, Job, Metrics, Profiling
-from torchtitan_mtp.config.sections.training import (
-    LRScheduler,
-    Optimizer,
-    Training,
-    Validation,
-)
+from torchtitan_mtp.config.sections.run import Comm
+from torchtitan_mtp.config.sections.training import LRScheduler, Optimizer
 from torchtitan_mtp.config.toml_writer import to_toml
 
 __all__ = [
@@ -22,20 +16,12 @@ __all__ = [
     "ActivationCheckpoint",
     "Checkpoint",
     "Comm",
-    "Compile",
     "Float8Linear",
-    "Job",
     "JobConfig",
     "LRScheduler",
-    "Loss",
-    "Metrics",
-    "Model",
     "Optimizer",
     "Parallelism",
-    "Profiling",
-    "Training",
     "TrunkState",
-    "Validation",
     "check",
     "load_toml",
     "parse_args",

@@ -7,18 +7,8 @@ from torchtitan_mtp.config.sections.model import Model
 from torchtitan_mtp.config.sections.mtp import MTP, Loss
 from torchtitan_mtp.config.sections.parallelism import ActivationCheckpoint, Compile, Parallelism
 from torchtitan_mtp.config.sections.quantize import Quantize
-from torchtitan_mtp.config.sections.run import (
-    Comm,
-    Job,
-    Metrics,
-    Profiling,
-)
-from torchtitan_mtp.config.sections.training import (
-    LRScheduler,
-    Optimizer,
-    Training,
-    Validation,
-)
+from torchtitan_mtp.config.sections.run import Comm, Job, Metrics, Profiling
+from torchtitan_mtp.config.sections.training import LRScheduler, Optimizer, Training, Validation
 
 
 @dataclass

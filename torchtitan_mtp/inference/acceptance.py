@@ -19,44 +19,23 @@ than elsewhere, and what follows there is harder, or easier, to draft.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from torchtitan_mtp.data.targets import IGNORE, Batch
+from torchtitan_mtp.data.targets import IGNORE, Batch, Window, make_batch
 from torchtitan_mtp.inference.decoding import generate
 from torchtitan_mtp.inference.rows import EndIds
-from torchtitan_mtp.inference.stats import expected_tokens_per_step, ratio
+from torchtitan_mtp.inference.stats import DraftCounts, expected_tokens_per_step, ratio
 from torchtitan_mtp.models.transformer import Transformer
 
 UNKNOWN = -1  # in place of a token: nothing to compare a draft with
 
 
-@dataclass(frozen=True)
-class Acceptance:
-    """Counts over positions; one entry a drafting head, 2, 3, ...
-
-    drafted, agreed: how often there was a choice of head 1 to compare head k's draft with, and how
-    often they were the same. checked, right: the same where the drafts of heads 2..k-1 agreed.
-    """
-
-    drafted: list[int]
-    agreed: list[int]
-    checked: list[int]
-    right: list[int]
-
-    @property
-    def marginal(self) -> list[float]:
-        """P(head k right), of heads 2, 3, ..."""
-        return _ratios(self.agreed, self.drafted)
-
-    @property
-    def conditional(self) -> list[float]:
-        """a_k = P(head k right | heads 2..k-1 right), of heads 2, 3, ..."""
-        return _ratios(self.right, self.checked)
+class Acceptance(DraftCounts):
+    """Counts over positions: of drafts compared with head 1's choices for their places."""
 
     @property
     def tokens_per_step(self) -> list[float]:
@@ -186,7 +165,7 @@ def _drafts(
     their places, UNKNOWN before the prompt's last position and after the end: [B, L, n-1] each."""
     n = model.mtp.num_future_tokens
     length = max(len(p) + len(t) for p, t in zip(prompts, new, strict=True))
-    text = torch.zeros(len(prompts), length + n - 1, dtype=torch.int64)
+    text = torch.zeros(len(prompts), length + n, dtype=torch.int64)
     chosen = torch.full((len(prompts), length), UNKNOWN)
     for b, (prompt, tokens) in enumerate(zip(prompts, new, strict=True)):
         end = len(prompt) + len(tokens)
@@ -194,12 +173,6 @@ def _drafts(
         chosen[b, len(prompt) - 1 : end - 1] = torch.tensor(tokens)
     own = _ahead(chosen, n)
     own[chosen == UNKNOWN] = UNKNOWN  # no step begins there
-    ahead = text.unfold(1, n, 1)  # [B, L, n]: t[i] .. t[i+n-1]
-    at = torch.arange(length).expand(len(prompts), -1)
-    batch = Batch(ahead[..., 0], ahead[..., 1:], torch.empty(0), at, torch.zeros_like(at))
+    batch = make_batch(Window(text, torch.zeros_like(text)), n)
     hiddens = model(Batch(*(t.to(model.norm.weight.device) for t in batch)))
     return model.output(hiddens[1:], argmax=True).cpu(), own
-
-
-def _ratios(parts: Sequence[float], wholes: Sequence[float]) -> list[float]:
-    return [ratio(*pair) for pair in zip(parts, wholes, strict=True)]

@@ -20,7 +20,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
 
 from torchtitan_mtp.config import JobConfig
-from torchtitan_mtp.data.targets import Batch
+from torchtitan_mtp.data.targets import Batch, Window, make_batch
 from torchtitan_mtp.data.tokenizer import Tokenizer
 from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.inference.decoding import generate
@@ -93,11 +93,13 @@ class HarnessModel(TemplateLM):
                 f"a continuation has {max(counts)} tokens, but the model was trained on "
                 f"{self.max_length} at a time (training.seq_len)"
             )
-        width = max(len(text) - 1 for text in texts)
-        tokens = torch.zeros(len(texts), width, dtype=torch.int64)
+        tokens = torch.zeros(len(texts), max(map(len, texts)), dtype=torch.int64)
         for row, text in zip(tokens, texts, strict=True):
-            row[: len(text) - 1] = torch.tensor(text[:-1])
-        h = self._hidden(tokens.to(self._device))  # [B, S, D]
+            row[: len(text)] = torch.tensor(text)
+        # Padding comes after what it could disturb.
+        batch = make_batch(Window(tokens, torch.zeros_like(tokens)), 1)
+        batch = Batch(*(t.to(self._device) for t in batch))
+        h = self.model.norm(self.model.encode(batch)[0])  # [B, S, D], head 1's
         lasts = [len(text) - 1 for text in texts]
         states = [h[b, e - c : e] for b, (e, c) in enumerate(zip(lasts, counts, strict=True))]
         targets = torch.tensor([t for _, c in pairs for t in c], dtype=torch.int64)
@@ -106,14 +108,6 @@ class HarnessModel(TemplateLM):
             (float(p.sum()), bool(g.all()))
             for p, g in zip(log_probs.split(counts), greedy.split(counts), strict=True)
         ]
-
-    def _hidden(self, tokens: Tensor) -> Tensor:
-        """Head 1's hidden states [B, S, D] over tokens [B, S]; padding comes after what it could
-        disturb."""
-        at = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-        none = tokens.new_empty(0)
-        batch = Batch(tokens, none, none, at, torch.zeros_like(tokens))
-        return self.model.norm(self.model.encode(batch)[0])
 
     def _log_probabilities(self, rows: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Of targets [N] after hidden states [N, D]: log-probability, and whether it is the most

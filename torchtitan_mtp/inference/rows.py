@@ -34,10 +34,8 @@ class Rows:
         self.max_new_tokens = max_new_tokens
         self.ends = {eos_id} if isinstance(eos_id, int) else set(eos_id or ())
         self.tokens: list[list[int]] = [[] for _ in range(batch)]
-        zeros = [0] * num_draft
-        self.stats = Stats(
-            checked=zeros[:], right=zeros[:], drafted=zeros[:], agreed=zeros[:], first_tokens=batch
-        )
+        drafted, agreed, checked, right = ([0] * num_draft for _ in range(4))
+        self.stats = Stats(drafted, agreed, checked, right, first_tokens=batch)
         self._drafts: list[tuple[int, int, list[int]]] = []  # row, place in its text, drafts
 
     def left(self) -> int:

@@ -7,18 +7,40 @@ from dataclasses import dataclass, field
 
 
 @dataclass
-class Stats:
-    """Counts over all rows of a generation. Lists have one entry a drafting head, 2, 3, ...
+class DraftCounts:
+    """How often drafts were right. One entry a drafting head, 2, 3, ...
+
+    drafted, agreed: how often a draft of head k had something to be compared with, and how often it
+    was the same. checked, right: the same where the drafts of heads 2..k-1 were right.
+    """
+
+    drafted: list[int] = field(default_factory=list)
+    agreed: list[int] = field(default_factory=list)
+    checked: list[int] = field(default_factory=list)
+    right: list[int] = field(default_factory=list)
+
+    @property
+    def marginal(self) -> list[float]:
+        """P(head k right), of heads 2, 3, ..."""
+        return ratios(self.agreed, self.drafted)
+
+    @property
+    def conditional(self) -> list[float]:
+        """a_k = P(head k right | heads 2..k-1 right), of heads 2, 3, ..."""
+        return ratios(self.right, self.checked)
+
+
+@dataclass
+class Stats(DraftCounts):
+    """Counts over all rows of a generation.
 
     tokens: generated, over all rows. steps: (row, forward) pairs after the prompt's forward, while
     the row was not finished. forwards: of the trunk, the prompt's included. seconds: of the whole
     generation, of which `prompt_seconds` until each row's first token. first_tokens: how many came
     of the prompt's forward, one a row.
 
-    checked, right: how often head k's draft was compared with head 1, which is when the drafts of
-    heads 2..k-1 were right, and how often it was right then.
-    drafted, agreed: how often head k drafted a token at all for a place that the text reached in
-    the end, and how often the text has that token there.
+    A draft is drafted where the text reached its place in the end (after a token that head 1 had to
+    correct, or after all drafts were right), and checked where head 1 was asked about it.
     """
 
     tokens: int = 0
@@ -27,10 +49,6 @@ class Stats:
     seconds: float = 0.0
     prompt_seconds: float = 0.0
     first_tokens: int = 0
-    checked: list[int] = field(default_factory=list)
-    right: list[int] = field(default_factory=list)
-    drafted: list[int] = field(default_factory=list)
-    agreed: list[int] = field(default_factory=list)
 
     @property
     def tokens_per_step(self) -> float:
@@ -41,17 +59,6 @@ class Stats:
     def tokens_per_second(self) -> float:
         """After the prompt's forward."""
         return ratio(self.tokens - self.first_tokens, self.seconds - self.prompt_seconds)
-
-    @property
-    def conditional(self) -> list[float]:
-        """a_k = P(head k right | heads 2..k-1 right), of heads 2, 3, ..."""
-        return [ratio(*pair) for pair in zip(self.right, self.checked, strict=True)]
-
-    @property
-    def marginal(self) -> list[float]:
-        """P(head k right), of heads 2, 3, ..., where a step drafted: after a token that head 1
-        had to correct, or after all drafts were right."""
-        return [ratio(*pair) for pair in zip(self.agreed, self.drafted, strict=True)]
 
     def count_step(self, drafts: int, accepted: int) -> None:
         """A step of one row that fed `drafts` drafts, of which the first `accepted` were right."""
@@ -81,3 +88,8 @@ def expected_tokens_per_step(conditional: Sequence[float]) -> float:
 def ratio(part: float, whole: float) -> float:
     """part / whole, or nan of nothing."""
     return part / whole if whole else float("nan")
+
+
+def ratios(parts: Sequence[float], wholes: Sequence[float]) -> list[float]:
+    """The ratio of each pair."""
+    return [ratio(*pair) for pair in zip(parts, wholes, strict=True)]

@@ -44,6 +44,22 @@ def _v2_lite(experts: int, width: int, top_k: int) -> dict[str, Any]:
     return _EPS | {"latent": LatentArgs(), "moe": moe, "rope_scaling": yarn}
 
 
+def _v3_moe(experts: int, width: int, top_k: int, groups: int, dense: int = 1) -> MoEArgs:
+    routed: dict[str, Any] = {"num_experts": experts, "hidden_dim": width, "top_k": top_k}
+    limited: dict[str, Any] = {"num_expert_groups": groups, "num_limited_groups": groups // 2}
+    return MoEArgs(n_dense_layers=dense, route_scale=2.5, **routed, **limited)
+
+
+_PACKED: dict[str, Any] = {"attn_mask_type": "block_causal"}
+_LITE = _v2_lite(64, 1408, 6) | _PACKED
+_V3 = _EPS | _PACKED | {"latent": LatentArgs(q_lora_rank=1536), "rope_scaling": YaRN()}
+_V3["moe"] = _v3_moe(256, 2048, 8, groups=8, dense=3)
+_TINY: dict[str, Any] = {"norm_eps": 1e-6, "moe": _v3_moe(16, 64, 4, groups=4)}
+_TINY["latent"] = LatentArgs(
+    q_lora_rank=64, kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=16, v_head_dim=32
+)
+
+
 # Sizes that TorchTitan v0.2.2 has under the same name mean the same numbers (docs/torchtitan.md).
 flavors: dict[str, dict[str, ModelArgs]] = {
     "llama3": {
@@ -88,60 +104,16 @@ flavors: dict[str, dict[str, ModelArgs]] = {
     },
     "deepseek_v3": {
         # 1.5 M parameters over bytes, 0.9 M of them active: trains on two CPU cores in minutes.
-        "quickstart": ModelArgs(
-            dim=128,
-            n_layers=4,
-            n_heads=4,
-            hidden_dim=384,
-            latent=LatentArgs(
-                q_lora_rank=64,
-                kv_lora_rank=32,
-                qk_nope_head_dim=16,
-                qk_rope_head_dim=16,
-                v_head_dim=32,
-            ),
-            moe=MoEArgs(
-                num_experts=16,
-                hidden_dim=64,
-                top_k=4,
-                num_expert_groups=4,
-                num_limited_groups=2,
-                route_scale=2.5,
-            ),
-            norm_eps=1e-6,
-        ),
+        "quickstart": ModelArgs(dim=128, n_layers=4, n_heads=4, hidden_dim=384, **_TINY),
         "debugmodel": ModelArgs(
             dim=256, n_layers=6, n_heads=16, vocab_size=2048, hidden_dim=1024, **_v2_lite(8, 256, 3)
         ),
         # DeepSeek-V2-Lite's shape, as TorchTitan has it under this name.
         "16B": ModelArgs(
-            dim=2048,
-            n_layers=27,
-            n_heads=16,
-            vocab_size=102400,
-            hidden_dim=10944,
-            attn_mask_type="block_causal",
-            **_v2_lite(64, 1408, 6),
+            dim=2048, n_layers=27, n_heads=16, vocab_size=102400, hidden_dim=10944, **_LITE
         ),
         "671B": ModelArgs(
-            dim=7168,
-            n_layers=61,
-            n_heads=128,
-            vocab_size=129280,
-            hidden_dim=18432,
-            latent=LatentArgs(q_lora_rank=1536),
-            moe=MoEArgs(
-                num_experts=256,
-                hidden_dim=2048,
-                top_k=8,
-                n_dense_layers=3,
-                num_expert_groups=8,
-                num_limited_groups=4,
-                route_scale=2.5,
-            ),
-            rope_scaling=YaRN(),
-            attn_mask_type="block_causal",
-            **_EPS,
+            dim=7168, n_layers=61, n_heads=128, vocab_size=129280, hidden_dim=18432, **_V3
         ),
         "custom": ModelArgs(latent=LatentArgs(), moe=MoEArgs(), norm_eps=1e-6),
     },
@@ -264,7 +236,11 @@ def _check_heads(args: ModelArgs) -> None:
                 "model.args.qkv_bias = true: latent attention has no such biases; set it to false, "
                 "or take a family without latent attention"
             )
-        _check_latent(args.latent)
+        if args.latent.qk_rope_head_dim % 2:
+            raise UserError(
+                f"model.args.latent.qk_rope_head_dim = {args.latent.qk_rope_head_dim}: expected an "
+                "even number, for rotary pairs"
+            )
         return
     if args.head_size is None and args.dim % args.n_heads:
         raise UserError(
@@ -279,14 +255,6 @@ def _check_heads(args: ModelArgs) -> None:
     if args.head_dim % 2:
         raise UserError(
             f"model.args.head_size = {args.head_dim}: expected an even number, for rotary pairs"
-        )
-
-
-def _check_latent(latent: LatentArgs) -> None:
-    if latent.qk_rope_head_dim % 2:
-        raise UserError(
-            f"model.args.latent.qk_rope_head_dim = {latent.qk_rope_head_dim}: expected an even "
-            "number, for rotary pairs"
         )
 
 

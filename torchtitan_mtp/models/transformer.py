@@ -12,12 +12,7 @@ from torch import Tensor, nn
 from torchtitan_mtp.data.targets import Batch
 from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.models.args import ModelArgs
-from torchtitan_mtp.models.attention import (
-    Attention,
-    AttentionContext,
-    KVCache,
-    document_mask,
-)
+from torchtitan_mtp.models.attention import Attention, AttentionContext, KVCache, document_mask
 from torchtitan_mtp.models.latent_attention import LatentAttention
 from torchtitan_mtp.models.layers import FeedForward
 from torchtitan_mtp.models.moe import MoE

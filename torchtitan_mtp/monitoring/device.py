@@ -13,38 +13,21 @@ from torchtitan_mtp.distributed.memory import GIB, total_memory
 logger = logging.getLogger(__name__)
 
 # Dense bfloat16 FLOP/s from the makers' data sheets (which often print the sparse figure, twice
-# this). A device matches when its name has all the words; the first match counts.
-PEAK_BF16_FLOPS: tuple[tuple[tuple[str, ...], float], ...] = (
-    (("GB200",), 2500e12),
-    (("B200",), 2250e12),
-    (("H200", "NVL"), 835e12),
-    (("H200",), 989e12),
-    (("GH200",), 989e12),
-    (("H100", "NVL"), 835e12),
-    (("H100", "PCIE"), 756e12),
-    (("H100",), 989e12),
-    (("H800",), 989e12),
-    (("H20",), 148e12),
-    (("A100",), 312e12),
-    (("A800",), 312e12),
-    (("A40",), 149.7e12),
-    (("L40S",), 362e12),
-    (("L40",), 181e12),
-    (("L4",), 121e12),
-    (("MI355X",), 2500e12),
-    (("MI325X",), 1307e12),
-    (("MI300X",), 1307e12),
-    (("MI250X",), 191.5e12),  # per GCD, which is what torch calls a device
-)
+# this). A device matches when its name has all the words; of several names that match, the one with
+# most words counts. An MI250X is two devices to torch.
+PEAK_BF16_TFLOPS = {
+    "GB200": 2500, "MI355X": 2500, "B200": 2250, "MI325X": 1307, "MI300X": 1307,
+    "H200": 989, "GH200": 989, "H100": 989, "H800": 989, "H200 NVL": 835, "H100 NVL": 835,
+    "H100 PCIE": 756, "L40S": 362, "A100": 312, "A800": 312, "MI250X": 191.5, "L40": 181,
+    "A40": 149.7, "H20": 148, "L4": 121,
+}  # fmt: skip
 
 
 def peak_flops_by_name(device_name: str) -> float | None:
     """Dense bfloat16 FLOP/s of the named GPU, or None for one that the table does not hold."""
     words = set(re.split(r"[^A-Z0-9]+", device_name.upper()))
-    for needed, flops in PEAK_BF16_FLOPS:
-        if words.issuperset(needed):
-            return flops
-    return None
+    known = [name for name in PEAK_BF16_TFLOPS if words.issuperset(name.split())]
+    return PEAK_BF16_TFLOPS[max(known, key=len)] * 1e12 if known else None
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:

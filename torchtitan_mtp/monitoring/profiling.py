@@ -32,11 +32,7 @@ class _Off:
 
 @contextmanager
 def profile_steps(
-    config: JobConfig,
-    *,
-    device: torch.device,
-    rank: int = 0,
-    start_step: int = 0,
+    config: JobConfig, *, device: torch.device, rank: int = 0, start_step: int = 0
 ) -> Iterator[Any]:
     """Write `{save_traces_folder}/iteration_{step}/rank{R}_trace.json` (Chrome's format).
 
@@ -93,11 +89,7 @@ class _Snapshots:
 
 @contextmanager
 def snapshot_memory(
-    config: JobConfig,
-    *,
-    device: torch.device,
-    rank: int = 0,
-    start_step: int = 0,
+    config: JobConfig, *, device: torch.device, rank: int = 0, start_step: int = 0
 ) -> Iterator[Any]:
     """Write `{save_memory_snapshot_folder}/iteration_{step}/rank{R}_memory_snapshot.pickle`.
 

@@ -3,15 +3,10 @@
 import math
 import sys
 from datetime import timedelta
+from typing import Any
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-)
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from torchtitan_mtp.monitoring.logging import use_color
 
@@ -44,9 +39,6 @@ class ProgressBar:
     """
 
     def __init__(self, total_steps: int, start_step: int = 0, *, color: bool = True) -> None:
-        self.progress: Progress | None = None
-        if not sys.stderr.isatty():
-            return
         self.progress = Progress(
             TextColumn("step"),
             MofNCompleteColumn(),
@@ -56,6 +48,7 @@ class ProgressBar:
             console=Console(stderr=True, no_color=not (color and use_color())),
             refresh_per_second=2,
             transient=True,
+            disable=not sys.stderr.isatty(),
         )
         self.task = self.progress.add_task(
             "", total=total_steps, completed=start_step, status="starting"
@@ -63,11 +56,8 @@ class ProgressBar:
         self.progress.start()
 
     def update(self, step: int, status: str | None = None) -> None:
-        if self.progress is not None:
-            self.progress.update(self.task, completed=step)
-            if status is not None:
-                self.progress.update(self.task, status=status)
+        fields: dict[str, Any] = {} if status is None else {"status": status}
+        self.progress.update(self.task, completed=step, **fields)
 
     def close(self) -> None:
-        if self.progress is not None:
-            self.progress.stop()
+        self.progress.stop()

@@ -2,12 +2,7 @@
 
 from torchtitan_mtp.mtp.engine import engines, forward_loss
 from torchtitan_mtp.mtp.objective import head_scales, head_weights, rest_unweighted
-from torchtitan_mtp.mtp.transform import (
-    add_heads,
-    args_of_run,
-    copy_last_layer,
-    model_of_run,
-)
+from torchtitan_mtp.mtp.transform import add_heads, args_of_run, copy_last_layer, model_of_run
 
 __all__ = [
     "add_heads",
