@@ -1,5 +1,8 @@
 """The one exception that speaks to the user."""
 
+import importlib
+from typing import Any
+
 
 class UserError(Exception):
     """Something the user can mend, said in one line.
@@ -10,4 +13,12 @@ class UserError(Exception):
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__(" ".join(message.splitlines()))
+        super().__init__(" ".join(map(str.strip, message.splitlines())))
+
+
+def import_optional(module: str, otherwise: str) -> Any:
+    """A module of a package that may not be installed: a UserError says `otherwise` then."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise UserError(otherwise) from error

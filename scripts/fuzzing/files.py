@@ -233,7 +233,7 @@ class Files:
         self.readers["data parquet"] = self._read_data
 
     def _read_data(self, place: Path) -> None:
-        source = build_source("fuzzed", str(place), cache_dir=str(place / "cache"))
+        source = build_source("fuzzed", str(place))
         loader = DataLoader(source, ByteTokenizer(), 32, 2, 2, split="all", prefetch=0)
         for _ in range(4):
             make_batch(loader.next_window(), 2)

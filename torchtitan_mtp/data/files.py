@@ -2,13 +2,9 @@
 
 import hashlib
 import os
-from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
-from torchtitan_mtp.data.document import Document
 from torchtitan_mtp.errors import UserError
 
 WHOLE_HASH_BYTES = 1 << 30  # corpora up to this size are hashed in full
@@ -90,40 +86,6 @@ class BadRecords:
             )
         self.count += 1
         self.first = self.first or f"{where}: {found}"
-
-
-class Spans:
-    """Documents that are spans of bytes of one file.
-
-    Args:
-        file: whose bytes.
-        parse: a span's document. Raises ValueError if it is none.
-    """
-
-    def __init__(self, file: DataFile, parse: Callable[[bytes], Document]) -> None:
-        self._file, self.parse = file, parse
-        self._starts, self._stops, self._sizes = array("q"), array("q"), array("q")
-
-    def add(self, start: int, stop: int, size: int) -> None:
-        """The next document: bytes start..stop-1 of the file, and the size of its text."""
-        self._starts.append(start)
-        self._stops.append(stop)
-        self._sizes.append(size)
-
-    def __len__(self) -> int:
-        return len(self._starts)
-
-    def __getitem__(self, index: int) -> Document:
-        try:
-            return self.parse(self._file.read(self._starts[index], self._stops[index]))
-        except ValueError as e:  # it was one when the file was scanned
-            raise UserError(f"data {self.where(index)}: changed under the run: {e}") from e
-
-    def where(self, index: int) -> str:
-        return f"{self._file.shown}:{self._file.line_number(self._starts[index])}"
-
-    def sizes(self) -> np.ndarray:
-        return np.array(self._sizes, np.int64)
 
 
 def fingerprint_files(root: Path, paths: Sequence[Path]) -> str:

@@ -15,12 +15,12 @@ from torchtitan_mtp.errors import UserError
 # What is read of a folder. A file that is named itself, or by a glob, may have any suffix: it is
 # text if it has none of RECORDS or .parquet.
 RECORDS = (".jsonl", ".ndjson", ".json")
-FOLDER_SUFFIXES = frozenset(
+FOLDER_SUFFIXES = tuple(
     """.jsonl .ndjson .jsonl.gz .ndjson.gz .json.gz .jsonl.zst .ndjson.zst .json.zst .parquet
     .txt .text .txt.gz .txt.zst .md .rst .tex .html .xml .css .toml .yaml .yml .sql .sh
     .py .pyi .c .h .cc .cpp .hpp .cu .java .js .ts .go .rs .rb""".split()  # noqa: SIM905
 )
-_CONFIG, RUN_LOCK = "config.toml", "run.lock"  # a run writes them, one with all keys in it
+_CONFIG = "config.toml"  # a run writes it, with all keys in it
 _ABOUT = re.compile(
     r"((?i:readme|licen[cs]e)|COPYING|NOTICE|CHANGELOG|CONTRIBUTING|CITATION)"
     r"([-_.].*)?\.(md|rst|txt|text|html)"
@@ -37,22 +37,49 @@ _RECORDS, _TEXTS = (*RECORDS, ".parquet"), (".txt", ".text")
 LeftOut = dict[str, list[Path]]  # why -> files and folders
 
 
-def data_files(root: Path, split: str, outputs: Set[str]) -> tuple[list[Path], LeftOut]:
-    """The files below a folder that are data, sorted, and what is not.
+def find_files(
+    pattern: str, split: str, outputs: Set[str], key: str
+) -> tuple[Path, list[Path], str]:
+    """The data at a file, folder or glob.
 
     Args:
-        root: the folder.
-        split: "train": no file of another split. "validation": only the validation (else test)
-            split of a folder that names one. "all": all.
+        pattern: where.
+        split: of a folder. "train": no file of another split. "validation": only the validation
+            (else test) split of a folder that names one. "all": all.
         outputs: real paths of what this run writes.
+        key: what gave the pattern, for messages.
+
+    Returns:
+        The folder that names are relative to, the files, sorted, and what is left out, as text.
 
     Raises:
-        UserError: a folder that can't be read; nothing but files of other splits.
+        UserError: a folder that can't be read; no file, or only outputs or files of other splits.
     """
+    place = Path(pattern).expanduser()
+    if place.is_file():
+        return place.parent, [place], ""
     left_out: LeftOut = defaultdict(list)
-    files = []
+    if place.is_dir():
+        files = _in_folder(place, split, outputs, left_out)
+        if not files:
+            raise UserError(
+                f"data {place}: no text, .jsonl or .parquet file below it; name files of other"
+                f" kinds by a glob, {place}/**/*.SUFFIX"
+            )
+    else:
+        files = _matching(place, outputs, left_out)
+        if not files:
+            found = "only outputs of runs" if left_out else "no file, folder or glob match"
+            raise UserError(f"data: {found} at {key} {pattern!r}")
+        place = Path(os.path.commonpath([path.parent for path in files]))
+    parts = [f"{len(x)} {why} ({x[0]}{', ...' * (len(x) > 1)})" for why, x in left_out.items() if x]
+    return place, files, ("; left out: " + ", ".join(parts)) if parts else ""
+
+
+def _in_folder(root: Path, split: str, outputs: Set[str], left_out: LeftOut) -> list[Path]:
+    files: list[Path] = []
     for path in _walk(root, left_out, outputs):
-        if not is_read_of_a_folder(path):
+        if not path.name.lower().endswith(FOLDER_SUFFIXES):
             left_out["of other kinds"].append(path)
         elif path.is_file() or path.is_symlink():  # a link to nothing is told when it is opened
             files.append(path)
@@ -73,21 +100,19 @@ def data_files(root: Path, split: str, outputs: Set[str]) -> tuple[list[Path], L
                 f" ...; if they are to be trained on, name them by a glob, {root}/**/*"
             )
         files = kept
-    return sorted(files), left_out
+    return sorted(files)
 
 
-def matching_files(pattern: Path, outputs: Set[str]) -> tuple[list[Path], LeftOut]:
+def _matching(pattern: Path, outputs: Set[str], left_out: LeftOut) -> list[Path]:
     """The files that a glob matches, sorted, but what runs have written below its fixed part."""
     top = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), pattern.parts))
     is_written = functools.cache(lambda path: is_output(path, outputs))
     files: list[Path] = []
-    written: list[Path] = []
-    for path in map(Path, glob.glob(str(pattern), recursive=True)):
+    for path in sorted(map(Path, glob.glob(str(pattern), recursive=True))):
         if path.is_file():
-            inside = [path] if path.name in (_CONFIG, RUN_LOCK) else []
-            inside += itertools.takewhile(lambda folder: folder != top, path.parents)
-            (written if any(map(is_written, inside)) else files).append(path)
-    return sorted(files), {"outputs of runs": sorted(written)}
+            inside = [path, *itertools.takewhile(lambda folder: folder != top, path.parents)]
+            (left_out["outputs of runs"] if any(map(is_written, inside)) else files).append(path)
+    return files
 
 
 def is_output(path: Path, outputs: Set[str]) -> bool:
@@ -101,12 +126,6 @@ def is_output(path: Path, outputs: Set[str]) -> bool:
     return found or os.path.realpath(path) in outputs
 
 
-def is_read_of_a_folder(path: Path) -> bool:
-    """By its suffix."""
-    suffixes = path.suffixes
-    return any("".join(suffixes[-k:]).lower() in FOLDER_SUFFIXES for k in (1, 2))
-
-
 def _walk(root: Path, left_out: LeftOut, outputs: Set[str]) -> Iterator[Path]:
     """The files below the folder and below folders that links lead to, each folder once."""
 
@@ -117,22 +136,21 @@ def _walk(root: Path, left_out: LeftOut, outputs: Set[str]) -> Iterator[Path]:
     waiting = [root]  # then links: of a folder's two names its own is taken
     for top in waiting:
         for folder, subfolders, names in os.walk(top, onerror=refuse):
-            real, entries = os.path.realpath(folder), sorted([*subfolders, *names])
-            folders = {*subfolders}
+            real = os.path.realpath(folder)
+            entries = sorted([*subfolders, *names]) if real not in seen else []
+            seen.add(real)
             subfolders.clear()
-            for name in entries if real not in seen else ():
-                path = Path(folder, name)
-                if name.startswith("."):
+            for path in (Path(folder, name) for name in entries):
+                if path.name.startswith("."):
                     left_out["hidden"].append(path)
-                elif (name in folders or name == _CONFIG) and is_output(path, outputs):
+                elif is_output(path, outputs):
                     left_out["outputs of runs"].append(path)
-                elif name not in folders:
+                elif not os.path.isdir(path):
                     yield path
                 elif not path.is_symlink():
-                    subfolders.append(name)
+                    subfolders.append(path.name)
                 elif not Path(real).is_relative_to(path.resolve()):  # else it leads back up
                     waiting.append(path)
-            seen.add(real)
 
 
 def _split_of(path: Path, kinds: tuple[str, ...]) -> str | None:

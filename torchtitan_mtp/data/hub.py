@@ -1,25 +1,20 @@
 """Datasets of the Hugging Face hub, streamed."""
 
 import logging
-from typing import Any, NamedTuple
+from typing import Any
 
 from torchtitan_mtp.data.document import Document, document_of
 from torchtitan_mtp.data.files import BadRecords
-from torchtitan_mtp.errors import UserError
+from torchtitan_mtp.errors import UserError, import_optional
 
 logger = logging.getLogger(__name__)
 
 
-class HubDataset(NamedTuple):
-    path: str
-    config: str | None
-    split: str
-
-
-DATASETS = {
-    "c4": HubDataset("allenai/c4", "en", "train"),
-    "c4_validation": HubDataset("allenai/c4", "en", "validation"),
-    "fineweb": HubDataset("HuggingFaceFW/fineweb", "default", "train"),
+# name -> path on the hub, configuration, split
+DATASETS: dict[str, tuple[str, str | None, str]] = {
+    "c4": ("allenai/c4", "en", "train"),
+    "c4_validation": ("allenai/c4", "en", "validation"),
+    "fineweb": ("HuggingFaceFW/fineweb", "default", "train"),
 }
 
 
@@ -37,22 +32,16 @@ class HubStream:
     """
 
     def __init__(
-        self,
-        name: str,
-        text_field: str = "text",
-        dataset: Any = None,
-        bad_records: str = "stop",
+        self, name: str, text_field: str = "text", dataset: Any = None, bad_records: str = "stop"
     ) -> None:
         self.name = name
         self.text_field = text_field
         self.bad = BadRecords(bad_records)
-        wanted = DATASETS.get(name, HubDataset(name, None, "train"))
-        self._dataset = _load(name, wanted) if dataset is None else dataset
+        wanted = path, config, split = DATASETS.get(name, (name, None, "train"))
+        self._dataset = _load(name, *wanted) if dataset is None else dataset
         self.num_shards = int(self._dataset.num_shards)
         logger.info("dataset %s: a stream in %d part(s), %s", name, self.num_shards, wanted)
-        self.fingerprint = ":".join(
-            ["hub", wanted.path, str(wanted.config), wanted.split, text_field]
-        )
+        self.fingerprint = f"hub:{path}:{config}:{split}:{text_field}"
 
     def open_lane(self, lane: int, num_lanes: int, state: Any = None) -> "HubLane":
         """Whole files where there is one for each lane; else every `num_lanes`-th record."""
@@ -113,7 +102,7 @@ class HubLane:
             raise
         except Exception as e:  # whatever the dataset's reader and the network raise
             raise UserError(
-                f"dataset {self._source.name}: reading record {self._number} failed: {_line(e)};"
+                f"dataset {self._source.name}: reading record {self._number} failed: {_told(e)};"
                 " resume from the last checkpoint, or download the files and give"
                 " training.dataset_path"
             ) from e
@@ -122,22 +111,20 @@ class HubLane:
         return record
 
 
-def _load(name: str, wanted: HubDataset) -> Any:
+def _load(name: str, path: str, config: str | None, split: str) -> Any:
+    hub = import_optional(
+        "datasets",
+        f"dataset {name}: streaming it needs the datasets package: pip install datasets; or give"
+        " training.dataset_path local files",
+    )
     try:
-        from datasets import load_dataset
-    except ImportError as e:
-        raise UserError(
-            f"dataset {name}: streaming it needs the datasets package: pip install datasets; or"
-            " give training.dataset_path local files"
-        ) from e
-    try:
-        return load_dataset(wanted.path, name=wanted.config, split=wanted.split, streaming=True)
+        return hub.load_dataset(path, name=config, split=split, streaming=True)
     except Exception as e:  # its errors have no common type
         raise UserError(
-            f"dataset {name}: can't open {wanted.path} on the hub: {_line(e)}; check the name and"
-            " the network, or give training.dataset_path local files"
+            f"dataset {name}: can't open {path} on the hub: {_told(e)}; check the name and the"
+            " network, or give training.dataset_path local files"
         ) from e
 
 
-def _line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error)[:200]}"

@@ -12,7 +12,6 @@ from typing import Any
 from torchtitan_mtp.config import JobConfig
 from torchtitan_mtp.config.sections.training import Training, Validation
 from torchtitan_mtp.data.document import Source, StreamSource
-from torchtitan_mtp.data.folders import RUN_LOCK
 from torchtitan_mtp.data.sources import build_source, find_source
 from torchtitan_mtp.errors import UserError
 
@@ -58,10 +57,9 @@ def configured_source(
     Raises:
         UserError: as `build_source`; an entry of the mixture that is none.
     """
-    profiling = config.profiling
-    written = [config.checkpoint.folder, config.metrics.save_tb_folder, RUN_LOCK]
-    written += [profiling.save_traces_folder, profiling.save_memory_snapshot_folder]
-    written += ["", config.comm.save_traces_folder]
+    written = ["", "run.lock", config.checkpoint.folder, config.metrics.save_tb_folder]
+    written += [config.profiling.save_traces_folder, config.comm.save_traces_folder]
+    written += [config.profiling.save_memory_snapshot_folder]
     training = isinstance(table, Training)
     options: dict[str, Any] = {
         "text_field": table.text_field,

@@ -1,19 +1,18 @@
 """Parquet files: a document a row."""
 
 import bisect
+import contextlib
 import itertools
 import re
 import threading
 from array import array
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
-
-import numpy as np
 
 from torchtitan_mtp.data.document import Document, document_of
 from torchtitan_mtp.data.files import BadRecords, DataFile
-from torchtitan_mtp.errors import UserError
+from torchtitan_mtp.errors import UserError, import_optional
 
 CACHED_ROW_GROUPS = 4  # of each file
 _SCANNED_ROWS = 1024  # at once
@@ -28,56 +27,39 @@ class ParquetFile:
     """
 
     def __init__(self, file: DataFile, text_field: str, bad: BadRecords) -> None:
-        try:
-            import pyarrow.parquet
-        except ImportError as e:
-            raise UserError(
-                f"data {file.shown}: reading it needs pyarrow: pip install pyarrow"
-            ) from e
-        self._open = pyarrow.parquet.ParquetFile
-        self._errors = (OSError, pyarrow.ArrowException)
+        missing = f"data {file.shown}: reading it needs pyarrow: pip install pyarrow"
+        self._parquet = import_optional("pyarrow.parquet", missing)
         self._file = file
         self._text_field = text_field
         self._groups: OrderedDict[int, Any] = OrderedDict()  # row group -> pyarrow.Table
         self._lock = threading.Lock()  # two loaders' threads may read one source
-        try:
-            with self._open(file.path, pre_buffer=False) as parquet:
-                self._columns = self._find_columns(parquet.schema_arrow)
-                meta = parquet.metadata
-                rows = [meta.row_group(i).num_rows for i in range(meta.num_row_groups)]
-                batches = parquet.iter_batches(_SCANNED_ROWS, columns=self._columns)
-                self._rows, self._sizes = self._scan(batches, bad)
-        except self._errors as e:
-            raise self._unreadable(e) from e
+        self._rows, self.sizes = array("q"), array("q")  # of the documents
+        with self._opened() as parquet:
+            self._columns = self._find_columns(parquet.schema_arrow)
+            meta = parquet.metadata
+            rows = [meta.row_group(i).num_rows for i in range(meta.num_row_groups)]
+            self._scan(parquet.iter_batches(_SCANNED_ROWS, columns=self._columns), bad)
         self._starts = list(itertools.accumulate(rows, initial=0))  # of the row groups
 
-    def __len__(self) -> int:
-        return len(self._rows)
-
     def where(self, index: int) -> str:
-        return self._row(int(self._rows[index]))
-
-    def sizes(self) -> np.ndarray:
-        return self._sizes
+        return self._row(self._rows[index])
 
     def __getitem__(self, index: int) -> Document:
-        row = int(self._rows[index])
+        row = self._rows[index]
         group = bisect.bisect_right(self._starts, row) - 1
         table = self._group(group)
         cells = {x: table.column(x)[row - self._starts[group]].as_py() for x in self._columns}
-        document = document_of(cells, self._text_field)
-        if document is None:
-            raise UserError(f"data {self._row(row)}: changed under the run: no text there now")
-        return document
+        if document := document_of(cells, self._text_field):
+            return document
+        raise UserError(f"data {self._row(row)}: changed under the run: no text there now")
 
     def _row(self, row: int) -> str:
         return f"{self._file.shown}: row {row + 1}"
 
-    def _scan(self, batches: Iterable[Any], bad: BadRecords) -> tuple[np.ndarray, np.ndarray]:
-        """The rows that are documents, and the bytes of their text, both int64 [documents]."""
+    def _scan(self, batches: Iterable[Any], bad: BadRecords) -> None:
         from pyarrow import large_binary, large_string
 
-        rows, sizes, first = array("q"), array("q"), 0
+        first = 0
         for batch in batches:
             # Dictionaries become their values; as bytes, for nobody has checked that it is UTF-8.
             columns = [x.cast(large_string()).cast(large_binary()) for x in batch.columns]
@@ -86,10 +68,9 @@ class ParquetFile:
                 if found:
                     bad.add(self._row(row), f"expected text in {self._columns}, found {found}")
                 else:
-                    rows.append(row)
-                    sizes.append(sum(map(len, cells)))
+                    self._rows.append(row)
+                    self.sizes.append(sum(map(len, cells)))
             first += batch.num_rows
-        return np.array(rows, np.int64), np.array(sizes, np.int64)
 
     def _find_columns(self, schema: Any) -> list[str]:
         """The columns that make a document, in the order of `Document`."""
@@ -109,20 +90,22 @@ class ParquetFile:
         with self._lock:
             if group not in self._groups:
                 self._file.read(0, 0)  # says so if the size has changed
-                try:
-                    with self._open(self._file.path) as parquet:
-                        self._groups[group] = parquet.read_row_group(group, columns=self._columns)
-                except self._errors as e:
-                    raise self._unreadable(e) from e
+                with self._opened() as parquet:
+                    self._groups[group] = parquet.read_row_group(group, columns=self._columns)
                 if len(self._groups) > CACHED_ROW_GROUPS:
                     self._groups.popitem(last=False)
             self._groups.move_to_end(group)
             return self._groups[group]
 
-    def _unreadable(self, error: Exception) -> UserError:
-        return UserError(
-            f"data {self._file.shown}: not a readable Parquet file: {' '.join(str(error).split())}"
-        )
+    @contextlib.contextmanager
+    def _opened(self) -> Iterator[Any]:
+        from pyarrow import ArrowException
+
+        try:
+            with self._parquet.ParquetFile(self._file.path, pre_buffer=False) as parquet:
+                yield parquet
+        except (OSError, ArrowException) as e:
+            raise UserError(f"data {self._file.shown}: not a readable Parquet file: {e}") from e
 
 
 def _fault(cell: bytes | None) -> str:

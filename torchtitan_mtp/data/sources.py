@@ -5,7 +5,7 @@ import itertools
 import logging
 import os
 import sysconfig
-from collections.abc import Iterable, Sequence, Set
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +13,11 @@ import numpy as np
 
 from torchtitan_mtp.data import compressed
 from torchtitan_mtp.data.document import Document, Source, StreamSource
-from torchtitan_mtp.data.files import BadRecords, DataFile, Spans, fingerprint_files
-from torchtitan_mtp.data.folders import (
-    RECORDS,
-    LeftOut,
-    data_files,
-    matching_files,
-)
+from torchtitan_mtp.data.files import BadRecords, DataFile, fingerprint_files
+from torchtitan_mtp.data.folders import RECORDS, find_files
 from torchtitan_mtp.data.hub import DATASETS, HubStream
-from torchtitan_mtp.data.jsonl import find_records
 from torchtitan_mtp.data.parquet import ParquetFile
-from torchtitan_mtp.data.text import find_texts
+from torchtitan_mtp.data.spans import Spans, find_records, find_texts
 from torchtitan_mtp.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -42,7 +36,6 @@ class FilesSource:
         root: folder that the fingerprint's file names are relative to.
         paths: the files, in order.
         text_field: of a record, what holds its text.
-        cache_dir: for the contents of compressed files; None: below the temporary folder.
         bad_records: "stop", or "skip" and count them.
         left_out: what of a folder is not read, to be told.
 
@@ -56,22 +49,21 @@ class FilesSource:
         root: Path,
         paths: Sequence[Path],
         text_field: str = "text",
-        cache_dir: Path | None = None,
         bad_records: str = "stop",
         left_out: str = "",
     ) -> None:
         self.name = name
         bad = BadRecords(bad_records)
-        self._files = [_open_file(path, text_field, cache_dir, bad) for path in paths]
-        self._starts = list(itertools.accumulate((len(f) for f in self._files), initial=0))
+        self._files = [_open_file(path, text_field, bad) for path in paths]
+        self._starts = list(itertools.accumulate((len(f.sizes) for f in self._files), initial=0))
         if bad.count:
             logger.warning(
                 "dataset %s: %d bad record(s) left out, the first %s", name, bad.count, bad.first
             )
         if not len(self):
             raise UserError(
-                f"dataset {name}: no document in {len(paths)} file(s), {paths[0]} ...; expected"
-                " at least one that is not empty"
+                f"dataset {name}: no document in {len(paths)} file(s), {[*paths, root][0]} ...;"
+                " expected at least one that is not empty"
             )
         rest = f":{bad.count} left out" if bad.count else ""  # the others have other numbers
         self.fingerprint = f"{fingerprint_files(root, paths)}:{text_field}{rest}"
@@ -100,7 +92,7 @@ class FilesSource:
 
     def sizes(self) -> np.ndarray:
         """Bytes of each document's text and prompt as UTF-8, int64 [documents]."""
-        return np.concatenate([file.sizes() for file in self._files])
+        return np.concatenate([file.sizes for file in self._files])
 
 
 def build_source(
@@ -108,7 +100,6 @@ def build_source(
     dataset_path: str | None = None,
     *,
     text_field: str = "text",
-    cache_dir: str | None = None,
     bad_records: str = "stop",
     split: str = "train",
     outputs: Iterable[Path] = (),
@@ -123,9 +114,8 @@ def build_source(
         dataset_path: a file, a folder (read recursively) or a glob. Suffixes decide: .jsonl
             .ndjson .json (a record a line), .parquet, else UTF-8 text; .gz and .zst of those.
         text_field: of a record, what holds its text.
-        cache_dir: for the contents of compressed files; None: below the temporary folder.
         bad_records: "stop" at the first record that is none, or "skip" and count them.
-        split: which of a folder's files; see `data_files`.
+        split: which of a folder's files; see `find_files`.
         outputs: what this run writes: no data.
         key: what gives a path, for messages.
 
@@ -134,9 +124,8 @@ def build_source(
     """
     if dataset_path:
         written = {os.path.realpath(path) for path in outputs}
-        root, paths, left_out = _find_files(dataset, dataset_path, split, written, key)
-        cache = Path(cache_dir).expanduser() if cache_dir else None
-        return FilesSource(dataset, root, paths, text_field, cache, bad_records, left_out)
+        root, paths, left_out = find_files(dataset_path, split, written, key)
+        return FilesSource(dataset, root, paths, text_field, bad_records, left_out)
     if dataset == STDLIB:
         root = Path(sysconfig.get_path("stdlib"))
         return FilesSource(dataset, root, _stdlib_files(root), bad_records=bad_records)
@@ -154,12 +143,10 @@ def find_source(name: str, **options: Any) -> Source | StreamSource:
     return build_source(name, name if spelled or Path(name).exists() else None, **options)
 
 
-def _open_file(
-    path: Path, text_field: str, cache_dir: Path | None, bad: BadRecords
-) -> Spans | ParquetFile:
+def _open_file(path: Path, text_field: str, bad: BadRecords) -> Spans | ParquetFile:
     file, kind = DataFile(path), compressed.name_within(path)
     if path.name.lower() != kind:
-        file = DataFile(compressed.decompressed(path, cache_dir), shown=path)
+        file = DataFile(compressed.decompressed(path), shown=path)
     if kind.endswith(RECORDS):
         return find_records(file, text_field, bad)
     if kind.endswith(".parquet"):
@@ -172,38 +159,4 @@ def _stdlib_files(root: Path) -> list[Path]:
     for folder, subfolders, names in os.walk(root):
         subfolders[:] = [name for name in subfolders if name not in SKIPPED_OF_STDLIB]
         files += [Path(folder, name) for name in names if name.endswith(".py")]
-    if not files:
-        raise UserError(
-            f"dataset {STDLIB}: no .py file below {root}; give training.dataset_path a text file"
-            " or folder"
-        )
     return sorted(files)
-
-
-def _find_files(
-    dataset: str, pattern: str, split: str, written: Set[str], key: str
-) -> tuple[Path, list[Path], str]:
-    """The folder that names are relative to, the files, sorted, and what is left out, as text."""
-    place = Path(pattern).expanduser()
-    if place.is_file():
-        return place.parent, [place], ""
-    if place.is_dir():
-        files, left_out = data_files(place, split, written)
-        if not files:
-            raise UserError(
-                f"dataset {dataset}: no text, .jsonl or .parquet file below {pattern}; name files"
-                f" of other kinds by a glob, {pattern.rstrip('/')}/**/*.SUFFIX"
-            )
-        return place, files, _told(left_out)
-    files, left_out = matching_files(place, written)
-    if not files:
-        found = (
-            "only outputs of runs" if any(left_out.values()) else "no file, folder or glob match"
-        )
-        raise UserError(f"dataset {dataset}: {found} at {key} {pattern!r}")
-    return Path(os.path.commonpath([path.parent for path in files])), files, _told(left_out)
-
-
-def _told(left_out: LeftOut) -> str:
-    parts = (f"{len(x)} {why} ({x[0]}{', ...' * (len(x) > 1)})" for why, x in left_out.items() if x)
-    return "".join(f"; left out: {part}" if i == 0 else f", {part}" for i, part in enumerate(parts))

@@ -116,7 +116,7 @@ def _read(file: Path) -> dict[str, Any]:
         values: Any = json.loads(file.read_bytes())
         return dict(values.items())
     except (OSError, ValueError, AttributeError, RecursionError) as e:
-        raise UserError(f"{file}: not a JSON object: {' '.join(str(e).split())}") from e
+        raise UserError(f"{file}: not a JSON object: {e}") from e
 
 
 def _text(file: Path, key: str, value: Any) -> str | None:

@@ -167,7 +167,7 @@ class HFTokenizer(Tokenizer):
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(data.decode("utf-8"))
         except Exception as e:  # tokenizers raises bare Exception
-            raise UserError(f"tokenizer {path}: not a readable tokenizer.json: {_line(e)}") from e
+            raise UserError(f"tokenizer {path}: not a readable tokenizer.json: {e}") from e
         # Text that happens to spell a special token is text.
         self._tokenizer.encode_special_tokens = True
         # What the file says of the lengths of a model's inputs is not for documents.
@@ -291,10 +291,6 @@ def _read(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as e:
         raise UserError(f"tokenizer {path}: can't be read: {e.strerror}") from e
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())
 
 
 _RANK_LINE = re.compile(rb"([A-Za-z0-9+/]+={0,2}) ([0-9]+)\s*")

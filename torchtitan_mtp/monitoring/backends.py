@@ -10,7 +10,7 @@ from datetime import datetime
 import torch.distributed as dist
 
 from torchtitan_mtp.config import JobConfig
-from torchtitan_mtp.errors import UserError
+from torchtitan_mtp.errors import import_optional
 from torchtitan_mtp.monitoring.observer import Observer
 
 logger = logging.getLogger(__name__)
@@ -20,19 +20,17 @@ class TensorBoard:
     """Scalars in event files under `folder`."""
 
     def __init__(self, folder: str) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter  # slow to import
-        except ImportError as error:
-            raise UserError(
-                "metrics.enable_tensorboard = true: the package tensorboard is not installed; "
-                "pip install tensorboard, or set it to false"
-            ) from error
+        tensorboard = import_optional(  # slow
+            "torch.utils.tensorboard",
+            "metrics.enable_tensorboard = true: the package tensorboard is not installed; "
+            "pip install tensorboard, or set it to false",
+        )
         # What its thread dies of, the next call raises.
         hook = threading.excepthook
         threading.excepthook = lambda args: (
             None if type(args.thread).__module__.startswith("tensorboard") else hook(args)
         )
-        self.writer = SummaryWriter(folder, flush_secs=10)
+        self.writer = tensorboard.SummaryWriter(folder, flush_secs=10)
         logger.info("TensorBoard: %s", folder)
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
@@ -47,13 +45,11 @@ class WandB:
     """A Weights & Biases run; project and team from WANDB_PROJECT and WANDB_TEAM."""
 
     def __init__(self, folder: str, config: JobConfig) -> None:
-        try:
-            import wandb
-        except ImportError as error:
-            raise UserError(
-                "metrics.enable_wandb = true: the package wandb is not installed; "
-                "pip install wandb, or set it to false"
-            ) from error
+        wandb = import_optional(
+            "wandb",
+            "metrics.enable_wandb = true: the package wandb is not installed; "
+            "pip install wandb, or set it to false",
+        )
         os.makedirs(folder, exist_ok=True)
         self.run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", "torchtitan_mtp"),

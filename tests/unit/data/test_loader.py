@@ -39,7 +39,7 @@ def compressed_jsonl(folder):
     jsonl(folder)
     packed = folder / "b.jsonl.gz"
     packed.write_bytes(gzip.compress((folder / "a.jsonl").read_bytes(), mtime=0))
-    return build_source("files", str(packed), cache_dir=str(folder / "cache"))
+    return build_source("files", str(packed))
 
 
 def parquet(folder, texts=TEXTS):

@@ -11,7 +11,7 @@ import pytest
 from torchtitan_mtp.data import compressed, files
 from torchtitan_mtp.data.document import Document
 from torchtitan_mtp.data.sources import build_source
-from torchtitan_mtp.data.text import MAX_CHARACTERS
+from torchtitan_mtp.data.spans import MAX_CHARACTERS
 from torchtitan_mtp.errors import UserError
 
 RECORDS = [{"text": f"record {i} é"} for i in range(7)]
@@ -122,7 +122,7 @@ def test_long_records_stay_whole(tmp_path):
 
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])
 @pytest.mark.parametrize("inner", [".jsonl", ".json"])
-def test_compressed_records(tmp_path, suffix, inner):
+def test_compressed_records(tmp_path, suffix, inner, cache):
     plain = write_jsonl(tmp_path / f"a{inner}").read_bytes()
     packed = tmp_path / f"c4-train.00000-of-01024{inner}{suffix}"
     if suffix == ".gz":
@@ -132,25 +132,21 @@ def test_compressed_records(tmp_path, suffix, inner):
 
         packed.write_bytes(zstandard.compress(plain))
     (tmp_path / f"a{inner}").unlink()
-    cache = tmp_path / "cache"
     for _ in range(2):
-        source = build_source("c4", str(tmp_path), cache_dir=str(cache))
+        source = build_source("c4", str(tmp_path))
         assert [d.text for d in read(source)] == [r["text"] for r in RECORDS]
         assert len(list(cache.iterdir())) == 1  # made once, no partial file left
 
 
-def test_damaged_compressed_file(tmp_path):
+def test_damaged_compressed_file(tmp_path, cache):
     packed = tmp_path / "a.jsonl.gz"
     whole = gzip.compress(os.urandom(10_000))
-    cache = tmp_path / "cache"
     for data in (whole[:5000], b"not gzip"):
         packed.write_bytes(data)
-        assert_fails(
-            r"a\.jsonl\.gz: can't be decompressed", "files", str(packed), cache_dir=str(cache)
-        )
+        assert_fails(r"a\.jsonl\.gz: can't be decompressed", "files", str(packed))
     packed = tmp_path / "a.txt.zst"
     packed.write_bytes(b"not zstd")
-    assert_fails(r"a\.txt\.zst: can't be decompressed", "files", str(packed), cache_dir=str(cache))
+    assert_fails(r"a\.txt\.zst: can't be decompressed", "files", str(packed))
     assert list(cache.iterdir()) == []
 
 
@@ -249,9 +245,7 @@ def test_bad_record_names_file_and_line(tmp_path, line, message):
 def test_bad_record_of_a_compressed_file_names_that_file(tmp_path):
     packed = tmp_path / "a.jsonl.gz"
     packed.write_bytes(gzip.compress(b"{\n"))
-    assert_fails(
-        r"a\.jsonl\.gz:1: not JSON", "files", str(packed), cache_dir=str(tmp_path / "cache")
-    )
+    assert_fails(r"a\.jsonl\.gz:1: not JSON", "files", str(packed))
 
 
 def test_nothing_there(tmp_path):
@@ -329,7 +323,7 @@ def test_unreadable_file(tmp_path, monkeypatch):
         source[0]
 
 
-def test_no_room_for_decompressed_contents(tmp_path, monkeypatch):
+def test_no_room_for_decompressed_contents(tmp_path, monkeypatch, cache):
     packed = tmp_path / "a.txt.gz"
     packed.write_bytes(gzip.compress(b"hello"))
 
@@ -337,8 +331,7 @@ def test_no_room_for_decompressed_contents(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(compressed.shutil, "copyfileobj", full)
-    cache = tmp_path / "cache"
-    assert_fails("No space left on device", "files", str(packed), cache_dir=str(cache))
+    assert_fails("No space left on device", "files", str(packed))
     assert list(cache.iterdir()) == []
 
 
