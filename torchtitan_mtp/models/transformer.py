@@ -17,8 +17,12 @@ from torchtitan_mtp.models.latent_attention import LatentAttention
 from torchtitan_mtp.models.layers import FeedForward
 from torchtitan_mtp.models.moe import MoE
 from torchtitan_mtp.models.rope import rope_tables
-from torchtitan_mtp.ops import LossOutput, chunked_argmax, linear_cross_entropy
-from torchtitan_mtp.ops.head_by_head import HeadByHeadLoss
+from torchtitan_mtp.ops import (
+    HeadByHeadLoss,
+    LossOutput,
+    chunked_argmax,
+    linear_cross_entropy,
+)
 
 
 class TransformerBlock(nn.Module):

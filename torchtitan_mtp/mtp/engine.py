@@ -71,7 +71,7 @@ def forward_loss(
     for heads, aside in _groups(model, len(hiddens)):
         how = {"head_scales": head_scales[heads], **loss}
         if head_loss is not None:
-            how = {"head_loss": head_loss, "first": heads.start, "in_place": True}
+            how = {"head_loss": head_loss, "first": heads.start}
         outputs.append(model.output(hiddens[heads], batch.labels[..., heads], detach=aside, **how))
     return _together(outputs)
 
@@ -227,7 +227,6 @@ def _backward_of_loss(
         head_loss=head_loss,
         first=k - 1,
         last=last,
-        in_place=True,
     )
     if out.loss.requires_grad:
         out.loss.backward()

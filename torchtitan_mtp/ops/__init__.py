@@ -1,9 +1,9 @@
 """Linear cross-entropy and arg max of several heads, without their whole logits."""
 
 from torchtitan_mtp.ops.argmax import chunked_argmax
-from torchtitan_mtp.ops.chunked import HeadLoss, accumulation_dtype, head_loss_and_grad
-from torchtitan_mtp.ops.head_by_head import HeadByHeadLoss
-from torchtitan_mtp.ops.linear_cross_entropy import LossOutput, linear_cross_entropy
+from torchtitan_mtp.ops.autograd import HeadByHeadLoss
+from torchtitan_mtp.ops.chunked import HeadLoss, LossOutput, accumulation_dtype, head_loss_and_grad
+from torchtitan_mtp.ops.linear_cross_entropy import linear_cross_entropy
 from torchtitan_mtp.ops.token_losses import LossOptions
 
 __all__ = [

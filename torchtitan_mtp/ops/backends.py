@@ -1,7 +1,7 @@
 """The backends of `linear_cross_entropy` by name: ours, plain torch, torch's own.
 
 Each takes (hiddens, weight [V, D], labels [N, n], head_scales [n], row_weights [N, n] or None,
-options) and returns (loss, loss_sum [n], valid [n], correct [n]). Only "chunked" and "naive" have
+options) and returns a LossOutput. Only "chunked" and "naive" have
 every option.
 """
 
@@ -14,12 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from torchtitan_mtp.errors import UserError
-from torchtitan_mtp.ops.all_heads import chunked_linear_cross_entropy
-from torchtitan_mtp.ops.chunked import accumulation_dtype
+from torchtitan_mtp.ops.autograd import chunked_linear_cross_entropy
+from torchtitan_mtp.ops.chunked import LossOutput, accumulation_dtype
 from torchtitan_mtp.ops.token_losses import LossOptions
 
 Heads = tuple[Tensor, ...]
-Result = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def naive(
@@ -29,7 +28,7 @@ def naive(
     head_scales: Tensor,
     row_weights: Tensor | None,
     options: LossOptions,
-) -> Result:
+) -> LossOutput:
     """Whole logits in float32 and plain autograd: the reference."""
     sums, correct = [], []
     for k, hidden in enumerate(hiddens):
@@ -70,7 +69,7 @@ def torch_chunked(
     head_scales: Tensor,
     row_weights: Tensor | None,
     options: LossOptions,
-) -> Result:
+) -> LossOutput:
     """`torch.nn.functional.linear_cross_entropy` (torch 2.13 on), chunked."""
     if not hasattr(F, "linear_cross_entropy"):
         raise UserError(
@@ -114,18 +113,18 @@ def _result(
     head_scales: Tensor,
     options: LossOptions,
     correct: Tensor | None = None,
-) -> Result:
-    """Result from the heads' loss sums; `correct` is -1 where a backend does not count it."""
+) -> LossOutput:
+    """LossOutput from the heads' loss sums; `correct` is -1 where a backend does not count it."""
     loss_sum = torch.stack(sums).to(accumulation_dtype(sums[0].dtype))  # [n]
     loss = (loss_sum * head_scales).sum()
     valid = (labels != options.ignore_index).sum(0)  # [n]
     if correct is None:
         correct = torch.full_like(valid, -1)
-    return loss, loss_sum.detach(), valid, correct
+    return LossOutput(loss, loss_sum.detach(), valid, correct)
 
 
 BACKENDS: dict[
-    str, Callable[[Heads, Tensor, Tensor, Tensor, Tensor | None, LossOptions], Result]
+    str, Callable[[Heads, Tensor, Tensor, Tensor, Tensor | None, LossOptions], LossOutput]
 ] = {
     "chunked": chunked_linear_cross_entropy,
     "naive": naive,

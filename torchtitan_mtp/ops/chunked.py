@@ -58,6 +58,20 @@ class HeadLoss(NamedTuple):
     d_hidden: Tensor | None  # [N, D] in the hidden's dtype
 
 
+class LossOutput(NamedTuple):
+    """Result of `linear_cross_entropy`; only `loss` carries a gradient.
+
+    A NamedTuple of tensors, so that FSDP2 finds them among a module's outputs.
+    """
+
+    loss: Tensor  # [] sum_k head_scales[k] * loss_sum[k]; float32 (float64 for float64 inputs)
+    # [n] sum of each head's token losses over its valid labels, times row_weights, unscaled
+    loss_sum: Tensor
+    valid: Tensor  # [n] int64, labels that are not ignore_index
+    # [n] int64, valid labels whose logit is above every other of its row; -1: backend has no count
+    correct: Tensor
+
+
 @torch.no_grad()
 def head_loss_and_grad(
     hidden: Tensor,
@@ -222,13 +236,13 @@ def _accumulate(d_weight: Tensor, grad: Tensor, h: Tensor) -> None:
             d_weight[v : v + _TILE_ROWS] += grad[:, v : v + _TILE_ROWS].t() @ h
 
 
-def gradient_unit(head_scales: Tensor, *dtypes: torch.dtype) -> Tensor | None:
-    """What gradients are in units of until the backward: nothing, but where one of the dtypes is
-    float16 the largest scale [], or 1 for zeros.
+def gradient_unit(head_scales: Tensor, hidden: Tensor) -> Tensor | None:
+    """What gradients are in units of until the backward: nothing, but where the hidden or a product
+    is float16 the largest scale [], or 1 for zeros.
 
     Scales are about 1 / valid tokens, and float16 would underflow with them.
     """
-    if torch.float16 not in dtypes:
+    if torch.float16 not in (hidden.dtype, matmul_dtype(hidden)):
         return None
     unit = head_scales.abs().amax()
     return unit.masked_fill(unit == 0, 1)

@@ -3,28 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.ops.backends import BACKENDS
+from torchtitan_mtp.ops.chunked import LossOutput
 from torchtitan_mtp.ops.token_losses import LossOptions
-
-
-class LossOutput(NamedTuple):
-    """Result of `linear_cross_entropy`; only `loss` carries a gradient.
-
-    A NamedTuple of tensors, so that FSDP2 finds them among a module's outputs.
-    """
-
-    loss: Tensor  # [] sum_k head_scales[k] * loss_sum[k]; float32 (float64 for float64 inputs)
-    # [n] sum of each head's token losses over its valid labels, times row_weights, unscaled
-    loss_sum: Tensor
-    valid: Tensor  # [n] int64, labels that are not ignore_index
-    # [n] int64, valid labels whose logit is above every other of its row; -1: backend has no count
-    correct: Tensor
 
 
 def linear_cross_entropy(
@@ -88,7 +74,7 @@ def linear_cross_entropy(
     if head_scales is None:
         head_scales = torch.ones(len(heads), device=weight.device)
     head_scales = head_scales.detach()
-    return LossOutput(*BACKENDS[backend](heads, weight, labels, head_scales, row_weights, options))
+    return BACKENDS[backend](heads, weight, labels, head_scales, row_weights, options)
 
 
 def _check(

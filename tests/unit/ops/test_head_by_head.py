@@ -99,18 +99,15 @@ def test_all_heads_in_one_call_and_a_gradient_that_is_there_already(dtype):
         torch.testing.assert_close(mine.grad, its.grad)
 
 
-@pytest.mark.parametrize("in_place", [True, False])
-def test_gradients_take_the_place_of_states_where_they_may(in_place):
+def test_gradients_take_the_place_of_states():
     hiddens, weight, labels, scales = problem()
     leaves = [h.clone().requires_grad_() for h in hiddens]
     linear_cross_entropy(leaves, weight, labels, scales).loss.backward()
     apart = [h.clone().requires_grad_() for h in hiddens]
     states = [h * 1 for h in apart]
-    out = HeadByHeadLoss(scales, LossOptions(chunk_rows=7))(
-        states, weight, labels, in_place=in_place
-    )
+    out = HeadByHeadLoss(scales, LossOptions(chunk_rows=7))(states, weight, labels)
     for state, leaf in zip(states, leaves, strict=True):
-        torch.testing.assert_close(state.detach(), leaf.grad if in_place else leaf.detach())
+        torch.testing.assert_close(state.detach(), leaf.grad)
     out.loss.backward()
     for mine, leaf in zip(apart, leaves, strict=True):
         torch.testing.assert_close(mine.grad, leaf.grad)
@@ -120,6 +117,6 @@ def test_a_state_that_something_needs_is_not_lost_in_silence():
     hiddens, weight, labels, scales = problem()
     leaf = hiddens[0].clone().requires_grad_()
     state = leaf.exp()  # its backward needs its result
-    out = HeadByHeadLoss(scales, LossOptions())([state], weight, labels[:, :1], in_place=True)
+    out = HeadByHeadLoss(scales, LossOptions())([state], weight, labels[:, :1])
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         out.loss.backward()

@@ -1,0 +1,210 @@
+"""The loss of n heads in one autograd function, whose gradients are made in the forward."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchtitan_mtp.ops.chunked import (
+    LossOutput,
+    accumulation_dtype,
+    gradient_unit,
+    head_loss_and_grad,
+    matmul_dtype,
+)
+from torchtitan_mtp.ops.token_losses import LossOptions
+
+
+def chunked_linear_cross_entropy(
+    hiddens: tuple[Tensor, ...],
+    weight: Tensor,
+    labels: Tensor,
+    head_scales: Tensor,
+    row_weights: Tensor | None,
+    options: LossOptions,
+) -> LossOutput:
+    """All heads in one pass, with one buffer for the weight's gradient.
+
+    Arguments and results are those of `linear_cross_entropy`.
+    """
+    unit = gradient_unit(head_scales, hiddens[0])
+    needs_grad = [_needs_grad(t) for t in (weight, *hiddens)]
+    how = (options, unit, needs_grad, None, False)
+    return LossOutput(*_Heads.apply(weight, labels, head_scales, row_weights, *how, *hiddens))
+
+
+class HeadByHeadLoss:
+    """`linear_cross_entropy` for a caller that runs the backward itself: n heads in any number of
+    calls, with no memory but one chunk's logits. Each call's ``loss.backward()`` runs once, without
+    a factor, and nothing else needs the hidden states. Knowing this, it can do without memory of
+    its own:
+
+    - The weight's gradient is added to ``weight.grad`` where that is there in the precision of
+      accumulation. Else all calls add to one [V, D] buffer, which the call with `last` hands to
+      autograd: n heads cost one such gradient and one reduction of it.
+    - A head's gradient takes the storage of its hidden state, whose values are lost.
+
+    head_scales: [n], as in `linear_cross_entropy`.
+    """
+
+    def __init__(self, head_scales: Tensor, options: LossOptions) -> None:
+        self.head_scales, self.options = head_scales, options
+        self.d_weight: Tensor | None = None
+
+    def __call__(
+        self,
+        hiddens: Sequence[Tensor],
+        weight: Tensor,
+        labels: Tensor,
+        first: int = 0,
+        last: bool = True,
+    ) -> LossOutput:
+        """m heads from number `first` (from 0) on.
+
+        hiddens: m tensors [N, D]; weight [V, D]; labels [N, m].
+        """
+        unit = gradient_unit(self.head_scales, hiddens[0])
+        d_weight = self._weight_gradient(weight, unit is None)
+        needs_grad = [last and self.d_weight is not None, *map(_needs_grad, hiddens)]
+        if last:
+            self.d_weight = None
+        scales = self.head_scales[first : first + len(hiddens)]
+        how = (self.options, unit, needs_grad, d_weight, True)
+        return LossOutput(*_Heads.apply(weight, labels, scales, None, *how, *hiddens))
+
+    def _weight_gradient(self, weight: Tensor, add_to_grad: bool) -> Tensor | None:
+        """Where the weight's gradient is added: `.grad` where it may be, or the buffer."""
+        if not _needs_grad(weight):
+            return None
+        if self.d_weight is None:
+            grad, dtype = weight.grad, accumulation_dtype(weight.dtype)
+            if add_to_grad and grad is not None and grad.dtype == dtype and grad.is_contiguous():
+                return grad
+            self.d_weight = _zero_gradient(weight)
+        return self.d_weight
+
+
+class _Heads(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[no-untyped-def]
+        ctx, weight, labels, head_scales, row_weights, options, unit, needs_grad, into, once, *heads
+    ):
+        """weight [V, D], labels [N, n], head_scales [n], row_weights [N, n], heads n of [N, D] ->
+        loss [], and loss sums, valid and correct targets [n]; the gradients are made here.
+
+        needs_grad: whether autograd gets a gradient from here, for each of (weight, *heads).
+        into: what the weight's gradient is added to; None: a new buffer. once: the backward runs
+        once and without a factor, and gradients take the place of the heads' states.
+        """
+        mm = matmul_dtype(heads[0])
+        scales = head_scales if unit is None else head_scales / unit
+        arguments = (list(heads), weight, labels, scales, row_weights, mm, needs_grad, *options)
+        if torch.compiler.is_compiling():
+            results = _heads_op(*arguments)
+        else:
+            results = _heads(*arguments, d_weight=into, in_place=once)
+        loss_sum, valid, correct, *gradients = results
+        ctx.mark_non_differentiable(loss_sum, valid, correct)
+        # Plain attributes: saved tensors would stay referenced and force a copy into `.grad`.
+        ctx.gradients, ctx.unit, ctx.once = gradients, unit, once
+        ctx.needs_grad, ctx.weight_dtype = needs_grad, weight.dtype
+        return (loss_sum * head_scales).sum(), loss_sum, valid, correct
+
+    @staticmethod
+    def backward(ctx, grad_loss, *_):  # type: ignore[no-untyped-def]
+        """grad_loss [] times the gradients of the forward. Error: they were used up before."""
+        gradients, factor, keep = ctx.gradients, ctx.unit, _keeps_graph()
+        if gradients is None:
+            raise RuntimeError(
+                "linear_cross_entropy: a second backward over one forward, whose gradients the "
+                "first has used up; pass retain_graph=True to the first, or run the op again"
+            )
+        if not keep:
+            ctx.gradients = None
+        if not ctx.once:
+            factor = grad_loss if factor is None else grad_loss * factor
+        if factor is not None:
+            gradients = [g * factor if keep else g.mul_(factor) for g in gradients]
+        rest = iter(gradients)
+        d_weight, *d_hiddens = (next(rest) if need else None for need in ctx.needs_grad)
+        if d_weight is not None:
+            d_weight = d_weight.to(ctx.weight_dtype)
+        return d_weight, *(None,) * 8, *d_hiddens
+
+
+def _needs_grad(tensor: Tensor) -> bool:
+    return tensor.requires_grad and torch.is_grad_enabled()
+
+
+def _zero_gradient(weight: Tensor) -> Tensor:
+    dtype = accumulation_dtype(weight.dtype)
+    return torch.zeros_like(weight, dtype=dtype, memory_format=torch.contiguous_format)
+
+
+def _keeps_graph() -> bool:
+    """Whether this backward must leave its graph usable (retain_graph, or a compiled graph)."""
+    if torch.compiler.is_compiling():
+        return True
+    return torch._C._autograd._get_current_graph_task_keep_graph()
+
+
+def _heads(
+    hiddens: list[Tensor],
+    weight: Tensor,
+    labels: Tensor,
+    head_scales: Tensor,
+    row_weights: Tensor | None,
+    mm: torch.dtype,
+    needs_grad: list[bool],
+    *options: Any,
+    d_weight: Tensor | None = None,
+    in_place: bool = False,
+) -> list[Tensor]:
+    """[loss_sum [n], valid [n], correct [n]] and the gradients that `needs_grad` asks for."""
+    if d_weight is None and needs_grad[0]:
+        d_weight = _zero_gradient(weight)
+    heads = [
+        head_loss_and_grad(
+            hidden,
+            weight,
+            labels[:, k],
+            head_scales[k],
+            LossOptions(*options),
+            row_weights=None if row_weights is None else row_weights[:, k],
+            need_d_hidden=needs_grad[1 + k],
+            in_place=in_place,
+            d_weight=d_weight,
+            mm=mm,
+        )
+        for k, hidden in enumerate(hiddens)
+    ]
+    gradients = [d_weight if needs_grad[0] else None, *(head.d_hidden for head in heads)]
+    sums = zip(*(head[:3] for head in heads), strict=True)
+    return [*map(torch.stack, sums), *(g for g in gradients if g is not None)]
+
+
+# torch.compile takes this op whole: no graph break, and no trace of its loops.
+_heads_op = torch.library.custom_op(
+    "torchtitan_mtp::linear_cross_entropy_heads",
+    _heads,
+    mutates_args=(),
+    schema="(Tensor[] hiddens, Tensor weight, Tensor labels, Tensor head_scales, "
+    "Tensor? row_weights, ScalarType mm, bool[] needs_grad, int ignore_index, float z_loss, "
+    "float? softcap, float label_smoothing, SymInt? chunk_rows, bool compile) -> Tensor[]",
+)
+
+
+@_heads_op.register_fake
+def _(hiddens, weight, labels, head_scales, row_weights, mm, needs_grad, *_):  # type: ignore[no-untyped-def]
+    acc, n = accumulation_dtype(weight.dtype), len(hiddens)
+    like = [torch.empty_like(weight, dtype=acc, memory_format=torch.contiguous_format)]
+    like += [torch.empty_like(h, memory_format=torch.contiguous_format) for h in hiddens]
+    return [
+        weight.new_empty(n, dtype=acc),
+        labels.new_empty(n),
+        labels.new_empty(n),
+        *(t for t, need in zip(like, needs_grad, strict=True) if need),
+    ]
