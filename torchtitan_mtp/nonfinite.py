@@ -17,6 +17,7 @@ from torchtitan_mtp.distributed.mesh import all_reduce
 from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.models.transformer import Transformer
 from torchtitan_mtp.monitoring.missing_targets import MissingTargets
+from torchtitan_mtp.ops import LossOptions
 
 logger = logging.getLogger(__name__)
 
@@ -144,7 +145,7 @@ def send_to_host(values: Tensor) -> Callable[[], list[float]]:
 
 
 def find_cause(
-    model: Transformer, loss: dict[str, Any], device: torch.device, batches: Sequence[Batch]
+    model: Transformer, options: LossOptions, device: torch.device, batches: Sequence[Batch]
 ) -> str:
     """The first rank, head and place whose hidden state or loss is not finite, by a forward anew.
 
@@ -161,8 +162,8 @@ def find_cause(
                     place = f"head {k + 1}, micro-batch {i + 1}, sequence {row + 1}"
                     one = slice(row, row + 1)
                     # Every rank calls `output` as often as the others: its weight is gathered anew.
-                    labels, scale = batch.labels[one, :, k : k + 1], torch.ones(1, device=device)
-                    out = model.output([hidden[one]], labels, scale, **loss)
+                    labels = batch.labels[one, :, k : k + 1]
+                    out = model.output([hidden[one]], labels, options=options)
                     # Not where in the sequence: attention kernels multiply what is masked by zero,
                     # and so spread what is not finite over earlier positions.
                     real = batch.doc_ids[row] != PADDING  # [S]

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -62,7 +61,7 @@ from torchtitan_mtp.mtp import (
     rest_unweighted,
 )
 from torchtitan_mtp.nonfinite import FiniteGuard, find_cause, send_to_host
-from torchtitan_mtp.ops.backends import BACKENDS
+from torchtitan_mtp.ops import LossOptions
 from torchtitan_mtp.optimizer import build_optimizer, build_scheduler
 from torchtitan_mtp.validation import compare_with_pairs, measure_text
 from torchtitan_mtp.writing import written_whole
@@ -116,7 +115,7 @@ class Trainer:
         self.param_dtype = (
             resolve_auto_dtype(self.device) if dtype == "auto" else getattr(torch, dtype)
         )
-        self.loss_arguments = loss_arguments(config)
+        self.loss_options = loss_options(config)
         self.model = self._prepare(model)
         self.engine = engines[config.mtp.engine]
         self.float8_scales = float8_scales_after_step(config)
@@ -151,7 +150,7 @@ class Trainer:
             self.optimizer,
             training.skip_nonfinite,
             self.state,
-            functools.partial(find_cause, self.model, self.loss_arguments, self.device),
+            functools.partial(find_cause, self.model, self.loss_options, self.device),
         )
         self.stopping = Stopping()
         self.stopped_unsaved = False
@@ -331,7 +330,7 @@ class Trainer:
         for i, batch in enumerate(batches):
             batch = Batch(*(t.to(self.device, non_blocking=True) for t in batch))
             last = i == len(batches) - 1
-            losses.add(*self.engine(self.model, batch, scales, self.loss_arguments, last))
+            losses.add(*self.engine(self.model, batch, scales, self.loss_options, last))
 
         self.grad_norm = clip_gradients(self.model, config.training.max_norm)
         targets = arrive()  # this waits for no more than the step before, as the guard does
@@ -389,7 +388,7 @@ class Trainer:
         shown: list[Batch] = []
         with apart_from_training(self.model):
             batches = self._held_out_batches(shown, keep=compare)
-            found = measure_text(self.model, batches, self.device, **self.loss_arguments)
+            found = measure_text(self.model, batches, self.device, self.loss_options)
         if self.stopping.signal:
             return []
         self.missing.check(where, found.targets, shown)
@@ -451,17 +450,10 @@ def micro_batches_per_step(config: JobConfig, data_ranks: int) -> int:
     return whole // (local * data_ranks)
 
 
-def loss_arguments(config: JobConfig) -> dict[str, Any]:
-    """Keyword arguments of `linear_cross_entropy`: the [loss] table, and whether to compile.
-
-    Error: no such backend.
-    """
-    if config.loss.backend not in BACKENDS:
-        raise UserError(
-            f'loss.backend = "{config.loss.backend}": expected one of {", ".join(BACKENDS)}'
-        )
+def loss_options(config: JobConfig) -> LossOptions:
+    """The [loss] table, and whether to compile."""
     compiled = config.compile.enable and "loss" in config.compile.components
-    return asdict(config.loss) | {"compile": compiled}
+    return LossOptions(**asdict(config.loss), compile=compiled)
 
 
 def set_determinism(deterministic: bool, seed: int) -> None:

@@ -21,6 +21,7 @@ from torchtitan_mtp.inference.stats import ratio
 from torchtitan_mtp.models.transformer import Transformer
 from torchtitan_mtp.monitoring.baselines import comparison_table, skip_bigram_entropies
 from torchtitan_mtp.monitoring.step_losses import StepLosses
+from torchtitan_mtp.ops import LossOptions
 
 
 @dataclass(frozen=True)
@@ -48,17 +49,16 @@ class TextMeasure:
 
 @torch.no_grad()
 def measure_text(
-    model: Transformer, batches: Iterable[Batch], device: torch.device, **loss: Any
+    model: Transformer, batches: Iterable[Batch], device: torch.device, options: LossOptions
 ) -> TextMeasure:
-    """Losses, accuracies and acceptance on batches, over all ranks. loss: options of
-    `linear_cross_entropy`."""
+    """Losses, accuracies and acceptance on batches, over all ranks."""
     n = 1 if model.mtp is None else model.mtp.num_future_tokens
     losses, tokens = StepLosses(n, device), 0
     agreement = torch.zeros(4, n - 1, dtype=torch.int64, device=device)
     for batch in batches:
         batch = Batch(*(t.to(device) for t in batch))
         hiddens = model(batch)
-        losses.add(*model.output(hiddens, batch.labels, **loss))
+        losses.add(*model.output(hiddens, batch.labels, options=options))
         agreement += text_agreement(model, hiddens, batch.labels)
         tokens += batch.tokens.numel()
     found = losses.reduce()
@@ -85,7 +85,7 @@ def measure_windows(
             labels.append(batch.labels[..., 0].flatten())
             yield batch
 
-    found = measure_text(model, read(), model.norm.weight.device, softcap=softcap)
+    found = measure_text(model, read(), model.norm.weight.device, LossOptions(softcap=softcap))
     if not labels:
         raise UserError("the text is empty: nothing to evaluate on")
     return replace(found, num_bytes=count_bytes(torch.cat(labels), tokenizer))

@@ -6,7 +6,6 @@ Each takes what `torchtitan_mtp.mtp.engines` take and leaves the same gradients 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from torchtitan_mtp.data.targets import Batch
 from torchtitan_mtp.models.transformer import Transformer
+from torchtitan_mtp.ops import LossOptions
 
 
 def _cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -22,7 +22,7 @@ def _cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
 
 
 def held_logits(
-    model: Transformer, batch: Batch, head_scales: Tensor, loss: dict[str, Any], last: bool
+    model: Transformer, batch: Batch, head_scales: Tensor, options: LossOptions, last: bool
 ) -> None:
     """TorchTitan's and Megatron's way: the model returns every depth's logits, then the losses."""
     logits = [F.linear(h, model.output.weight) for h in model(batch)]  # n of [B, S, V]
@@ -34,7 +34,7 @@ def held_logits(
 
 
 def checkpointed_logits(
-    model: Transformer, batch: Batch, head_scales: Tensor, loss: dict[str, Any], last: bool
+    model: Transformer, batch: Batch, head_scales: Tensor, options: LossOptions, last: bool
 ) -> None:
     """Meta lingua's way: activation checkpointing around each head's projection and loss."""
     losses = [

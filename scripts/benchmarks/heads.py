@@ -25,7 +25,7 @@ from torchtitan_mtp.models.init import init_weights
 from torchtitan_mtp.models.transformer import Transformer, build_model
 from torchtitan_mtp.monitoring.flops import forward_backward_flops_per_token
 from torchtitan_mtp.mtp import add_heads, engines, head_scales, head_weights
-from torchtitan_mtp.ops import LossOutput
+from torchtitan_mtp.ops import LossOptions, LossOutput
 from torchtitan_mtp.optimizer import build_optimizer
 from torchtitan_mtp.trainer import clip_gradients
 
@@ -157,7 +157,7 @@ def prepare(case: str, n: int, **sizes: Any) -> Callable[[], None]:
     run_heads: Callable[..., LossOutput] = (engines | PEERS)[mtp.engine]
 
     def forward_backward_update() -> None:
-        run_heads(model, batch, scales, {}, True)
+        run_heads(model, batch, scales, LossOptions(), True)
         clip_gradients(model, 1.0)
         optimizer.step()
 

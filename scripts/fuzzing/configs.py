@@ -14,7 +14,7 @@ from torchtitan_mtp.data.targets import IGNORE  # noqa: F401  (imported before t
 from torchtitan_mtp.models.transformer import build_model
 from torchtitan_mtp.mtp import add_heads, args_of_run, head_weights
 from torchtitan_mtp.optimizer import build_optimizer, build_scheduler
-from torchtitan_mtp.trainer import loss_arguments, micro_batches_per_step
+from torchtitan_mtp.trainer import micro_batches_per_step
 
 RECIPES = sorted((Path(__file__).parents[2] / "train_configs").glob("*.toml"))
 NUMBERS = [0, 1, -1, 2, 3, 7, 8, 64, 1000, 2**31, 2**63, -(2**63), 10**30]
@@ -43,7 +43,6 @@ def plan(config: JobConfig) -> None:
     heads = config.mtp.num_future_tokens if "mtp" in config.model.converters else 1
     config.mtp.num_future_tokens = heads
     args = args_of_run(config, 259)
-    loss_arguments(config)
     micro_batches_per_step(config, 1)
     sizes = [args.n_layers, args.dim, heads, args.max_seq_len, args.vocab_size or 0]
     experts = args.moe.num_experts if args.moe is not None else 0

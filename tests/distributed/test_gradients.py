@@ -29,6 +29,7 @@ from torchtitan_mtp.distributed.parallelize import parallelize
 from torchtitan_mtp.models.args import ModelArgs
 from torchtitan_mtp.models.transformer import build_model
 from torchtitan_mtp.mtp import add_heads, engines, head_scales, head_weights
+from torchtitan_mtp.ops import LossOptions
 
 ACCUMULATION = 2
 
@@ -76,9 +77,8 @@ def step_on_rank(
             moe.tokens_per_expert.zero_()
         total = torch.zeros(())
         for i, batch in enumerate(batches):
-            out = engines[mtp.engine](
-                model, batch, scales, {"backend": backend}, i == len(batches) - 1
-            )
+            last = i == len(batches) - 1
+            out = engines[mtp.engine](model, batch, scales, LossOptions(backend=backend), last)
             total += out.loss
         all_reduce(total)
     gradients = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
@@ -10,11 +11,13 @@ from torch import nn
 
 from torchtitan_mtp.config import JobConfig
 from torchtitan_mtp.errors import UserError
+from torchtitan_mtp.ops import LossOptions
+from torchtitan_mtp.ops.backends import BACKENDS
 from torchtitan_mtp.trainer import (
     StepLosses,
     TrainState,
     clip_gradients,
-    loss_arguments,
+    loss_options,
     micro_batches_per_step,
 )
 
@@ -88,18 +91,12 @@ def test_train_state_is_plain_data():
 def test_every_key_of_the_loss_table_is_passed_on():
     config = JobConfig()
     config.loss.chunk_rows, config.loss.z_loss = 7, 1e-4
-    assert loss_arguments(config) == {
-        "backend": "chunked",
-        "chunk_rows": 7,
-        "z_loss": 1e-4,
-        "softcap": None,
-        "label_smoothing": 0.0,
-        "compile": False,
-    }
+    assert loss_options(config) == LossOptions(chunk_rows=7, z_loss=1e-4)
     config.compile.enable = True
-    assert loss_arguments(config)["compile"]
+    assert loss_options(config).compile
     config.compile.components = ["model"]
-    assert not loss_arguments(config)["compile"]
-    config.loss.backend = "best"
-    with pytest.raises(UserError, match=r'loss.backend = "best": expected one of chunked'):
-        loss_arguments(config)
+    assert not loss_options(config).compile
+
+
+def test_the_backends_of_the_loss_table_are_the_ops():
+    assert get_args(get_type_hints(type(JobConfig().loss))["backend"]) == tuple(BACKENDS)

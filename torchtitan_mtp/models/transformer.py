@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,12 +17,7 @@ from torchtitan_mtp.models.latent_attention import LatentAttention
 from torchtitan_mtp.models.layers import FeedForward
 from torchtitan_mtp.models.moe import MoE
 from torchtitan_mtp.models.rope import rope_tables
-from torchtitan_mtp.ops import (
-    HeadByHeadLoss,
-    LossOutput,
-    chunked_argmax,
-    linear_cross_entropy,
-)
+from torchtitan_mtp.ops import LossOptions, LossOutput, chunked_argmax, linear_cross_entropy
 
 
 class TransformerBlock(nn.Module):
@@ -83,16 +78,17 @@ class Unembedding(nn.Linear):
         hiddens: Tensor | Sequence[Tensor],
         labels: Tensor | None = None,
         head_scales: Tensor | None = None,
+        options: LossOptions | None = None,
+        *,
         detach: bool = False,
-        head_loss: HeadByHeadLoss | None = None,
+        head_loss: Callable[[list[Tensor], Tensor, Tensor], LossOutput] | None = None,
         argmax: bool = False,
-        **options: Any,
     ) -> Tensor | LossOutput:
         """Logits [..., V] of one tensor [..., D]; with labels [B, S, n] the loss of n heads.
 
-        hiddens: n tensors [B, S, D]; head_scales [n]; options of `linear_cross_entropy`. `detach`
-        keeps the gradient from the weight. With `head_loss`, that object computes the loss, with
-        options of its call. With `argmax`, the most likely tokens [B, S, n] int64 of n heads,
+        hiddens: n tensors [B, S, D]; head_scales [n]. `detach` keeps the gradient from the weight.
+        head_loss: computes the loss in place of `linear_cross_entropy`, from n tensors [N, D], the
+        weight and labels [N, n]. With `argmax`, the most likely tokens [B, S, n] int64 of n heads,
         without gradients.
         """
         if argmax:
@@ -105,8 +101,9 @@ class Unembedding(nn.Linear):
         labels = labels.flatten(0, 1)  # [N, n], N = B * S
         flat = [h.flatten(0, 1) for h in hiddens]  # n of [N, D]
         if head_loss is not None:
-            return head_loss(flat, weight, labels, **options)
-        return linear_cross_entropy(flat, weight, labels, head_scales, **options)
+            return head_loss(flat, weight, labels)
+        how = (options or LossOptions())._asdict()
+        return linear_cross_entropy(flat, weight, labels, head_scales, **how)
 
 
 class Transformer(nn.Module):

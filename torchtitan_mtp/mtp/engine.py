@@ -32,8 +32,8 @@ unless the loss has another backend.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,36 +51,43 @@ from torchtitan_mtp.mtp.turns import (
 )
 from torchtitan_mtp.ops import HeadByHeadLoss, LossOptions, LossOutput
 
-LossArguments = dict[str, Any]
-
 
 def forward_loss(
     model: Transformer,
     batch: Batch,
     head_scales: Tensor,
-    loss: LossArguments,
+    options: LossOptions,
     head_loss: HeadByHeadLoss | None = None,
 ) -> LossOutput:
     """The loss of all heads, with its graph where gradients are on.
 
-    loss: keyword arguments of `linear_cross_entropy`. head_loss: what computes it in its place, for
-    one backward and no chain; states give way to their gradients. Without gradients under FSDP2,
-    call `reshard()` on the FSDP modules afterwards: nothing else frees what a forward gathered.
+    head_loss: what computes it in place of `linear_cross_entropy`, for one backward and no chain;
+    states give way to their gradients. Without gradients under FSDP2, call `reshard()` on the FSDP
+    modules afterwards: nothing else frees what a forward gathered.
     """
-    hiddens, outputs = model(batch), []
-    for heads, aside in _groups(model, len(hiddens)):
-        how = {"head_scales": head_scales[heads], **loss}
-        if head_loss is not None:
-            how = {"head_loss": head_loss, "first": heads.start}
-        outputs.append(model.output(hiddens[heads], batch.labels[..., heads], detach=aside, **how))
-    return _together(outputs)
+    hiddens, groups = model(batch), [slice(0, None)]
+    if model.mtp is not None and model.mtp.detach_trunk:
+        groups = [slice(0, 1), slice(1, None)]  # the others' gradient is kept from `output`
+    return _together(
+        [
+            model.output(
+                hiddens[heads],
+                batch.labels[..., heads],
+                head_scales[heads],
+                options,
+                detach=heads.start > 0,
+                head_loss=head_loss and functools.partial(head_loss, first=heads.start),
+            )
+            for heads in groups
+        ]
+    )
 
 
 def joint(
     model: Transformer,
     batch: Batch,
     head_scales: Tensor,
-    loss: LossArguments,
+    options: LossOptions,
     last_micro_batch: bool = True,
 ) -> LossOutput:
     """Forward and backward of one micro-batch, in one graph unless a chain takes its own way;
@@ -88,14 +95,14 @@ def joint(
 
     `last_micro_batch`: whether gradients are reduced over the ranks now.
     """
-    chunked = loss.get("backend", "chunked") == "chunked"
+    chunked = options.backend == "chunked"
     if chunked and isinstance(model.mtp, SequentialHeads):
-        return _in_turn(_chained_turns, model, batch, head_scales, loss, last_micro_batch)
+        return sequential(model, batch, head_scales, options, last_micro_batch)
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(last_micro_batch)
         model.set_is_last_backward(last_micro_batch)
-    head_loss = _head_loss(head_scales, loss) if chunked else None
-    out = forward_loss(model, batch, head_scales, loss, head_loss)
+    head_loss = HeadByHeadLoss(head_scales, options) if chunked else None
+    out = forward_loss(model, batch, head_scales, options, head_loss)
     out.loss.backward()
     return _detached(out)
 
@@ -104,32 +111,21 @@ def sequential(
     model: Transformer,
     batch: Batch,
     head_scales: Tensor,
-    loss: LossArguments,
+    options: LossOptions,
     last_micro_batch: bool = True,
 ) -> LossOutput:
     """As `joint`, head by head."""
     if model.mtp is None:
-        return joint(model, batch, head_scales, loss, last_micro_batch)
+        return joint(model, batch, head_scales, options, last_micro_batch)
     turns = _parallel_turns if isinstance(model.mtp, ParallelHeads) else _chained_turns
-    return _in_turn(turns, model, batch, head_scales, loss, last_micro_batch)
+    outputs = turns(model, batch, HeadByHeadLoss(head_scales, options), last_micro_batch)
+    release(model)
+    return _together([outputs[k] for k in sorted(outputs)])
 
 
 def backward_follows_forward(model: Transformer, engine: str) -> bool:
     """Whether each head's backward comes right after its forward: no two are alive at a time."""
     return engine == "sequential" and isinstance(model.mtp, ParallelHeads)
-
-
-def _in_turn(
-    turns: Callable[[Transformer, Batch, HeadByHeadLoss, bool], dict[int, LossOutput]],
-    model: Transformer,
-    batch: Batch,
-    head_scales: Tensor,
-    loss: LossArguments,
-    last_micro_batch: bool,
-) -> LossOutput:
-    outputs = turns(model, batch, _head_loss(head_scales, loss), last_micro_batch)
-    release(model)
-    return _together([outputs[k] for k in sorted(outputs)])
 
 
 def _parallel_turns(
@@ -224,25 +220,11 @@ def _backward_of_loss(
         [hidden],
         batch.labels[..., k - 1 : k],
         detach=model.mtp.detach_trunk and k > 1,
-        head_loss=head_loss,
-        first=k - 1,
-        last=last,
+        head_loss=functools.partial(head_loss, first=k - 1, last=last),
     )
     if out.loss.requires_grad:
         out.loss.backward()
     return _detached(out)
-
-
-def _groups(model: Transformer, n: int) -> list[tuple[slice, bool]]:
-    """The heads whose gradient reaches `output`, and those kept from it."""
-    if model.mtp is None or not model.mtp.detach_trunk:
-        return [(slice(0, n), False)]
-    return [(slice(0, 1), False), (slice(1, n), True)]
-
-
-def _head_loss(head_scales: Tensor, loss: LossArguments) -> HeadByHeadLoss:
-    options = {name: value for name, value in loss.items() if name != "backend"}
-    return HeadByHeadLoss(head_scales, LossOptions(**options))
 
 
 def _leaf(x: Tensor, requires_grad: bool) -> Tensor:
@@ -261,6 +243,6 @@ def _together(outputs: Sequence[LossOutput]) -> LossOutput:
     return LossOutput(torch.stack(losses).sum(), *(torch.cat(parts) for parts in statistics))
 
 
-Engine = Callable[[Transformer, Batch, Tensor, LossArguments, bool], LossOutput]
+Engine = Callable[[Transformer, Batch, Tensor, LossOptions, bool], LossOutput]
 
 engines: dict[str, Engine] = {"joint": joint, "sequential": sequential}

@@ -193,7 +193,8 @@ _heads_op = torch.library.custom_op(
     mutates_args=(),
     schema="(Tensor[] hiddens, Tensor weight, Tensor labels, Tensor head_scales, "
     "Tensor? row_weights, ScalarType mm, bool[] needs_grad, int ignore_index, float z_loss, "
-    "float? softcap, float label_smoothing, SymInt? chunk_rows, bool compile) -> Tensor[]",
+    "float? softcap, float label_smoothing, SymInt? chunk_rows, bool compile, str backend) "
+    "-> Tensor[]",
 )
 
 

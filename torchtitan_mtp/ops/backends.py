@@ -76,7 +76,14 @@ def torch_chunked(
             "linear_cross_entropy: backend 'torch' needs torch >= 2.13, found "
             f"{torch.__version__}; use 'chunked'"
         )
-    _refuse("torch", row_weights, options, "z_loss", "softcap", "label_smoothing")
+    names = ("z_loss", "softcap", "label_smoothing")
+    missing = [
+        f"{name} (it is {getattr(options, name)})" for name in names if getattr(options, name)
+    ]
+    if row_weights is not None:
+        missing.insert(0, "row_weights")
+    if missing:
+        raise UserError(f"linear_cross_entropy: backend 'torch' has no {missing[0]}; use 'chunked'")
     chunking = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=options.chunk_rows)
     sums = [
         F.linear_cross_entropy(
@@ -90,21 +97,6 @@ def torch_chunked(
         for k, hidden in enumerate(hiddens)
     ]
     return _result(sums, labels, head_scales, options)
-
-
-def _refuse(backend: str, row_weights: Tensor | None, options: LossOptions, *names: str) -> None:
-    """An error for row weights, or for the first of the options `names` not at its default."""
-    if row_weights is not None:
-        raise UserError(
-            f"linear_cross_entropy: backend {backend!r} has no row_weights; use 'chunked'"
-        )
-    for name in names:
-        value = getattr(options, name)
-        if value != LossOptions._field_defaults[name]:
-            raise UserError(
-                f"linear_cross_entropy: backend {backend!r} has no {name} (it is {value}); "
-                "use 'chunked'"
-            )
 
 
 def _result(

@@ -62,90 +62,73 @@ def linear_cross_entropy(
         UserError: shapes, dtypes or devices that do not fit, an unknown or missing backend, or an
             option that the backend does not have; one line that names it.
     """
-    heads = _check(hiddens, weight, labels, head_scales)
-    if row_weights is not None:
-        row_weights = _check_row_weights(row_weights, labels, weight)
-    options = LossOptions(ignore_index, z_loss, softcap, label_smoothing, chunk_rows, compile)
+    options = LossOptions(
+        ignore_index, z_loss, softcap, label_smoothing, chunk_rows, compile, backend
+    )
     _check_options(options)
-    if backend not in BACKENDS:
-        raise UserError(
-            f"linear_cross_entropy: backend is {backend!r}; expected one of {', '.join(BACKENDS)}"
-        )
+    heads = _check_tensors(hiddens, weight, labels, head_scales, row_weights)
     if head_scales is None:
         head_scales = torch.ones(len(heads), device=weight.device)
-    head_scales = head_scales.detach()
-    return BACKENDS[backend](heads, weight, labels, head_scales, row_weights, options)
-
-
-def _check(
-    hiddens: Sequence[Tensor] | Tensor, weight: Tensor, labels: Tensor, scales: Tensor | None
-) -> tuple[Tensor, ...]:
-    """The hiddens as a tuple of [N, D], after a check of every shape, dtype and device."""
-    if isinstance(hiddens, Tensor):
-        if hiddens.dim() != 3:
-            raise _error("hiddens", hiddens, "n tensors [N, D] or one [n, N, D]")
-        hiddens = hiddens.unbind(0)
-    heads = tuple(hiddens)
-    if not heads:
-        raise UserError("linear_cross_entropy: hiddens is empty; expected at least one [N, D]")
-    if weight.dim() != 2:
-        raise _error("weight", weight, "[V, D]")
-    n_rows, dim = heads[0].shape[0], weight.shape[1]
-    for k, hidden in enumerate(heads):
-        if tuple(hidden.shape) != (n_rows, dim):
-            raise _error(f"hiddens[{k}]", hidden, f"[N, D] = [{n_rows}, {dim}]")
-        _check_device(f"hiddens[{k}]", hidden, weight)
-        if hidden.dtype != weight.dtype and not torch.is_autocast_enabled(weight.device.type):
-            raise UserError(
-                f"linear_cross_entropy: hiddens[{k}] is {hidden.dtype} and weight {weight.dtype}; "
-                "expected one dtype (or autocast)"
-            )
-    if tuple(labels.shape) != (n_rows, len(heads)):
-        raise _error("labels", labels, f"[N, n] = [{n_rows}, {len(heads)}]")
-    _check_device("labels", labels, weight)
-    if labels.dtype != torch.int64:
-        raise UserError(f"linear_cross_entropy: labels is {labels.dtype}; expected torch.int64")
-    if scales is not None and tuple(scales.shape) != (len(heads),):
-        raise _error("head_scales", scales, f"[n] = [{len(heads)}]")
-    if scales is not None:
-        _check_device("head_scales", scales, weight)
-    return heads
-
-
-def _check_device(name: str, tensor: Tensor, weight: Tensor) -> None:
-    if tensor.device != weight.device:
-        raise UserError(
-            f"linear_cross_entropy: {name} is on {tensor.device} and weight on {weight.device}; "
-            "expected one device"
-        )
-
-
-def _check_row_weights(row_weights: Tensor, labels: Tensor, weight: Tensor) -> Tensor:
-    """The weights [N, n], detached."""
-    shape = tuple(row_weights.shape)
-    if shape not in (tuple(labels.shape), tuple(labels.shape[:1])):
-        n_rows, n = labels.shape
-        raise _error("row_weights", row_weights, f"[N] = [{n_rows}] or [N, n] = [{n_rows}, {n}]")
-    _check_device("row_weights", row_weights, weight)
-    if len(shape) == 1:
-        row_weights = row_weights.unsqueeze(1).expand(labels.shape)
-    return row_weights.detach()
+    if row_weights is not None:
+        columns = row_weights if row_weights.dim() == 2 else row_weights.unsqueeze(1)
+        row_weights = columns.detach().expand(labels.shape)
+    return BACKENDS[backend](heads, weight, labels, head_scales.detach(), row_weights, options)
 
 
 def _check_options(options: LossOptions) -> None:
-    if options.softcap is not None and options.softcap <= 0:
-        raise UserError(f"linear_cross_entropy: softcap is {options.softcap}; expected > 0 or None")
-    if not 0 <= options.label_smoothing <= 1:
-        raise UserError(
-            f"linear_cross_entropy: label_smoothing is {options.label_smoothing}; expected 0 to 1"
-        )
-    if options.z_loss < 0:
-        raise UserError(f"linear_cross_entropy: z_loss is {options.z_loss}; expected >= 0")
-    if options.chunk_rows is not None and options.chunk_rows < 1:
-        raise UserError(
-            f"linear_cross_entropy: chunk_rows is {options.chunk_rows}; expected >= 1 or None"
-        )
+    cap, rows = options.softcap, options.chunk_rows
+    for name, fits, expected in (
+        ("softcap", cap is None or cap > 0, "> 0 or None"),
+        ("label_smoothing", 0 <= options.label_smoothing <= 1, "0 to 1"),
+        ("z_loss", options.z_loss >= 0, ">= 0"),
+        ("chunk_rows", rows is None or rows >= 1, ">= 1 or None"),
+        ("backend", options.backend in BACKENDS, f"one of {', '.join(BACKENDS)}"),
+    ):
+        if not fits:
+            raise _error(f"{name} is {getattr(options, name)!r}", expected)
 
 
-def _error(name: str, tensor: Tensor, expected: str) -> UserError:
-    return UserError(f"linear_cross_entropy: {name} is {list(tensor.shape)}; expected {expected}")
+def _check_tensors(
+    hiddens: Sequence[Tensor] | Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    head_scales: Tensor | None,
+    row_weights: Tensor | None,
+) -> tuple[Tensor, ...]:
+    """The hiddens as a tuple of [N, D], after a check of every shape, device and dtype."""
+    if isinstance(hiddens, Tensor) and hiddens.dim() != 3:
+        raise _error(f"hiddens is {list(hiddens.shape)}", "n tensors [N, D] or one [n, N, D]")
+    heads = tuple(hiddens)
+    if not heads:
+        raise _error("hiddens is empty", "at least one [N, D]")
+    if weight.dim() != 2:
+        raise _error(f"weight is {list(weight.shape)}", "[V, D]")
+    n, n_rows, dim = len(heads), heads[0].shape[0], weight.shape[1]
+    rows, table = [n_rows], [n_rows, n]
+    for k, hidden in enumerate(heads):
+        _check_tensor(f"hiddens[{k}]", hidden, weight, {"[N, D]": [n_rows, dim]})
+        if hidden.dtype != weight.dtype and not torch.is_autocast_enabled(weight.device.type):
+            what = f"hiddens[{k}] is {hidden.dtype} and weight {weight.dtype}"
+            raise _error(what, "one dtype (or autocast)")
+    _check_tensor("labels", labels, weight, {"[N, n]": table})
+    if labels.dtype != torch.int64:
+        raise _error(f"labels is {labels.dtype}", "torch.int64")
+    if head_scales is not None:
+        _check_tensor("head_scales", head_scales, weight, {"[n]": [n]})
+    if row_weights is not None:
+        _check_tensor("row_weights", row_weights, weight, {"[N]": rows, "[N, n]": table})
+    return heads
+
+
+def _check_tensor(name: str, tensor: Tensor, weight: Tensor, shapes: dict[str, list[int]]) -> None:
+    """An error for a shape that is none of `shapes`, or another device than the weight's."""
+    shape = list(tensor.shape)
+    if shape not in shapes.values():
+        expected = " or ".join(f"{words} = {sizes}" for words, sizes in shapes.items())
+        raise _error(f"{name} is {shape}", expected)
+    if tensor.device != weight.device:
+        raise _error(f"{name} is on {tensor.device} and weight on {weight.device}", "one device")
+
+
+def _error(found: str, expected: str) -> UserError:
+    return UserError(f"linear_cross_entropy: {found}; expected {expected}")

@@ -11,14 +11,16 @@ from torch import Tensor
 
 
 class LossOptions(NamedTuple):
-    """What a token's loss is; the same for every head."""
+    """What a token's loss is and how it is computed, as `linear_cross_entropy` says; the same for
+    every head."""
 
     ignore_index: int = -100
     z_loss: float = 0.0
     softcap: float | None = None
     label_smoothing: float = 0.0
     chunk_rows: int | None = None
-    compile: bool = False  # the passes over a chunk's logits
+    compile: bool = False
+    backend: str = "chunked"
 
 
 class TokenLosses(NamedTuple):

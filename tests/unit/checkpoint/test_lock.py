@@ -46,8 +46,8 @@ def test_two_runs_in_one_place(tmp_path):
             Trainer(config_of(tmp_path, saves, {"job.dump_folder": str(tmp_path / "b")}))
     finally:
         first.close()
-    with pytest.raises(UserError, match=r"loss.backend"):
-        Trainer(config_of(tmp_path, {"loss.backend": "none"}))
+    with pytest.raises(UserError, match=r"global_batch_size"):
+        Trainer(config_of(tmp_path, {"training.global_batch_size": 7}))
     Trainer(config_of(tmp_path)).close()  # one that did not start holds nothing
 
 

@@ -14,6 +14,7 @@ from torchtitan_mtp.data.targets import make_batch
 from torchtitan_mtp.distributed.activation_checkpoint import apply_activation_checkpointing
 from torchtitan_mtp.distributed.balance import ExpertLoads, balance_experts, weigh_balance_losses
 from torchtitan_mtp.mtp import engines
+from torchtitan_mtp.ops import LossOptions
 
 N = 3
 
@@ -85,7 +86,7 @@ def test_recomputed_activations_are_not_counted_again(heads, engine, config):
         model = model_of(heads)
         apply_activation_checkpointing(model, ActivationCheckpoint(**ac))
         for _ in range(2):  # micro-batches add up
-            engines[engine](model, batch, torch.ones(N), {}, True)
+            engines[engine](model, batch, torch.ones(N), LossOptions(), True)
         counts.append(balance_experts(model).counts)
     tokens = batch.tokens.numel() * DEEPSEEK.moe.top_k
     assert counts[0].sum(1).tolist() == [2 * tokens] * 4  # two layers, two heads
@@ -118,7 +119,8 @@ def test_balance_losses_weigh_as_their_heads_do():
 def test_a_frozen_trunks_biases_stay(heads):
     model = model_of(heads, train="heads")
     before = {name: moe.expert_bias.clone() for name, moe in model.named_mixtures()}
-    engines["joint"](model, make_batch(small_window(2, 12 + N), N), torch.ones(N), {}, True)
+    batch = make_batch(small_window(2, 12 + N), N)
+    engines["joint"](model, batch, torch.ones(N), LossOptions(), True)
     balance_experts(model)
     for name, moe in model.named_mixtures():
         assert torch.equal(moe.expert_bias, before[name]) != name.startswith("mtp."), name

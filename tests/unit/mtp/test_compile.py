@@ -18,6 +18,7 @@ from torchtitan_mtp.distributed.parallelize import parallelize
 from torchtitan_mtp.models.args import ModelArgs
 from torchtitan_mtp.models.transformer import build_model
 from torchtitan_mtp.mtp import add_heads, engines, forward_loss, head_scales, head_weights
+from torchtitan_mtp.ops import LossOptions
 
 # More than the recompilations that torch.compile allows a function (8): one a layer would raise.
 LAYERS, N = 10, 4
@@ -85,7 +86,7 @@ class SmallRun:
         self.model.zero_grad()
         counts = {name: moe.tokens_per_expert.zero_() for name, moe in self.model.named_mixtures()}
         for last in (False, True):
-            engines[self.mtp.engine](self.model, batch, scales, {}, last)
+            engines[self.mtp.engine](self.model, batch, scales, LossOptions(), last)
         return {
             name: p.grad.full_tensor().clone()
             for name, p in self.model.named_parameters()
@@ -94,7 +95,7 @@ class SmallRun:
 
     @torch.no_grad()
     def evaluate(self, seed: int) -> None:
-        forward_loss(self.model, self.batch(seed), torch.ones(N), {})
+        forward_loss(self.model, self.batch(seed), torch.ones(N), LossOptions())
         for module in self.model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()

@@ -76,9 +76,9 @@ class MTP:
 class Loss:
     """The linear cross-entropy that every head goes through."""
 
-    backend: str = "chunked"
-    """Implementation, by its name in torchtitan_mtp/ops/backends.py: "chunked" holds the logits of
-    one chunk of one head at a time, "naive" all of them."""
+    backend: Literal["chunked", "naive", "torch"] = "chunked"
+    """Implementation: "chunked" holds the logits of one chunk of one head at a time, "naive" all of
+    them, "torch" is torch's own (2.13 on)."""
 
     chunk_rows: int | None = setting(None, at_least=1)
     """Tokens of one chunk; None: chosen from the sizes."""
