@@ -357,7 +357,6 @@ class Trainer:
         self.spikes.check(step, reduced["losses"], norm)
         self.metrics.log(
             step,
-            global_avg_loss=reduced["losses"][0],
             global_max_loss=reduced["max_loss"],
             global_total_loss=reduced["total"],
             head_losses=reduced["losses"],

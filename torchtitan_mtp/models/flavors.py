@@ -4,33 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields, replace
+from functools import partial
 from typing import Any
 
 from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.models.args import LatentArgs, ModelArgs, MoEArgs, RoPEScaling, YaRN
 
-_LLAMA3_2: dict[str, Any] = {"rope_scaling": RoPEScaling(factor=32.0), "tied_embeddings": True}
+# TorchTitan scales the rotary frequencies of all its sizes as Llama 3.1 does.
+_llama3 = partial(
+    ModelArgs, n_kv_heads=8, vocab_size=128256, rope_theta=5e5, rope_scaling=RoPEScaling(factor=8.0)
+)
+_llama3_2 = partial(_llama3, rope_scaling=RoPEScaling(factor=32.0), tied_embeddings=True)
 
-
-def _llama3(**shape: Any) -> ModelArgs:
-    # TorchTitan scales the rotary frequencies of all its sizes as Llama 3.1 does.
-    common: dict[str, Any] = {"n_kv_heads": 8, "vocab_size": 128256, "rope_theta": 500000.0}
-    common["rope_scaling"] = RoPEScaling(factor=8.0)
-    return ModelArgs(**common | shape)
-
-
-def _qwen3(**shape: Any) -> ModelArgs:
-    # All dense Qwen3 models: heads of 128, 8 of them for keys and values, no rotary scaling.
-    common: dict[str, Any] = {"n_kv_heads": 8, "head_size": 128, "vocab_size": 151936}
-    common |= {"qk_norm": True, "norm_eps": 1e-6, "rope_theta": 1000000.0}
-    return ModelArgs(**common | shape)
-
-
-def _qwen2(**shape: Any) -> ModelArgs:
-    # Dense Qwen2.5: biases of queries, keys and values, no rotary scaling.
-    common: dict[str, Any] = {"vocab_size": 151936, "norm_eps": 1e-6, "rope_theta": 1000000.0}
-    return ModelArgs(qkv_bias=True, **common | shape)
-
+# Dense Qwen2.5 has biases of queries, keys and values; dense Qwen3 norms of queries and keys, and
+# heads of 128, 8 of them for keys and values. Neither scales rotary frequencies.
+_qwen = partial(ModelArgs, norm_eps=1e-6, rope_theta=1e6)
+_qwen2 = partial(_qwen, qkv_bias=True, vocab_size=151936)
+_qwen3 = partial(_qwen, qk_norm=True, vocab_size=151936, n_kv_heads=8, head_size=128)
 
 # TorchTitan's: 1e-5, and torch's own of float32 for the last norm, which names none.
 _EPS: dict[str, Any] = {"norm_eps": 1e-5, "final_norm_eps": 2.0**-23}
@@ -59,62 +49,48 @@ _TINY["latent"] = LatentArgs(
     q_lora_rank=64, kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=16, v_head_dim=32
 )
 
-
 # Sizes that TorchTitan v0.2.2 has under the same name mean the same numbers (docs/torchtitan.md).
+# Width, layers, attention heads; then what has a name.
 flavors: dict[str, dict[str, ModelArgs]] = {
     "llama3": {
         # 1.6 M parameters over bytes: trains on two CPU cores in minutes.
-        "quickstart": ModelArgs(dim=128, n_layers=4, n_heads=4, multiple_of=64, rope_theta=10000.0),
-        "debugmodel": _llama3(dim=256, n_layers=6, n_heads=16, n_kv_heads=None, vocab_size=2048),
-        "1B": _llama3(dim=2048, n_layers=16, n_heads=32, ffn_dim_multiplier=1.5, **_LLAMA3_2),
-        "3B": _llama3(dim=3072, n_layers=28, n_heads=24, **_LLAMA3_2),
-        "8B": _llama3(dim=4096, n_layers=32, n_heads=32, ffn_dim_multiplier=1.3, multiple_of=1024),
-        "70B": _llama3(dim=8192, n_layers=80, n_heads=64, ffn_dim_multiplier=1.3, multiple_of=4096),
-        "405B": _llama3(
-            dim=16384, n_layers=126, n_heads=128, ffn_dim_multiplier=1.2, multiple_of=4096
-        ),
+        "quickstart": ModelArgs(128, 4, 4, multiple_of=64),
+        "debugmodel": _llama3(256, 6, 16, n_kv_heads=None, vocab_size=2048),
+        "1B": _llama3_2(2048, 16, 32, ffn_dim_multiplier=1.5),
+        "3B": _llama3_2(3072, 28, 24),
+        "8B": _llama3(4096, 32, 32, ffn_dim_multiplier=1.3, multiple_of=1024),
+        "70B": _llama3(8192, 80, 64, ffn_dim_multiplier=1.3, multiple_of=4096),
+        "405B": _llama3(16384, 126, 128, ffn_dim_multiplier=1.2, multiple_of=4096),
         # The byte-level model of Gloeckle et al. 2024, section 3.3 (n = 8 works best there).
-        "byte_7B": ModelArgs(dim=4096, n_layers=32, n_heads=32, rope_theta=10000.0),
+        "byte_7B": ModelArgs(4096, 32, 32),
         # Sizes that no name stands for: [model.args] gives them.
         "custom": ModelArgs(),
     },
     "qwen2": {  # Qwen2.5's sizes
-        "0.5B": _qwen2(
-            dim=896, n_layers=24, n_heads=14, n_kv_heads=2, hidden_dim=4864, tied_embeddings=True
-        ),
-        "1.5B": _qwen2(
-            dim=1536, n_layers=28, n_heads=12, n_kv_heads=2, hidden_dim=8960, tied_embeddings=True
-        ),
-        "7B": _qwen2(
-            dim=3584, n_layers=28, n_heads=28, n_kv_heads=4, hidden_dim=18944, vocab_size=152064
-        ),
-        "custom": _qwen2(vocab_size=None),
+        "0.5B": _qwen2(896, 24, 14, n_kv_heads=2, hidden_dim=4864, tied_embeddings=True),
+        "1.5B": _qwen2(1536, 28, 12, n_kv_heads=2, hidden_dim=8960, tied_embeddings=True),
+        "7B": _qwen2(3584, 28, 28, n_kv_heads=4, hidden_dim=18944, vocab_size=152064),
+        "custom": _qwen(qkv_bias=True),
     },
     "qwen3": {
-        "debugmodel": _qwen3(
-            dim=256, n_layers=8, n_heads=16, hidden_dim=3072, vocab_size=2048, tied_embeddings=True
-        ),
-        "0.6B": _qwen3(dim=1024, n_layers=28, n_heads=16, hidden_dim=3072, tied_embeddings=True),
-        "1.7B": _qwen3(dim=2048, n_layers=28, n_heads=16, hidden_dim=6144, tied_embeddings=True),
-        "4B": _qwen3(dim=2560, n_layers=36, n_heads=32, hidden_dim=9728, tied_embeddings=True),
-        "8B": _qwen3(dim=4096, n_layers=36, n_heads=32, hidden_dim=12288),
-        "14B": _qwen3(dim=5120, n_layers=40, n_heads=40, hidden_dim=17408),
-        "32B": _qwen3(dim=5120, n_layers=64, n_heads=64, hidden_dim=25600),
-        "custom": ModelArgs(qk_norm=True, norm_eps=1e-6, rope_theta=1000000.0),
+        "debugmodel": _qwen3(256, 8, 16, hidden_dim=3072, vocab_size=2048, tied_embeddings=True),
+        "0.6B": _qwen3(1024, 28, 16, hidden_dim=3072, tied_embeddings=True),
+        "1.7B": _qwen3(2048, 28, 16, hidden_dim=6144, tied_embeddings=True),
+        "4B": _qwen3(2560, 36, 32, hidden_dim=9728, tied_embeddings=True),
+        "8B": _qwen3(4096, 36, 32, hidden_dim=12288),
+        "14B": _qwen3(5120, 40, 40, hidden_dim=17408),
+        "32B": _qwen3(5120, 64, 64, hidden_dim=25600),
+        "custom": _qwen(qk_norm=True),
     },
     "deepseek_v3": {
         # 1.5 M parameters over bytes, 0.9 M of them active: trains on two CPU cores in minutes.
-        "quickstart": ModelArgs(dim=128, n_layers=4, n_heads=4, hidden_dim=384, **_TINY),
+        "quickstart": ModelArgs(128, 4, 4, hidden_dim=384, **_TINY),
         "debugmodel": ModelArgs(
-            dim=256, n_layers=6, n_heads=16, vocab_size=2048, hidden_dim=1024, **_v2_lite(8, 256, 3)
+            256, 6, 16, vocab_size=2048, hidden_dim=1024, **_v2_lite(8, 256, 3)
         ),
         # DeepSeek-V2-Lite's shape, as TorchTitan has it under this name.
-        "16B": ModelArgs(
-            dim=2048, n_layers=27, n_heads=16, vocab_size=102400, hidden_dim=10944, **_LITE
-        ),
-        "671B": ModelArgs(
-            dim=7168, n_layers=61, n_heads=128, vocab_size=129280, hidden_dim=18432, **_V3
-        ),
+        "16B": ModelArgs(2048, 27, 16, vocab_size=102400, hidden_dim=10944, **_LITE),
+        "671B": ModelArgs(7168, 61, 128, vocab_size=129280, hidden_dim=18432, **_V3),
         "custom": ModelArgs(latent=LatentArgs(), moe=MoEArgs(), norm_eps=1e-6),
     },
 }

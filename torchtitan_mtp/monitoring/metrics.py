@@ -102,7 +102,6 @@ class MetricsProcessor:
         self,
         step: int,
         *,
-        global_avg_loss: float,
         global_max_loss: float,
         global_total_loss: float,
         head_losses: Sequence[float],
@@ -115,16 +114,16 @@ class MetricsProcessor:
     ) -> None:
         """Report the steps recorded since the last call.
 
-        Losses are means over valid targets of all ranks, in nats: `global_avg_loss` of head 1, the
-        next token, comparable with a run without MTP; `global_max_loss` the largest of the ranks';
-        `global_total_loss` the weighted sum that is minimised. Accuracies are fractions of 1. Head
-        lists run from head 1 to head n. `n_tokens_seen` counts the whole run, all ranks.
+        Losses are means over valid targets of all ranks, in nats: `head_losses` of heads 1 to n
+        (head 1's, the next token, compares with a run without MTP); `global_max_loss` head 1's
+        largest of the ranks; `global_total_loss` the weighted sum that is minimised. Accuracies
+        are fractions of 1. `n_tokens_seen` counts the whole run, all ranks.
         """
         elapsed = max(self.clock() - self.interval_start, 1e-9)
         steps = max(self.steps, 1)
         tps = self.tokens / elapsed / self.world_size
         metrics = {
-            "loss_metrics/global_avg_loss": global_avg_loss,
+            "loss_metrics/global_avg_loss": head_losses[0],
             "loss_metrics/global_max_loss": global_max_loss,
             "loss_metrics/global_total_loss": global_total_loss,
             **head_metrics("loss_metrics", head_losses, head_accuracies),
@@ -175,8 +174,7 @@ class MetricsProcessor:
         heads = list(zip(head_losses, head_accuracies, strict=True))
         parts = {
             "step": f"validate step: {step:2}",
-            "loss": f"loss: {figure(heads[0][0], '.4f', heads[0][1]):>7}",
-            "heads": format_heads(heads),
+            **format_losses(heads),
             "accuracy": "accuracy: " + " ".join(figure(a, ".1%", a) for a in head_accuracies),
             "acceptance": format_acceptance(acceptance),
             "tps": f"tps: {round(tps):,}",
@@ -209,8 +207,7 @@ class MetricsProcessor:
         eta = self.pace.time_left(self.total_steps - step)
         parts = {
             "step": f"step: {step:2}",
-            "loss": f"loss: {figure(heads[0][0], '.4f', heads[0][1]):>7}",
-            "heads": format_heads(heads),
+            **format_losses(heads),
             "grad_norm": f"grad_norm: {metrics['grad_norm']:7.4f}",
             "memory": f"memory: {metrics['memory/max_reserved(GiB)']:5.2f}GiB"
             f"({metrics['memory/max_reserved(%)']:.2f}%)",
@@ -256,13 +253,11 @@ def figure(value: float, form: str, of: float) -> str:
     return "-" if math.isnan(of) else format(value, form)
 
 
-def format_heads(heads: Heads) -> str:
-    """Losses of heads 2..n, of losses and accuracies of all; head 1's is the line's `loss`. Empty
-    without further heads."""
-    if len(heads) < 2:
-        return ""
+def format_losses(heads: Heads) -> dict[str, str]:
+    """Head 1's loss, and those of heads 2..n if there are any, of losses and accuracies of all."""
+    first, *others = (figure(loss, ".4f", of) for loss, of in heads)
     name = "head 2" if len(heads) == 2 else f"heads 2-{len(heads)}"
-    return f"{name}: " + " ".join(figure(loss, ".4f", of) for loss, of in heads[1:])
+    return {"loss": f"loss: {first:>7}", "heads": f"{name}: {' '.join(others)}" if others else ""}
 
 
 def format_acceptance(acceptance: Acceptance) -> str:

@@ -11,6 +11,7 @@ import pickle
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -23,11 +24,7 @@ from torchtitan_mtp.writing import written_whole
 logger = logging.getLogger(__name__)
 
 SNAPSHOT_MAX_ENTRIES = 100_000  # allocations and frees that one snapshot remembers
-
-
-class _Off:
-    def step(self) -> None:
-        pass
+_OFF = SimpleNamespace(step=lambda: None)  # where nothing is asked for
 
 
 @contextmanager
@@ -41,7 +38,7 @@ def profile_steps(
     """
     profiling = config.profiling
     if not profiling.enable_profiling:
-        yield _Off()
+        yield _OFF
         return
     warmup, active = profiling.profiler_warmup, profiling.profiler_active
     wait = profiling.profile_freq - warmup - active
@@ -99,7 +96,7 @@ def snapshot_memory(
     """
     profiling = config.profiling
     if not profiling.enable_memory_snapshot:
-        yield _Off()
+        yield _OFF
         return
     if device.type != "cuda":
         raise UserError(

@@ -26,6 +26,7 @@ SHAPES = {
 
 
 def make(args: MoEArgs, dtype=torch.float64) -> MoE:
+    torch.manual_seed(0)
     moe = MoE(DIM, args).to(dtype)
     for name, parameter in moe.named_parameters():
         torch.nn.init.normal_(parameter, std=2.0 if "gate" in name else 0.3)

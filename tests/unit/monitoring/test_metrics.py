@@ -45,7 +45,6 @@ OUR_TAGS = {
     *(f"mtp/head_{k}_scale" for k in (1, 2, 3)),
 }
 LOSSES = dict(
-    global_avg_loss=2.5,
     global_max_loss=2.75,
     global_total_loss=9.0,
     head_losses=[2.5, 3.0, 3.5],
