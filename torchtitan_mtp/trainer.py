@@ -355,6 +355,8 @@ class Trainer:
         self.guard.settle()
         reduced, norm, step = step_losses.reduce(), self.grad_norm.item(), self.state.step
         self.spikes.check(step, reduced["losses"], norm)
+        loads = self.expert_loads.metrics() if self.expert_loads else {}
+        skipped = {"skipped_steps": self.state.skipped} if self.state.skipped else {}
         self.metrics.log(
             step,
             global_max_loss=reduced["max_loss"],
@@ -365,12 +367,8 @@ class Trainer:
             grad_norm=norm,
             lr=lr,
             n_tokens_seen=self.state.tokens,
-            extra_metrics=self._extra_metrics(),
+            extra_metrics=loads | skipped,
         )
-
-    def _extra_metrics(self) -> dict[str, float]:
-        loads = self.expert_loads.metrics() if self.expert_loads else {}
-        return loads | ({"skipped_steps": self.state.skipped} if self.state.skipped else {})
 
     # ---------------------------------------------------------------- evaluate
 

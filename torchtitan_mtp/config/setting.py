@@ -8,6 +8,7 @@ one source.
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from dataclasses import fields as dataclass_fields
+from operator import attrgetter
 from typing import Any, get_type_hints
 
 LARGEST = 2**31 - 1  # integer where a key says nothing else
@@ -110,9 +111,7 @@ class Option:
 
     def get(self, config: Any) -> Any:
         """This key's value in `config`."""
-        for part in self.path:
-            config = getattr(config, part)
-        return config
+        return attrgetter(self.name)(config)
 
     def set(self, config: Any, value: Any) -> None:
         """Sets this key in `config` in place."""

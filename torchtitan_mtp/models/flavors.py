@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import fields, replace
 from functools import partial
 from typing import Any
@@ -201,57 +201,49 @@ def _scaling(
 
 def check_shape(args: ModelArgs) -> None:
     """Errors: attention heads or experts that don't fit."""
-    _check_heads(args)
-    _check_experts(args)
+    for misfit in (*_misfits_of_heads(args), *_misfits_of_experts(args.moe)):
+        raise UserError(f"model.args.{misfit}")
 
 
-def _check_heads(args: ModelArgs) -> None:
+def _misfits_of_heads(args: ModelArgs) -> Iterator[str]:
+    even = "expected an even number, for rotary pairs"
     if args.latent is not None:
         if args.qkv_bias:
-            raise UserError(
-                "model.args.qkv_bias = true: latent attention has no such biases; set it to false, "
-                "or take a family without latent attention"
+            yield (
+                "qkv_bias = true: latent attention has no such biases; set it to false, or take a "
+                "family without latent attention"
             )
-        if args.latent.qk_rope_head_dim % 2:
-            raise UserError(
-                f"model.args.latent.qk_rope_head_dim = {args.latent.qk_rope_head_dim}: expected an "
-                "even number, for rotary pairs"
-            )
+        if args.rope_dim % 2:
+            yield f"latent.qk_rope_head_dim = {args.rope_dim}: {even}"
         return
     if args.head_size is None and args.dim % args.n_heads:
-        raise UserError(
-            f"model.args.n_heads = {args.n_heads}: dim = {args.dim} is not a multiple of it; set "
+        yield (
+            f"n_heads = {args.n_heads}: dim = {args.dim} is not a multiple of it; set "
             "model.args.head_size, or another number"
         )
     if args.n_heads % args.kv_heads:
-        raise UserError(
-            f"model.args.n_kv_heads = {args.kv_heads}: expected a divisor of n_heads = "
-            f"{args.n_heads}"
-        )
+        yield f"n_kv_heads = {args.kv_heads}: expected a divisor of n_heads = {args.n_heads}"
     if args.head_dim % 2:
-        raise UserError(
-            f"model.args.head_size = {args.head_dim}: expected an even number, for rotary pairs"
-        )
+        yield f"head_size = {args.head_dim}: {even}"
 
 
-def _check_experts(args: ModelArgs) -> None:
-    moe = args.moe
+def _misfits_of_experts(moe: MoEArgs | None) -> Iterator[str]:
     if moe is None:
         return
     groups, limited = moe.num_expert_groups, moe.num_limited_groups
     if moe.num_experts % groups or limited > groups:
-        raise UserError(
-            f"model.args.moe.num_expert_groups = {groups}: expected a divisor of num_experts = "
+        yield (
+            f"moe.num_expert_groups = {groups}: expected a divisor of num_experts = "
             f"{moe.num_experts}, and at least num_limited_groups = {limited}"
         )
     size = moe.num_experts // groups
     if limited < groups and size < 2:
-        raise UserError(
-            f"model.args.moe.num_expert_groups = {groups}: groups of one expert; a group is chosen "
-            f"by its two best, so expected at most {moe.num_experts // 2}"
+        yield (
+            f"moe.num_expert_groups = {groups}: groups of one expert; a group is chosen by its two "
+            f"best, so expected at most {moe.num_experts // 2}"
         )
     if moe.top_k > limited * size:
-        raise UserError(
-            f"model.args.moe.top_k = {moe.top_k}: expected at most {limited * size}, the experts "
-            f"of num_limited_groups = {limited} groups"
+        yield (
+            f"moe.top_k = {moe.top_k}: expected at most {limited * size}, the experts of "
+            f"num_limited_groups = {limited} groups"
         )

@@ -24,27 +24,18 @@ class TextEntropies:
 def skip_bigram_entropies(
     tokens: ArrayLike, labels: ArrayLike, vocab_size: int, ignore_index: int = -100
 ) -> TextEntropies:
-    """Empirical entropies over the very pairs that a loss is taken over.
+    """Empirical entropies in nats over the very pairs that a loss is taken over.
 
     tokens: [N], padding left out. labels: [N, n], the token k ahead, or `ignore_index` where there
     is none; a distance without any pair has entropy nan. Only pairs that occur are held.
     """
-    text, targets = np.asarray(tokens), np.asarray(labels)
+    text, targets = np.asarray(tokens, dtype=np.int64), np.asarray(labels)
     pairs = []
     for target in targets.T:
         valid = target != ignore_index
-        pairs.append(conditional_entropy(text[valid], target[valid], vocab_size))
-    return TextEntropies(unigram=_entropy(text.astype(np.int64)), skip_bigram=tuple(pairs))
-
-
-def conditional_entropy(given: ArrayLike, target: ArrayLike, vocab_size: int) -> float:
-    """H(target | given) in nats of the empirical pairs (given[j], target[j]), both [M].
-
-    H(Y|X) = H(X, Y) - H(X). nan when there is no pair.
-    """
-    x = np.asarray(given, dtype=np.int64).reshape(-1)
-    y = np.asarray(target, dtype=np.int64).reshape(-1)
-    return _entropy(x * vocab_size + y) - _entropy(x)
+        x, y = text[valid], target[valid]
+        pairs.append(_entropy(x * vocab_size + y) - _entropy(x))  # H(Y|X) = H(X, Y) - H(X)
+    return TextEntropies(unigram=_entropy(text), skip_bigram=tuple(pairs))
 
 
 def _entropy(symbols: np.ndarray) -> float:
