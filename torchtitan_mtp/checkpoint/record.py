@@ -18,7 +18,7 @@ from torchtitan_mtp.checkpoint.manifest import read_manifest
 from torchtitan_mtp.config import JobConfig, load_toml
 from torchtitan_mtp.config.values import show
 from torchtitan_mtp.errors import UserError
-from torchtitan_mtp.models.args import LatentArgs, ModelArgs, MoEArgs, RoPEScaling, YaRN
+from torchtitan_mtp.models.args import SCALINGS, LatentArgs, ModelArgs, MoEArgs
 from torchtitan_mtp.models.flavors import EARLIER
 from torchtitan_mtp.models.transformer import Transformer
 
@@ -26,7 +26,6 @@ logger = logging.getLogger(__name__)
 
 # The fields of a ModelSpec, and the optimizer's name; of an export the format.
 Record = dict[str, Any]
-_SCALINGS: dict[str, type[RoPEScaling] | type[YaRN]] = {"llama3": RoPEScaling, "yarn": YaRN}
 _COEFFICIENTS = ("load_balance_coeff", "aux_loss_coeff")  # of the training, not of the function
 
 
@@ -34,8 +33,7 @@ def record_of(spec: ModelSpec, optimizer: str = "") -> Record:
     """As plain data; `spec_of_record` takes the model back. optimizer: its name, "" for none."""
     record = asdict(spec) | {"optimizer": optimizer}
     if (scaling := spec.args.rope_scaling) is not None:
-        kind = next(name for name, kind in _SCALINGS.items() if isinstance(scaling, kind))
-        record["args"]["rope_scaling"]["rope_type"] = kind
+        record["args"]["rope_scaling"]["rope_type"] = scaling.rope_type
     return record
 
 
@@ -50,7 +48,7 @@ def spec_of_record(record: Record) -> ModelSpec:
         for name, kind in (("latent", LatentArgs), ("moe", MoEArgs)):
             args[name] = kind(**args[name]) if args[name] else None
         if scaling := dict(args["rope_scaling"] or {}):
-            args["rope_scaling"] = _SCALINGS[scaling.pop("rope_type")](**scaling)
+            args["rope_scaling"] = SCALINGS[scaling.pop("rope_type")](**scaling)
         fields = {k: v for k, v in record.items() if k not in ("optimizer", "format")}
         return ModelSpec(**fields | {"args": ModelArgs(**args)})
     except (AttributeError, KeyError, TypeError, ValueError) as error:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 
 @dataclass(frozen=True)
 class RoPEScaling:
     """Llama 3.1's frequency scaling for contexts longer than the pre-training's."""
 
+    rope_type: ClassVar[Literal["llama3", "yarn"]] = "llama3"
     factor: float = 8.0
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
@@ -25,6 +26,7 @@ class YaRN:
     keys, and in latent attention `magnitude(mscale_all_dim)` all of them.
     """
 
+    rope_type: ClassVar[Literal["llama3", "yarn"]] = "yarn"
     factor: float = 40.0
     beta_fast: float = 32.0
     beta_slow: float = 1.0
@@ -35,6 +37,9 @@ class YaRN:
     def magnitude(self, mscale: float) -> float:
         """Equation 22's square root of 1 / t, weighted by `mscale`."""
         return 0.1 * mscale * math.log(self.factor) + 1.0 if self.factor > 1 else 1.0
+
+
+SCALINGS: dict[str, type[RoPEScaling] | type[YaRN]] = {"llama3": RoPEScaling, "yarn": YaRN}
 
 
 @dataclass(frozen=True)

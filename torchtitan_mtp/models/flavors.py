@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from torchtitan_mtp.errors import UserError
-from torchtitan_mtp.models.args import LatentArgs, ModelArgs, MoEArgs, RoPEScaling, YaRN
+from torchtitan_mtp.models.args import SCALINGS, LatentArgs, ModelArgs, MoEArgs, RoPEScaling, YaRN
 
 # TorchTitan scales the rotary frequencies of all its sizes as Llama 3.1 does.
 _llama3 = partial(
@@ -176,9 +176,8 @@ def _scaling(
 
     A factor of 1 is none.
     """
-    kinds: dict[str, type[RoPEScaling] | type[YaRN]] = {"llama3": RoPEScaling, "yarn": YaRN}
     default = RoPEScaling if flavors is None else type(flavors)
-    kind = kinds.get(changes.pop("rope_type", ""), default)
+    kind = SCALINGS.get(changes.pop("rope_type", ""), default)
     of_kind = flavors if isinstance(flavors, kind) else None
     if of_kind is None and "factor" not in changes:
         defaults = {field.name: field.default for field in fields(kind)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,11 @@ from torchtitan_mtp.models.args import ModelArgs, RoPEScaling, YaRN
 
 def _common(spec: ModelSpec, architecture: str, model_type: str) -> dict[str, Any]:
     args = spec.args
-    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": args.rope_theta}
+    if isinstance(args.rope_scaling, YaRN):
+        raise UserError(
+            f"{architecture}: YaRN is written for DeepSeek's models only; try torchtitan"
+        )
+    rope = write_rope(args)
     config: dict[str, Any] = {
         "architectures": [architecture],
         "model_type": model_type,
@@ -40,18 +44,17 @@ def _common(spec: ModelSpec, architecture: str, model_type: str) -> dict[str, An
         "rope_theta": args.rope_theta,  # for readers older than rope_parameters
         "rope_parameters": rope,
     }
-    if isinstance(scaling := args.rope_scaling, YaRN):
-        raise UserError(
-            f"{architecture}: YaRN is written for DeepSeek's models only; try torchtitan"
-        )
-    if scaling is not None:
-        rope["rope_type"] = "llama3"
-        rope["factor"] = scaling.factor
-        rope["low_freq_factor"] = scaling.low_freq_factor
-        rope["high_freq_factor"] = scaling.high_freq_factor
-        rope["original_max_position_embeddings"] = scaling.original_max_seq_len
-        config["rope_scaling"] = rope  # the same
-    return config
+    return config if args.rope_scaling is None else config | {"rope_scaling": rope}
+
+
+def write_rope(args: ModelArgs, **older: Any) -> dict[str, Any]:
+    """`rope_parameters`. older: what earlier readers of a scaling look for beside its type."""
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": args.rope_theta}
+    if (scaling := args.rope_scaling) is not None:
+        values = asdict(scaling)
+        values["original_max_position_embeddings"] = values.pop("original_max_seq_len")
+        rope |= {"rope_type": scaling.rope_type, **older, **values}
+    return rope
 
 
 def llama_config(spec: ModelSpec) -> dict[str, Any]:
@@ -64,22 +67,10 @@ def qwen3_config(spec: ModelSpec) -> dict[str, Any]:
     return _common(spec, "Qwen3ForCausalLM", "qwen3") | _no_window(spec)
 
 
-def qwen2_config(spec: ModelSpec) -> dict[str, Any]:
+def qwen2_config(
+    spec: ModelSpec, name: str = "qwen2_hf", architecture: str = "Qwen2ForCausalLM"
+) -> dict[str, Any]:
     """Qwen2Config. Error: heads of another width than dim / n_heads, which engines ignore."""
-    return _qwen2(spec, "qwen2_hf", "Qwen2ForCausalLM")
-
-
-def mimo_config(spec: ModelSpec) -> dict[str, Any]:
-    """MiMo's config: Qwen2's and the number of modules. Error: as `qwen2_config`.
-
-    Its model_type is Qwen2's, which transformers knows: it would read "mimo" with the code of
-    XiaomiMiMo's repository alone, and vLLM goes by the architecture.
-    """
-    config = _qwen2(spec, "mimo_hf", "MiMoForCausalLM")
-    return config | {"num_nextn_predict_layers": spec.modules}
-
-
-def _qwen2(spec: ModelSpec, name: str, architecture: str) -> dict[str, Any]:
     args = spec.args
     if args.head_dim * args.n_heads != args.dim:
         raise UserError(
@@ -88,6 +79,16 @@ def _qwen2(spec: ModelSpec, name: str, architecture: str) -> dict[str, Any]:
             "--drop_heads"
         )
     return _common(spec, architecture, "qwen2") | _no_window(spec)
+
+
+def mimo_config(spec: ModelSpec) -> dict[str, Any]:
+    """MiMo's config: Qwen2's and the number of modules. Error: as `qwen2_config`.
+
+    Its model_type is Qwen2's, which transformers knows: it would read "mimo" with the code of
+    XiaomiMiMo's repository alone, and vLLM goes by the architecture.
+    """
+    config = qwen2_config(spec, "mimo_hf", "MiMoForCausalLM")
+    return config | {"num_nextn_predict_layers": spec.modules}
 
 
 def _no_window(spec: ModelSpec) -> dict[str, Any]:
@@ -218,16 +219,17 @@ def read_rope(
     return theta, inner if kind == scaled else None
 
 
-def _rope(reader: Reader, nested: str | None) -> tuple[float, RoPEScaling | None]:
-    theta, inner = read_rope(reader, "llama3", nested)
-    if inner is None:
-        return theta, None
-    return theta, RoPEScaling(
-        float(inner.number("factor")),
-        float(inner.number("low_freq_factor")),
-        float(inner.number("high_freq_factor")),
-        inner.integer("original_max_position_embeddings"),
-    )
+def read_shape(reader: Reader, longest: int) -> dict[str, Any]:
+    """Fields of `ModelArgs` that all families' configs name alike. longest: where none is said."""
+    return {
+        "dim": reader.integer("hidden_size"),
+        "n_layers": reader.count("num_hidden_layers"),
+        "n_heads": reader.integer("num_attention_heads"),
+        "vocab_size": reader.integer("vocab_size"),
+        "hidden_dim": reader.integer("intermediate_size"),
+        "max_seq_len": reader.integer("max_position_embeddings", longest),
+        "tied_embeddings": reader.flag("tie_word_embeddings"),
+    }
 
 
 def _read_common(
@@ -237,52 +239,53 @@ def _read_common(
     for key in ("mlp_bias", "use_sliding_window"):
         reader.expect(key, False, None)
     reader.expect("hidden_act", "silu")
-    heads, dim = reader.integer("num_attention_heads"), reader.integer("hidden_size")
+    shape = read_shape(reader, longest=2048)
+    heads, dim = shape["n_heads"], shape["dim"]
     head_dim = reader.integer("head_dim", dim // heads)
-    theta, scaling = _rope(reader, rope)
+    theta, scaled = read_rope(reader, "llama3", rope)
     return ModelArgs(
-        dim=dim,
-        n_layers=reader.count("num_hidden_layers"),
-        n_heads=heads,
+        **shape,
         n_kv_heads=reader.integer("num_key_value_heads", heads),
-        vocab_size=reader.integer("vocab_size"),
-        hidden_dim=reader.integer("intermediate_size"),
         head_size=None if head_dim * heads == dim else head_dim,
         qk_norm=qk_norm,
         qkv_bias=qkv_bias,
         norm_eps=float(reader.number("rms_norm_eps", 1e-6)),
         rope_theta=theta,
-        rope_scaling=scaling,
-        max_seq_len=reader.integer("max_position_embeddings", 2048),
-        tied_embeddings=reader.flag("tie_word_embeddings"),
+        rope_scaling=None
+        if scaled is None
+        else RoPEScaling(
+            float(scaled.number("factor")),
+            float(scaled.number("low_freq_factor")),
+            float(scaled.number("high_freq_factor")),
+            scaled.integer("original_max_position_embeddings"),
+        ),
     )
 
 
-def read_llama(file: Path, values: Mapping[str, Any]) -> ModelSpec:
+def read_llama(reader: Reader) -> ModelSpec:
     """The model of a LlamaConfig."""
-    return ModelSpec(_read_common(Reader(file, values), qk_norm=False))
+    return ModelSpec(_read_common(reader, qk_norm=False))
 
 
-def read_qwen3(file: Path, values: Mapping[str, Any]) -> ModelSpec:
+def read_qwen3(reader: Reader) -> ModelSpec:
     """The model of a Qwen3Config."""
-    return ModelSpec(_read_common(Reader(file, {"head_dim": 128, **values}), qk_norm=True))
+    values = {"head_dim": 128, **reader.values}
+    return ModelSpec(_read_common(Reader(reader.file, values), qk_norm=True))
 
 
-def read_qwen2(file: Path, values: Mapping[str, Any]) -> ModelSpec:
+def read_qwen2(reader: Reader) -> ModelSpec:
     """The model of a Qwen2Config."""
-    return ModelSpec(_read_common(Reader(file, values), qk_norm=False, qkv_bias=True))
+    return ModelSpec(_read_common(reader, qk_norm=False, qkv_bias=True))
 
 
-def read_mimo(file: Path, values: Mapping[str, Any]) -> ModelSpec:
+def read_mimo(reader: Reader) -> ModelSpec:
     """The model of MiMo's config."""
-    reader = Reader(file, values)
     spec = with_modules(reader, _read_common(reader, qk_norm=False, qkv_bias=True))
     return replace(spec, trunk_state="raw") if spec.modules else spec
 
 
-def read_glm4_moe(file: Path, values: Mapping[str, Any]) -> ModelSpec:
+def read_glm4_moe(reader: Reader) -> ModelSpec:
     """The model of a Glm4MoeConfig that `glm4_moe_config` wrote; real mixtures are refused."""
-    reader = Reader(file, values)
     args = _read_common(
         reader, qk_norm=reader.flag("use_qk_norm"), qkv_bias=reader.flag("attention_bias")
     )
@@ -290,15 +293,14 @@ def read_glm4_moe(file: Path, values: Mapping[str, Any]) -> ModelSpec:
     reader.expect("moe_intermediate_size", args.ffn_dim)
     reader.expect("n_shared_experts", 1)
     reader.expect("n_routed_experts", GLM_EXPERTS)
-    rope = values.get("rope_parameters") or {}
-    factor = rope.get("partial_rotary_factor", values.get("partial_rotary_factor"))
-    Reader(file, {"partial_rotary_factor": factor}).expect("partial_rotary_factor", 1.0)
+    key = "partial_rotary_factor"
+    rope = reader.values.get("rope_parameters") or {}
+    Reader(reader.file, {key: rope.get(key, reader.values.get(key))}).expect(key, 1.0)
     return with_modules(reader, args)
 
 
-def read_mellum(file: Path, values: Mapping[str, Any]) -> ModelSpec:
+def read_mellum(reader: Reader) -> ModelSpec:
     """The model of a MellumConfig that is dense and looks at everything."""
-    reader = Reader(file, values)
     args = _read_common(reader, qk_norm=True, rope="full_attention")
     reader.expect("num_nextn_predict_layers", 1, 0, None)
     for prefix, count in (("", args.n_layers), ("mtp_", _modules(reader))):
@@ -353,11 +355,10 @@ def meta_params(spec: ModelSpec) -> dict[str, Any]:
     return params | ({} if args.n_kv_heads is None else {"n_kv_heads": args.n_kv_heads})
 
 
-def read_meta(file: Path, values: Mapping[str, Any]) -> ModelSpec:
+def read_meta(reader: Reader) -> ModelSpec:
     """The model of a params.json."""
-    reader = Reader(file, values)
     n = reader.count("n_future_tokens", 1)
-    multiplier = values.get("ffn_dim_multiplier")
+    multiplier = reader.values.get("ffn_dim_multiplier")
     heads = reader.integer("n_heads")
     args = ModelArgs(
         dim=reader.integer("dim"),
@@ -373,6 +374,7 @@ def read_meta(file: Path, values: Mapping[str, Any]) -> ModelSpec:
     )
     if args.n_layers < 1:
         raise UserError(
-            f"{file}: n_layers = {values['n_layers']}, expected at least n_future_tokens = {n}"
+            f"{reader.file}: n_layers = {args.n_layers + n - 1}, expected at least "
+            f"n_future_tokens = {n}"
         )
     return ModelSpec(args, "parallel" if n > 1 else "", n)

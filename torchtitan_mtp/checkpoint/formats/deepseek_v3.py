@@ -7,11 +7,16 @@ copies of the shared embedding and unembedding, which are left out.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
+from dataclasses import asdict
 from typing import Any
 
-from torchtitan_mtp.checkpoint.formats.configs import Reader, read_rope, with_modules
+from torchtitan_mtp.checkpoint.formats.configs import (
+    Reader,
+    read_rope,
+    read_shape,
+    with_modules,
+    write_rope,
+)
 from torchtitan_mtp.checkpoint.formats.names import (
     FEED_FORWARD,
     GLM_MODULE,
@@ -52,6 +57,7 @@ _EXPERTS = {
     "moe.experts.w2": "down_proj.weight",
     "moe.experts.w3": "up_proj.weight",
 }
+_LATENT = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 _EPS = 1e-6  # what transformers gives the norms within attention, whatever config.json says
 
 
@@ -98,18 +104,7 @@ def write_config(spec: ModelSpec) -> dict[str, Any]:
     args, moe, latent = spec.args, _moe(spec), spec.args.latent
     assert latent is not None
     _check(spec)
-    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": args.rope_theta}
-    if isinstance(yarn := args.rope_scaling, YaRN):
-        rope |= {
-            "rope_type": "yarn",
-            "type": "yarn",  # for readers older than rope_parameters
-            "factor": yarn.factor,
-            "beta_fast": yarn.beta_fast,
-            "beta_slow": yarn.beta_slow,
-            "mscale": yarn.mscale,
-            "mscale_all_dim": yarn.mscale_all_dim,
-            "original_max_position_embeddings": yarn.original_max_seq_len,
-        }
+    rope = write_rope(args, type="yarn")
     return {
         "architectures": ["DeepseekV3ForCausalLM"],
         "model_type": "deepseek_v3",
@@ -121,11 +116,7 @@ def write_config(spec: ModelSpec) -> dict[str, Any]:
         "num_nextn_predict_layers": spec.modules,
         "num_attention_heads": args.n_heads,
         "num_key_value_heads": args.n_heads,
-        "q_lora_rank": latent.q_lora_rank or None,
-        "kv_lora_rank": latent.kv_lora_rank,
-        "qk_nope_head_dim": latent.qk_nope_head_dim,
-        "qk_rope_head_dim": latent.qk_rope_head_dim,
-        "v_head_dim": latent.v_head_dim,
+        **asdict(latent) | {"q_lora_rank": latent.q_lora_rank or None},
         "n_routed_experts": moe.num_experts,
         "n_shared_experts": moe.num_shared_experts,
         "num_experts_per_tok": moe.top_k,
@@ -171,9 +162,8 @@ def _check(spec: ModelSpec) -> None:
         raise UserError(f"deepseek_v3_hf: the model has {wrong}; try torchtitan")
 
 
-def read_config(file: Path, values: Mapping[str, Any]) -> ModelSpec:
+def read_config(reader: Reader) -> ModelSpec:
     """The model of a DeepseekV3Config, released ones included."""
-    reader = Reader(file, values)
     heads = reader.integer("num_attention_heads")
     for key, only in (
         ("hidden_act", "silu"),
@@ -188,17 +178,9 @@ def read_config(file: Path, values: Mapping[str, Any]) -> ModelSpec:
         reader.expect(key, only)
     theta, yarn = _rope(reader)
     args = ModelArgs(
-        dim=reader.integer("hidden_size"),
-        n_layers=reader.count("num_hidden_layers"),
-        n_heads=heads,
-        vocab_size=reader.integer("vocab_size"),
-        hidden_dim=reader.integer("intermediate_size"),
+        **read_shape(reader, longest=4096),
         latent=LatentArgs(
-            q_lora_rank=reader.integer("q_lora_rank", 0, zero=True),
-            kv_lora_rank=reader.integer("kv_lora_rank"),
-            qk_nope_head_dim=reader.integer("qk_nope_head_dim"),
-            qk_rope_head_dim=reader.integer("qk_rope_head_dim"),
-            v_head_dim=reader.integer("v_head_dim"),
+            reader.integer("q_lora_rank", 0, zero=True), *map(reader.integer, _LATENT)
         ),
         moe=MoEArgs(
             num_experts=reader.count("n_routed_experts"),
@@ -214,8 +196,6 @@ def read_config(file: Path, values: Mapping[str, Any]) -> ModelSpec:
         norm_eps=_EPS,
         rope_theta=theta,
         rope_scaling=yarn,
-        max_seq_len=reader.integer("max_position_embeddings", 4096),
-        tied_embeddings=reader.flag("tie_word_embeddings"),
     )
     return with_modules(reader, args)
 

@@ -14,6 +14,7 @@ from torch import Size
 
 from torchtitan_mtp.checkpoint.folders import find_checkpoint
 from torchtitan_mtp.checkpoint.formats import configs, deepseek_v3, names
+from torchtitan_mtp.checkpoint.formats.configs import Reader
 from torchtitan_mtp.checkpoint.formats.fp8 import without_quantization
 from torchtitan_mtp.checkpoint.formats.names import Names
 from torchtitan_mtp.checkpoint.formats.read import (
@@ -35,100 +36,71 @@ logger = logging.getLogger(__name__)
 class Format:
     """One format.
 
-    container: "safetensors", "pth" or "dcp". kind: of the blocks that it holds (`ModelSpec.kind`),
-    None for any. heads: the family that it holds, if any, most_modules how many of them, and
-    trunk_state what the first of sequential ones reads. qk_norm, qkv_bias: what it needs, None for
-    either. Without read_config its folders do not say which model they hold.
+    architecture: what its config.json names. Without read_config its folders do not say which model
+    they hold. container: "safetensors", "pth" or "dcp". kind: of the blocks that it holds
+    (`ModelSpec.kind`), None for any. heads: the family that it holds, if any, most_modules how many
+    of them, and trunk_state what the first of sequential ones reads. qk_norm, qkv_bias: what it
+    needs, None for either.
     """
 
     names: Callable[[ModelSpec], Names]
-    container: str
+    architecture: str = ""
+    write_config: Callable[[ModelSpec], dict[str, Any]] | None = None
+    read_config: Callable[[Reader], ModelSpec] | None = None
+    container: str = "safetensors"
     kind: str | None = "llama"
     heads: str = ""
     most_modules: int | None = None
     trunk_state: TrunkState = "normalized"
     qk_norm: bool | None = None
     qkv_bias: bool | None = False
-    architecture: str = ""
-    write_config: Callable[[ModelSpec], dict[str, Any]] | None = None
-    read_config: Callable[[Path, Mapping[str, Any]], ModelSpec] | None = None
 
 
 # (`hf_format` takes the first that holds a model.)
 FORMATS: dict[str, Format] = {
     "llama_hf": Format(
-        names.llama_hf,
-        "safetensors",
+        *(names.llama_hf, "LlamaForCausalLM", configs.llama_config, configs.read_llama),
         qk_norm=False,
-        architecture="LlamaForCausalLM",
-        write_config=configs.llama_config,
-        read_config=configs.read_llama,
     ),
     "qwen2_hf": Format(
-        names.llama_hf,
-        "safetensors",
+        *(names.llama_hf, "Qwen2ForCausalLM", configs.qwen2_config, configs.read_qwen2),
         qk_norm=False,
         qkv_bias=True,
-        architecture="Qwen2ForCausalLM",
-        write_config=configs.qwen2_config,
-        read_config=configs.read_qwen2,
     ),
     "qwen3_hf": Format(
-        names.llama_hf,
-        "safetensors",
+        *(names.llama_hf, "Qwen3ForCausalLM", configs.qwen3_config, configs.read_qwen3),
         qk_norm=True,
-        architecture="Qwen3ForCausalLM",
-        write_config=configs.qwen3_config,
-        read_config=configs.read_qwen3,
     ),
     "glm4_moe_hf": Format(
-        names.glm4_moe_hf,
-        "safetensors",
+        *(names.glm4_moe_hf, "Glm4MoeForCausalLM", configs.glm4_moe_config, configs.read_glm4_moe),
         heads="sequential",
         qkv_bias=None,
-        architecture="Glm4MoeForCausalLM",
-        write_config=configs.glm4_moe_config,
-        read_config=configs.read_glm4_moe,
     ),
     "mimo_hf": Format(
-        names.mimo_hf,
-        "safetensors",
+        *(names.mimo_hf, "MiMoForCausalLM", configs.mimo_config, configs.read_mimo),
         heads="sequential",
         trunk_state="raw",
         qk_norm=False,
         qkv_bias=True,
-        architecture="MiMoForCausalLM",
-        write_config=configs.mimo_config,
-        read_config=configs.read_mimo,
     ),
     "mellum_hf": Format(
-        names.mellum_hf,
-        "safetensors",
+        *(names.mellum_hf, "MellumForCausalLM", configs.mellum_config, configs.read_mellum),
         heads="sequential",
         most_modules=1,
         qk_norm=True,
-        architecture="MellumForCausalLM",
-        write_config=configs.mellum_config,
-        read_config=configs.read_mellum,
     ),
     "meta": Format(
-        names.meta,
-        "pth",
+        *(names.meta, "", configs.meta_params, configs.read_meta, "pth"),
         heads="parallel",
         qk_norm=False,
-        write_config=configs.meta_params,
-        read_config=configs.read_meta,
     ),
     "deepseek_v3_hf": Format(
-        deepseek_v3.names,
-        "safetensors",
+        *(deepseek_v3.names, "DeepseekV3ForCausalLM"),
+        *(deepseek_v3.write_config, deepseek_v3.read_config),
         kind="deepseek_v3",
         heads="sequential",
-        architecture="DeepseekV3ForCausalLM",
-        write_config=deepseek_v3.write_config,
-        read_config=deepseek_v3.read_config,
     ),
-    "torchtitan": Format(names.torchtitan, "dcp", kind=None),
+    "torchtitan": Format(names.torchtitan, container="dcp", kind=None),
 }
 
 

@@ -108,13 +108,13 @@ def read_spec(form: Format, name: str, folder: Path) -> ModelSpec:
     """The model that a folder says it holds. Error: no such file, or a model of another kind."""
     assert form.read_config is not None
     file = folder / ("params.json" if form.container == "pth" else "config.json")
-    values = read_json(file)
-    found = Reader(file, values).architectures()
+    reader = Reader(file, read_json(file))
+    found = reader.architectures()
     if form.architecture and form.architecture not in found:
         right = [key for key, f in FORMATS.items() if f.architecture and f.architecture in found]
         hint = f"; use --format {right[0]}" if right else "; it is not supported here"
         raise UserError(f"{file}: architectures = {found}, but {name} is {form.architecture}{hint}")
-    spec = form.read_config(file, values)
+    spec = form.read_config(reader)
     try:
         check_shape(spec.args)
     except UserError as error:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Size
 
 from torchtitan_mtp.config import MTP, JobConfig, TrunkState
-from torchtitan_mtp.models.args import ModelArgs, YaRN
+from torchtitan_mtp.models.args import ModelArgs
 from torchtitan_mtp.models.flavors import flavors
 from torchtitan_mtp.models.transformer import build_model
 from torchtitan_mtp.mtp import add_heads, args_of_run
@@ -110,8 +110,7 @@ def describe_run(config: JobConfig, spec: ModelSpec) -> None:
         if args.latent is None:
             model.args.n_kv_heads, model.args.head_size = args.kv_heads, args.head_dim
         if args.rope_scaling is not None:
-            yarn = isinstance(args.rope_scaling, YaRN)
-            model.args.rope_scaling.rope_type = "yarn" if yarn else "llama3"
+            model.args.rope_scaling.rope_type = args.rope_scaling.rope_type
         for name in ("rope_scaling", "latent", "moe"):
             for key, value in _fields(getattr(args, name)).items():
                 setattr(getattr(model.args, name), key, value)
