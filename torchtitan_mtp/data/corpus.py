@@ -39,15 +39,11 @@ class Encoded:
 
 def encode_document(tokenizer: Tokenizer, document: Document, where: Callable[[], str]) -> Encoded:
     """The tokens of a document; `where` names its place if the tokenizer fails on it."""
-    prompt, text = (_encode(tokenizer, part, where) for part in (document.prompt, document.text))
     front = np.array(tokenizer.prefix, np.int32)
-    tokens = np.concatenate([front, prompt, text, [tokenizer.eos_id]], dtype=np.int32)
-    return Encoded(tokens, len(front) + len(prompt) if document.prompt else 0)
-
-
-def _encode(tokenizer: Tokenizer, text: str, where: Callable[[], str]) -> np.ndarray:
     try:
-        return tokenizer.encode(text) if text else np.empty(0, np.int32)
+        prompt, text = (
+            tokenizer.encode(x) if x else front[:0] for x in (document.prompt, document.text)
+        )
     except (UserError, KeyboardInterrupt, SystemExit):
         raise
     except BaseException as e:  # those written in Rust panic with BaseExceptions
@@ -55,6 +51,8 @@ def _encode(tokenizer: Tokenizer, text: str, where: Callable[[], str]) -> np.nda
             f"data {where()}: the tokenizer fails on this document"
             f" ({type(e).__name__}: {str(e)[:200]}); mend it or leave it out"
         ) from e
+    tokens = np.concatenate([front, prompt, text, [tokenizer.eos_id]], dtype=np.int32)
+    return Encoded(tokens, len(front) + len(prompt) if document.prompt else 0)
 
 
 @dataclass(eq=False)

@@ -27,17 +27,8 @@ def document_of(record: Any, text_field: str) -> Document | None:
     prompt = "" if plain else record.get("prompt")
     if not isinstance(text, str) or not isinstance(prompt, str):
         return None
-    return Document(_valid(text), _valid(prompt))
-
-
-def num_bytes(document: Document) -> int:
-    """Of its text and prompt, as UTF-8."""
-    return sum(len(x) if x.isascii() else len(x.encode("utf-8")) for x in document)
-
-
-def _valid(text: str) -> str:
     # JSON can spell half a surrogate pair, which no encoding can write: "?" instead.
-    return text if text.isascii() else text.encode("utf-8", errors="replace").decode("utf-8")
+    return Document(*(x.encode("utf-8", errors="replace").decode() for x in (text, prompt)))
 
 
 class Source(Protocol):

@@ -36,27 +36,18 @@ class DataFile:
     def read(self, start: int, stop: int) -> bytes:
         """Bytes start..stop-1. Raises UserError if they can't be read or the size has changed."""
         try:
-            fd = os.open(self.path, os.O_RDONLY)
+            with open(self.path, "rb") as f:
+                now = os.fstat(f.fileno()).st_size
+                f.seek(start)
+                data = f.read(stop - start)
         except OSError as e:
             raise self._unreadable(e) from e
-        data = bytearray()
-        try:
-            now = os.fstat(fd).st_size
-            while len(data) < stop - start:
-                piece = os.pread(fd, stop - start - len(data), start + len(data))
-                if not piece:
-                    break
-                data += piece
-        except OSError as e:
-            raise self._unreadable(e) from e
-        finally:
-            os.close(fd)
         if now != self.size or len(data) != stop - start:
             raise UserError(
                 f"data {self.shown}: {self.size} bytes when the run began, {now} now; put the file"
                 " back and resume; a corpus must not change under a run"
             )
-        return bytes(data)
+        return data
 
     def line_number(self, offset: int) -> int:
         """1-based number of the line that the byte at `offset` is in (for messages: it reads the

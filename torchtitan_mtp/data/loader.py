@@ -329,15 +329,12 @@ def merge_states(states: Iterable[State]) -> State:
     states = list(states)
     if not states:
         raise ValueError("no loader state to merge")
-    own = ("next_window", "lanes")
-    shared = {key: value for key, value in states[0].items() if key not in own}
-    lanes: State = {}
-    for state in states:
-        if {key: value for key, value in state.items() if key not in own} != shared:
-            raise ValueError("loader states of different runs can't be merged")
-        lanes.update(state["lanes"])
+    own = dict.fromkeys(("next_window", "lanes"))
+    if any(state | own != states[0] | own for state in states):
+        raise ValueError("loader states of different runs can't be merged")
+    lanes = {lane: places for state in states for lane, places in state["lanes"].items()}
     return {
-        **shared,
+        **states[0],
         "next_window": min(state["next_window"] for state in states),
         "lanes": dict(sorted(lanes.items(), key=lambda item: int(item[0]))),
     }

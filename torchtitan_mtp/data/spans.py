@@ -6,7 +6,7 @@ import json
 from array import array
 from collections.abc import Callable
 
-from torchtitan_mtp.data.document import Document, document_of, num_bytes
+from torchtitan_mtp.data.document import Document, document_of
 from torchtitan_mtp.data.files import BadRecords, DataFile
 from torchtitan_mtp.errors import UserError
 
@@ -48,7 +48,8 @@ def find_records(file: DataFile, text_field: str, bad: BadRecords) -> Spans:
         for number, line in enumerate(lines, 1):
             if not line.isspace():
                 try:
-                    spans.add(offset, offset + len(line), num_bytes(spans.parse(line)))
+                    size = sum(len(x.encode()) for x in spans.parse(line))
+                    spans.add(offset, offset + len(line), size)
                 except ValueError as e:
                     bad.add(f"{file.shown}:{number}", str(e))
             offset += len(line)

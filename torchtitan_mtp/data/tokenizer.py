@@ -1,7 +1,6 @@
 """Tokenizers: bytes, tiktoken's files (Llama 3's is one) and Hugging Face's tokenizer.json."""
 
 import base64
-import binascii
 import hashlib
 import itertools
 import json
@@ -310,19 +309,17 @@ def _parse_ranks(path: Path, data: bytes) -> dict[bytes, int]:
     for number, line in enumerate(data.split(b"\n"), 1):
         if not line.strip():
             continue
-        match = _RANK_LINE.fullmatch(line)
         try:
-            token = base64.b64decode(match[1], validate=True) if match else None
-        except binascii.Error:
-            token = None
-        if match is None or token is None:
+            word, rank = line.split()
+            token, value = base64.b64decode(word, validate=True), int(rank)
+        except ValueError:
             raise UserError(
                 f"tokenizer {path}:{number}: expected a base64 token and its rank, found"
                 f" {line[:40]!r}"
-            )
+            ) from None
         if token in ranks:
             raise UserError(f"tokenizer {path}:{number}: token {token!r} has a rank already")
-        ranks[token] = int(match[2])
+        ranks[token] = value
     if not ranks:
         raise UserError(f"tokenizer {path}: the file is empty; expected base64 tokens and ranks")
     if sorted(ranks.values()) != list(range(len(ranks))):
