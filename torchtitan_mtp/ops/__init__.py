@@ -2,13 +2,12 @@
 
 from torchtitan_mtp.ops.argmax import chunked_argmax
 from torchtitan_mtp.ops.autograd import HeadByHeadLoss
-from torchtitan_mtp.ops.chunked import HeadLoss, LossOutput, accumulation_dtype, head_loss_and_grad
+from torchtitan_mtp.ops.chunked import LossOutput, accumulation_dtype, head_loss_and_grad
 from torchtitan_mtp.ops.linear_cross_entropy import linear_cross_entropy
 from torchtitan_mtp.ops.token_losses import LossOptions
 
 __all__ = [
     "HeadByHeadLoss",
-    "HeadLoss",
     "LossOptions",
     "LossOutput",
     "accumulation_dtype",

@@ -181,9 +181,10 @@ def _heads(
         )
         for k, hidden in enumerate(hiddens)
     ]
-    gradients = [d_weight if needs_grad[0] else None, *(head.d_hidden for head in heads)]
-    sums = zip(*(head[:3] for head in heads), strict=True)
-    return [*map(torch.stack, sums), *(g for g in gradients if g is not None)]
+    sums, d_hiddens = zip(*heads, strict=True)
+    gradients = (d_weight if needs_grad[0] else None, *d_hiddens)
+    totals = (torch.stack(parts) for parts in zip(*sums, strict=True))  # [n] each
+    return [*totals, *(gradient for gradient in gradients if gradient is not None)]
 
 
 # torch.compile takes this op whole: no graph break, and no trace of its loops.

@@ -41,21 +41,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from torchtitan_mtp.ops.token_losses import LossOptions, compiled_token_losses, token_losses
+from torchtitan_mtp.ops.token_losses import (
+    LossOptions,
+    TokenLosses,
+    compiled_token_losses,
+    token_losses,
+)
 
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
 _TILE_ROWS = 4096  # rows of the weight that are upcast at a time
 _CPU_CHUNK_ROWS = 512
 _GPU_MIN_CHUNK_ROWS = 1024
-
-
-class HeadLoss(NamedTuple):
-    """One head's result: 0-dim tensors, and the gradient of ``scale * loss_sum`` in its hidden."""
-
-    loss_sum: Tensor  # [] accumulation dtype
-    valid: Tensor  # [] int64
-    correct: Tensor  # [] int64
-    d_hidden: Tensor | None  # [N, D] in the hidden's dtype
 
 
 class LossOutput(NamedTuple):
@@ -85,12 +81,9 @@ def head_loss_and_grad(
     in_place: bool = False,
     d_weight: Tensor | None = None,
     mm: torch.dtype | None = None,
-) -> HeadLoss:
-    """Loss of one head and the gradients of ``scale * loss_sum``, outside autograd.
-
-    Both engines end here: the joint one calls it for every head inside one autograd function, the
-    sequential one calls it head by head, always with the same ``d_weight``, and starts each head's
-    backward from ``d_hidden``.
+) -> tuple[TokenLosses, Tensor | None]:
+    """Loss of one head, and the gradient [N, D] of ``scale * loss_sum`` in its hidden, outside
+    autograd.
 
     Args:
         hidden: [N, D].
@@ -109,9 +102,8 @@ def head_loss_and_grad(
     device, need_grad = hidden.device, need_d_hidden or d_weight is not None
     if weight.dtype != mm and weight.dtype not in _LOW_PRECISION:
         weight = weight.to(mm)  # autocast: one narrower copy
-    loss_sum = torch.zeros((), dtype=acc, device=device)
-    valid = torch.zeros((), dtype=torch.int64, device=device)
-    correct = torch.zeros((), dtype=torch.int64, device=device)
+    dtypes = (acc, torch.int64, torch.int64)
+    losses = TokenLosses(*(torch.zeros((), dtype=dtype, device=device) for dtype in dtypes))
     d_hidden = None
     if need_d_hidden:
         empty = functools.partial(torch.empty_like, memory_format=torch.contiguous_format)
@@ -128,9 +120,8 @@ def head_loss_and_grad(
                 part, grad = compiled_token_losses()(logits, y, options, scale, weights, mm)
             else:
                 part, grad, factor = token_losses(logits, y, options, need_grad, weights)
-            loss_sum += part.loss_sum
-            valid += part.valid
-            correct += part.correct
+            for total, of_chunk in zip(losses, part, strict=True):
+                total += of_chunk
             if not need_grad:
                 continue
             if factor is not None and scale is not None:
@@ -145,7 +136,7 @@ def head_loss_and_grad(
                 d_hidden[rows] = (d_h if factor is None else d_h * factor).to(hidden.dtype)
     if d_hidden is not None and device.type == "cpu":  # where such rows are left out
         d_hidden.masked_fill_((labels == options.ignore_index).unsqueeze(1), 0)
-    return HeadLoss(loss_sum, valid, correct, d_hidden)
+    return losses, d_hidden
 
 
 def _row_chunks(labels: Tensor, ignore_index: int, chunk: int) -> Iterator[slice | Tensor]:

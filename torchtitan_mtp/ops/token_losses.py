@@ -24,11 +24,11 @@ class LossOptions(NamedTuple):
 
 
 class TokenLosses(NamedTuple):
-    """Sums over the valid rows of a chunk."""
+    """Sums over valid rows, of a chunk or of a head; [] each."""
 
-    loss_sum: Tensor
-    valid: Tensor
-    correct: Tensor
+    loss_sum: Tensor  # in the accumulation dtype
+    valid: Tensor  # int64
+    correct: Tensor  # int64
 
 
 def token_losses(

@@ -35,7 +35,7 @@ def test_the_form_for_compilers_is_the_same_loss(monkeypatch, dtype, options):
     results = []
     for compiled in (False, True):
         d_weight = torch.zeros(weight.shape, dtype=torch.promote_types(dtype, torch.float32))
-        head = head_loss_and_grad(
+        losses, d_hidden = head_loss_and_grad(
             hidden,
             weight,
             labels[:, 0],
@@ -45,7 +45,7 @@ def test_the_form_for_compilers_is_the_same_loss(monkeypatch, dtype, options):
             d_weight=d_weight,
             mm=mm,
         )
-        results.append([*head, d_weight])
+        results.append([*losses, d_hidden, d_weight])
     tolerance = {"rtol": 2e-2, "atol": 2e-3} if dtype == torch.bfloat16 else {}
     for found, expected in zip(*reversed(results), strict=True):
         torch.testing.assert_close(found, expected, **tolerance)

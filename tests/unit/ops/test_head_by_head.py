@@ -111,6 +111,8 @@ def test_gradients_take_the_place_of_states():
     out.loss.backward()
     for mine, leaf in zip(apart, leaves, strict=True):
         torch.testing.assert_close(mine.grad, leaf.grad)
+    with pytest.raises(RuntimeError, match="second backward over one forward"):
+        out.loss.backward()
 
 
 def test_a_state_that_something_needs_is_not_lost_in_silence():
