@@ -8,7 +8,7 @@ head k at position p proposes t[p+k]. To do so it attends over its own keys and 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -84,14 +84,15 @@ class ParallelDrafter:
     def __init__(self, model: Transformer, positions: Positions, num_draft: int) -> None:
         self.model, self.positions = model, positions
         self.windows = Windows(positions.batch, [0] * num_draft)
-        block = stack(model.mtp.head_blocks(model)[1 : num_draft + 1])
-        # The heads are rows of one batch: head 2's rows, head 3's rows, ...
-        self.heads = {
-            count: (first_heads(block, count), positions.repeat(count))
-            for count in range(1, num_draft + 1)
-        }
-        self.cache = LayerCache(block.attention, positions.repeat(num_draft))
         self.z = positions.states(len(model.norm.weight))
+        self._take(model.mtp.head_blocks(model)[1 : num_draft + 1])
+
+    def _take(self, blocks: Sequence[Any]) -> None:
+        # The heads are rows of one batch: head 2's rows, head 3's rows, ...
+        block, at = stack(blocks), self.positions.repeat
+        counts = range(1, len(blocks) + 1)
+        self.heads = {count: (first_heads(block, count), at(count)) for count in counts}
+        self.cache = LayerCache(block.attention, at(len(blocks)))
 
     def store(self, states: TrunkStates, span: Span) -> None:
         """Keep what the trunk computed at `span`."""
@@ -123,12 +124,9 @@ class ParallelDrafter:
 class InTurnDrafter(ParallelDrafter):
     """The same for blocks that can't be stacked (experts, latent attention): head by head."""
 
-    def __init__(self, model: Transformer, positions: Positions, num_draft: int) -> None:
-        self.model, self.positions = model, positions
-        self.windows = Windows(positions.batch, [0] * num_draft)
-        self.blocks = model.mtp.head_blocks(model)[1 : num_draft + 1]
-        self.caches = [LayerCache(block.attention, positions) for block in self.blocks]
-        self.z = positions.states(len(model.norm.weight))
+    def _take(self, blocks: Sequence[Any]) -> None:
+        self.blocks = blocks
+        self.caches = [LayerCache(block.attention, self.positions) for block in blocks]
 
     def hidden(self, window: Span, plan: Plan) -> Tensor:
         """As `ParallelDrafter.hidden`."""

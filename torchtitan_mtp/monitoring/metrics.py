@@ -122,11 +122,12 @@ class MetricsProcessor:
         elapsed = max(self.clock() - self.interval_start, 1e-9)
         steps = max(self.steps, 1)
         tps = self.tokens / elapsed / self.world_size
+        heads = head_metrics(head_losses, head_accuracies)
         metrics = {
             "loss_metrics/global_avg_loss": head_losses[0],
             "loss_metrics/global_max_loss": global_max_loss,
             "loss_metrics/global_total_loss": global_total_loss,
-            **head_metrics("loss_metrics", head_losses, head_accuracies),
+            **{f"loss_metrics/{tag}": value for tag, value in heads.items()},
             **{f"mtp/head_{k}_scale": scale for k, scale in enumerate(head_scales, 1)},
             "grad_norm": grad_norm,
             "lr": lr,
@@ -166,11 +167,10 @@ class MetricsProcessor:
             "loss": head_losses[0],
             "throughput(tps)": tps,
             **{tag: peak for tag, peak in self.memory.peak().items() if "max" in tag},
+            **head_metrics(head_losses, head_accuracies),
+            **acceptance_metrics(acceptance),
         }
-        metrics = {f"validation_metrics/{tag}": value for tag, value in metrics.items()}
-        metrics.update(head_metrics("validation_metrics", head_losses, head_accuracies))
-        metrics.update(acceptance_metrics(acceptance))
-        self._write(metrics, step)
+        self._write({f"validation_metrics/{tag}": value for tag, value in metrics.items()}, step)
         heads = list(zip(head_losses, head_accuracies, strict=True))
         parts = {
             "step": f"validate step: {step:2}",
@@ -229,23 +229,19 @@ class MetricsProcessor:
         return "  ".join(painted) + RESET
 
 
-def head_metrics(
-    section: str, losses: Sequence[float], accuracies: Sequence[float]
-) -> dict[str, float]:
-    """`{section}/mtp_head_{k}_loss` and `_accuracy` for k = 1..n."""
-    metrics = {f"{section}/mtp_head_{k}_loss": loss for k, loss in enumerate(losses, 1)}
-    for k, accuracy in enumerate(accuracies, 1):
-        metrics[f"{section}/mtp_head_{k}_accuracy"] = accuracy
-    return metrics
+def head_metrics(losses: Sequence[float], accuracies: Sequence[float]) -> dict[str, float]:
+    """`mtp_head_{k}_loss` and `_accuracy` for k = 1..n."""
+    metrics = {f"mtp_head_{k}_loss": loss for k, loss in enumerate(losses, 1)}
+    return metrics | {f"mtp_head_{k}_accuracy": rate for k, rate in enumerate(accuracies, 1)}
 
 
 def acceptance_metrics(acceptance: Acceptance) -> dict[str, float]:
-    """`validation_metrics/mtp_head_{k}_acceptance`, k = 2..n, and `validation_metrics/
-    tokens_per_step`; nothing of heads that no draft was compared of."""
+    """`mtp_head_{k}_acceptance`, k = 2..n, and `tokens_per_step`; nothing of heads that no draft
+    was compared of."""
     rates = {f"mtp_head_{k}_acceptance": rate for k, rate in enumerate(acceptance.marginal, 2)}
     if acceptance.tokens_per_step:
         rates["tokens_per_step"] = acceptance.tokens_per_step[-1]
-    return {f"validation_metrics/{tag}": r for tag, r in rates.items() if not math.isnan(r)}
+    return {tag: rate for tag, rate in rates.items() if not math.isnan(rate)}
 
 
 def figure(value: float, form: str, of: float) -> str:

@@ -25,6 +25,7 @@ from torchtitan_mtp.inference.rows import Rows
 from torchtitan_mtp.inference.sampling import Sampler
 from torchtitan_mtp.inference.stacking import stack
 from torchtitan_mtp.mtp.engine import joint
+from torchtitan_mtp.ops import LossOptions
 
 PROMPT = [3, 1, 4, 1, 5]
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6], [5], [3, 5, 8]]
@@ -272,7 +273,7 @@ def test_heads_that_have_learned_a_text_draft_nearly_all_of_it(heads: str) -> No
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     scales = torch.full((4,), 1 / batch.labels[..., 0].numel())
     for _ in range(40):
-        joint(model, batch, scales, {})
+        joint(model, batch, scales, LossOptions())
         optimizer.step()
         optimizer.zero_grad()
     speculative = generate(model, [line], 40, speculative=True)

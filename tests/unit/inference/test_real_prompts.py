@@ -14,6 +14,7 @@ from torchtitan_mtp.data.targets import Window, make_batch
 from torchtitan_mtp.inference import generate
 from torchtitan_mtp.models.transformer import Transformer
 from torchtitan_mtp.mtp.engine import joint
+from torchtitan_mtp.ops import LossOptions
 
 # Without indentation, of which models of this size would learn little else.
 SOURCE = " ".join((inspect.getsource(argparse) + inspect.getsource(textwrap)).split())
@@ -28,7 +29,7 @@ def trained(heads: str, n: int) -> Transformer:
     rows = TEXT[: 40 * 8 * 64].view(40, 8, 64)
     scales = torch.full((n,), 1 / (8 * (64 - n)))
     for tokens in rows:
-        joint(model, make_batch(Window(tokens, torch.zeros_like(tokens)), n), scales, {})
+        joint(model, make_batch(Window(tokens, torch.zeros_like(tokens)), n), scales, LossOptions())
         optimizer.step()
         optimizer.zero_grad()
     return model.requires_grad_(False)

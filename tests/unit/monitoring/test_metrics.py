@@ -204,7 +204,7 @@ def test_validation_tags_and_its_time_outside_of_training(
 def test_heads_that_were_not_compared_have_no_acceptance() -> None:
     assert acceptance_metrics(Acceptance([], [], [], [])) == {}
     tags = acceptance_metrics(Acceptance([4, 0], [1, 0], [4, 0], [1, 0]))
-    assert tags == {"validation_metrics/mtp_head_2_acceptance": 0.25}
+    assert tags == {"mtp_head_2_acceptance": 0.25}
 
 
 def test_validation_of_a_plain_model_names_no_acceptance(
