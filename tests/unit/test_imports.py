@@ -93,7 +93,7 @@ def test_every_folder_and_file_has_its_place_in_the_order() -> None:
         ("config/job.py", "import torchtitan_mtp.ops.loss"),
         ("models/layers.py", "from torchtitan_mtp.config import JobConfig"),
         ("mtp/heads.py", "from torchtitan_mtp import trainer"),
-        ("data/text.py", "def f():\n    from torchtitan_mtp.models.args import ModelArgs"),
+        ("data/spans.py", "def f():\n    from torchtitan_mtp.models.args import ModelArgs"),
         ("checkpoint/formats/hf.py", "from .. import save"),
         ("trainer.py", "from .train import main"),
         ("__init__.py", "from torchtitan_mtp.ops import linear_cross_entropy"),

@@ -46,10 +46,9 @@ class HubStream:
     def open_lane(self, lane: int, num_lanes: int, state: Any = None) -> "HubLane":
         """Whole files where there is one for each lane; else every `num_lanes`-th record."""
         if num_lanes <= self.num_shards:
-            records = self._dataset.shard(num_shards=num_lanes, index=lane)
-            return HubLane(self, records, 0, 1, state)
-        records = self._dataset.shard(num_shards=1, index=0)  # its own copy: it keeps its place
-        return HubLane(self, records, lane, num_lanes, state)
+            return HubLane(self, self._dataset.shard(num_lanes, lane), 0, 1, state)
+        # A copy of its own: it keeps its place.
+        return HubLane(self, self._dataset.shard(1, 0), lane, num_lanes, state)
 
 
 class HubLane:
@@ -64,8 +63,7 @@ class HubLane:
         # Until a record is drawn, an IterableDataset's own state is not the one it was given.
         self._loaded: Any = None
         if state is not None:
-            self._number = state["number"]
-            self._loaded = state["records"]
+            self._number, self._loaded = state["number"], state["records"]
             records.load_state_dict(self._loaded)
         self._iterator = iter(records)
 

@@ -281,14 +281,10 @@ class DataLoader:
         self._identity["tokenizer"] = self._tokenizer.fingerprint
         for key, mine in self._identity.items():
             found = state.get(key, mine if key == "documents" else None)  # older states lack it
-            if found == mine:
-                continue
-            if key == "source" and self._accept_changed_data:
-                logger.warning(
-                    "dataset %s: not the files of the checkpoint; going on at its place in these",
-                    name,
-                )
-            else:
+            if found != mine and key == "source" and self._accept_changed_data:
+                told = "dataset %s: not the files of the checkpoint; going on at its place in these"
+                logger.warning(told, name)
+            elif found != mine:
                 raise UserError(
                     f"dataset {name}: the checkpoint's data position has {key}"
                     f" {found!r}, this run has {mine!r}: put back {_CAUSES[key]}{anew}"
@@ -300,13 +296,12 @@ class DataLoader:
                 f"dataset {name}: the checkpoint's data is in {lanes} lanes, which"
                 f" can't be dealt to {self._world} data ranks; resume on one of {allowed}"
             )
-        absent = [x for x in range(self._rank, lanes, self._world) if str(x) not in state["lanes"]]
-        if absent:
-            raise UserError(
-                f"dataset {name}: the checkpoint's data position lacks lane"
-                f" {absent[0]} of {lanes}, as if one rank alone had saved it: load another"
-                f" checkpoint{anew}"
-            )
+        for lane in range(self._rank, lanes, self._world):
+            if str(lane) not in state["lanes"]:
+                raise UserError(
+                    f"dataset {name}: the checkpoint's data position lacks lane {lane} of {lanes},"
+                    f" as if one rank alone had saved it: load another checkpoint{anew}"
+                )
 
 
 def default_num_lanes(most: int, dp_world: int) -> int:

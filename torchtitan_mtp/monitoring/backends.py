@@ -83,9 +83,8 @@ def metrics_folder(config: JobConfig, rank: int) -> str:
 def build_backends(config: JobConfig, rank: int) -> list[Observer]:
     """The backends that [metrics] enables, on rank 0, or on every rank with save_for_all_ranks."""
     metrics = config.metrics
-    if not (metrics.enable_tensorboard or metrics.enable_wandb):
-        return []
-    if rank != 0 and not metrics.save_for_all_ranks:
+    enabled = metrics.enable_tensorboard or metrics.enable_wandb
+    if not enabled or (rank != 0 and not metrics.save_for_all_ranks):
         return []
     folder = metrics_folder(config, rank)
     backends = []
