@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from torchtitan_mtp.data.targets import PADDING, Batch
+from torchtitan_mtp.distributed.agreement import gather
 from torchtitan_mtp.distributed.balance import apart_from_training
 from torchtitan_mtp.distributed.mesh import all_reduce
 from torchtitan_mtp.errors import UserError
@@ -172,8 +173,7 @@ def find_cause(
                     elif not found and not out.loss_sum.isfinite().all():
                         found = f"{place}: loss {out.loss_sum.item()}"
     name = _first_bad_weight(model)
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, (found, name))
+    everyone = gather((found, name))
     weight = next((f"; {name} itself is not finite" for _, name in everyone if name), "")
     for rank, (found, _) in enumerate(everyone):
         if found:

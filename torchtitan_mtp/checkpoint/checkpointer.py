@@ -269,7 +269,11 @@ class Checkpointer:
             path, kind = found
             if self.config.initial_load_path:
                 logger.info("checkpoint.initial_load_path is ignored: resuming from %s", path)
-            return self._resume(path) if kind == FULL else self._start_from(path)
+            if kind == FULL:
+                return self._resume(path)
+            logger.warning("%s holds the model only: training starts at step 0 with it", path)
+            self._load_weights(path, ())
+            return 0
         given = self.config.initial_load_path
         if not given or self.config.initial_load_in_hf:
             self._check_exclude(())
@@ -288,50 +292,40 @@ class Checkpointer:
                     "checkpoint.initial_load_path, or set checkpoint.initial_load_model_only = true"
                 )
             return self._resume(path)
-        self._load_weights(self._open(path), HEADS)
+        self._load_weights(path, HEADS)
         return None
-
-    def _open(self, path: Path) -> Opened:
-        return open_checkpoint(path, self._ranks, self.config.verify)
 
     def _choose(self, step: int) -> tuple[Path, str] | None:
         """The checkpoint of this run's folder to load, and its kind (rank 0)."""
         folders.warn_about_leftovers(self.folder)
         finished = folders.finished_steps(self.folder)
         chosen = folders.chosen_step(self.folder, step)
-        if step != -1:
-            path = folders.step_folder(self.folder, step)
-            if chosen is None:
-                raise UserError(
-                    f"{path}: not there (checkpoint.load_step = {step}); finished steps: "
-                    f"{', '.join(map(str, finished)) or 'none'}"
-                )
-            if newer := [other for other in finished if other > step]:
-                logger.warning(
-                    "step-%d is loaded while later steps (up to step-%d) are in %s: the first save "
-                    "puts the full ones aside; then start without checkpoint.load_step to go on",
-                    *(step, newer[-1], self.folder),
-                )
-            return path, folders.kind_of(path)
         newest = finished[-1] if finished else 0
-        if newest != (chosen or 0):
-            logger.warning(
-                "step-%d holds the model only and can't be resumed: %s",
-                newest,
-                f"resuming at step {chosen}" if chosen else "starting anew",
+        if step == -1:
+            if newest != (chosen or 0):
+                logger.warning(
+                    "step-%d holds the model only and can't be resumed: %s",
+                    newest,
+                    f"resuming at step {chosen}" if chosen else "starting anew",
+                )
+            if chosen is None:
+                return None
+        elif chosen is None:
+            raise UserError(
+                f"{folders.step_folder(self.folder, step)}: not there (checkpoint.load_step = "
+                f"{step}); finished steps: {', '.join(map(str, finished)) or 'none'}"
             )
-        if chosen is None:
-            return None
+        elif newest > step:
+            logger.warning(
+                "step-%d is loaded while later steps (up to step-%d) are in %s: the first save "
+                "puts the full ones aside; then start without checkpoint.load_step to go on",
+                *(step, newest, self.folder),
+            )
         path = folders.step_folder(self.folder, chosen)
         return path, folders.kind_of(path)
 
-    def _start_from(self, path: Path) -> int:
-        """Weights only, from this run's own folder: a seed, or a model-only step asked for."""
-        logger.warning("%s holds the model only: training starts at step 0 with it", path)
-        self._load_weights(self._open(path), ())
-        return 0
-
-    def _load_weights(self, opened: Opened, allowed: Sequence[str], exact: bool = False) -> None:
+    def _load_weights(self, path: Path, allowed: Sequence[str], exact: bool = False) -> Opened:
+        opened = open_checkpoint(path, self._ranks, self.config.verify)
         exclude = self.config.exclude_from_loading
         self._check_exclude(stored_model_names(opened))
         ours = record_of_model(self.model, self.optimizer)
@@ -345,6 +339,7 @@ class Checkpointer:
             exclude=exclude,
             exact_dtype=exact,
         )
+        return opened
 
     def _check_exclude(self, stored: Iterable[str]) -> None:
         """Every entry of exclude_from_loading means something, here or in the checkpoint."""
@@ -359,8 +354,7 @@ class Checkpointer:
 
     def _resume(self, path: Path) -> int:
         """Everything, from a full checkpoint; returns its step."""
-        opened = self._open(path)
-        self._load_weights(opened, (), exact=True)
+        opened = self._load_weights(path, (), exact=True)
         exclude = self.config.exclude_from_loading
         # A run that counts from step 0 follows the schedule from there.
         without = {*exclude, *(["lr_scheduler"] if "train_state" in exclude else [])}

@@ -21,7 +21,7 @@ from torchtitan_mtp.errors import UserError
 
 PIECE = 4 << 20
 _THREADS = min(8, os.cpu_count() or 1)
-_REMEDY = "restore it, or load another step (checkpoint.load_step)"
+REMEDY = "restore it, or load another step (checkpoint.load_step)"
 
 
 @dataclass(frozen=True)
@@ -96,20 +96,20 @@ def check_piece(
     start = number * PIECE
     size = min(PIECE, entry.bytes - start)
     if len(data) != size:
-        raise UserError(f"{file}: ends before byte {start + size}: damaged; {_REMEDY}")
+        raise UserError(f"{file}: ends before byte {start + size}: damaged; {REMEDY}")
     if (found := zlib.crc32(data)) != entry.piece(number):
         raise UserError(
             f"{file}: bytes {start} to {start + size - 1} have the checksum {found:08x}, expected "
-            f"{entry.piece(number):08x}: damaged; {_REMEDY}"
+            f"{entry.piece(number):08x}: damaged; {REMEDY}"
         )
 
 
 def check_size(file: Path, entry: FileEntry, listed_in: str) -> None:
     """Raises UserError unless the file is there with its size."""
     if not file.is_file():
-        raise UserError(f"{file}: missing, but {listed_in} lists it; {_REMEDY}")
+        raise UserError(f"{file}: missing, but {listed_in} lists it; {REMEDY}")
     if (size := file_size(file)) != entry.bytes:
-        raise UserError(f"{file}: {size} bytes, expected {entry.bytes}: damaged; {_REMEDY}")
+        raise UserError(f"{file}: {size} bytes, expected {entry.bytes}: damaged; {REMEDY}")
 
 
 class Verifier:

@@ -104,18 +104,6 @@ def whole_kind(path: Path) -> str | None:
         return None
 
 
-def latest_full_step(folder: Path) -> int | None:
-    """The newest finished step that training can resume from. A damaged one raises, never skips.
-
-    Raises:
-        UserError: the newest candidate is damaged.
-    """
-    for step in reversed(finished_steps(folder)):
-        if kind_of(step_folder(folder, step)) == FULL:
-            return step
-    return None
-
-
 def chosen_step(folder: Path, load_step: int) -> int | None:
     """The step a run of this folder loads: the one asked for, else the newest full one, else a
     seed; None where there is none.
@@ -126,8 +114,10 @@ def chosen_step(folder: Path, load_step: int) -> int | None:
     finished = finished_steps(folder)
     if load_step != -1:
         return load_step if load_step in finished else None
-    full = latest_full_step(folder)
-    return 0 if full is None and 0 in finished else full
+    for step in reversed(finished):  # a damaged one raises, and is never skipped
+        if kind_of(step_folder(folder, step)) == FULL:
+            return step
+    return 0 if 0 in finished else None
 
 
 def start_writing(folder: Path, step: int, total_bytes: int) -> None:

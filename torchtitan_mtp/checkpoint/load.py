@@ -273,7 +273,7 @@ def _aliases(state: dict[str, torch.Tensor]) -> dict[str, set[str]]:
 
 
 def _address(tensor: torch.Tensor) -> int:
-    local = getattr(tensor, "_local_tensor", tensor)
+    local = _local(tensor)
     return local.data_ptr() if local.numel() else 0
 
 

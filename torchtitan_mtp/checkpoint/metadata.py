@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from torchtitan_mtp.checkpoint.checksums import FileEntry, check_file
+from torchtitan_mtp.checkpoint.checksums import REMEDY, FileEntry, check_file
 from torchtitan_mtp.checkpoint.remote import file_size
 from torchtitan_mtp.errors import UserError
 
@@ -133,6 +133,5 @@ def _check_files(path: Path, metadata: Metadata) -> None:
             )
         if (size := file_size(file)) < length:
             raise UserError(
-                f"{file}: {size} bytes, expected at least {length}: truncated; "
-                "restore it, or load another step (checkpoint.load_step)"
+                f"{file}: {size} bytes, expected at least {length}: truncated; {REMEDY}"
             )

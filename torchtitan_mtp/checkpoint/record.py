@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from torchtitan_mtp.checkpoint.folders import find_config
-from torchtitan_mtp.checkpoint.formats.spec import ModelSpec, spec_of_run
+from torchtitan_mtp.checkpoint.formats.spec import ModelSpec, function_fields, spec_of_run
 from torchtitan_mtp.checkpoint.manifest import read_manifest
 from torchtitan_mtp.config import JobConfig, load_toml
 from torchtitan_mtp.config.values import show
@@ -26,7 +26,6 @@ logger = logging.getLogger(__name__)
 
 # The fields of a ModelSpec, and the optimizer's name; of an export the format.
 Record = dict[str, Any]
-_COEFFICIENTS = ("load_balance_coeff", "aux_loss_coeff")  # of the training, not of the function
 
 
 def record_of(spec: ModelSpec, optimizer: str = "") -> Record:
@@ -125,8 +124,8 @@ def constants(record: Record) -> Record:
         found["mtp.share_weights"] = spec.share_weights and spec.num_future_tokens > 2
         found["mtp.trunk_state"] = spec.trunk_state
     for part in ("latent", "moe", "rope_scaling"):
-        values = record["args"][part] or {}
-        found |= {f"model.args.{part}.{k}": v for k, v in values.items() if k not in _COEFFICIENTS}
+        values = function_fields(record["args"][part] or {})
+        found |= {f"model.args.{part}.{key}": value for key, value in values.items()}
     return found
 
 

@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 
 from torchtitan_mtp.checkpoint import state as states_of
@@ -16,6 +15,7 @@ from torchtitan_mtp.checkpoint.load import Opened, check_entry, names_line, read
 from torchtitan_mtp.checkpoint.ranks import Ranks
 from torchtitan_mtp.checkpoint.state import OPTIMIZER, RNG, is_moment, parameter_of
 from torchtitan_mtp.data.loader import DataLoader, merge_states
+from torchtitan_mtp.distributed.agreement import gather
 from torchtitan_mtp.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -56,9 +56,7 @@ class LoaderState:
 
     def state_dict(self) -> dict[str, Any]:
         """Every rank's lanes; all ranks call it together."""
-        states: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(states, self.loader.state_dict())
-        return merge_states(states)
+        return merge_states(gather(self.loader.state_dict()))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from `state_dict`, on any number of ranks that divides the lanes."""

@@ -50,11 +50,10 @@ def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[
     # Asked for the state of an optimizer that has none, torch invents one by a step with zero
     # gradients, whose `step` is then 1 and not 0.
     fresh = not optimizer.state
-    state = get_optimizer_state_dict(model, optimizer, options=_FLATTENED)
+    state = _optimizer_state(model, optimizer)
     if fresh:
         optimizer.state.clear()
-        state = {key: value for key, value in state.items() if not key.startswith("state.")}
-    return {f"{OPTIMIZER}.{_plain_name(k)}": _plain(v) for k, v in state.items()}
+    return {key: v for key, v in state.items() if not (fresh and is_moment(key))}
 
 
 def empty_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -66,7 +65,11 @@ def empty_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) ->
     optimizer.state.clear()
     with warnings.catch_warnings():  # the invented step is not one that a scheduler must follow
         warnings.simplefilter("ignore")
-        state = get_optimizer_state_dict(model, optimizer, options=_FLATTENED)
+        return _optimizer_state(model, optimizer)
+
+
+def _optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    state = get_optimizer_state_dict(model, optimizer, options=_FLATTENED)
     return {f"{OPTIMIZER}.{_plain_name(k)}": _plain(v) for k, v in state.items()}
 
 
@@ -176,11 +179,8 @@ def rng_state() -> dict[str, Any]:
     state: dict[str, Any] = {
         "torch": torch.get_rng_state(),
         "python": random.getstate(),
-        "numpy": (
-            name,
-            np.asarray(keys).tolist(),
-            *rest,
-        ),  # a plain list: arrays need numpy's classes to load
+        # a plain list: arrays need numpy's classes to load
+        "numpy": (name, np.asarray(keys).tolist(), *rest),
     }
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()

@@ -20,6 +20,7 @@ from torchtitan_mtp.checkpoint.formats.formats import (
     find_format,
     open_tensors,
     verify,
+    vocabulary_of,
 )
 from torchtitan_mtp.checkpoint.formats.names import Entry, Names, swap_halves, to_halves
 from torchtitan_mtp.checkpoint.formats.read import DCPTensors, Tensors
@@ -67,11 +68,9 @@ def export_checkpoint(
     form = find_format(format_name)
     config = load_toml(find_config(checkpoint))
     source = DCPTensors(find_checkpoint(checkpoint))
-    embedding = source.kinds.get("tok_embeddings.weight")
-    if embedding is None:
-        raise UserError(f"{source.where}: no tok_embeddings.weight in it; expected a model")
-    spec = spec_of_run(config, embedding.shape[0], keeps_earlier(config, source.where))
-    check_tensors(source, spec.shapes(), _tied(spec))
+    spec = spec_of_run(config, vocabulary_of(source), keeps_earlier(config, source.where))
+    tied = ("output.weight",) if spec.args.tied_embeddings else ()
+    check_tensors(source, spec.shapes(), optional=tied)
     spec = _fitting(form, format_name, spec, source, drop_heads)
     settings = {} if form.write_config is None else form.write_config(spec)
     outputs = _outward(source, form.names(spec), spec, dtype)
@@ -84,82 +83,65 @@ def export_checkpoint(
             write_json(folder / "params.json", settings)
             copy_tokenizer(config.model.hf_assets_path, folder)
         else:
-            record = record_of(spec) | {"format": format_name}
-            write_dcp(folder, outputs, record=record)
-            logger.warning("%s: TorchTitan's flavor has to have %s", out, untold(record))
+            write_dcp(folder, outputs, record_of(spec) | {"format": format_name})
+            logger.warning("%s: TorchTitan's flavor has to have %s", out, untold(record_of(spec)))
         verify(open_tensors(form, folder), outputs, source)
     return spec
-
-
-def _tied(spec: ModelSpec) -> set[str]:
-    return {"output.weight"} if spec.args.tied_embeddings else set()
 
 
 def _fitting(
     form: Format, name: str, spec: ModelSpec, source: Tensors, drop_heads: bool
 ) -> ModelSpec:
     """`spec`, or its trunk where its heads are to be dropped. Error: the format can't hold it."""
-    if form.kind not in (None, spec.kind):
-        raise UserError(f"--format {name}: is for models of another kind; {_advice(spec)}")
-    for key, what in (
-        ("qk_norm", "norms of queries and keys"),
-        ("qkv_bias", "biases of queries, keys and values"),
-    ):
-        if getattr(form, key) not in (None, has := getattr(spec.args, key)):
-            other = "no " if has else ""
-            raise UserError(
-                f"--format {name}: takes models with {other}{what} (model.args.{key}), this one is "
-                f"another; {_advice(spec)}"
-            )
-    if _has_place_for_heads(form, spec):
+    if misfit := _misfit(form, spec):
+        raise UserError(f"--format {name}: {misfit}; {_advice(spec)}")
+    if fits(form, spec):
         return spec
     heads = [key for key in source.kinds if key.startswith("mtp.")]
     if not drop_heads:
         fit = [key for key, f in FORMATS.items() if holds(f, spec)]
         use = f"use {' or '.join(fit)}, or " if fit else ""
+        what = f"can't hold the {spec.modules} {spec.heads} heads beside the trunk"
+        what += f" ({names_line(heads)})"
         if spec.heads == form.heads and spec.trunk_state != form.trunk_state:
-            raise UserError(
-                f"--format {name}: its modules read the trunk's {form.trunk_state} state, this "
-                f"model's the {spec.trunk_state} one (mtp.trunk_state); {use}leave them out with "
-                "--drop_heads"
-            )
-        raise UserError(
-            f"--format {name}: can't hold the {spec.modules} {spec.heads} heads beside the trunk "
-            f"({names_line(heads)}); {use}leave them out with --drop_heads"
-        )
+            what = f"its modules read the trunk's {form.trunk_state} state, this model's the "
+            what += f"{spec.trunk_state} one (mtp.trunk_state)"
+        raise UserError(f"--format {name}: {what}; {use}leave them out with --drop_heads")
     for k in range(spec.modules):
         part = [key for key in heads if key.startswith(f"mtp.heads.{k}.")]
         logger.warning("dropped mtp.heads.%d: %s", k, names_line(part))
     return spec.without_heads()
 
 
-def _has_place_for_heads(form: Format, spec: ModelSpec) -> bool:
-    few = form.most_modules is None or spec.modules <= form.most_modules
-    return not spec.heads or (
-        spec.heads == form.heads and few and spec.trunk_state == form.trunk_state
-    )
-
-
-def holds(form: Format, spec: ModelSpec) -> bool:
-    """Whether an export in the format, with the heads, would not be refused."""
-    if not fits(form, spec):
-        return False
-    try:
-        if form.write_config is not None:
-            form.write_config(spec)
-    except UserError:
-        return False
-    return True
+def _misfit(form: Format, spec: ModelSpec) -> str:
+    """What of the trunk has no place in the format; "" where all has."""
+    if form.kind not in (None, spec.kind):
+        return "is for models of another kind"
+    for key, what in (
+        ("qk_norm", "norms of queries and keys"),
+        ("qkv_bias", "biases of queries, keys and values"),
+    ):
+        if getattr(form, key) not in (None, has := getattr(spec.args, key)):
+            other = "no " if has else ""
+            return f"takes models with {other}{what} (model.args.{key}), this one is another"
+    return ""
 
 
 def fits(form: Format, spec: ModelSpec) -> bool:
     """Whether the format has a place for each tensor of the model, whatever its config can say."""
-    args = spec.args
-    if form.kind not in (None, spec.kind):
-        return False
-    if form.qk_norm not in (None, args.qk_norm) or form.qkv_bias not in (None, args.qkv_bias):
-        return False
-    return _has_place_for_heads(form, spec)
+    few = form.most_modules is None or spec.modules <= form.most_modules
+    joined = spec.heads == form.heads and few and spec.trunk_state == form.trunk_state
+    return not _misfit(form, spec) and (joined or not spec.heads)
+
+
+def holds(form: Format, spec: ModelSpec) -> bool:
+    """Whether an export in the format, with the heads, would not be refused."""
+    if form.write_config is not None and fits(form, spec):
+        try:
+            form.write_config(spec)
+        except UserError:
+            return False
+    return fits(form, spec)
 
 
 def _advice(spec: ModelSpec) -> str:

@@ -115,11 +115,16 @@ def find_format(name: str) -> Format:
 
 def open_tensors(form: Format, folder: Path) -> Tensors:
     """The tensors of a folder. Errors: missing or damaged files."""
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder")
     if form.container == "safetensors":
         return without_quantization(SafetensorsTensors(folder))
     return PthTensors(folder) if form.container == "pth" else DCPTensors(find_checkpoint(folder))
+
+
+def vocabulary_of(tensors: Tensors) -> int:
+    """Rows of the embedding of a model of ours. Error: there is none."""
+    if (embedding := tensors.kinds.get("tok_embeddings.weight")) is None:
+        raise UserError(f"{tensors.where}: no tok_embeddings.weight in it; expected a model")
+    return embedding.shape[0]
 
 
 def check_tensors(

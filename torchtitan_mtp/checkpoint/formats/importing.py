@@ -20,6 +20,7 @@ from torchtitan_mtp.checkpoint.formats.formats import (
     find_format,
     open_tensors,
     verify,
+    vocabulary_of,
 )
 from torchtitan_mtp.checkpoint.formats.names import Entry, swap_halves, to_pairs
 from torchtitan_mtp.checkpoint.formats.read import DCPTensors, Tensors, read_json
@@ -57,10 +58,7 @@ def import_checkpoint(
     config, spec = _read_spec(form, format_name, folder, config_file)
     tensors = open_tensors(form, folder)
     if spec is None:
-        embedding = tensors.kinds.get("tok_embeddings.weight")
-        if embedding is None:
-            raise UserError(f"{tensors.where}: no tok_embeddings.weight in it; expected a model")
-        spec = spec_of_run(config, embedding.shape[0]).without_heads()
+        spec = spec_of_run(config, vocabulary_of(tensors))
         logger.warning("%s: taken for a model with %s", tensors.where, untold(record_of(spec)))
     outputs = inward(tensors, form, spec, dtype)
     if form.read_config is not None:
@@ -81,7 +79,7 @@ def import_checkpoint(
                 )
         (tmp / "config.toml").write_text(to_toml(config), encoding="utf-8")
         step = tmp / config.checkpoint.folder / "step-0"
-        write_dcp(step, outputs, record=record_of(spec))
+        write_dcp(step, outputs, record_of(spec))
         verify(DCPTensors(step), outputs, tensors)
     return spec
 

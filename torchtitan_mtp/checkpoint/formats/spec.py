@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -112,7 +112,7 @@ def describe_run(config: JobConfig, spec: ModelSpec) -> None:
         if args.rope_scaling is not None:
             model.args.rope_scaling.rope_type = args.rope_scaling.rope_type
         for name in ("rope_scaling", "latent", "moe"):
-            for key, value in _fields(getattr(args, name)).items():
+            for key, value in _part(args, name).items():
                 setattr(getattr(model.args, name), key, value)
     if spec.heads:
         model.converters = ["mtp"]
@@ -129,13 +129,17 @@ def _sizes(args: ModelArgs) -> dict[str, Any]:
     if args.latent is None:
         derived |= {"kv": args.kv_heads, "head": args.head_dim}
     for name in ("latent", "moe"):
-        derived |= {f"{name}.{key}": v for key, v in _fields(getattr(args, name)).items()}
+        derived |= {f"{name}.{key}": v for key, v in _part(args, name).items()}
     return sizes | derived | {"rope_scaling": args.rope_scaling}
 
 
-def _fields(part: Any) -> dict[str, Any]:
-    """What a part of the shape says, but for how experts are balanced, which is the run's."""
-    values = {} if part is None else vars(part)
+def _part(args: ModelArgs, name: str) -> dict[str, Any]:
+    part = getattr(args, name)
+    return {} if part is None else function_fields(vars(part))
+
+
+def function_fields(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What a part of a shape computes with: all but how experts are balanced, the training's."""
     return {key: value for key, value in values.items() if not key.endswith("_coeff")}
 
 

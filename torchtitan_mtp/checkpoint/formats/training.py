@@ -12,14 +12,10 @@ import torch
 from torchtitan_mtp.checkpoint.folders import keep_aside
 from torchtitan_mtp.checkpoint.formats.configs import Reader
 from torchtitan_mtp.checkpoint.formats.exporting import export_checkpoint, fits, holds
-from torchtitan_mtp.checkpoint.formats.formats import FORMATS, open_tensors
+from torchtitan_mtp.checkpoint.formats.formats import FORMATS, Format, open_tensors
 from torchtitan_mtp.checkpoint.formats.importing import inward, read_spec
 from torchtitan_mtp.checkpoint.formats.read import read_json
-from torchtitan_mtp.checkpoint.formats.spec import (
-    ModelSpec,
-    describe_run,
-    differing_sizes,
-)
+from torchtitan_mtp.checkpoint.formats.spec import ModelSpec, describe_run, differing_sizes
 from torchtitan_mtp.checkpoint.load import HEADS, LoadReport, check_names, excluded, log_report
 from torchtitan_mtp.checkpoint.ranks import Ranks
 from torchtitan_mtp.checkpoint.record import check_record, record_of, record_of_model
@@ -53,22 +49,21 @@ def config_of_hf(path: Path) -> JobConfig:
     Raises:
         UserError: no readable config.json, or a model of another kind.
     """
-    name, config = _format_of(path), JobConfig()
-    describe_run(config, read_spec(FORMATS[name], name, path))
+    config = JobConfig()
+    describe_run(config, _read(path)[1])
     config.model.hf_assets_path = str(path)
     return config
 
 
 def _load(path: Path, model: Transformer, exclude: Sequence[str]) -> LoadReport:
-    name = _format_of(path)
-    spec = read_spec(FORMATS[name], name, path)
+    form, spec = _read(path)
     args = replace(model.args, n_layers=len(model.layers))
     if different := differing_sizes(args, spec.args):
         raise UserError(f"{path}: the run's model has {'; '.join(different)} as config.json says")
     wanted = {key: t for key, t in model_state(model).items() if not excluded(key, exclude)}
     if args.tied_embeddings:
         wanted.pop("output.weight", None)
-    outputs = {o.name: o for o in inward(open_tensors(FORMATS[name], path), FORMATS[name], spec)}
+    outputs = {o.name: o for o in inward(open_tensors(form, path), form, spec)}
     outputs = {key: o for key, o in outputs.items() if not excluded(key, exclude)}
     heads = any(key.startswith("mtp.") for key in wanted.keys() & outputs.keys())
     if heads:
@@ -83,13 +78,13 @@ def _load(path: Path, model: Transformer, exclude: Sequence[str]) -> LoadReport:
     return report
 
 
-def _format_of(path: Path) -> str:
-    """The format of a folder, by the architecture that its config.json names."""
+def _read(path: Path) -> tuple[Format, ModelSpec]:
+    """The format of a folder, by the architecture that its config.json names, and its model."""
     file = path / "config.json"
     found = Reader(file, read_json(file)).architectures()
     for name, form in FORMATS.items():
         if form.architecture and form.architecture in found:
-            return name
+            return form, read_spec(form, name, path)
     known = ", ".join(f.architecture for f in FORMATS.values() if f.architecture)
     raise UserError(f"{file}: architectures = {found}, expected one of {known}")
 

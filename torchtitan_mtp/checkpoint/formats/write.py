@@ -164,9 +164,7 @@ class _Planner(DefaultSavePlanner):
         return self._outputs[index.fqn].read()
 
 
-def write_dcp(
-    folder: Path, outputs: Sequence[Output], step: int = 0, record: dict[str, Any] | None = None
-) -> None:
+def write_dcp(folder: Path, outputs: Sequence[Output], record: dict[str, Any]) -> None:
     """A model-only checkpoint of one rank, with its manifest and the model's record."""
     shapes = {o.name: torch.empty(o.shape, dtype=o.dtype, device="meta") for o in outputs}
     with quiet(alone=True):
@@ -181,4 +179,4 @@ def write_dcp(
             no_dist=True,
         )
     files = [folder / ".metadata", *sorted(folder.glob("*.distcp"))]
-    write_manifest(folder, Manifest(step, MODEL_ONLY, 1, hash_files(files), record))
+    write_manifest(folder, Manifest(0, MODEL_ONLY, 1, hash_files(files), record))
