@@ -20,9 +20,10 @@ from torchtitan_mtp.checkpoint.formats.configs import (
 from torchtitan_mtp.checkpoint.formats.names import (
     FEED_FORWARD,
     GLM_MODULE,
+    NORMS,
     Entry,
     Names,
-    module_entries,
+    entries_of,
     repeated_names,
     trunk_entries,
 )
@@ -30,33 +31,14 @@ from torchtitan_mtp.checkpoint.formats.spec import ModelSpec
 from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.models.args import LatentArgs, ModelArgs, MoEArgs, YaRN
 
-_BLOCK = {
-    "attention.wkv_a.weight": "self_attn.kv_a_proj_with_mqa.weight",
-    "attention.kv_norm.weight": "self_attn.kv_a_layernorm.weight",
-    "attention.wkv_b.weight": "self_attn.kv_b_proj.weight",
-    "attention.wo.weight": "self_attn.o_proj.weight",
-    "attention_norm.weight": "input_layernorm.weight",
-    "ffn_norm.weight": "post_attention_layernorm.weight",
+_ATTENTION = {
+    "wkv_a": "kv_a_proj_with_mqa",
+    "kv_norm": "kv_a_layernorm",
+    "wkv_b": "kv_b_proj",
+    "wo": "o_proj",
 }
-_QUERIES = {"attention.wq.weight": "self_attn.q_proj.weight"}
-_COMPRESSED_QUERIES = {
-    "attention.wq_a.weight": "self_attn.q_a_proj.weight",
-    "attention.q_norm.weight": "self_attn.q_a_layernorm.weight",
-    "attention.wq_b.weight": "self_attn.q_b_proj.weight",
-}
-_DENSE = {ours: f"mlp.{theirs}" for ours, theirs in FEED_FORWARD.items()}
-_MIXTURE = {
-    "moe.router.gate.weight": "mlp.gate.weight",
-    "moe.expert_bias": "mlp.gate.e_score_correction_bias",
-    "moe.shared_experts.w1.weight": "mlp.shared_experts.gate_proj.weight",
-    "moe.shared_experts.w2.weight": "mlp.shared_experts.down_proj.weight",
-    "moe.shared_experts.w3.weight": "mlp.shared_experts.up_proj.weight",
-}
-_EXPERTS = {
-    "moe.experts.w1": "gate_proj.weight",
-    "moe.experts.w2": "down_proj.weight",
-    "moe.experts.w3": "up_proj.weight",
-}
+_QUERIES = {"wq": "q_proj"}
+_COMPRESSED_QUERIES = {"wq_a": "q_a_proj", "q_norm": "q_a_layernorm", "wq_b": "q_b_proj"}
 _LATENT = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 _EPS = 1e-6  # what transformers gives the norms within attention, whatever config.json says
 
@@ -64,30 +46,36 @@ _EPS = 1e-6  # what transformers gives the norms within attention, whatever conf
 def names(spec: ModelSpec) -> Names:
     """Every tensor of a trunk and its modules."""
     layers = spec.args.n_layers
-    entries, repeated = trunk_entries(spec), set(repeated_names(spec))
+    entries = trunk_entries(spec)
     for i in range(layers):
-        entries += _block(spec.args, f"layers.{i}", i, dense=i < _moe(spec).n_dense_layers)
+        entries += _block(spec, f"layers.{i}", i, dense=i < _moe(spec).n_dense_layers)
     for k in range(spec.modules):
-        theirs = f"model.layers.{layers + k}"
-        entries += _block(spec.args, f"mtp.heads.{k}.block", layers + k, dense=False)
-        entries += module_entries(GLM_MODULE, f"mtp.heads.{k}", theirs)
-        repeated |= {f"{theirs}.embed_tokens.weight", f"{theirs}.shared_head.head.weight"}
-    return Names(entries, ignored=frozenset(repeated))
+        entries += _block(spec, f"mtp.heads.{k}.block", layers + k, dense=False)
+        entries += entries_of(GLM_MODULE, f"mtp.heads.{k}.", f"model.layers.{layers + k}.")
+    return Names(entries, ignored=repeated_names(spec, behind=True))
 
 
-def _block(args: ModelArgs, ours: str, index: int, dense: bool) -> list[Entry]:
-    assert args.latent is not None and args.moe is not None
+def _block(spec: ModelSpec, ours: str, index: int, dense: bool) -> list[Entry]:
+    assert spec.args.latent is not None
     theirs = f"model.layers.{index}"
-    table = _BLOCK | (_COMPRESSED_QUERIES if args.latent.q_lora_rank else _QUERIES)
-    table |= _DENSE if dense else _MIXTURE
-    entries = [Entry(f"{ours}.{a}", f"{theirs}.{b}") for a, b in table.items()]
-    if not dense:
-        entries += [
-            Entry(f"{ours}.{a}", f"{theirs}.mlp.experts.{e}.{b}", part=e)
-            for a, b in _EXPERTS.items()
-            for e in range(args.moe.num_experts)
-        ]
-    return entries
+    attention = f"{ours}.attention.", f"{theirs}.self_attn."
+    entries = entries_of(_ATTENTION, *attention) + entries_of(NORMS, f"{ours}.", f"{theirs}.")
+    queries = _COMPRESSED_QUERIES if spec.args.latent.q_lora_rank else _QUERIES
+    entries += entries_of(queries, *attention)
+    if dense:
+        return entries + entries_of(FEED_FORWARD, f"{ours}.feed_forward.", f"{theirs}.mlp.")
+    moe, mlp = f"{ours}.moe", f"{theirs}.mlp"
+    return [
+        *entries,
+        Entry(f"{moe}.router.gate.weight", f"{mlp}.gate.weight"),
+        Entry(f"{moe}.expert_bias", f"{mlp}.gate.e_score_correction_bias"),
+        *entries_of(FEED_FORWARD, f"{moe}.shared_experts.", f"{mlp}.shared_experts."),
+        *(
+            Entry(f"{moe}.experts.{a}", f"{mlp}.experts.{e}.{b}.weight", part=e)
+            for a, b in FEED_FORWARD.items()
+            for e in range(_moe(spec).num_experts)
+        ),
+    ]
 
 
 def _moe(spec: ModelSpec) -> MoEArgs:

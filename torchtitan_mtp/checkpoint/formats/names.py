@@ -60,81 +60,60 @@ def swap_halves(x: Tensor) -> Tensor:
     return x.roll(x.shape[1] // 2, dims=1)
 
 
-_ROTARY = {
-    "attention.wq.weight": "self_attn.q_proj.weight",
-    "attention.wk.weight": "self_attn.k_proj.weight",
-}
-_ROTARY_NORMS = {
-    "attention.q_norm.weight": "self_attn.q_norm.weight",
-    "attention.k_norm.weight": "self_attn.k_norm.weight",
-}
-_ROTARY_BIASES = {
-    "attention.wq.bias": "self_attn.q_proj.bias",
-    "attention.wk.bias": "self_attn.k_proj.bias",
-}
-_ATTENTION = {
-    "attention.wv.weight": "self_attn.v_proj.weight",
-    "attention.wo.weight": "self_attn.o_proj.weight",
-    "attention_norm.weight": "input_layernorm.weight",
-    "ffn_norm.weight": "post_attention_layernorm.weight",
-}
-_VALUE_BIAS = {"attention.wv.bias": "self_attn.v_proj.bias"}
-FEED_FORWARD = {
-    "feed_forward.w1.weight": "gate_proj.weight",
-    "feed_forward.w2.weight": "down_proj.weight",
-    "feed_forward.w3.weight": "up_proj.weight",
-}
-_TRUNK = {
-    "tok_embeddings.weight": "model.embed_tokens.weight",
-    "norm.weight": "model.norm.weight",
-    "output.weight": "lm_head.weight",
-}
-GLM_MODULE = {
-    "enorm.weight": "enorm.weight",
-    "hnorm.weight": "hnorm.weight",
-    "eh_proj.weight": "eh_proj.weight",
-    "norm.weight": "shared_head.norm.weight",
-}
+# Modules of ours and of theirs, by what stands behind a common beginning of their names.
+_ROTARY = {"wq": "q_proj", "wk": "k_proj"}
+_ROTARY_NORMS = {"q_norm": "q_norm", "k_norm": "k_norm"}
+NORMS = {"attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
+FEED_FORWARD = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
+_TRUNK = {"tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head"}
+GLM_MODULE = {"enorm": "enorm", "hnorm": "hnorm", "eh_proj": "eh_proj", "norm": "shared_head.norm"}
 _MELLUM_MODULE = {
-    "enorm.weight": "pre_fc_norm_embedding.weight",
-    "hnorm.weight": "pre_fc_norm_hidden.weight",
-    "eh_proj.weight": "fc.weight",
-    "norm.weight": "norm.weight",
+    "enorm": "pre_fc_norm_embedding",
+    "hnorm": "pre_fc_norm_hidden",
+    "eh_proj": "fc",
+    "norm": "norm",
 }
-_MIMO_MODULE = {
-    "enorm.weight": "token_layernorm.weight",
-    "hnorm.weight": "hidden_layernorm.weight",
-    "norm.weight": "final_layernorm.weight",
-}
+_MIMO_MODULE = {"enorm": "token_layernorm", "hnorm": "hidden_layernorm", "norm": "final_layernorm"}
+
+
+def entries_of(
+    table: Mapping[str, str], ours: str, theirs: str, what: str = "weight", rotary: bool = False
+) -> list[Entry]:
+    """The modules of a table, each with a tensor `what`. ours, theirs: their names' beginnings."""
+    return [Entry(f"{ours}{a}.{what}", f"{theirs}{b}.{what}", rotary) for a, b in table.items()]
 
 
 def _block(spec: ModelSpec, ours: str, theirs: str, feed_forward: str = "mlp") -> list[Entry]:
-    rotary = _ROTARY | (_ROTARY_NORMS if spec.args.qk_norm else {})
-    plain = _ATTENTION | {a: f"{feed_forward}.{b}" for a, b in FEED_FORWARD.items()}
+    attention = f"{ours}.attention.", f"{theirs}.self_attn."
+    entries = entries_of(_ROTARY, *attention, rotary=True)
+    if spec.args.qk_norm:
+        entries += entries_of(_ROTARY_NORMS, *attention, rotary=True)
     if spec.args.qkv_bias:
-        rotary, plain = rotary | _ROTARY_BIASES, plain | _VALUE_BIAS
-    return [
-        *(Entry(f"{ours}.{a}", f"{theirs}.{b}", rotary=True) for a, b in rotary.items()),
-        *(Entry(f"{ours}.{a}", f"{theirs}.{b}") for a, b in plain.items()),
-    ]
-
-
-def module_entries(table: Mapping[str, str], ours: str, theirs: str) -> list[Entry]:
-    """What a module has beside its block."""
-    return [Entry(f"{ours}.{a}", f"{theirs}.{b}") for a, b in table.items()]
+        entries += entries_of(_ROTARY, *attention, "bias", rotary=True)
+    entries += entries_of({"wv": "v_proj", "wo": "o_proj"}, *attention)
+    entries += entries_of(NORMS, f"{ours}.", f"{theirs}.")
+    entries += entries_of(FEED_FORWARD, f"{ours}.feed_forward.", f"{theirs}.{feed_forward}.")
+    if spec.args.qkv_bias:
+        entries += entries_of({"wv": "v_proj"}, *attention, "bias")
+    return entries
 
 
 def trunk_entries(spec: ModelSpec) -> list[Entry]:
     """What a trunk has beside its blocks."""
-    tied = spec.args.tied_embeddings
-    return [Entry(a, b) for a, b in _TRUNK.items() if not (tied and a == "output.weight")]
+    entries = entries_of(_TRUNK, "", "")
+    return entries[:-1] if spec.args.tied_embeddings else entries
 
 
-def repeated_names(spec: ModelSpec) -> frozenset[str]:
-    """What checkpoints may say once more: the tied unembedding, and rotary frequencies."""
-    layers = range(spec.args.n_layers)
-    frequencies = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq" for i in layers}
-    return frozenset(frequencies | ({"lm_head.weight"} if spec.args.tied_embeddings else set()))
+def repeated_names(spec: ModelSpec, behind: bool = False) -> frozenset[str]:
+    """What checkpoints may say once more: the tied unembedding, and rotary frequencies. behind:
+    modules are layers behind the last, with copies of the shared embedding and unembedding."""
+    layers = spec.args.n_layers
+    names = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq" for i in range(layers)}
+    if spec.args.tied_embeddings:
+        names.add("lm_head.weight")
+    for i in range(layers, layers + spec.modules if behind else layers):
+        names |= {f"model.layers.{i}.{n}.weight" for n in ("embed_tokens", "shared_head.head")}
+    return frozenset(names)
 
 
 def llama_hf(spec: ModelSpec) -> Names:
@@ -153,7 +132,7 @@ def glm4_moe_hf(spec: ModelSpec) -> Names:
     """Glm4MoeForCausalLM: MTP modules as layers behind the last, their feed-forward and that of the
     last layer as a shared expert beside routed experts that are zero."""
     args, layers = spec.args, spec.args.n_layers
-    entries, repeated = trunk_entries(spec), set(repeated_names(spec))
+    entries = trunk_entries(spec)
     zeros: dict[str, tuple[int, ...]] = {}
     blocks = [(f"layers.{i}", i) for i in range(layers)]
     blocks += [(f"mtp.heads.{k}.block", layers + k) for k in range(spec.modules)]
@@ -169,11 +148,8 @@ def glm4_moe_hf(spec: ModelSpec) -> Names:
                 zeros[f"{theirs}.mlp.experts.{e}.{name}.weight"] = (args.ffn_dim, args.dim)
             zeros[f"{theirs}.mlp.experts.{e}.down_proj.weight"] = (args.dim, args.ffn_dim)
     for k in range(spec.modules):
-        theirs = f"model.layers.{layers + k}"
-        entries += module_entries(GLM_MODULE, f"mtp.heads.{k}", theirs)
-        # Released checkpoints repeat the shared embedding and unembedding in every module.
-        repeated |= {f"{theirs}.embed_tokens.weight", f"{theirs}.shared_head.head.weight"}
-    return Names(entries, zeros, frozenset(repeated))
+        entries += entries_of(GLM_MODULE, f"mtp.heads.{k}.", f"model.layers.{layers + k}.")
+    return Names(entries, zeros, repeated_names(spec, behind=True))
 
 
 def mellum_hf(spec: ModelSpec) -> Names:
@@ -181,7 +157,7 @@ def mellum_hf(spec: ModelSpec) -> Names:
     names = llama_hf(spec)
     if spec.modules:
         names.entries.extend(_block(spec, "mtp.heads.0.block", "mtp.layers.0"))
-        names.entries.extend(module_entries(_MELLUM_MODULE, "mtp.heads.0", "mtp"))
+        names.entries.extend(entries_of(_MELLUM_MODULE, "mtp.heads.0.", "mtp."))
     return names
 
 
@@ -191,7 +167,7 @@ def mimo_hf(spec: ModelSpec) -> Names:
     for k in range(spec.modules):
         ours, theirs = f"mtp.heads.{k}", f"model.mtp_layers.{k}"
         names.entries.extend(_block(spec, f"{ours}.block", theirs))
-        names.entries.extend(module_entries(_MIMO_MODULE, ours, theirs))
+        names.entries.extend(entries_of(_MIMO_MODULE, f"{ours}.", f"{theirs}."))
         names.entries.append(
             Entry(f"{ours}.eh_proj.weight", f"{theirs}.input_proj.weight", swapped=True)
         )
@@ -209,7 +185,8 @@ def meta(spec: ModelSpec) -> Names:
 
 def torchtitan(spec: ModelSpec) -> Names:
     """TorchTitan's llama3, deepseek_v3 and qwen3; the last in Hugging Face's rotary layout."""
-    rotary = set(_ROTARY | _ROTARY_NORMS) if spec.args.qk_norm else set()
+    turned = _ROTARY | _ROTARY_NORMS if spec.args.qk_norm else {}
+    rotary = {f"attention.{name}.weight" for name in turned}
     entries = [Entry(name, name, rotary=name.split(".", 2)[-1] in rotary) for name in spec.shapes()]
     if spec.args.tied_embeddings:
         entries.append(Entry("tok_embeddings.weight", "output.weight"))
