@@ -143,14 +143,13 @@ class Verifier:
         self._pool.shutdown(cancel_futures=True)
 
     def _check(self, name: str, number: int) -> None:
-        file, entry = self._folder / name, self._entries[name]
-        if isinstance(file, RemotePath):
-            check_piece(file, entry, number, file.read_span(number * PIECE, (number + 1) * PIECE))
-        else:
-            check_piece(file, entry, number, self._read(file, number))
+        file = self._folder / name
+        check_piece(file, self._entries[name], number, self._read(file, number))
 
-    def _read(self, file: Path, number: int) -> memoryview:
+    def _read(self, file: Path, number: int) -> bytes | memoryview:
         """A piece in this thread's buffer: fresh memory for each would cost more than the sum."""
+        if isinstance(file, RemotePath):
+            return file.read_span(number * PIECE, (number + 1) * PIECE)
         if not hasattr(self._buffers, "view"):
             self._buffers.view = memoryview(bytearray(PIECE))
         view: memoryview = self._buffers.view

@@ -41,7 +41,6 @@ class Heartbeat:
         self._rank, self._world = dist.get_rank(), dist.get_world_size()
         self._interval = max(_INTERVAL, self._world / _RANKS_A_SECOND)
         self._end = threading.Event()
-        self._thread: threading.Thread | None = None
         self._beats = 0
         self._watched = ""  # where this rank has been since `_since`
         self._since = self._read_at = 0.0
@@ -53,15 +52,14 @@ class Heartbeat:
             # A connection of its own: a wait on the job's would hold up the beats.
             store: Any = dist.distributed_c10d._get_default_store()
             self._store = dist.PrefixStore("heartbeat", store.clone())
-            self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
-            self._thread.start()
+            threading.Thread(target=self._run, name="heartbeat", daemon=True).start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType
     ) -> None:
         try:
-            if self._thread is not None and error is not None and lost_contact(error):
+            if self._world > 1 and error is not None and lost_contact(error):
                 reason = re.sub(r"^\[.*?\] ", "", str(error).splitlines()[0]).split(". ")[0]
                 raise LostContact(f"{self.where}: {self._missing()} ({reason})") from error
         finally:

@@ -55,14 +55,24 @@ def import_checkpoint(
         UserError: `out` exists; missing, damaged or unknown files; a tensor that has no place.
     """
     form, folder, out = find_format(format_name), Path(source), Path(os.path.abspath(out))
-    config, spec = _read_spec(form, format_name, folder, config_file)
-    tensors = open_tensors(form, folder)
-    if spec is None:
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder")
+    if form.read_config is not None:
+        config, spec = JobConfig(), read_spec(form, format_name, folder)
+        describe_run(config, spec)
+        tensors = open_tensors(form, folder)
+    elif config_file is None:
+        raise UserError(
+            f"--format {format_name}: its folders do not say which model they hold; give the run's "
+            "TOML file with --config"
+        )
+    else:
+        config, tensors = load_toml(Path(config_file)), open_tensors(form, folder)
+        config.model.converters = [c for c in config.model.converters if c != "mtp"]
+        config.mtp = MTP()
         spec = spec_of_run(config, vocabulary_of(tensors))
         logger.warning("%s: taken for a model with %s", tensors.where, untold(record_of(spec)))
     outputs = inward(tensors, form, spec, dtype)
-    if form.read_config is not None:
-        describe_run(config, spec)
     config.job.dump_folder = str(out)
     with written_aside(out, sum(output.bytes for output in outputs)) as tmp:
         if form.read_config is not None:
@@ -82,24 +92,6 @@ def import_checkpoint(
         write_dcp(step, outputs, record_of(spec))
         verify(DCPTensors(step), outputs, tensors)
     return spec
-
-
-def _read_spec(
-    form: Format, name: str, folder: Path, config_file: str | os.PathLike[str] | None
-) -> tuple[JobConfig, ModelSpec | None]:
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder")
-    if form.read_config is None:
-        if config_file is None:
-            raise UserError(
-                f"--format {name}: its folders do not say which model they hold; give the run's "
-                "TOML file with --config"
-            )
-        config = load_toml(Path(config_file))
-        config.model.converters = [c for c in config.model.converters if c != "mtp"]
-        config.mtp = MTP()
-        return config, None
-    return JobConfig(), read_spec(form, name, folder)
 
 
 def read_spec(form: Format, name: str, folder: Path) -> ModelSpec:

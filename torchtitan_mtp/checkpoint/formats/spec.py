@@ -15,16 +15,8 @@ from torchtitan_mtp.models.transformer import build_model
 from torchtitan_mtp.mtp import add_heads, args_of_run
 
 # What [model.args] can say; the rest of `ModelArgs` is the run's.
-_SIZES = (
-    "dim",
-    "n_layers",
-    "n_heads",
-    "norm_eps",
-    "rope_theta",
-    "tied_embeddings",
-    "qk_norm",
-    "qkv_bias",
-)
+_SIZES: tuple[str, ...] = ("dim", "n_layers", "n_heads", "norm_eps", "rope_theta")
+_SIZES += ("tied_embeddings", "qk_norm", "qkv_bias")
 
 
 @dataclass(frozen=True)
