@@ -164,7 +164,9 @@ class _Planner(DefaultSavePlanner):
         return self._outputs[index.fqn].read()
 
 
-def write_dcp(folder: Path, outputs: Sequence[Output], record: dict[str, Any]) -> None:
+def write_dcp(
+    folder: Path, outputs: Sequence[Output], record: dict[str, Any] | None = None
+) -> None:
     """A model-only checkpoint of one rank, with its manifest and the model's record."""
     shapes = {o.name: torch.empty(o.shape, dtype=o.dtype, device="meta") for o in outputs}
     with quiet(alone=True):
