@@ -79,7 +79,16 @@ def _fail(message: str, status: int = 1) -> int:
     return status
 
 
+def _open_closed_streams() -> None:
+    """Where the process was started without them, output goes nowhere, and not into the files that
+    would be given their numbers."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
+
+
 if __name__ == "__main__":
+    _open_closed_streams()
     status = main()
     sys.stdout.flush()
     sys.stderr.flush()

@@ -187,3 +187,16 @@ def test_a_printed_configuration_that_nobody_takes() -> None:
     lines = [line for line in done.stderr.splitlines() if "stdout" in line]
     assert done.returncode == 0 and len(lines) == 1
     assert lines[0].endswith("stdout: [Errno 32] Broken pipe; the run goes on without it")
+
+
+def test_a_process_without_output_goes_on(tmp_path):
+    """Started with stdout and stderr closed: what is printed is lost, and nothing else."""
+    program = (
+        "import sys; from torchtitan_mtp import train; train._open_closed_streams();"
+        f"file = open({str(tmp_path / 'file')!r}, 'w');"
+        "print('lost'); print('too', file=sys.stderr);"
+        "sys.stdout.flush(); sys.stderr.flush(); file.write('kept'); file.close()"
+    )
+    command = ["sh", "-c", 'exec "$0" -c "$1" >&- 2>&-', sys.executable, program]
+    assert subprocess.run(command, timeout=60).returncode == 0
+    assert (tmp_path / "file").read_text() == "kept"
