@@ -6,7 +6,7 @@ import itertools
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Set
+from collections.abc import Callable, Iterator, Set
 from pathlib import Path
 
 from torchtitan_mtp.data.compressed import name_within
@@ -72,13 +72,24 @@ def find_files(
             found = "only outputs of runs" if left_out else "no file, folder or glob match"
             raise UserError(f"data: {found} at {key} {pattern!r}")
         place = Path(os.path.commonpath([path.parent for path in files]))
+    files = _each_once(place, files, left_out)
     parts = [f"{len(x)} {why} ({x[0]}{', ...' * (len(x) > 1)})" for why, x in left_out.items() if x]
     return place, files, ("; left out: " + ", ".join(parts)) if parts else ""
 
 
 def _in_folder(root: Path, split: str, outputs: Set[str], left_out: LeftOut) -> list[Path]:
+    def wanted(path: Path) -> bool:
+        hidden = path.name.startswith(".")
+        why = "hidden" if hidden else "outputs of runs" * is_output(path, outputs)
+        if why:
+            left_out[why].append(path)
+        return not why
+
+    def refuse(error: OSError) -> None:
+        raise UserError(f"data {error.filename}: can't be read: {error.strerror}") from error
+
     files: list[Path] = []
-    for path in _walk(root, left_out, outputs):
+    for path in itertools.chain.from_iterable(inside for _, inside in _walk(root, wanted, refuse)):
         if not path.name.lower().endswith(FOLDER_SUFFIXES):
             left_out["of other kinds"].append(path)
         elif path.is_file() or path.is_symlink():  # a link to nothing is told when it is opened
@@ -108,7 +119,7 @@ def _matching(pattern: Path, outputs: Set[str], left_out: LeftOut) -> list[Path]
     top = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), pattern.parts))
     is_written = functools.cache(lambda path: is_output(path, outputs))
     files: list[Path] = []
-    for path in sorted(map(Path, glob.glob(str(pattern), recursive=True))):
+    for path in sorted(_glob(pattern)):
         if path.is_file():
             inside = [path, *itertools.takewhile(lambda folder: folder != top, path.parents)]
             (left_out["outputs of runs"] if any(map(is_written, inside)) else files).append(path)
@@ -126,31 +137,49 @@ def is_output(path: Path, outputs: Set[str]) -> bool:
     return found or os.path.realpath(path) in outputs
 
 
-def _walk(root: Path, left_out: LeftOut, outputs: Set[str]) -> Iterator[Path]:
-    """The files below the folder and below folders that links lead to, each folder once."""
+def _glob(pattern: Path) -> set[Path]:
+    """What glob.glob(recursive=True) finds, but "**" takes each folder once, as `_walk` does."""
+    if "**" not in pattern.parts:
+        return {*map(Path, glob.glob(str(pattern)))}
+    stars = pattern.parts.index("**")
+    rest = pattern.parts[stars + 1 :] or ("*",)
+    tops = map(Path, glob.glob(str(Path(*pattern.parts[:stars]))))
+    walks = [_walk(top, lambda path: not path.name.startswith(".")) for top in tops]
+    folders = [glob.escape(str(folder)) for folder, _ in itertools.chain(*walks)]
+    return set().union(*(_glob(Path(folder, *rest)) for folder in folders))
 
-    def refuse(error: OSError) -> None:
-        raise UserError(f"data {error.filename}: can't be read: {error.strerror}") from error
 
+def _walk(
+    root: Path, keep: Callable[[Path], bool], refuse: Callable[[OSError], None] | None = None
+) -> Iterator[tuple[Path, list[Path]]]:
+    """The folder, those below it and those that links lead to, each once, and the files in it."""
     seen: set[str] = set()
     waiting = [root]  # then links: of a folder's two names its own is taken
     for top in waiting:
         for folder, subfolders, names in os.walk(top, onerror=refuse):
-            real = os.path.realpath(folder)
-            entries = sorted([*subfolders, *names]) if real not in seen else []
-            seen.add(real)
+            real, entries, files = os.path.realpath(folder), sorted([*subfolders, *names]), []
             subfolders.clear()
-            for path in (Path(folder, name) for name in entries):
-                if path.name.startswith("."):
-                    left_out["hidden"].append(path)
-                elif is_output(path, outputs):
-                    left_out["outputs of runs"].append(path)
-                elif not os.path.isdir(path):
-                    yield path
+            if real in seen:
+                continue
+            seen.add(real)
+            for path in filter(keep, (Path(folder, name) for name in entries)):
+                if not os.path.isdir(path):
+                    files.append(path)
                 elif not path.is_symlink():
                     subfolders.append(path.name)
                 elif not Path(real).is_relative_to(path.resolve()):  # else it leads back up
                     waiting.append(path)
+            yield Path(folder), files
+
+
+def _each_once(root: Path, files: list[Path], left_out: LeftOut) -> list[Path]:
+    """Each file under one name, its own if that is there, whatever links lead to it."""
+    real, top = {x: os.path.realpath(x) for x in files}, os.path.realpath(root)
+    once: dict[str, Path] = {}
+    for path in sorted(files, key=lambda x: (real[x] != f"{top / x.relative_to(root)}", x)):
+        if once.setdefault(real[path], path) is not path:
+            left_out["under another name"].append(path)
+    return sorted(once.values())
 
 
 def _split_of(path: Path, kinds: tuple[str, ...]) -> str | None:

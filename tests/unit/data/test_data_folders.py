@@ -1,6 +1,8 @@
 import contextlib
+import glob
 import json
 import os
+from pathlib import Path
 
 import pytest
 
@@ -134,6 +136,55 @@ def test_links_are_followed_and_each_folder_read_once(tmp_path):
         f"{root}/elsewhere/deep/b.txt:1",
         f"{root}/z/a.txt:1",
     ]
+
+
+CIRCLES = {  # link -> what it leads to
+    "one up": {"s/up": ".."},
+    "two up": {"s/up1": "..", "s/up2": "..", "s/t/up3": "../.."},
+    "across": {"s/to": "../z", "z/fro": "../s", "0": "s/t"},
+    "a file's other names": {"alias.jsonl": "a.jsonl", "s/0.jsonl": "t/b.jsonl"},
+}
+
+
+@pytest.mark.parametrize("links", CIRCLES.values(), ids=CIRCLES)
+@pytest.mark.parametrize("pattern", ["", "**", "**/*", "**/*.jsonl", "**/**/*", "*/../**/*.jsonl"])
+def test_a_file_is_read_once_however_many_links_lead_to_it(tmp_path, caplog, links, pattern):
+    caplog.set_level("INFO")
+    names = ["a.jsonl", "s/t/b.jsonl", "z/c.jsonl"]
+    source = build_source("files", str(fill(tmp_path / "without", names) / pattern))
+    root = fill(tmp_path / "with", names)
+    for link, target in links.items():
+        (root / link).symlink_to(target)
+    linked = build_source("files", str(root / pattern))
+    assert sorted(names_read(linked)) == names
+    if ".." not in pattern:
+        assert linked.fingerprint == source.fingerprint
+    if "alias.jsonl" in links:
+        assert " under another name (" in caplog.records[-1].getMessage()
+
+
+GLOBBED = [
+    "a.txt",
+    "b/a.txt",
+    "b/.h/a.txt",
+    ".h/b/a.txt",
+    "b/.a.txt",
+    "[b]/c/d.txt",
+    "b/c/**/e.txt",
+]
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    """** **/* **/*.txt b/** b/**/a.txt **/b/**/*.txt .h/**/*.txt **/.h/* **/.*/** */** */*/*.txt
+    **/[[]b]/** [[]*/**/*.txt **/c/*/*.txt **/**/e.txt **.txt **/a* b/../**/d.txt""".split(),  # noqa: SIM905
+)
+def test_two_stars_are_those_of_glob(tmp_path, pattern, monkeypatch):
+    monkeypatch.chdir(fill(tmp_path, GLOBBED))
+    expected = [path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path)]
+    source = build_source("files", pattern)
+    found = [source.where(i).removesuffix(":1") for i in range(len(source))]
+    assert found == [str(path) for path in sorted({*map(Path, expected)})]
 
 
 def test_what_cannot_be_read_is_an_error(tmp_path, monkeypatch):
