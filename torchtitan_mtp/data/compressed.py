@@ -5,7 +5,9 @@ import hashlib
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, BinaryIO
 
 from torchtitan_mtp.errors import UserError, import_optional
 from torchtitan_mtp.writing import written_whole
@@ -35,13 +37,28 @@ def decompressed(path: Path) -> Path:
                 digest.update(block)
         target = folder / digest.hexdigest()
         if not target.exists():
-            with written_whole(target) as aside, open(aside, "wb") as out, kind.open(path) as data:
-                shutil.copyfileobj(data, out, 1 << 20)
+            with written_whole(target) as aside, open(aside, "wb") as out, open(path, "rb") as data:
+                if kind is gzip:
+                    shutil.copyfileobj(gzip.GzipFile(fileobj=data), out, 1 << 20)
+                else:
+                    out.writelines(_decompress_frames(data, kind.ZstdDecompressor()))
     except UserError:
         raise
     except Exception as e:  # gzip's, zlib's, zstandard's and the system's errors
         raise UserError(f"data {path}: can't be decompressed into {folder}: {e}") from e
     return target
+
+
+def _decompress_frames(data: BinaryIO, zstd: Any) -> Iterator[bytes]:
+    """zstandard's own readers take a file that ends within a frame for a whole one."""
+    frame = None
+    while block := data.read(1 << 16):
+        while block:
+            frame = frame or zstd.decompressobj()
+            yield frame.decompress(block)
+            block, frame = (frame.unused_data, None) if frame.eof else (b"", frame)
+    if frame:
+        raise EOFError("the file ends within a frame")
 
 
 def name_within(path: Path) -> str:

@@ -144,10 +144,19 @@ def test_damaged_compressed_file(tmp_path, cache):
     for data in (whole[:5000], b"not gzip"):
         packed.write_bytes(data)
         assert_fails(r"a\.jsonl\.gz: can't be decompressed", "files", str(packed))
-    packed = tmp_path / "a.txt.zst"
-    packed.write_bytes(b"not zstd")
-    assert_fails(r"a\.txt\.zst: can't be decompressed", "files", str(packed))
-    assert list(cache.iterdir()) == []
+    zstandard = pytest.importorskip("zstandard")
+    packed, text = tmp_path / "a.txt.zst", b"".join(b"line %d\n" % i for i in range(100_000))
+    whole = zstandard.compress(text)
+    stream = zstandard.ZstdCompressor().compressobj()  # its frames don't say how long they are
+    streamed = stream.compress(text) + stream.flush()
+    cut = [data[: len(data) * i // 8] for data in (whole, streamed) for i in range(1, 8)]
+    for data in (b"not zstd", whole[:3], *cut, whole[:-1], whole + whole[:-1], whole + b"more"):
+        packed.write_bytes(data)
+        assert_fails(r"a\.txt\.zst: can't be decompressed", "files", str(packed))
+        assert list(cache.iterdir()) == []
+    skipped = b"\x50\x2a\x4d\x18\x02\0\0\0hi"  # a frame of no text, RFC 8878 3.1.2
+    packed.write_bytes(whole + skipped + streamed + skipped)
+    assert "".join(d.text for d in read(build_source("files", str(packed)))) == 2 * text.decode()
 
 
 def test_default_cache_folder_is_the_users_own(monkeypatch, tmp_path):
