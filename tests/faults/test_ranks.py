@@ -82,7 +82,7 @@ def stop_and_go_on(folder: Path, name: str, rank: int) -> tuple[Run, Run, list[s
             told_in_save(trainer, signal.SIGINT)
 
     first = train(config_of(folder, keys), prepare)
-    saved = sorted(os.listdir(folder / name / "checkpoint"))
+    saved = sorted(p.name for p in (folder / name / "checkpoint").glob("step-*"))
     return first, train(config_of(folder, keys)), saved
 
 
@@ -99,7 +99,7 @@ def meet_bad_batch(folder: Path, rank: int) -> tuple[str, list[str], bool]:
         said = str(error)
     finite = all(bool(w.isfinite().all()) for w in weights_of(trainer).values())
     finish(trainer)
-    return said, sorted(os.listdir(folder / "bad" / "checkpoint")), finite
+    return said, sorted(p.name for p in (folder / "bad" / "checkpoint").glob("step-*")), finite
 
 
 def skip(folder: Path, rank: int) -> tuple[Run, Run]:

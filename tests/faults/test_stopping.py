@@ -61,7 +61,7 @@ def interrupt(trainer: Trainer, where: str, number: int) -> None:
 
 
 def saved_steps(folder: Path) -> list[str]:
-    return sorted(entry.name for entry in (folder / "run" / "checkpoint").iterdir())
+    return sorted(entry.name for entry in (folder / "run" / "checkpoint").glob("step-*"))
 
 
 # where -> the step after which the run ends, and what it has saved by then

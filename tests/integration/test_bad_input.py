@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from pathlib import Path
 
@@ -157,7 +156,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_unsaved(when, fails, tmp_path, 
     frequency = "1" if when == "logged" else "100"
     line = fails("--training.steps", "8", "--metrics.log_freq", frequency)
     assert "step 3" in line and "nan" in line and "optimizer.lr" in line
-    saved = sorted(os.listdir(tmp_path / "run" / "checkpoint"))
+    saved = sorted(p.name for p in (tmp_path / "run" / "checkpoint").glob("step-*"))
     assert saved == ["step-1", "step-2"]
 
 

@@ -7,7 +7,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Iterable
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -21,31 +21,34 @@ logger = logging.getLogger(__name__)
 NAME = "run.lock"
 
 
-def written_folders(config: JobConfig) -> list[Path]:
-    """What one run alone may write to: its dump folder, and its checkpoints' folder where that is
-    elsewhere (stores know no locks)."""
+def written_folders(config: JobConfig) -> dict[Path, str]:
+    """What one run alone may write to, with the key that sets it: its dump folder, and the folder
+    it saves checkpoints to, since another run's key may lead there, too (stores know no locks)."""
     dump = Path(config.job.dump_folder)
+    written = {dump.resolve(): "job.dump_folder"}
     checkpoints = checkpoint_folder(dump, config.checkpoint.folder)
-    local = config.checkpoint.enable and not isinstance(checkpoints, RemotePath)
-    outside = local and not checkpoints.resolve().is_relative_to(dump.resolve())
-    return [dump, checkpoints] if outside else [dump]
+    if config.checkpoint.enable and not isinstance(checkpoints, RemotePath):
+        written.setdefault(checkpoints.resolve(), "checkpoint.folder")
+    return written
 
 
-def lock_folders(folders: Iterable[Path], held: ExitStack) -> None:
+def lock_folders(folders: Mapping[Path, str], held: ExitStack) -> None:
     """Make folders and keep other runs out of them until `held` is closed or this process is gone,
     however it dies: the lock is the kernel's. Its file only says who had it last.
+
+    Args:
+        folders: each with the key that sets it, for messages.
 
     Raises:
         UserError: another run has one: its host, process and start; or it can't be written to.
     """
-    for folder in folders:
+    for folder, key in folders.items():
         try:
             folder.mkdir(parents=True, exist_ok=True)
             file = held.enter_context((folder / NAME).open("a+"))
         except OSError as error:
             raise UserError(
-                f"job.dump_folder = {folder}: can't be written to ({error.strerror}); choose "
-                "another folder"
+                f"{key} = {folder}: can't be written to ({error.strerror}); choose another folder"
             ) from None
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -53,7 +56,7 @@ def lock_folders(folders: Iterable[Path], held: ExitStack) -> None:
             file.seek(0)
             raise UserError(
                 f"{folder}: another run writes here ({file.read().strip() or 'just started'}); "
-                "wait for its end, stop it, or choose another job.dump_folder"
+                f"wait for its end, stop it, or choose another {key}"
             ) from None
         except OSError as error:  # a file system without locks
             logger.warning("%s: can't be locked (%s): start no second run in it", folder, error)
