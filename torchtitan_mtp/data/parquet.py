@@ -16,7 +16,7 @@ from torchtitan_mtp.errors import UserError, import_optional
 
 CACHED_ROW_GROUPS = 4  # of each file
 _SCANNED_ROWS = 1024  # at once
-_STRINGS = re.compile(r"(dictionary<values=)?(large_)?string")  # of pyarrow's names of types
+_STRINGS = re.compile(r"(dictionary<values=)?((large_)?string|null)")  # of pyarrow's types
 
 
 class ParquetFile:
@@ -77,11 +77,11 @@ class ParquetFile:
         wanted = [self._text_field]
         if self._text_field not in schema.names and {"prompt", "completion"} <= {*schema.names}:
             wanted = ["completion", "prompt"]
-        found = {name: str(schema.field(name).type) for name in wanted if name in schema.names}
+        found = {x: str(schema.field(x).type) for x in wanted if schema.names.count(x) == 1}
         texts = [x for x in found.values() if _STRINGS.match(x)]
         if len(texts) < len(wanted):
             raise UserError(
-                f"data {self._file.shown}: expected a column of strings {self._text_field!r}, or"
+                f"data {self._file.shown}: expected one column of strings {self._text_field!r}, or"
                 f" 'prompt' and 'completion'; found {found or sorted(schema.names)}"
             )
         return wanted

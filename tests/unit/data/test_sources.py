@@ -194,10 +194,17 @@ def test_parquet_row_groups_in_any_order(tmp_path):
 def test_parquet_errors(tmp_path):
     path = write_parquet(tmp_path / "a.parquet", {"body": ["x"]})
     assert_fails(
-        r"a\.parquet: expected a column of strings 'text', .*found \['body'\]", "files", str(path)
+        r"a\.parquet: expected one column of strings 'text', .*found \['body'\]", "files", str(path)
     )
     path = write_parquet(tmp_path / "b.parquet", {"text": ["x", None]})
     assert_fails(r"b\.parquet: row 2: expected text", "files", str(path))
+    import pyarrow.parquet
+
+    twice = pyarrow.Table.from_arrays([pyarrow.array(["x"])] * 3, names=["text", "id", "text"])
+    pyarrow.parquet.write_table(twice, path)
+    message = r"b\.parquet: expected one column .*found \['id', 'text', 'text'\]"
+    assert_fails(message, "files", str(path))
+    assert [d.text for d in read(build_source("files", str(path), text_field="id"))] == ["x"]
     path = tmp_path / "c.parquet"
     path.write_bytes(b"PAR1 and nothing more")
     assert_fails(r"c\.parquet: not a readable Parquet file", "files", str(path))
@@ -396,6 +403,7 @@ BAD = {
         1,
         ": row 3",
     ),
+    "f.parquet": ([None] * 3, r"f\.parquet: row 1: expected text in .*found null", 3, None),
 }
 
 
@@ -426,9 +434,9 @@ def test_columns_that_hold_no_text(tmp_path):
     import pyarrow
 
     path = tmp_path / "a.parquet"
-    for column in ([1, 2], [["x"]], [b"x"], [None]):
+    for column in ([1, 2], [["x"]], [b"x"]):
         write_parquet(path, {"text": column})
-        assert_fails(r"a\.parquet: expected a column of strings 'text'", "files", str(path))
+        assert_fails(r"a\.parquet: expected one column of strings 'text'", "files", str(path))
     for column in (
         pyarrow.array(["x", "y", "x"]).dictionary_encode(),
         pyarrow.array(["x", "y", "x"], pyarrow.large_string()),
