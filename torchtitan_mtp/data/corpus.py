@@ -16,7 +16,7 @@ from weakref import WeakValueDictionary
 
 import numpy as np
 
-from torchtitan_mtp.data.document import Document, Source
+from torchtitan_mtp.data.document import SKIPPED, Document, Source
 from torchtitan_mtp.data.order import shuffled
 from torchtitan_mtp.data.parquet import CACHED_ROW_GROUPS
 from torchtitan_mtp.data.tokenizer import ByteTokenizer, Tokenizer
@@ -73,6 +73,12 @@ class Corpus:
         self.documents = documents
         self._tokenizer = tokenizer
         self.seed = seed
+        self.skipped = source.sizes() == SKIPPED
+        if self.skipped[documents].all():
+            raise UserError(
+                f"dataset {source.name}: all {len(documents)} of a split are bad records; mend"
+                " them, or change training.validation_fraction"
+            )
         # Both live as long as a lane reads in them: lanes of one epoch have one order, and a
         # document that many lanes share is encoded once.
         self._epochs: WeakValueDictionary[int, Epoch] = WeakValueDictionary()
@@ -81,9 +87,10 @@ class Corpus:
     @functools.cached_property
     def sizes(self) -> np.ndarray:
         """What stretches are measured in, at the documents' numbers, int64 [len(source)]: tokens,
-        where they are known (bytes are) or quickly counted; else roughly in proportion."""
-        sizes = self.source.sizes()
-        specials = len(encode_document(self._tokenizer, Document(""), str).tokens)
+        where they are known (bytes are) or quickly counted; else roughly in proportion. 0 of a
+        record that is skipped."""
+        sizes = self.source.sizes().clip(min=0)
+        specials = ~self.skipped * len(encode_document(self._tokenizer, Document(""), str).tokens)
         if isinstance(self._tokenizer, ByteTokenizer):
             return sizes + specials
         many = len(self.documents) > _ENCODED_DOCUMENTS
@@ -108,6 +115,9 @@ class Corpus:
         return epoch
 
     def encode(self, number: int) -> Encoded:
+        """A document's tokens, of a record that is skipped none."""
+        if self.skipped[number]:
+            return Encoded(np.empty(0, np.int32), 0)
         document = self._encoded.get(number)
         if document is None:
             where = functools.partial(self.source.where, number)

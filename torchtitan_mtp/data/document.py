@@ -4,6 +4,8 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
+SKIPPED = -1  # the size of a record that is no document, but has a number among them
+
 
 class Document(NamedTuple):
     """One record of a corpus.
@@ -47,7 +49,8 @@ class Source(Protocol):
     def __getitem__(self, index: int) -> Document: ...
 
     def sizes(self) -> np.ndarray:
-        """UTF-8 bytes of each document's text and prompt together, int64 [len(source)]."""
+        """UTF-8 bytes of each document's text and prompt together, or SKIPPED, int64
+        [len(source)]."""
         ...
 
     def where(self, index: int) -> str:

@@ -63,7 +63,7 @@ class BadRecords:
     """What the scan of the files does with records that are no documents.
 
     Args:
-        action: "stop": raise a UserError at the first. "skip": count and leave them out.
+        action: "stop": raise a UserError at the first. "skip": count them.
     """
 
     def __init__(self, action: str) -> None:

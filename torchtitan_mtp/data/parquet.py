@@ -10,7 +10,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from torchtitan_mtp.data.document import Document, document_of
+from torchtitan_mtp.data.document import SKIPPED, Document, document_of
 from torchtitan_mtp.data.files import BadRecords, DataFile
 from torchtitan_mtp.errors import UserError, import_optional
 
@@ -33,7 +33,7 @@ class ParquetFile:
         self._text_field = text_field
         self._groups: OrderedDict[int, Any] = OrderedDict()  # row group -> pyarrow.Table
         self._lock = threading.Lock()  # two loaders' threads may read one source
-        self._rows, self.sizes = array("q"), array("q")  # of the documents
+        self.sizes = array("q")  # of the rows
         with self._opened() as parquet:
             self._columns = self._find_columns(parquet.schema_arrow)
             meta = parquet.metadata
@@ -42,35 +42,27 @@ class ParquetFile:
         self._starts = list(itertools.accumulate(rows, initial=0))  # of the row groups
 
     def where(self, index: int) -> str:
-        return self._row(self._rows[index])
+        return f"{self._file.shown}: row {index + 1}"
 
     def __getitem__(self, index: int) -> Document:
-        row = self._rows[index]
-        group = bisect.bisect_right(self._starts, row) - 1
+        group = bisect.bisect_right(self._starts, index) - 1
         table = self._group(group)
-        cells = {x: table.column(x)[row - self._starts[group]].as_py() for x in self._columns}
+        cells = {x: table.column(x)[index - self._starts[group]].as_py() for x in self._columns}
         if document := document_of(cells, self._text_field):
             return document
-        raise UserError(f"data {self._row(row)}: changed under the run: no text there now")
-
-    def _row(self, row: int) -> str:
-        return f"{self._file.shown}: row {row + 1}"
+        raise UserError(f"data {self.where(index)}: changed under the run: no text there now")
 
     def _scan(self, batches: Iterable[Any], bad: BadRecords) -> None:
         from pyarrow import large_binary, large_string
 
-        first = 0
         for batch in batches:
             # Dictionaries become their values; as bytes, for nobody has checked that it is UTF-8.
             columns = [x.cast(large_string()).cast(large_binary()) for x in batch.columns]
-            for row, cells in enumerate(zip(*(x.to_pylist() for x in columns), strict=True), first):
-                found = ", ".join(filter(None, map(_fault, cells)))
+            for cells in zip(*(x.to_pylist() for x in columns), strict=True):
+                row, found = len(self.sizes), ", ".join(filter(None, map(_fault, cells)))
                 if found:
-                    bad.add(self._row(row), f"expected text in {self._columns}, found {found}")
-                else:
-                    self._rows.append(row)
-                    self.sizes.append(sum(map(len, cells)))
-            first += batch.num_rows
+                    bad.add(self.where(row), f"expected text in {self._columns}, found {found}")
+                self.sizes.append(SKIPPED if found else sum(map(len, cells)))
 
     def _find_columns(self, schema: Any) -> list[str]:
         """The columns that make a document, in the order of `Document`."""

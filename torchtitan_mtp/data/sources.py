@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from torchtitan_mtp.data import compressed
-from torchtitan_mtp.data.document import Document, Source, StreamSource
+from torchtitan_mtp.data.document import SKIPPED, Document, Source, StreamSource
 from torchtitan_mtp.data.files import BadRecords, DataFile, fingerprint_files
 from torchtitan_mtp.data.folders import RECORDS, find_files
 from torchtitan_mtp.data.hub import DATASETS, HubStream
@@ -36,7 +36,7 @@ class FilesSource:
         root: folder that the fingerprint's file names are relative to.
         paths: the files, in order.
         text_field: of a record, what holds its text.
-        bad_records: "stop", or "skip" and count them.
+        bad_records: "stop", or "skip" and count them: each keeps its number, without text.
         left_out: what of a folder is not read, to be told.
 
     Raises:
@@ -58,18 +58,20 @@ class FilesSource:
         self._starts = list(itertools.accumulate((len(f.sizes) for f in self._files), initial=0))
         if bad.count:
             logger.warning(
-                "dataset %s: %d bad record(s) left out, the first %s", name, bad.count, bad.first
+                "dataset %s: %d bad record(s) skipped, the first %s", name, bad.count, bad.first
             )
-        if not len(self):
+        if not any(size != SKIPPED for file in self._files for size in file.sizes):
             raise UserError(
                 f"dataset {name}: no document in {len(paths)} file(s), {[*paths, root][0]} ...;"
                 " expected at least one that is not empty"
             )
-        rest = f":{bad.count} left out" if bad.count else ""  # the others have other numbers
+        rest = f":{bad.count} skipped" if bad.count else ""
         self.fingerprint = f"{fingerprint_files(root, paths)}:{text_field}{rest}"
+        sizes = self.sizes()
+        sizes = sizes[sizes != SKIPPED]
         logger.info(
             "dataset %s: %s file(s), %s documents, %s bytes of text%s",
-            *(name, f"{len(paths):,}", f"{len(self):,}", f"{self.sizes().sum():,}", left_out),
+            *(name, f"{len(paths):,}", f"{len(sizes):,}", f"{sizes.sum():,}", left_out),
         )
 
     def __len__(self) -> int:
@@ -77,7 +79,7 @@ class FilesSource:
 
     def __getitem__(self, index: int) -> Document:
         file, number = self._place(index)
-        return file[number]
+        return Document("") if file.sizes[number] == SKIPPED else file[number]
 
     def where(self, index: int) -> str:
         """The document's file and line, or row."""
@@ -91,7 +93,7 @@ class FilesSource:
         return self._files[file], index - self._starts[file]
 
     def sizes(self) -> np.ndarray:
-        """Bytes of each document's text and prompt as UTF-8, int64 [documents]."""
+        """Bytes of each document's text and prompt as UTF-8, or SKIPPED, int64 [documents]."""
         return np.concatenate([file.sizes for file in self._files])
 
 

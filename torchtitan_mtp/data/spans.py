@@ -6,7 +6,7 @@ import json
 from array import array
 from collections.abc import Callable
 
-from torchtitan_mtp.data.document import Document, document_of
+from torchtitan_mtp.data.document import SKIPPED, Document, document_of
 from torchtitan_mtp.data.files import BadRecords, DataFile
 from torchtitan_mtp.errors import UserError
 
@@ -26,7 +26,8 @@ class Spans:
         self._starts, self._stops, self.sizes = array("q"), array("q"), array("q")
 
     def add(self, start: int, stop: int, size: int) -> None:
-        """The next document: bytes start..stop-1 of the file, and the size of its text."""
+        """The next document: bytes start..stop-1 of the file, and the size of its text; SKIPPED of
+        a record that is none, which keeps its number."""
         self._starts.append(start)
         self._stops.append(stop)
         self.sizes.append(size)
@@ -47,11 +48,12 @@ def find_records(file: DataFile, text_field: str, bad: BadRecords) -> Spans:
     with open(file.path, "rb") as lines:
         for number, line in enumerate(lines, 1):
             if not line.isspace():
+                size = SKIPPED
                 try:
                     size = sum(len(x.encode()) for x in spans.parse(line))
-                    spans.add(offset, offset + len(line), size)
                 except ValueError as e:
                     bad.add(f"{file.shown}:{number}", str(e))
+                spans.add(offset, offset + len(line), size)
             offset += len(line)
     return spans
 
@@ -81,24 +83,29 @@ def find_texts(file: DataFile, bad: BadRecords) -> Spans:
 
     A long file is cut after the last line end within each 64 Ki characters (in the middle of a
     line longer than that), so that one big file can be shuffled and partly held out. An empty file
-    is no document, nor is one with a byte that is not UTF-8.
+    is no document. Of one with a byte that is not UTF-8 all are skipped: as many as there are once
+    each such byte is a character.
     """
     spans, start = Spans(file, lambda data: Document(data.decode("utf-8"))), 0
-    try:
-        while start < file.size:
-            # A character takes 1 to 4 bytes, so this holds 64 Ki of them or reaches the file's end.
-            data = file.read(start, min(start + 4 * MAX_CHARACTERS, file.size))
-            at_end = start + len(data) == file.size
+    errors = "strict"
+    while start < file.size:
+        # A character takes 1 to 4 bytes, so this holds 64 Ki of them or reaches the file's end.
+        data = file.read(start, min(start + 4 * MAX_CHARACTERS, file.size))
+        at_end = start + len(data) == file.size
+        try:
             # Leaves out the character that the end of the data cuts in two, if it does.
-            text = codecs.getincrementaldecoder("utf-8")().decode(data, final=at_end)
-            if len(text) > MAX_CHARACTERS or not at_end:
-                text = text[:MAX_CHARACTERS]
-                text = text[: text.rfind("\n") + 1] or text
-            size = len(text.encode("utf-8"))
-            spans.add(start, start + size, size)
-            start += size
-    except UnicodeDecodeError as e:
-        where = f"{file.shown}:{file.line_number(start + e.start)}"
-        bad.add(where, f"byte {e.object[e.start]:#04x} is not UTF-8 (iconv -t utf-8 converts it)")
-        return Spans(file, spans.parse)
+            text = codecs.getincrementaldecoder("utf-8")(errors).decode(data, final=at_end)
+        except UnicodeDecodeError as e:
+            byte, where = data[e.start], f"{file.shown}:{file.line_number(start + e.start)}"
+            bad.add(where, f"byte {byte:#04x} is not UTF-8 (iconv -t utf-8 converts it)")
+            errors = "surrogateescape"
+            continue
+        if len(text) > MAX_CHARACTERS or not at_end:
+            text = text[:MAX_CHARACTERS]
+            text = text[: text.rfind("\n") + 1] or text
+        size = len(text.encode("utf-8", errors))
+        spans.add(start, start + size, size)
+        start += size
+    if errors != "strict":
+        spans.sizes = array("q", [SKIPPED]) * len(spans.sizes)
     return spans

@@ -52,7 +52,7 @@ class Stretches(Iterator[Piece]):
             position, index, ends = self.position(), self._index, self._epoch.ends
             begin, end = int(ends[index - 1]) if index else 0, int(ends[index])
             document = self._corpus.encode(int(self._epoch.order[index]))
-            tokens, size = len(document.tokens), end - begin
+            tokens, size = len(document.tokens), end - begin or 1
             start, stop = (
                 (2 * (point - begin) * tokens + size) // (2 * size)  # rounds
                 for point in (max(self._start, begin), min(self._stop, end))
@@ -119,6 +119,6 @@ def once(
 
 def _once(part: Corpus | StreamSource, tokenizer: Tokenizer) -> Iterator[Encoded]:
     if isinstance(part, Corpus):
-        return map(part.encode, map(int, part.documents))
+        return map(part.encode, map(int, part.documents[~part.skipped[part.documents]]))
     stream = part.open_lane(0, 1)
     return (encode_document(tokenizer, x, stream.where) for x in stream)

@@ -13,7 +13,8 @@ from torchtitan_mtp.config import Float8Linear, JobConfig
 from torchtitan_mtp.config.sections.quantize import AUTO_FILTER
 from torchtitan_mtp.errors import UserError
 
-_KEPT = ("output", "router.gate")  # whatever filter_fqns says
+# Whatever filter_fqns says; TorchTitan's routers are called moe.router.gate.
+_KEPT = ("output", "router.gate", "moe.router.gate")
 
 
 def convert_to_float8(model: nn.Module, float8: Float8Linear, compiled: bool = False) -> None:
@@ -80,10 +81,10 @@ def _check_filters(filters: Sequence[str], names: Collection[str]) -> None:
     known = sorted({AUTO_FILTER} | {".".join(name.split(".")[-2:]) for name in names})
     for entry in filters:
         if not entry or not any(entry in name for name in (*_KEPT, *names)):
-            (nearest,) = difflib.get_close_matches(entry, known, n=1, cutoff=0.0)
+            nearest = difflib.get_close_matches(entry, known, n=1)
             raise UserError(
                 f"quantize.linear.float8.filter_fqns names {entry!r}, which no linear layer's name "
-                f"contains; did you mean {nearest!r}?"
+                "contains" + (f"; did you mean {nearest[0]!r}?" if nearest else "; take it out")
             )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from torchtitan_mtp.config import JobConfig
-from torchtitan_mtp.data.document import Document, Source, StreamSource
+from torchtitan_mtp.data.document import SKIPPED, Document, Source, StreamSource
 from torchtitan_mtp.data.loader import DataLoader
 from torchtitan_mtp.data.mixture import Mixture, configured_source, parse_entry
 from torchtitan_mtp.data.order import split_documents
@@ -78,6 +78,7 @@ class Text:
             self.split["seed"],
             source.name,
         )
+        numbers = numbers[source.sizes()[numbers] != SKIPPED]
         picked = np.linspace(0, len(numbers), min(count, len(numbers)), endpoint=False)
         yield from (source[int(numbers[int(i)])] for i in picked)
 

@@ -23,10 +23,10 @@ EPOCHS = 30  # of a lane, more than any test here reads
 TEXTS = [f"<{i}>" + "abcdefgh"[i % 8] * (i * 7 % 41) for i in range(90)]
 
 
-def jsonl(folder, texts=TEXTS):
+def jsonl(folder, texts=TEXTS, **kwargs):
     path = folder / "a.jsonl"
     path.write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
-    return build_source("files", str(path))
+    return build_source("files", str(path), **kwargs)
 
 
 def text_folder(folder):
@@ -42,13 +42,13 @@ def compressed_jsonl(folder):
     return build_source("files", str(packed))
 
 
-def parquet(folder, texts=TEXTS):
+def parquet(folder, texts=TEXTS, **kwargs):
     import pyarrow
     import pyarrow.parquet
 
     path = folder / "a.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"text": texts}), path, row_group_size=8)
-    return build_source("files", str(path))
+    return build_source("files", str(path), **kwargs)
 
 
 def hub(folder, shards=16):
@@ -109,7 +109,7 @@ def naive_stream(source, seed, epoch):
     stream = []
     for number in shuffled(np.arange(len(source)), seed, epoch).tolist():
         text = [TOKENIZER.bos_id, *source[number].text.encode(), TOKENIZER.eos_id]
-        stream += [(token, number) for token in text]
+        stream += [(token, number) for token in text if source.sizes()[number] >= 0]
     return stream
 
 
@@ -596,3 +596,44 @@ def test_a_mended_file_is_accepted_when_asked_and_the_position_kept(tmp_path, ki
     again.load_state_dict(resumed.state_dict())
     with pytest.raises(UserError, match="position has documents 90, this run has 89"):
         mended(changed[1:]).load_state_dict(state)
+
+
+@pytest.mark.parametrize("kind", [jsonl, parquet])
+def test_a_skipped_record_is_no_document_and_keeps_its_number(tmp_path, kind):
+    """So the file can be mended under a run that skips, and its positions mean the same."""
+    bad = [0, 17, 40, 88, 89]
+    texts = [None if i in bad else text for i, text in enumerate(TEXTS)]
+    source = kind(tmp_path, texts, bad_records="skip")
+    before = loader(source)
+    windows = draw([before], 64 * 6)
+    for lane in range(64):
+        tokens, _ = naive_lane(source, lane, 64, 5, epochs=EPOCHS)
+        for turn, row in enumerate(windows[lane::64]):
+            assert row[0] == tokens[turn * S : turn * S + S + N]
+    # Both splits in order, without them: one pass.
+    for split in ("train", "validation"):
+        numbers = split_documents(len(TEXTS), split, 0.2, 5, "x")
+        expected = [
+            token
+            for i in numbers
+            if i not in bad
+            for token in (TOKENIZER.bos_id, *TEXTS[i].encode(), TOKENIZER.eos_id)
+        ]
+        once = loader(source, split=split, validation_fraction=0.2, infinite=False)
+        found = [t for row in map(rows, once) for t, d in zip(*row[0][:2], strict=True) if d >= 0]
+        starts = range(0, len(expected) - 1, S)
+        assert found == [t for i in starts for t in expected[i : i + S + N]]
+
+    state = before.state_dict()
+    assert state["documents"] == len(TEXTS)
+    mended = kind(tmp_path, [text or "mended" for text in texts[:-1]] + [None], bad_records="skip")
+    resumed = loader(mended, accept_changed_data=True)
+    resumed.load_state_dict(state)
+    assert resumed.state_dict()["lanes"] == state["lanes"]
+    read = "".join(TOKENIZER.decode(row[0]) for row in draw([resumed], 64 * 6))
+    assert "mended" in read
+    held_out = split_documents(len(TEXTS), "validation", 0.01, 5, "x")
+    texts = [None if i in held_out else text for i, text in enumerate(TEXTS)]
+    with pytest.raises(UserError, match=f"all {len(held_out)} of a split are bad records"):
+        empty = kind(tmp_path, texts, bad_records="skip")
+        loader(empty, split="validation", validation_fraction=0.01)

@@ -408,7 +408,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_records_stop_at_the_scan_or_are_left_out_and_counted(tmp_path, name, caplog):
+def test_bad_records_stop_at_the_scan_or_are_skipped_and_counted(tmp_path, name, caplog):
     content, message, count, place = BAD[name]
     if isinstance(content, bytes):
         (tmp_path / name).write_bytes(content)
@@ -420,14 +420,31 @@ def test_bad_records_stop_at_the_scan_or_are_left_out_and_counted(tmp_path, name
         build_source("files", str(tmp_path))
     assert "mend it, or leave such records out with --training.bad_records skip" in str(error.value)
     source = build_source("files", str(tmp_path), bad_records="skip")
-    texts = ["end"] if place is None else ["ok", "so", "end"]
+    # Each keeps its number, as it has once it is mended.
+    found = ["ok", "", "so"] if place else [""]
+    texts = [*found, *[""] * (count - 1), "end"]
     assert [d.text for d in read(source)] == texts
-    assert source.sizes().tolist() == [len(text) for text in texts]
+    assert source.sizes().tolist() == [len(text) or -1 for text in texts]
     if place is not None:
-        assert source.where(1) == f"{tmp_path / name}{place}"
+        assert source.where(2) == f"{tmp_path / name}{place}"
     warnings = [x.getMessage() for x in caplog.records if x.levelname == "WARNING"]
     assert len(warnings) == 1
-    assert re.search(rf"{count} bad record\(s\) left out, the first .*{message}", warnings[0])
+    assert re.search(rf"{count} bad record\(s\) skipped, the first .*{message}", warnings[0])
+
+
+def test_a_text_that_is_skipped_has_as_many_numbers_as_its_conversion(tmp_path):
+    """By iconv from Latin-1, where lines are cut and at their ends."""
+    text = "é" * 150_000 + "\n" + "naïve\n" * 30_000
+    (tmp_path / "a.txt").write_bytes(text.encode("latin-1"))
+    skipped = build_source(
+        "files", str(write_jsonl(tmp_path / "b.jsonl").parent), bad_records="skip"
+    )
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8")
+    mended = build_source("files", str(tmp_path))
+    assert len(skipped) == len(mended) and (skipped.sizes() == -1).sum() == len(mended) - len(
+        RECORDS
+    )
+    assert "".join(d.text for d in read(mended)[: -len(RECORDS)]) == text
 
 
 def test_columns_that_hold_no_text(tmp_path):

@@ -107,14 +107,18 @@ def test_layers_too_small_to_gain_stay(recipe, filters, expected):
 
 def test_filters_that_keep_nothing_are_refused():
     # TorchTitan's recipes: what stays in any model needs no place in this one.
+    assert converted(LARGE, filter_fqns=["output", "moe.router.gate"]) > {"attention.wk"}
     assert converted(LARGE, filter_fqns=["output", "router.gate"]) > {"attention.wk"}
     for entry, nearest in (
         ("atention.wq", "attention.wq"),
         ("auto_filter_smal_kn", "auto_filter_small_kn"),
         ("feed_forward.w4", "feed_forward.w"),
-        ("", ""),
+        ("", None),
+        ("router.bias", None),
     ):
-        with pytest.raises(UserError, match=f"filter_fqns names '{entry}', .*mean '{nearest}"):
+        end = f"; did you mean '{nearest}.*" if nearest else "; take it out"
+        told = f"filter_fqns names '{entry}', which no linear layer's name contains{end}$"
+        with pytest.raises(UserError, match=told):
             converted(LARGE, filter_fqns=["output", entry])
     with pytest.raises(UserError, match="leave no linear layer for it"):
         converted({"dim": 64}, filter_fqns=["auto_filter_small_kn"])

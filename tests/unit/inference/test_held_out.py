@@ -53,6 +53,15 @@ def test_by_default_what_the_run_held_out(run: JobConfig, corpus: Path) -> None:
     assert "held out" in find_text(run, None).about
 
 
+def test_skipped_records_are_not_evaluated(run: JobConfig, corpus: Path) -> None:
+    whole = documents(find_text(run, None))
+    corpus.write_text(corpus.read_text().replace(json.dumps(whole[1]), "1"))
+    run.training.bad_records = "skip"
+    text, left = find_text(run, None), [whole[0], *whole[2:]]
+    assert documents(text) == left
+    assert text.prompts(BYTES, len(whole), 1000) == [BYTES.prompt(x) for x in left]
+
+
 def test_a_run_on_a_mixture_held_something_out_of_each(run: JobConfig, corpus: Path) -> None:
     alone = documents(find_text(run, None))
     other = corpus.with_name("other.jsonl")

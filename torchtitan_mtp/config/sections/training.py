@@ -71,7 +71,7 @@ class Training:
 
     accept_changed_data: bool = False
     """Resume at the checkpoint's place in the data though files have changed since (a record was
-    mended), where there are as many documents as before."""
+    mended), where there are as many records as before, skipped ones included."""
 
     text_field: str = "text"
     """Of a record (.jsonl, .parquet, the hub's), the field that holds its text."""
