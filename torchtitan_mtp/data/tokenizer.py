@@ -166,7 +166,10 @@ class HFTokenizer(Tokenizer):
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(data.decode("utf-8"))
         except Exception as e:  # tokenizers raises bare Exception
-            raise UserError(f"tokenizer {path}: not a readable tokenizer.json: {e}") from e
+            wrong = f"not a readable tokenizer.json: {e}"
+            if path.name == "vocab.json":
+                wrong = f"a vocabulary alone{_CONVERT}"
+            raise UserError(f"tokenizer {path}: {wrong}") from e
         # Text that happens to spell a special token is text.
         self._tokenizer.encode_special_tokens = True
         # What the file says of the lengths of a model's inputs is not for documents.
@@ -243,8 +246,8 @@ def build_tokenizer(path: str) -> Tokenizer:
         )
     file = place / "tokenizer.json"
     hf = HFTokenizer(file) if file.is_file() else None
-    names = ("tokenizer.model", "original/tokenizer.model", "spiece.model")
-    for file in [*(place / name for name in names), *sorted(place.glob("*.tiktoken"))]:
+    names = ("tokenizer.model", "original/tokenizer.model", "*.tiktoken", "*.model")
+    for file in (file for name in names for file in sorted(place.glob(name))):
         if file.is_file() and (hf is None or _starts_like_ranks(file)):
             ranks = TiktokenTokenizer(file)
             if hf is None:

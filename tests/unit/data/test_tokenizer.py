@@ -196,16 +196,18 @@ def test_a_folder_prefers_json(hf_file, ranks_file):
     [
         ("tokenizer.model", b"\n\x0e\n\x05<unk>\x15"),
         ("spiece.model", b"\n\x0e\n\x05<unk>\x15"),
+        ("sentencepiece.bpe.model", b"\n\x0e\n\x05<unk>\x15"),
         ("vocab.json", b'{"a": 0}'),
     ],
 )
 def test_what_is_not_read_is_named_with_the_way_out(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
     (tmp_path / "merges.txt").write_text("")
-    with pytest.raises(UserError, match=r"AutoTokenizer.*save_pretrained") as error:
-        build_tokenizer(str(tmp_path))
-    assert "SentencePiece" in str(error.value) or "vocab.json" in str(error.value)
-    assert "\n" not in str(error.value)
+    for path in (tmp_path, tmp_path / name):
+        with pytest.raises(UserError, match=r"AutoTokenizer.*save_pretrained") as error:
+            build_tokenizer(str(path))
+        assert ("vocab.json" if "json" in name else "SentencePiece") in str(error.value)
+        assert "\n" not in str(error.value)
 
 
 def test_original_folder(tmp_path, ranks_file):
