@@ -160,7 +160,9 @@ def run_case(folder: Path, case: Case) -> dict[str, Any]:
         "lr_scheduler.warmup_steps": 0,
         "optimizer.lr": LR,
     }
-    run = train(config_of(folder, small, keys), prepare)
+    config = config_of(folder, small, keys)
+    config.job.dump_folder = str(folder.parent / f"run{folder.name.partition('-')[2]}")
+    run = train(config, prepare)
     return seen | {"logged": run.logged, "end": run.weights}
 
 

@@ -9,7 +9,7 @@ import tyro
 from torchtitan_mtp.config.job_config import JobConfig
 from torchtitan_mtp.config.names import find
 from torchtitan_mtp.config.setting import Option
-from torchtitan_mtp.config.values import accept, from_text, type_text
+from torchtitan_mtp.config.values import accept, from_text, is_boolean, type_text
 from torchtitan_mtp.errors import UserError
 
 BOOLEAN_WORDS = ("true", "false")
@@ -64,7 +64,7 @@ def _find(name: str, options: dict[str, Option]) -> tuple[Option, bool]:
     table, _, key = name.rpartition(".")
     if name not in options and key.startswith("no_"):
         positive = options.get(f"{table}.{key.removeprefix('no_')}")
-        if positive is not None and positive.type is bool:
+        if positive is not None and is_boolean(positive.type):
             return positive, True
     option = find(name, options, "command line: ", "option", "--")
     if option.is_table:
@@ -73,7 +73,7 @@ def _find(name: str, options: dict[str, Option]) -> tuple[Option, bool]:
 
 
 def _next_value(option: Option, words: list[str], where: str) -> str:
-    if option.type is bool:
+    if is_boolean(option.type):
         stated = words and words[0].lower() in BOOLEAN_WORDS
         return words.pop(0) if stated else "true"
     if option.rule.without_effect:  # it may be a flag

@@ -108,6 +108,11 @@ def _convert(value: Any, expected: Any) -> Any:
     raise TypeError(type_text(bare))
 
 
+def is_boolean(expected: Any) -> bool:
+    """Whether an option of the type may stand as a flag."""
+    return _without_none(expected)[0] is bool
+
+
 def _without_none(expected: Any) -> tuple[Any, bool]:
     """(X, True) for `X | None`, else (the type, False)."""
     if get_origin(expected) in (Union, types.UnionType):

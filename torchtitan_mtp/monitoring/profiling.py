@@ -17,7 +17,6 @@ from typing import Any
 import torch
 
 from torchtitan_mtp.config import JobConfig
-from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.monitoring.observer import Observer
 from torchtitan_mtp.writing import written_whole
 
@@ -92,17 +91,14 @@ def snapshot_memory(
 
     In dump_folder; also when CUDA runs out of memory (`iteration_{step}_exit`), and that error goes
     on its way.
-    Raises UserError where there is no CUDA device.
+    Without a CUDA device there are none, which is said.
     """
     profiling = config.profiling
-    if not profiling.enable_memory_snapshot:
+    if profiling.enable_memory_snapshot and device.type != "cuda":
+        logger.warning("no memory snapshots: they are of CUDA's memory, this run's is %s's", device)
+    if not profiling.enable_memory_snapshot or device.type != "cuda":
         yield _OFF
         return
-    if device.type != "cuda":
-        raise UserError(
-            "profiling.enable_memory_snapshot = true: snapshots need CUDA's allocator and this run "
-            f"is on {device.type}; set it to false"
-        )
     folder = os.path.join(config.job.dump_folder, profiling.save_memory_snapshot_folder)
     torch.cuda.memory._record_memory_history(max_entries=SNAPSHOT_MAX_ENTRIES)
     snapshots = _Snapshots(folder, profiling.profile_freq, rank, start_step)

@@ -93,6 +93,11 @@ def test_values_of_every_type():
     assert config.mtp.loss_weights == [1.0, 0.5, 0.25]
 
 
+def test_an_optional_flag_is_a_flag():
+    args = parse_args(["--model.args.tied_embeddings", "--model.args.no_qk_norm"]).model.args
+    assert (args.tied_embeddings, args.qk_norm, args.qkv_bias) == (True, False, None)
+
+
 def test_other_v0_2_names_work_here_too():
     assert parse_args(["--debug.seed", "3", "--debug.deterministic"]).training.seed == 3
 
