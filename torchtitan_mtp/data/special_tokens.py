@@ -46,13 +46,14 @@ class SpecialTokens(NamedTuple):
 
     config: tokenizer_config.json. named: of `KINDS`; None: a file says that there is none. tokens:
     all that files beside tokenizer.json list or name, in the order in which those that it lacks are
-    added, and whether they are special. ids: of "bos", "eos" and "pad" in generation_config.json,
-    else config.json.
+    added, and whether they are special. later: those that earlier versions left out. ids: of "bos",
+    "eos" and "pad" in generation_config.json, else config.json.
     """
 
     config: dict[str, Any]
     named: dict[str, str | None]
     tokens: dict[str, bool]
+    later: set[str]
     ids: dict[str, list[int]]
 
     def resolve(self, id_of: Callable[[str], int | None], bos: str, *eos: str) -> SpecialIds:
@@ -70,15 +71,19 @@ class SpecialTokens(NamedTuple):
         return SpecialIds(first[0], first[1], tuple(dict.fromkeys(find("eos", *eos))), first[2])
 
 
-def read_special_tokens(folder: Path, has_byte_level: bool = False) -> SpecialTokens:
+def read_special_tokens(
+    folder: Path, has_byte_level: bool = False, padding: str | None = None
+) -> SpecialTokens:
     """Errors: a file that is not a JSON object, a token or an id that is none.
 
-    has_byte_level: tokenizer.json has such a part; its class is not Llama's then.
+    has_byte_level: tokenizer.json has such a part; its class is not Llama's then. padding: what it
+    pads with, where it says that.
     """
     config, model = (_read(folder / f"{name}.json") for name in ("tokenizer_config", "config"))
-    names, added = config, config.get("added_tokens_decoder")
+    names, added, older = config, config.get("added_tokens_decoder"), {}
     if added is None:  # an older folder
-        names = names | _read(folder / "special_tokens_map.json")
+        older = _read(folder / "special_tokens_map.json")
+        names = names | older
         added = {str(i): text for text, i in _read(folder / "added_tokens.json").items()}
     if not isinstance(added, dict) or not all(i.isdigit() for i in added):
         raise UserError(f"{folder}: added tokens are {added!r}, expected a token for each id")
@@ -89,6 +94,11 @@ def read_special_tokens(folder: Path, has_byte_level: bool = False) -> SpecialTo
         name = str(usual)
     default = () if has_byte_level and name == "LlamaTokenizer" else _CLASSES.get(name, ())
     names = {f"{key}_token": t for key, t in zip(_IDS, default, strict=False)} | names
+    pads = "pad_token" not in names
+    if pads and padding:
+        names["pad_token"] = (
+            padding if name != "GPT2Tokenizer" else None
+        )  # it says that it has none
     file = folder / "tokenizer_config.json"
     named = {
         k: _text(file, f"{k}_token", names[f"{k}_token"]) for k in KINDS if f"{k}_token" in names
@@ -97,7 +107,17 @@ def read_special_tokens(folder: Path, has_byte_level: bool = False) -> SpecialTo
         _text(file, "added_tokens_decoder", t): isinstance(t, dict) and bool(t.get("special"))
         for t in (added[i] for i in sorted(added, key=int))
     }
-    tokens |= dict.fromkeys(named.values(), True)
+    known = {*tokens, *(t for kind, t in named.items() if kind != "pad" or not pads)}
+    more: list[Any] = [
+        t for k, t in names.items() if k.endswith("_token") and isinstance(t, str | dict)
+    ]
+    extra, also = "extra_special_tokens", "additional_special_tokens"
+    for some in (config.get(extra) or config.get(also) or older.get(also), older.get(extra)):
+        if not isinstance(some, list | dict | None):
+            raise UserError(f"{file}: {extra} = {some!r}, expected a list of tokens")
+        more += some.values() if isinstance(some, dict) else some or []
+    tokens |= dict.fromkeys([*named.values(), *(_text(file, extra, t) for t in more)], True)
+    found = {text: special for text, special in tokens.items() if text}
     ids: dict[str, list[int]] = {}
     for file in (folder / "config.json", folder / "generation_config.json"):
         for key in _IDS:
@@ -105,7 +125,7 @@ def read_special_tokens(folder: Path, has_byte_level: bool = False) -> SpecialTo
                 ids[key] = value if isinstance(value, list) else [value]
                 if not all(type(i) is int and i >= 0 for i in ids[key]):
                     raise UserError(f"{file}: {key}_token_id = {value!r}, expected an id or some")
-    return SpecialTokens(config, named, {t: s for t, s in tokens.items() if t}, ids)
+    return SpecialTokens(config, named, found, {*found} - known, ids)
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -173,10 +173,11 @@ class HFTokenizer(Tokenizer):
         # Text that happens to spell a special token is text.
         self._tokenizer.encode_special_tokens = True
         # What the file says of the lengths of a model's inputs is not for documents.
-        cut = self._tokenizer.truncation or self._tokenizer.padding
+        pad = (self._tokenizer.padding or {}).get("pad_token")
+        cut = self._tokenizer.truncation or pad is not None
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        found = read_special_tokens(path.parent, b'"ByteLevel"' in data)
+        found = read_special_tokens(path.parent, b'"ByteLevel"' in data, pad)
         vocab, own = self._tokenizer.get_vocab(), self._tokenizer.get_added_tokens_decoder()
         known = {token.content for token in own.values()}
         new = {text: special for text, special in found.tokens.items() if text not in known}
@@ -192,7 +193,7 @@ class HFTokenizer(Tokenizer):
         prefix = tuple(i for i, _ in itertools.takewhile(lambda pair: pair[1], marked))
         self.vocab_size = 1 + max(self._tokenizer.get_vocab().values())  # ids may have gaps
         of_text = f"hf:{hashlib.sha256(data).hexdigest()}"
-        more = [text for text in new if text not in vocab]
+        more = [text for text in new if text not in vocab and text not in found.later]
         if cut or more:  # earlier versions cut texts, and had no such tokens
             of_text += f":{':'.join(more) or 'whole'}"
         self.set_special(ids, prefix, of_text)

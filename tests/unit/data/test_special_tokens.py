@@ -70,11 +70,17 @@ def finished(tokenizer: Tokenizer, specials: tuple[str, ...], front: str | None)
     return tokenizer
 
 
+def padding(tokenizer: Tokenizer, token: str) -> Tokenizer:
+    tokenizer.enable_padding(pad_id=1, pad_token=token)
+    return tokenizer
+
+
 def as_object(content: str) -> dict[str, object]:
     flags = dict.fromkeys(("lstrip", "rstrip", "normalized", "single_word"), False)
     return {"content": content, **flags}
 
 
+ADDED = {"__type": "AddedToken"}
 LLAMA3 = ("<|begin_of_text|>", "<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")
 IM = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 # Each: tokenizer.json, the files beside it, and what config.json or generation_config.json add to
@@ -85,8 +91,8 @@ LAYOUTS = {
         {
             "tokenizer_config.json": {
                 "tokenizer_class": "LlamaTokenizer",
-                "bos_token": as_object("<s>") | {"__type": "AddedToken"},
-                "eos_token": as_object("</s>") | {"__type": "AddedToken"},
+                "bos_token": as_object("<s>") | ADDED,
+                "eos_token": as_object("</s>") | ADDED,
                 "pad_token": None,
                 "add_bos_token": True,
                 "add_eos_token": False,
@@ -259,10 +265,73 @@ LAYOUTS = {
         byte_level("<s>", "</s>", "<|done|>", front="<s>"),
         {
             "tokenizer_config.json": {
-                "bos_token": as_object("<s>") | {"__type": "AddedToken"},
-                "eos_token": as_object("<|done|>") | {"__type": "AddedToken"},
+                "bos_token": as_object("<s>") | ADDED,
+                "eos_token": as_object("<|done|>") | ADDED,
             }
         },
+        {},
+    ),
+    "additional special tokens": (
+        byte_level("<s>", "</s>"),
+        {
+            "tokenizer_config.json": {
+                "additional_special_tokens": ["</s>", "<a>", as_object("<b>") | ADDED],
+                "video_token": "<video>",
+                "cls_token": "<cls>",
+                "eos_token": "<end>",
+                "added_tokens_decoder": {"263": as_object("<more>")},
+            },
+            "special_tokens_map.json": {"additional_special_tokens": ["<not read>"]},
+        },
+        {},
+    ),
+    "extra special tokens in two files": (
+        byte_level("<s>", "</s>"),
+        {
+            "tokenizer_config.json": {"extra_special_tokens": ["<a>"], "eos_token": "<end>"},
+            "special_tokens_map.json": {
+                "extra_special_tokens": [as_object("<b>")],
+                "additional_special_tokens": ["<not read>"],
+            },
+        },
+        {},
+    ),
+    "extra special tokens with names": (
+        byte_level("<s>", "</s>"),
+        {
+            "tokenizer_config.json": {
+                "extra_special_tokens": {"image_token": "<image>"},
+                "eos_token": "<end>",
+            },
+        },
+        {},
+    ),
+    "pad in padding alone": (
+        padding(byte_level("<s>", "</s>", "<p>"), "<p>"),
+        {
+            "tokenizer_config.json": {"eos_token": "</s>"},
+            "generation_config.json": {"pad_token_id": 261, "eos_token_id": 262},
+        },
+        {},
+    ),
+    "pad in padding alone, a new token": (
+        padding(byte_level("<s>", "</s>"), "<p>"),
+        {"tokenizer_config.json": {"eos_token": "<end>", "cls_token": "<cls>"}},
+        {},
+    ),
+    "padding, and pad_token: null": (
+        padding(byte_level("<s>", "</s>"), "</s>"),
+        {"tokenizer_config.json": {"eos_token": "</s>", "pad_token": None}},
+        {},
+    ),
+    "padding of a class without a pad": (
+        padding(byte_level("<|endoftext|>", "<p>"), "<p>"),
+        {"tokenizer_config.json": {"tokenizer_class": "GPT2Tokenizer"}},
+        {},
+    ),
+    "padding of a class with another pad": (
+        padding(byte_level("<|endoftext|>", "<p>"), "<p>"),
+        {"tokenizer_config.json": {"tokenizer_class": "GPTNeoXTokenizer"}},
         {},
     ),
 }
@@ -353,6 +422,9 @@ def test_a_fingerprint_stays_where_nothing_changed(tmp_path):
     write(tmp_path, "llama 2")
     digest = hashlib.sha256((tmp_path / "tokenizer.json").read_bytes()).hexdigest()
     assert build_tokenizer(str(tmp_path)).fingerprint == f"hf:{digest}:1:2"
+    more = {"bos_token": "<s>", "additional_special_tokens": ["<more>"]}  # change no text's ids
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps(more))
+    assert build_tokenizer(str(tmp_path)).fingerprint == f"hf:{digest}:1:2"
     ranks = tmp_path / "ranks" / "tokenizer.model"
     ranks.parent.mkdir()
     ranks.write_bytes(ranks_of(LAYOUTS["llama 3"][0]))
@@ -366,6 +438,7 @@ def test_a_fingerprint_stays_where_nothing_changed(tmp_path):
         ("config.json", '{"eos_token_id": "</s>"}', "eos_token_id = '</s>', expected an id"),
         ("generation_config.json", "[1]", "not a JSON object"),
         ("special_tokens_map.json", "{", "not a JSON object"),
+        ("tokenizer_config.json", '{"extra_special_tokens": "<a>"}', "expected a list of tokens"),
         ("tokenizer_config.json", '{"added_tokens_decoder": {"5": {"content": 5}}}', "expected a"),
     ],
 )
