@@ -28,12 +28,12 @@ def test_every_head_learns_a_text_by_heart(keys, tmp_path):
     settings = {
         "training.dataset": "text",
         "training.dataset_path": str(path),
-        "training.steps": 80,
+        "training.steps": 120,
         "training.local_batch_size": 8,
         "optimizer.lr": 1e-2,
         "lr_scheduler.warmup_steps": 10,
         "mtp.num_future_tokens": 4,
-        "metrics.log_freq": 80,
+        "metrics.log_freq": 120,
     }
     run = train(config_of(tmp_path, settings, keys))
     first, last = run.losses[0], run.losses[-1]

@@ -45,7 +45,7 @@ def torchtitan_factors(config: LRScheduler, steps: int) -> list[float]:
 @pytest.mark.parametrize("warmup", [0, 1, 5, 20, 200])
 @pytest.mark.parametrize("floor", [0.0, 0.1])
 def test_the_schedule_is_torchtitans(decay_type, decay_ratio, warmup, floor):
-    config = LRScheduler(warmup, None, decay_ratio, decay_type, floor)
+    config = LRScheduler(warmup, decay_ratio, decay_type, floor)
     steps = 20
     found = [lr_factor(config, steps, step) for step in range(steps)]
     assert found == pytest.approx(torchtitan_factors(config, steps), abs=1e-12)
