@@ -318,7 +318,7 @@ class Checkpointer:
         elif newest > step:
             logger.warning(
                 "step-%d is loaded while later steps (up to step-%d) are in %s: the first save "
-                "puts the full ones aside; then start without checkpoint.load_step to go on",
+                "puts them aside; then start without checkpoint.load_step to go on",
                 *(step, newest, self.folder),
             )
         path = folders.step_folder(self.folder, chosen)
@@ -353,15 +353,11 @@ class Checkpointer:
                 )
 
     def _resume(self, path: Path) -> int:
-        """Everything, from a full checkpoint; returns its step."""
+        """Everything, from a full checkpoint; returns the step that the run counts on from."""
         opened = self._load_weights(path, (), exact=True)
         exclude = self.config.exclude_from_loading
-        # A run that counts from step 0 follows the schedule from there.
-        without = {*exclude, *(["lr_scheduler"] if "train_state" in exclude else [])}
-        extra = {name: item for name, item in self.extra.items() if name not in without}
-        optimizer = None if OPTIMIZER in exclude else self.optimizer
-        restore(opened, self.model, optimizer, extra, self._ranks, rng=RNG not in exclude)
+        restore(opened, self.model, self.optimizer, self.extra, self._ranks, exclude)
         step = opened.manifest.step if opened.manifest else int(path.name.rpartition("-")[2])
-        logger.info("resumed %s at step %d", path, step)
         self._came_from = 0 if "train_state" in exclude else step
-        return step
+        logger.info("resumed %s at step %d", path, self._came_from)
+        return self._came_from

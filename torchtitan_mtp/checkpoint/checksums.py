@@ -9,6 +9,7 @@ other accidents. It does not protect from forgers, who would write a new manifes
 from __future__ import annotations
 
 import os
+import re
 import threading
 import zlib
 from collections.abc import Iterable
@@ -21,7 +22,6 @@ from torchtitan_mtp.errors import UserError
 
 PIECE = 4 << 20
 _THREADS = min(8, os.cpu_count() or 1)
-REMEDY = "restore it, or load another step (checkpoint.load_step)"
 
 
 @dataclass(frozen=True)
@@ -89,6 +89,15 @@ def check_file(file: Path, entry: FileEntry) -> bytes:
     return content
 
 
+def remedy(file: Path | RemotePath) -> str:
+    """What helps against a damaged file of a step: another step, where there is one."""
+    step, folder = file.resolve().parents[:2]
+    others = [e for e in folder.iterdir() if re.fullmatch(r"step-\d+", e.name)]
+    if any(e.name != step.name and (e / ".metadata").is_file() for e in others):
+        return "restore it, or load another step (checkpoint.load_step)"
+    return "restore it, or start anew in another folder (job.dump_folder): there is no other step"
+
+
 def check_piece(
     file: Path | RemotePath, entry: FileEntry, number: int, data: bytes | memoryview
 ) -> None:
@@ -96,20 +105,20 @@ def check_piece(
     start = number * PIECE
     size = min(PIECE, entry.bytes - start)
     if len(data) != size:
-        raise UserError(f"{file}: ends before byte {start + size}: damaged; {REMEDY}")
+        raise UserError(f"{file}: ends before byte {start + size}: damaged; {remedy(file)}")
     if (found := zlib.crc32(data)) != entry.piece(number):
         raise UserError(
             f"{file}: bytes {start} to {start + size - 1} have the checksum {found:08x}, expected "
-            f"{entry.piece(number):08x}: damaged; {REMEDY}"
+            f"{entry.piece(number):08x}: damaged; {remedy(file)}"
         )
 
 
 def check_size(file: Path, entry: FileEntry, listed_in: str) -> None:
     """Raises UserError unless the file is there with its size."""
     if not file.is_file():
-        raise UserError(f"{file}: missing, but {listed_in} lists it; {REMEDY}")
+        raise UserError(f"{file}: missing, but {listed_in} lists it; {remedy(file)}")
     if (size := file_size(file)) != entry.bytes:
-        raise UserError(f"{file}: {size} bytes, expected {entry.bytes}: damaged; {REMEDY}")
+        raise UserError(f"{file}: {size} bytes, expected {entry.bytes}: damaged; {remedy(file)}")
 
 
 class Verifier:

@@ -154,15 +154,13 @@ def finish_writing(folder: Path, manifest: Manifest, after: int | None = None) -
     What lies at `step-N` already is kept beside it (`keep_aside`).
 
     Args:
-        after: the step that the run came from, at its first save: later steps that could be
-            resumed from, or are damaged, are another continuation's and kept aside, too.
+        after: the step that the run came from, at its first save: later ones are kept aside, too.
     """
     tmp, final = tmp_folder(folder, manifest.step), step_folder(folder, manifest.step)
     write_manifest(tmp, manifest)
     later = [] if after is None else [s for s in finished_steps(folder) if s > after]
-    for path in (step_folder(folder, step) for step in later if step != manifest.step):
-        if whole_kind(path) != MODEL_ONLY:
-            keep_aside(path)
+    for step in sorted({*later} - {manifest.step}):
+        keep_aside(step_folder(folder, step))
     if not isinstance(folder, RemotePath):
         sync(tmp)
         if final.exists():

@@ -141,8 +141,8 @@ def one_line(failure: BaseException) -> str:
 
 
 def excluded(name: str, exclude: Iterable[str]) -> bool:
-    """Whether `checkpoint.exclude_from_loading` names this entry or a parent of it."""
-    return any(name == entry or name.startswith(f"{entry}.") for entry in exclude)
+    """Whether `checkpoint.exclude_from_loading` names this parameter or a parent of it."""
+    return any(entry in ("model", name) or name.startswith(f"{entry}.") for entry in exclude)
 
 
 def names_line(names: Sequence[str], most: int = 3) -> str:

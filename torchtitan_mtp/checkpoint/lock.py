@@ -33,11 +33,8 @@ def written_folders(config: JobConfig) -> dict[Path, str]:
 
 
 def lock_folders(folders: Mapping[Path, str], held: ExitStack) -> None:
-    """Make folders and keep other runs out of them until `held` is closed or this process is gone,
-    however it dies: the lock is the kernel's. Its file only says who had it last.
-
-    Args:
-        folders: each with the key that sets it, for messages.
+    """Make folders (each with the key that sets it) and keep other runs out of them until `held` is
+    closed or this process is gone: the lock is the kernel's. Its file only says who had it last.
 
     Raises:
         UserError: another run has one: its host, process and start; or it can't be written to.

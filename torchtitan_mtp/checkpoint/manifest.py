@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from torchtitan_mtp.checkpoint.checksums import PIECE, REMEDY, FileEntry, check_size, hash_files
+from torchtitan_mtp.checkpoint.checksums import PIECE, FileEntry, check_size, hash_files, remedy
 from torchtitan_mtp.checkpoint.metadata import bare_name
 from torchtitan_mtp.checkpoint.remote import RemotePath
 from torchtitan_mtp.errors import UserError
@@ -73,10 +73,10 @@ def read_manifest(path: Path) -> Manifest | None:
             record = body.get("record")
             return Manifest(body["step"], body["kind"], body["world_size"], files, record)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{file}: not a manifest ({error}); {REMEDY}") from error
+        raise UserError(f"{file}: not a manifest ({error}); {remedy(file)}") from error
     if intact:
         raise UserError(f"{file}: format {body['format']}, expected {FORMAT}; update this program")
-    raise UserError(f"{file}: its checksum is wrong: damaged; {REMEDY}")
+    raise UserError(f"{file}: its checksum is wrong: damaged; {remedy(file)}")
 
 
 def _entries_of_format_1(path: Path, listed: dict[str, Any]) -> dict[str, FileEntry]:
@@ -92,7 +92,9 @@ def _entries_of_format_1(path: Path, listed: dict[str, Any]) -> dict[str, FileEn
             while block := stream.read(PIECE):
                 digest.update(block)
         if digest.hexdigest() != entry["sha256"]:
-            raise UserError(f"{path / name}: its SHA-256 is not the manifest's: damaged; {REMEDY}")
+            raise UserError(
+                f"{path / name}: its SHA-256 is not the manifest's; {remedy(path / name)}"
+            )
     return hash_files(path / name for name in listed)
 
 

@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from torchtitan_mtp.checkpoint.checksums import REMEDY, FileEntry, check_file
+from torchtitan_mtp.checkpoint.checksums import FileEntry, check_file, remedy
 from torchtitan_mtp.checkpoint.remote import file_size
 from torchtitan_mtp.errors import UserError
 
@@ -128,10 +128,8 @@ def _check_files(path: Path, metadata: Metadata) -> None:
     for name, length in lengths.items():
         file = path / name
         if not file.is_file():
-            raise UserError(
-                f"{file}: missing, but .metadata names it; restore it or load another step"
-            )
+            raise UserError(f"{file}: missing, but .metadata names it; {remedy(file)}")
         if (size := file_size(file)) < length:
             raise UserError(
-                f"{file}: {size} bytes, expected at least {length}: truncated; {REMEDY}"
+                f"{file}: {size} bytes, expected at least {length}: truncated; {remedy(file)}"
             )

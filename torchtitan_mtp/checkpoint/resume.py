@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
@@ -11,9 +11,9 @@ import torch
 import torch.nn as nn
 
 from torchtitan_mtp.checkpoint import state as states_of
-from torchtitan_mtp.checkpoint.load import Opened, check_entry, names_line, read_states
+from torchtitan_mtp.checkpoint.load import Opened, check_entry, excluded, names_line, read_states
 from torchtitan_mtp.checkpoint.ranks import Ranks
-from torchtitan_mtp.checkpoint.state import OPTIMIZER, RNG, is_moment, parameter_of
+from torchtitan_mtp.checkpoint.state import OPTIMIZER, RNG, is_moment, parameter_of, plain_name
 from torchtitan_mtp.data.loader import DataLoader, merge_states
 from torchtitan_mtp.distributed.agreement import gather
 from torchtitan_mtp.errors import UserError
@@ -69,11 +69,12 @@ def restore(
     optimizer: torch.optim.Optimizer | None,
     extra: Mapping[str, Stateful],
     ranks: Ranks,
-    *,
-    rng: bool = True,
+    exclude: Sequence[str] = (),
 ) -> None:
     """Load optimizer, `extra` and random number generators from an open full checkpoint.
 
+    What `exclude` (checkpoint.exclude_from_loading) names starts anew, and so does what belongs to
+    it: the moments of its parameters, the schedule of a run that counts from 0. A log line says so.
     The optimizer's hyperparameters stay as they are; one log line says what differs, also in what
     the `load_state_dict` of `extra` returns. Generators are per rank: with another number of ranks
     they start anew, and a log line says so.
@@ -81,59 +82,76 @@ def restore(
     Raises:
         UserError: a state is absent, or the optimizers differ.
     """
+    without = {*exclude, *(["lr_scheduler"] if "train_state" in exclude else [])}
+    extra = {name: item for name, item in extra.items() if name not in without}
+    optimizer = None if OPTIMIZER in without else optimizer
+    rng = RNG not in without
     if absent := [name for name in extra if name not in opened.stored]:
         raise UserError(
             f"{opened.path}: holds no {', '.join(absent)}: not a full checkpoint of this program; "
             "start from it with checkpoint.initial_load_path in a new folder"
         )
     states: dict[str, Any] = dict.fromkeys(extra)
-    moments = {} if optimizer is None else _optimizer_targets(opened, model, optimizer)
+    fresh = set() if optimizer is None else _fresh(opened, model, exclude)
+    targets = {} if optimizer is None else _optimizer_targets(opened, model, optimizer, fresh)
+    if without:
+        moments = f"; the optimizer's state of {names_line(sorted(fresh))}" if fresh else ""
+        logger.info("not loaded, as excluded: %s%s", ", ".join(sorted(without)), moments)
     rng_key = f"{RNG}.rank{ranks.rank}"
     if rng and opened.manifest is not None and opened.manifest.world_size == ranks.world_size:
         states[rng_key] = None
     elif rng:
         logger.info("random number generators start anew: saved by another number of ranks")
-    states |= moments
+    states |= {key: value for key, value in targets.items() if key in opened.stored}
     read_states(opened, states, ranks)
     changed: dict[str, tuple[Any, Any]] = {}
     if optimizer is not None:
-        present = {key: value for key, value in moments.items() if not is_moment(key)}
-        for key in present:
+        present = {key: value for key, value in targets.items() if not is_moment(key)}
+        for key in (key for key in present if key in states):
             changed[f"{OPTIMIZER}.{key.rpartition('.')[2]}"] = (states[key], present[key])
-        state = {key: states[key] for key in moments} | present
+        state = {key: states[key] for key in targets if is_moment(key)} | present
         states_of.set_optimizer_state(model, optimizer, state)
     # The rate of a step is the schedule's; who set it is `initial_lr`.
     if (initial := changed.pop(f"{OPTIMIZER}.initial_lr", None)) is not None:
         changed[f"{OPTIMIZER}.lr"] = initial
     for name, item in extra.items():
         changed |= item.load_state_dict(states[name]) or {}
-    told = [f"{key} {old} -> {new}" for key, (old, new) in changed.items() if old != new]
-    if told:
-        logger.info("changed since %s was saved: %s", opened.path, ", ".join(told))
+    differing = [f"{key} {old} -> {new}" for key, (old, new) in changed.items() if old != new]
+    if differing:
+        logger.info("changed since %s was saved: %s", opened.path, ", ".join(differing))
     if rng_key in states:
         states_of.set_rng_state(states[rng_key])
 
 
+def _fresh(opened: Opened, model: nn.Module, exclude: Sequence[str]) -> set[str]:
+    """The parameters, here or in the checkpoint, that are not loaded under any name."""
+    names = {plain_name(n): p for n, p in model.named_parameters(remove_duplicate=False)}
+    loaded = {parameter for n, parameter in names.items() if not excluded(n, exclude)}
+    stored = {parameter_of(key) for key in opened.stored if key.startswith(f"{OPTIMIZER}.")}
+    left = (n for n in names.keys() | stored if names.get(n) not in loaded)
+    return {n for n in left if excluded(n, exclude)}
+
+
 def _optimizer_targets(
-    opened: Opened, model: nn.Module, optimizer: torch.optim.Optimizer
+    opened: Opened, model: nn.Module, optimizer: torch.optim.Optimizer, fresh: Set[str]
 ) -> dict[str, Any]:
     """What to read the stored optimizer state into.
 
-    Parameters that were never stepped have no state there. Hyperparameters that only one side
-    knows (another version of torch) keep their present value.
+    Parameters that are `fresh` or were never stepped have no moments in it. Hyperparameters that
+    only one side knows (another version of torch) keep their present value.
     """
     stored = {key for key in opened.stored if key.startswith(f"{OPTIMIZER}.")}
     current = states_of.empty_optimizer_state(model, optimizer)
     ours, theirs = set(map(parameter_of, current)), set(map(parameter_of, stored))
-    if differing := sorted(ours ^ theirs):
+    if differing := sorted((ours ^ theirs) - fresh):
         raise UserError(
             f"{opened.path}: only one of its optimizer and the run's has {names_line(differing)}; "
             "resume with the same [mtp] and [optimizer], or put optimizer into "
             "checkpoint.exclude_from_loading"
         )
-    stepped = {parameter_of(key) for key in stored if is_moment(key)}
+    found = {key for key in stored if is_moment(key) and parameter_of(key) not in fresh}
+    stepped = set(map(parameter_of, found))
     expected = {key for key in current if is_moment(key) and parameter_of(key) in stepped}
-    found = {key for key in stored if is_moment(key)}
     if differing := sorted(expected ^ found):
         raise UserError(
             f"{opened.path}: only one of its optimizer and the run's has {names_line(differing)}; "
@@ -142,5 +160,4 @@ def _optimizer_targets(
     for key in expected:
         if isinstance(current[key], torch.Tensor):
             check_entry(opened, key, current[key], exact_dtype=True)
-    known = {key for key in current if not is_moment(key) and key in stored}
-    return {key: current[key] for key in sorted(expected | known)}
+    return {key: current[key] for key in sorted(current) if not is_moment(key) or key in expected}

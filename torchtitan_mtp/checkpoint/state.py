@@ -39,7 +39,7 @@ def model_state(model: nn.Module) -> dict[str, torch.Tensor]:
     Names carry no trace of compile or activation checkpointing. Tied weights appear under every
     name they have.
     """
-    return {_plain_name(k): _plain(v) for k, v in get_model_state_dict(model).items()}
+    return {plain_name(k): _plain(v) for k, v in get_model_state_dict(model).items()}
 
 
 def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -70,7 +70,7 @@ def empty_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) ->
 
 def _optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     state = get_optimizer_state_dict(model, optimizer, options=_FLATTENED)
-    return {f"{OPTIMIZER}.{_plain_name(k)}": _plain(v) for k, v in state.items()}
+    return {f"{OPTIMIZER}.{plain_name(k)}": _plain(v) for k, v in state.items()}
 
 
 def set_optimizer_state(
@@ -78,7 +78,7 @@ def set_optimizer_state(
 ) -> None:
     """Put a loaded `optimizer_state` back; parameters without any in it start anew."""
     stepped = {parameter_of(key) for key in state if is_moment(key)}
-    unstepped = [p for name, p in model.named_parameters() if _plain_name(name) not in stepped]
+    unstepped = [p for name, p in model.named_parameters() if plain_name(name) not in stepped]
     if stepped:
         for parameter in unstepped:
             optimizer.state.pop(parameter, None)
@@ -100,7 +100,7 @@ def is_moment(key: str) -> bool:
     return key.startswith(f"{OPTIMIZER}.state.")
 
 
-def _plain_name(name: str) -> str:
+def plain_name(name: str) -> str:
     for wrapper in _WRAPPERS:
         name = name.replace(wrapper, "")
     return name

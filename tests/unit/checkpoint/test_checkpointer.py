@@ -12,7 +12,7 @@ import torch.nn as nn
 from checkpoint_run import Run, TinyModel, equal, snapshot
 from torch.distributed.checkpoint import FileSystemWriter
 
-from torchtitan_mtp.checkpoint import load_model_weights
+from torchtitan_mtp.checkpoint import find_checkpoint, load_model_weights
 from torchtitan_mtp.checkpoint.manifest import read_manifest
 from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.optimizer import Schedule
@@ -134,20 +134,27 @@ def test_what_another_continuation_left_is_kept_aside(tmp_path, caplog):
         assert step == 2 and run.checkpointer.save(4)
         assert run.checkpointer.save(4)  # which it holds: nothing is written
         assert equal(snapshot(resume(tmp_path)[0]), snapshot(run))
-    assert steps(tmp_path) == ["step-2", "step-4", "step-4.full", "step-4.full.2", "step-6"]
-    run, step = resume(tmp_path)  # step-6 holds the model only
+        # Nor are the weights of the old end the newest any longer, for what reads them.
+        assert find_checkpoint(tmp_path).name == "step-4"
+        left = ["step-2", "step-4", "step-4.full", "step-4.full.2", "step-6.model_only"]
+        assert steps(tmp_path) == [name for name in left if again or name != "step-4.full.2"]
+    run, step = resume(tmp_path)
     run.train(2)
     assert step == 4 and run.checkpointer.save(6, last=True)
     weights = TinyModel(seed=5)
     load_model_weights(tmp_path / "checkpoint" / "step-6", weights)
     assert equal(dict(weights.state_dict()), dict(run.model.state_dict()))
-    assert "step-6.model_only" in steps(tmp_path)
     # Counting from step 0 again, every step is in the way of what is trained from there.
+    seed = Run(tmp_path)
+    seed.checkpointer.save(0, last=True)
+    caplog.set_level(logging.INFO)
     run, step = resume(tmp_path, exclude_from_loading=["train_state"])
+    assert step == 0 and "step-4 at step 0" in caplog.text
+    assert caplog.text.count("as excluded: lr_scheduler, train_state\n") == 1
     run.train(1)
     run.checkpointer.save(1, force=True)
-    assert resume(tmp_path)[1] == 1
-    assert [name for name in steps(tmp_path) if "." not in name] == ["step-1", "step-6"]
+    assert resume(tmp_path)[1] == 1 and find_checkpoint(tmp_path).name == "step-1"
+    assert [name for name in steps(tmp_path) if "." not in name] == ["step-0", "step-1"]
 
 
 def test_the_present_hyperparameters_count(tmp_path, caplog):
@@ -333,6 +340,51 @@ def test_other_optimizer_is_refused_unless_excluded(tmp_path):
     assert not resumed.optimizer.state
     assert resumed.schedule.last_epoch == 0
     assert resumed.counter.state == run.counter.state
+
+
+@pytest.mark.parametrize(
+    ("tied", "excluded", "fresh"),
+    [
+        (False, ["mtp"], ["mtp."]),
+        (False, ["layers.0", "output"], ["layers.0.", "output."]),
+        (False, ["model"], [""]),
+        (True, ["output"], []),  # loaded as tok_embeddings
+        (True, ["output", "tok_embeddings"], ["output.", "tok_embeddings."]),
+    ],
+)
+def test_excluded_parameters_begin_without_moments(tmp_path, caplog, tied, excluded, fresh):
+    caplog.set_level(logging.INFO)
+    run = Run(tmp_path, tied=tied)
+    run.train(2)
+    run.checkpointer.save(2)
+    # Heads of another number are as free as their weights are.
+    other = Run(
+        tmp_path,
+        heads=3 if "mtp" in excluded else 2,
+        tied=tied,
+        seed=1,
+        exclude_from_loading=excluded,
+    )
+    start = {name: p.detach().clone() for name, p in other.model.named_parameters()}
+    assert other.checkpointer.load() == 2
+    saved = dict(run.model.named_parameters())
+    for name, parameter in other.model.named_parameters():
+        anew = name.startswith(tuple(fresh))
+        assert torch.equal(parameter, start[name] if anew else saved[name]), name
+        state = other.optimizer.state.get(parameter)
+        assert equal(state, None if anew else run.optimizer.state[saved[name]]), name
+    told = f"as excluded: {', '.join(sorted(excluded))}" + (
+        "; the optimizer's state of " if fresh else "\n"
+    )
+    assert told in caplog.text
+    # The first update of Adam without moments is the gradient's sign times the rate.
+    other.optimizer.param_groups[0]["weight_decay"] = 0.0
+    before = {p: p.detach().clone() for p in other.model.parameters()}
+    other.train(1)
+    for name, parameter in other.model.named_parameters():
+        if name.startswith(tuple(fresh)):
+            moved = (parameter - before[parameter]).abs().max().item()
+            assert moved == pytest.approx(0.01 / 3, rel=1e-3), name
 
 
 def test_unknown_exclusion_is_refused(tmp_path):

@@ -38,6 +38,14 @@ def assert_refused(folder, match):
     with pytest.raises(UserError, match=match) as error:
         Run(folder).checkpointer.load()
     assert "\n" not in str(error.value)
+    if "damaged" in match or "missing" in match:
+        assert str(error.value).endswith("or load another step (checkpoint.load_step)")
+        (folder / "checkpoint" / "step-2").rename(folder / "kept")
+        with pytest.raises(
+            UserError, match=r"or start anew in another folder \(job\.dump_folder\)"
+        ):
+            Run(folder).checkpointer.load()
+        (folder / "kept").rename(folder / "checkpoint" / "step-2")
     assert Run(folder, load_step=2).checkpointer.load() == 2
 
 
