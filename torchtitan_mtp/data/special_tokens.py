@@ -80,10 +80,9 @@ def read_special_tokens(
     pads with, where it says that.
     """
     config, model = (_read(folder / f"{name}.json") for name in ("tokenizer_config", "config"))
-    names, added, older = config, config.get("added_tokens_decoder"), {}
+    added, older = config.get("added_tokens_decoder"), {}
     if added is None:  # an older folder
         older = _read(folder / "special_tokens_map.json")
-        names = names | older
         added = {str(i): text for text, i in _read(folder / "added_tokens.json").items()}
     if not isinstance(added, dict) or not all(i.isdigit() for i in added):
         raise UserError(f"{folder}: added tokens are {added!r}, expected a token for each id")
@@ -93,7 +92,8 @@ def read_special_tokens(
     if usual == "" or kind == "qwen2":  # published Qwen2 folders name other classes
         name = str(usual)
     default = () if has_byte_level and name == "LlamaTokenizer" else _CLASSES.get(name, ())
-    names = {f"{key}_token": t for key, t in zip(_IDS, default, strict=False)} | names
+    names: dict[str, Any] = {f"{key}_token": t for key, t in zip(_IDS, default, strict=False)}
+    names |= config | older
     pads = "pad_token" not in names
     if pads and padding:
         names["pad_token"] = (
@@ -108,9 +108,7 @@ def read_special_tokens(
         for t in (added[i] for i in sorted(added, key=int))
     }
     known = {*tokens, *(t for kind, t in named.items() if kind != "pad" or not pads)}
-    more: list[Any] = [
-        t for k, t in names.items() if k.endswith("_token") and isinstance(t, str | dict)
-    ]
+    more = [t for k, t in names.items() if k.endswith("_token") and isinstance(t, str | dict)]
     extra, also = "extra_special_tokens", "additional_special_tokens"
     for some in (config.get(extra) or config.get(also) or older.get(also), older.get(extra)):
         if not isinstance(some, list | dict | None):
