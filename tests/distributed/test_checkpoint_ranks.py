@@ -121,14 +121,22 @@ def test_two_ranks_to_one_to_four(tmp_path):
 
 
 def load_on_rank(rank, folder):
-    return load(folder)
+    """What `load` gives, and each parameter's second moments, gathered, without head and layer."""
+    run = make_run(folder, seed=1, exclude_from_loading=["mtp", "layers.0"])
+    run.checkpointer.load()
+    state = {n: run.optimizer.state[p] for n, p in run.model.named_parameters()}
+    return load(folder), {n: s["exp_avg_sq"].full_tensor() for n, s in state.items() if s}
 
 
 def test_one_process_to_two_ranks(tmp_path):
     expected, _ = save_two_steps(tmp_path, 0, sharded=False)
-    for step, loaded, _, _ in run_ranks(2, load_on_rank, tmp_path):
+    for (step, loaded, _, _), moments in run_ranks(2, load_on_rank, tmp_path):
         assert step == 4
         assert equal(loaded, expected)
+        saved = {name: state["exp_avg_sq"] for name, state in expected[1]["state"].items()}
+        assert equal(
+            moments, {n: m for n, m in saved.items() if not n.startswith(("mtp", "layers.0"))}
+        )
 
 
 def load_into_other_heads(rank, folder):
