@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -58,33 +57,16 @@ def lr_factor(config: LRScheduler, steps: int, step: int) -> float:
 
 class Schedule(LambdaLR):
     """Step it once after every optimizer step. Its state is the count of steps; the rule and the
-    rates are always the present configuration's.
+    rates are always the present configuration's."""
 
-    Args:
-        rule: what `factor` follows, by keys of the configuration, for `load_state_dict`.
-    """
-
-    def __init__(
-        self,
-        optimizer: torch.optim.Optimizer,
-        factor: Callable[[int], float],
-        rule: Mapping[str, Any] | None = None,
-    ) -> None:
-        self.rule = dict(rule or {})
-        super().__init__(optimizer, factor)
-
-    def load_state_dict(  # type: ignore[override]
-        self, state_dict: dict[str, Any]
-    ) -> dict[str, tuple[Any, Any]]:
-        """Go on from its step, by the present rule; (old, new) of both rules' keys."""
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from its step, by the present rule."""
         self.last_epoch = state_dict["last_epoch"]
         self._step_count = self.last_epoch + 1
         factors = [factor(self.last_epoch) for factor in self.lr_lambdas]
         self._last_lr = [b * f for b, f in zip(self.base_lrs, factors, strict=True)]
         for group, rate in zip(self.optimizer.param_groups, self._last_lr, strict=True):
             group["lr"] = rate
-        before = state_dict.get("rule", {})  # not in those of earlier versions
-        return {key: (before[key], value) for key, value in self.rule.items() if key in before}
 
 
 def build_scheduler(optimizer: torch.optim.Optimizer, config: LRScheduler, steps: int) -> Schedule:
@@ -95,6 +77,4 @@ def build_scheduler(optimizer: torch.optim.Optimizer, config: LRScheduler, steps
             config.warmup_steps,
             steps,
         )
-    rule = {f"lr_scheduler.{key}": value for key, value in asdict(config).items()}
-    rule |= {"training.steps": steps}
-    return Schedule(optimizer, lambda step: lr_factor(config, steps, step), rule)
+    return Schedule(optimizer, lambda step: lr_factor(config, steps, step))

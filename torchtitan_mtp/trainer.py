@@ -22,7 +22,7 @@ from torchtitan_mtp.checkpoint.formats.training import hf_format, save_in_hf
 from torchtitan_mtp.checkpoint.lock import lock_folders, written_folders
 from torchtitan_mtp.checkpoint.origin import find_origin
 from torchtitan_mtp.checkpoint.ranks import Ranks
-from torchtitan_mtp.checkpoint.resume import LoaderState, TrainState
+from torchtitan_mtp.checkpoint.resume import LoaderState, TrainState, settings_of
 from torchtitan_mtp.config import JobConfig, to_toml
 from torchtitan_mtp.data.loader import DataLoader
 from torchtitan_mtp.data.mixture import configured_source
@@ -121,7 +121,7 @@ class Trainer:
         self.float8_scales = float8_scales_after_step(config)
         self.optimizer = build_optimizer(self.model.parameters(), config.optimizer)
         self.scheduler = build_scheduler(self.optimizer, config.lr_scheduler, training.steps)
-        self.state = TrainState()
+        self.state = TrainState(settings=settings_of(config))
         if config.checkpoint.initial_load_in_hf and not config.checkpoint.initial_load_path:
             config.checkpoint.initial_load_path = config.model.hf_assets_path
         self.checkpointer = Checkpointer(

@@ -91,8 +91,28 @@ def test_the_present_configuration_decides_the_rate(tmp_path, caplog):
     expected = [0.005 * (1 - (step - 3) / 10) for step in range(7, 13)]
     assert [step["lr"] for step in second.logged] == pytest.approx(expected, rel=1e-12)
     line = next(r.getMessage() for r in caplog.records if "changed since" in r.getMessage())
-    for told in ("lr 0.01 -> 0.005", "weight_decay 0.1 -> 0.0", "training.steps 6 -> 12"):
-        assert told in line
+    assert sorted(line.partition(" was saved: ")[2].split(", ")) == [
+        "optimizer.lr 0.01 -> 0.005",
+        "optimizer.weight_decay 0.1 -> 0.0",
+        "training.steps 6 -> 12",
+    ]
+    # And of everything else that changes what is computed.
+    caplog.clear()
+    others = {
+        "training.max_norm": 0.5,
+        "training.skip_nonfinite": 2,
+        "loss.z_loss": 1e-4,
+        "loss.label_smoothing": 0.1,
+        "mtp.loss_weights": [0.5, 0.25],
+        "activation_checkpoint.mode": "full",
+    }
+    train(config_of(tmp_path, SAVES, longer, others, {"training.steps": 13}))
+    (line,) = (r.getMessage() for r in caplog.records if "changed since" in r.getMessage())
+    told = line.partition(" was saved: ")[2]
+    for key, value in others.items():
+        assert (key in told and f"-> {value}" in told) == (key != "activation_checkpoint.mode")
+    with pytest.raises(UserError, match=r'loss.softcap = "none", this run has 30.0; set it as it'):
+        train(config_of(tmp_path, SAVES, {"loss.softcap": 30.0}))
 
 
 def test_a_seed_is_not_made_of_trained_weights(tmp_path):

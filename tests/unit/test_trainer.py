@@ -85,7 +85,7 @@ def test_train_state_is_plain_data():
     state = TrainState(3, 4096)
     other = TrainState()
     other.load_state_dict(state.state_dict())
-    assert other == state and state.state_dict() == {"step": 3, "tokens": 4096, "skipped": 0}
+    assert other == state and state.state_dict() == vars(state)
 
 
 def test_every_key_of_the_loss_table_is_passed_on():

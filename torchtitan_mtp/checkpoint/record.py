@@ -4,6 +4,7 @@ optimizer's moments it holds. Every manifest records them."""
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Collection
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -24,8 +25,14 @@ from torchtitan_mtp.models.transformer import Transformer
 
 logger = logging.getLogger(__name__)
 
-# The fields of a ModelSpec, and the optimizer's name; of an export the format.
+# The fields of a ModelSpec, and the optimizer's name; of a run the loss's softcap, of an export the
+# format.
 Record = dict[str, Any]
+
+# What names and shapes tell, of `constants`, once the number of heads is known.
+_TOLD = re.compile(
+    r"optimizer|mtp\.[hns]|model\.args\.(n_kv|latent|moe\.(n_dense|hidden|num_experts|num_shared))"
+)
 
 
 def record_of(spec: ModelSpec, optimizer: str = "") -> Record:
@@ -48,7 +55,7 @@ def spec_of_record(record: Record) -> ModelSpec:
             args[name] = kind(**args[name]) if args[name] else None
         if scaling := dict(args["rope_scaling"] or {}):
             args["rope_scaling"] = SCALINGS[scaling.pop("rope_type")](**scaling)
-        fields = {k: v for k, v in record.items() if k not in ("optimizer", "format")}
+        fields = {k: v for k, v in record.items() if k not in ("optimizer", "softcap", "format")}
         return ModelSpec(**fields | {"args": ModelArgs(**args)})
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"not a record of this version: {error}; update this program") from error
@@ -64,7 +71,8 @@ def record_of_model(
     if heads is not None:
         n, state = heads.num_future_tokens, getattr(heads, "trunk_state", spec.trunk_state)
         spec = ModelSpec(spec.args, heads.family, n, len(heads.heads) < n - 1, state)
-    return record_of(spec, "" if optimizer is None else type(optimizer).__name__)
+    name = "" if optimizer is None else type(optimizer).__name__
+    return record_of(spec, name) | {"softcap": model.softcap}
 
 
 def record_beside(checkpoint: Path) -> Record | None:
@@ -73,7 +81,7 @@ def record_beside(checkpoint: Path) -> Record | None:
         config = load_toml(find_config(checkpoint))
         earlier = keeps_earlier(config, checkpoint, say=False)
         spec = spec_of_run(config, config.model.vocab_size or 1, earlier)
-        return record_of(spec, config.optimizer.name)
+        return record_of(spec, config.optimizer.name) | {"softcap": config.loss.softcap}
     except UserError:
         return None
 
@@ -119,6 +127,8 @@ def constants(record: Record) -> Record:
         "mtp.num_future_tokens": spec.num_future_tokens,
         "optimizer.name": record["optimizer"],
     }
+    if "softcap" in record:
+        found["loss.softcap"] = record["softcap"] or "none"
     if spec.heads == "sequential":
         # One module that is applied once is that module, shared or not.
         found["mtp.share_weights"] = spec.share_weights and spec.num_future_tokens > 2
@@ -131,10 +141,8 @@ def constants(record: Record) -> Record:
 
 def untold(record: Record) -> str:
     """What a folder of TorchTitan's does not say of its model, and no shape gives away."""
-    said = ((key, show(value)) for key, value in constants(record).items())
-    return ", ".join(
-        f"{k} = {v}" for k, v in said if k.startswith(("model.args.norm", "model.args.rope"))
-    )
+    said = constants(record).items()
+    return ", ".join(f"{key} = {show(x)}" for key, x in said if not _TOLD.match(key))
 
 
 def check_record(
@@ -145,7 +153,8 @@ def check_record(
     resuming: bool = False,
 ) -> None:
     """Refuse weights of a model that computes something else with the same tensors. To start from
-    weights, other rotary positions (a longer context) are only warned of, and the mask is free.
+    weights, other rotary positions (a longer context) and another softcap are only warned of, and
+    the mask is free.
 
     Args:
         source: the checkpoint, for messages.
@@ -166,7 +175,7 @@ def check_record(
     if not matters:
         return
     told = ", ".join(f"{key} = {show(a[key])}, this run has {show(b[key])}" for key in matters)
-    if not resuming and all(key.startswith("model.args.rope_") for key in matters):
+    if not resuming and all(key.startswith(("model.args.rope_", "loss.")) for key in matters):
         logger.warning("%s: trained with %s: adapted from here on", source, told)
         return
     out = sorted({key.partition(".")[0] for key in matters} & {"mtp", "optimizer"})
@@ -184,4 +193,4 @@ def _matters(key: str, exclude: Collection[str], resuming: bool) -> bool:
     if "model" in exclude or (part == "mtp" and not {"mtp", "mtp.heads"}.isdisjoint(exclude)):
         return False
     # Weights without a resume: the heads that both have are told by their tensors' names.
-    return resuming or key == "mtp.trunk_state" or key.startswith("model.args.")
+    return resuming or key == "mtp.trunk_state" or key.startswith(("model.args.", "loss."))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence, Set
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -14,6 +14,8 @@ from torchtitan_mtp.checkpoint import state as states_of
 from torchtitan_mtp.checkpoint.load import Opened, check_entry, excluded, names_line, read_states
 from torchtitan_mtp.checkpoint.ranks import Ranks
 from torchtitan_mtp.checkpoint.state import OPTIMIZER, RNG, is_moment, parameter_of, plain_name
+from torchtitan_mtp.config import JobConfig
+from torchtitan_mtp.config.setting import options
 from torchtitan_mtp.data.loader import DataLoader, merge_states
 from torchtitan_mtp.distributed.agreement import gather
 from torchtitan_mtp.errors import UserError
@@ -32,20 +34,31 @@ class Stateful(Protocol):
 @dataclass
 class TrainState:
     """Where a run is: steps done, input tokens seen by all ranks, steps whose update was skipped
-    for numbers that were not finite."""
+    for numbers that were not finite; and what it computes with (`settings_of`)."""
 
     step: int = 0
     tokens: int = 0
     skipped: int = 0
+    settings: dict[str, Any] = field(default_factory=dict)
 
     def state_dict(self) -> dict[str, Any]:
         """Plain data."""
         return asdict(self)
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from `state_dict`."""
+    def load_state_dict(self, state: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+        """Go on from `state_dict`, with the present settings; (old, new) of those."""
         self.step, self.tokens = state["step"], state["tokens"]
         self.skipped = state.get("skipped", 0)
+        before = state.get("settings", {})  # not in those of earlier versions
+        return {key: (before[key], value) for key, value in self.settings.items() if key in before}
+
+
+def settings_of(config: JobConfig) -> dict[str, Any]:
+    """The keys that decide what is computed, and not how fast or where, by dotted names."""
+    tables = {"model", "loss", "training", "optimizer", "lr_scheduler", "quantize"}
+    tables |= {"mtp"} & {*config.model.converters}
+    keys = [key for key in options(JobConfig).values() if key.path[0] in tables]
+    return {key.name: key.get(config) for key in keys if not key.is_table}
 
 
 class LoaderState:
@@ -114,6 +127,8 @@ def restore(
     # The rate of a step is the schedule's; who set it is `initial_lr`.
     if (initial := changed.pop(f"{OPTIMIZER}.initial_lr", None)) is not None:
         changed[f"{OPTIMIZER}.lr"] = initial
+    if (betas := changed.pop(f"{OPTIMIZER}.betas", None)) is not None:
+        changed |= {f"{OPTIMIZER}.beta{i + 1}": (betas[0][i], betas[1][i]) for i in (0, 1)}
     for name, item in extra.items():
         changed |= item.load_state_dict(states[name]) or {}
     differing = [f"{key} {old} -> {new}" for key, (old, new) in changed.items() if old != new]

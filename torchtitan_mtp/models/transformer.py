@@ -113,6 +113,8 @@ class Transformer(nn.Module):
     embedded batch into the hidden states of all n heads (see `torchtitan_mtp.mtp`).
     """
 
+    softcap: float | None = None  # of the logits, as the run has it; whoever takes these applies it
+
     def __init__(self, args: ModelArgs) -> None:
         super().__init__()
         assert args.vocab_size is not None, "the vocabulary's size must be known here"

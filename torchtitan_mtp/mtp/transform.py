@@ -39,6 +39,7 @@ def args_of_run(
 def model_of_run(config: JobConfig, args: ModelArgs, dtype: torch.dtype) -> Transformer:
     """A run's model with its heads, on the meta device."""
     model = build_model(args, dtype)
+    model.softcap = config.loss.softcap
     return add_heads(model, config.mtp) if "mtp" in config.model.converters else model
 
 

@@ -22,7 +22,7 @@ from torchtitan_mtp.checkpoint.formats import export_checkpoint, import_checkpoi
 from torchtitan_mtp.checkpoint.formats.spec import ModelSpec
 from torchtitan_mtp.checkpoint.manifest import read_manifest
 from torchtitan_mtp.checkpoint.origin import find_origin
-from torchtitan_mtp.checkpoint.record import constants, record_of, spec_of_record
+from torchtitan_mtp.checkpoint.record import constants, record_of, spec_of_record, untold
 from torchtitan_mtp.config import MTP, JobConfig, to_toml
 from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.inference.load import load_for_inference
@@ -92,6 +92,19 @@ def test_heads_that_are_joined_otherwise(tmp_path, changes, told):
     assert excluded.checkpointer.load() == 2
 
 
+def test_another_softcap(tmp_path, caplog):
+    """It changes what the logits are: refused, told of weights; old records say nothing."""
+    step = saved(tmp_path, ARGS)
+    model = small_model(CHAIN)
+    model.softcap = 30.0
+    with pytest.raises(UserError, match=r'loss.softcap = "none", this run has 30.0; set it as'):
+        Run(tmp_path, model=model).checkpointer.load()
+    load_model_weights(tmp_path, model)
+    assert 'trained with loss.softcap = "none", this run has 30.0: adapted' in caplog.text
+    without_record(step, "softcap")
+    assert Run(tmp_path, model=model).checkpointer.load() == 2
+
+
 def test_another_optimizer(tmp_path):
     saved(tmp_path, ARGS)
     run = Run(tmp_path, model=small_model(CHAIN))
@@ -118,10 +131,10 @@ def test_every_flavor_comes_back_from_its_record():
             assert spec_of_record(json.loads(json.dumps(record_of(spec)))) == spec
 
 
-def without_record(step: Path) -> None:
-    """As checkpoints were written before there was a record."""
+def without_record(step: Path, key: str = "") -> None:
+    """As checkpoints were written before there was a record, or before it had a key."""
     body = json.loads((step / "manifest.json").read_text())
-    del body["record"], body["sha256"]
+    del (body["record"] if key else body)[key or "record"], body["sha256"]
     digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
     (step / "manifest.json").write_text(json.dumps(body | {"sha256": digest}))
 
@@ -181,8 +194,19 @@ def test_folders_that_do_not_say_their_model(tmp_path, caplog):
     """TorchTitan's llama3 is warned of; its Qwen3, whose heads turn other pairs, is refused."""
     model = foreign(tmp_path / "llama", rope_scaling=RoPEScaling(8.0))
     load_model_weights(tmp_path / "llama", model)
-    assert "taken for one with model.args.norm_eps = 1e-05, model.args.rope_theta" in caplog.text
-    assert "model.args.rope_scaling.factor = 8.0" in caplog.text
+    told = caplog.text.partition("taken for one with ")[2].partition(";")[0].split(", ")
+    assert [entry.removeprefix("model.").removeprefix("args.") for entry in told] == [
+        *("n_heads = 4", "head_size = 4", "norm_eps = 1e-05", "rope_theta = 10000.0"),
+        *("rope_scaling.factor = 8.0", "final_norm_eps = 1e-05"),
+        *('attn_mask_type = "block_causal"', 'loss.softcap = "none"'),
+        *("rope_scaling.low_freq_factor = 1.0", "rope_scaling.high_freq_factor = 4.0"),
+        *("rope_scaling.original_max_seq_len = 8192", 'rope_scaling.rope_type = "llama3"'),
+    ]
+    said = untold(record_of(ModelSpec(DEEPSEEK)))
+    for key in ("top_k", "num_expert_groups", "num_limited_groups", "score_func"):
+        assert f"moe.{key} = " in said
+    assert "moe.route_norm = " in said and "moe.route_scale = " in said
+    assert not any(f".{key} = " in said for key in ("num_experts", "hidden_dim", "kv_lora_rank"))
     model = foreign(tmp_path / "qwen", qk_norm=True)
     message = r"step-3: not of a run here; TorchTitan's Qwen3 .*import_checkpoint.py --format torch"
     with pytest.raises(UserError, match=message):
@@ -192,13 +216,13 @@ def test_folders_that_do_not_say_their_model(tmp_path, caplog):
     model, _ = write_run(run, **QWEN)
     load_model_weights(run, model)
     export_checkpoint(run, run / "export", "torchtitan")
-    assert "TorchTitan's flavor has to have model.args.norm_eps = 1e-06" in caplog.text
+    assert "TorchTitan's flavor has to have model.args.n_heads = " in caplog.text
     with pytest.raises(UserError, match=r"export: not of a run here"):
         load_model_weights(run / "export", model)
     (tmp_path / "run.toml").write_text((run / "config.toml").read_text())
     source, config = run / "export", tmp_path / "run.toml"
     import_checkpoint(source, tmp_path / "back", "torchtitan", config_file=config)
-    assert "taken for a model with model.args.norm_eps = 1e-06" in caplog.text
+    assert "taken for a model with model.args.n_heads = " in caplog.text
     again = copy.deepcopy(model)
     load_model_weights(tmp_path / "back", again)
     assert same(again.state_dict(), model.state_dict())
