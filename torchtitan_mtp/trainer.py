@@ -79,12 +79,18 @@ class Trainer:
         self.ranks, self.lock = Ranks(), ExitStack()
         try:
             self.ranks.first(lambda: lock_folders(written_folders(config), self.lock))
-            self._build()
+            model = self._build()
+            self._prepare(model)
+            self._start()
+            self._watch()
         except BaseException:
             self.lock.close()
             raise
 
-    def _build(self) -> None:
+    # ---------------------------------------------------------------- build
+
+    def _build(self) -> Transformer:
+        """Tokenizer, data, and the model on the meta device, held against what there is."""
         config, training = self.config, self.config.training
         if config.job.description:
             logger.info(config.job.description)
@@ -110,13 +116,17 @@ class Trainer:
         for name, loader in loaders.items():
             identity = {} if loader is None else loader.identity
             agree({f"{name} data: {key}": value for key, value in identity.items()})
+        return model
 
+    def _prepare(self, model: Transformer) -> None:
+        """The model on the device, parallelized, and what changes and saves it."""
+        config, training = self.config, self.config.training
         dtype = training.mixed_precision_param
         self.param_dtype = (
             resolve_auto_dtype(self.device) if dtype == "auto" else getattr(torch, dtype)
         )
         self.loss_options = loss_options(config)
-        self.model = self._prepare(model)
+        self.model = self._parallelize(model)
         self.engine = engines[config.mtp.engine]
         self.float8_scales = float8_scales_after_step(config)
         self.optimizer = build_optimizer(self.model.parameters(), config.optimizer)
@@ -135,7 +145,10 @@ class Trainer:
                 "train_state": self.state,
             },
         )
-        self._start()
+
+    def _watch(self) -> None:
+        """What observes the run and stops it."""
+        config, training = self.config, self.config.training
         self.metrics = MetricsProcessor(
             config,
             device=self.device,
@@ -156,8 +169,6 @@ class Trainer:
         self.stopped_unsaved = False
         self.heartbeat = Heartbeat(config.comm.train_timeout_seconds)
         self.gc = GarbageCollection(training.gc_freq, debug=training.gc_debug, rank=self.world.rank)
-
-    # ---------------------------------------------------------------- build
 
     def _build_data(self) -> tuple[DataLoader, DataLoader | None]:
         training, validation = self.config.training, self.config.validation
@@ -191,7 +202,7 @@ class Trainer:
             infinite=False,
         )
 
-    def _prepare(self, model: Transformer) -> Transformer:
+    def _parallelize(self, model: Transformer) -> Transformer:
         config = self.config
         if "quantize.linear.float8" in config.model.converters:
             convert_to_float8(model, config.quantize.linear.float8, config.compile.enable)
