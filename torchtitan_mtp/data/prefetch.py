@@ -29,6 +29,7 @@ class Prefetcher(Generic[T]):
         self._thread.start()
 
     def get(self) -> T:
+        """The next item, in order; waits for it. Error: what the thread died of, at every call."""
         while self._error is None:
             alive = self._thread.is_alive()  # before the queue is looked into: it fills it
             try:
