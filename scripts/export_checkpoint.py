@@ -14,8 +14,8 @@ import sys
 
 import torch
 
-from torchtitan_mtp.checkpoint.formats import DEFAULT_SHARD_SIZE, FORMATS, export_checkpoint
 from torchtitan_mtp.errors import UserError
+from torchtitan_mtp.formats import DEFAULT_SHARD_SIZE, FORMATS, export_checkpoint
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}

@@ -13,8 +13,8 @@ import sys
 
 import torch
 
-from torchtitan_mtp.checkpoint.formats import FORMATS, import_checkpoint
 from torchtitan_mtp.errors import UserError
+from torchtitan_mtp.formats import FORMATS, import_checkpoint
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
 

@@ -18,7 +18,6 @@ from torch.distributed.tensor import DTensor
 
 from torchtitan_mtp.checkpoint import Checkpointer
 from torchtitan_mtp.checkpoint.folders import step_folder
-from torchtitan_mtp.checkpoint.formats.training import hf_format, save_in_hf
 from torchtitan_mtp.checkpoint.lock import lock_folders, written_folders
 from torchtitan_mtp.checkpoint.origin import find_origin
 from torchtitan_mtp.checkpoint.ranks import Ranks
@@ -42,6 +41,7 @@ from torchtitan_mtp.distributed.parallelize import parallelize
 from torchtitan_mtp.distributed.shared_cores import SharedCores
 from torchtitan_mtp.distributed.stopping import Stopping
 from torchtitan_mtp.errors import UserError
+from torchtitan_mtp.formats.training import hf_format, load_hf_weights, save_in_hf
 from torchtitan_mtp.models.transformer import Transformer
 from torchtitan_mtp.monitoring.device import peak_flops, resolve_auto_dtype
 from torchtitan_mtp.monitoring.flops import forward_backward_flops_per_token
@@ -144,6 +144,7 @@ class Trainer:
                 "dataloader": LoaderState(self.loader),
                 "train_state": self.state,
             },
+            load_hf_weights,
         )
 
     def _watch(self) -> None:

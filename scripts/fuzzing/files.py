@@ -15,12 +15,12 @@ import torch
 from fuzzing.forgery import forge_manifest, forge_metadata
 from fuzzing.mutations import damaged, edited, retyped
 from torchtitan_mtp.checkpoint import Checkpointer, load_model_weights
-from torchtitan_mtp.checkpoint.formats import export_checkpoint, import_checkpoint
 from torchtitan_mtp.config import Checkpoint, JobConfig, to_toml
 from torchtitan_mtp.data.loader import DataLoader
 from torchtitan_mtp.data.sources import build_source
 from torchtitan_mtp.data.targets import make_batch
 from torchtitan_mtp.data.tokenizer import ByteTokenizer, build_tokenizer
+from torchtitan_mtp.formats import export_checkpoint, import_checkpoint
 from torchtitan_mtp.inference.load import load_for_inference
 from torchtitan_mtp.models.flavors import model_args
 from torchtitan_mtp.models.init import init_weights

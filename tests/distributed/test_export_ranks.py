@@ -14,9 +14,9 @@ from torch import Tensor
 from formats_run import weights
 from runs import SEQUENTIAL, Run, config_of, same, train, weights_of
 from spawn import run_ranks
-from torchtitan_mtp.checkpoint.formats import export_checkpoint, import_checkpoint
 from torchtitan_mtp.config import load_toml
 from torchtitan_mtp.data.targets import Batch
+from torchtitan_mtp.formats import export_checkpoint, import_checkpoint
 from torchtitan_mtp.trainer import Trainer
 
 RUN: dict[str, Any] = {

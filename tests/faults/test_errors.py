@@ -112,8 +112,8 @@ class Payload:
 
 @pytest.mark.parametrize("value", ["dict", "tensor"])
 def test_a_malicious_pth_does_not_run(value, tmp_path):
-    from torchtitan_mtp.checkpoint.formats import import_checkpoint
     from torchtitan_mtp.errors import UserError
+    from torchtitan_mtp.formats import import_checkpoint
 
     canary, source = tmp_path / "canary", tmp_path / "source"
     source.mkdir()

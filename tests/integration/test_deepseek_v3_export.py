@@ -13,9 +13,9 @@ from torch import Tensor
 from formats_run import DEEPSEEK, PLAIN_QUERIES, SEQUENTIAL, YARN, write_run
 from runs import config_of, train
 from test_export import count_drafts, load, our_logits, tokens
-from torchtitan_mtp.checkpoint.formats import export_checkpoint, import_checkpoint
 from torchtitan_mtp.data.targets import Batch
 from torchtitan_mtp.errors import UserError
+from torchtitan_mtp.formats import export_checkpoint, import_checkpoint
 from torchtitan_mtp.inference import generate, load_for_inference
 
 transformers = pytest.importorskip("transformers")

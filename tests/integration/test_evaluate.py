@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 import formats_run
-from torchtitan_mtp.checkpoint.formats import export_checkpoint
+from torchtitan_mtp.formats import export_checkpoint
 from torchtitan_mtp.inference import generate, load_for_inference, next_logits
 from torchtitan_mtp.inference.held_out import find_text
 

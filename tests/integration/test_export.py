@@ -14,10 +14,10 @@ from torch import Tensor
 
 from formats_run import LLAMA_3_1, QWEN, QWEN2, RAW, SEQUENTIAL, SMALL, weights, write_run
 from runs import TINY, config_of, same, train, weights_of
-from torchtitan_mtp.checkpoint.formats import export_checkpoint, import_checkpoint
 from torchtitan_mtp.config import load_toml
 from torchtitan_mtp.data.targets import Batch
 from torchtitan_mtp.errors import UserError
+from torchtitan_mtp.formats import export_checkpoint, import_checkpoint
 from torchtitan_mtp.inference import generate, load_for_inference
 from torchtitan_mtp.models.transformer import Transformer
 from torchtitan_mtp.trainer import Trainer

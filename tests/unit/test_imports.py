@@ -15,8 +15,10 @@ ORDER = [
     "data",
     "models",
     "mtp",
+    "spec",
     "distributed",
     "checkpoint",
+    "formats",
     "inference",
     "monitoring",
     "optimizer",
@@ -94,7 +96,7 @@ def test_every_folder_and_file_has_its_place_in_the_order() -> None:
         ("models/layers.py", "from torchtitan_mtp.config import JobConfig"),
         ("mtp/heads.py", "from torchtitan_mtp import trainer"),
         ("data/spans.py", "def f():\n    from torchtitan_mtp.models.args import ModelArgs"),
-        ("checkpoint/formats/hf.py", "from .. import save"),
+        ("checkpoint/save.py", "from .. import formats"),
         ("trainer.py", "from .train import main"),
         ("__init__.py", "from torchtitan_mtp.ops import linear_cross_entropy"),
         ("mtp/heads.py", "import torchtitan_mtp.unheard_of"),
@@ -110,7 +112,7 @@ def test_a_wrong_import_is_found(file: str, source: str) -> None:
         ("ops/loss.py", "import torch\nfrom torchtitan_mtp.errors import UserError"),
         ("mtp/heads.py", "from torchtitan_mtp.models import Transformer\nfrom . import engine"),
         ("train.py", "from torchtitan_mtp import trainer\nfrom .config import parse_args"),
-        ("checkpoint/formats/hf.py", "from torchtitan_mtp.checkpoint.files import write"),
+        ("formats/hf.py", "from torchtitan_mtp.checkpoint.files import write"),
     ],
 )
 def test_a_right_import_passes(file: str, source: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -19,7 +19,6 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from torchtitan_mtp.checkpoint import folders
 from torchtitan_mtp.checkpoint import state as states_of
-from torchtitan_mtp.checkpoint.formats.training import load_hf_weights
 from torchtitan_mtp.checkpoint.load import (
     HEADS,
     LoadReport,
@@ -46,6 +45,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+LoadWeights = Callable[[Path, Transformer, Ranks, Sequence[str]], LoadReport]
+
 
 class Checkpointer:
     """Checkpoints of one run in `{dump_folder}/{config.folder}/step-N`. Made by all ranks together.
@@ -57,6 +58,7 @@ class Checkpointer:
         optimizer: over some or all of the model's parameters; None saves and loads none.
         extra: what else resumes, by name ("lr_scheduler", "dataloader", "train_state", ...). Every
             `state_dict()` is plain data (or tensors), the same on all ranks.
+        load_hf: reads a Hugging Face folder into the model; without it `initial_load_in_hf` fails.
 
     Attributes:
         load_report: what the last `load` left out; None before, and when nothing was loaded.
@@ -72,6 +74,7 @@ class Checkpointer:
         model: nn.Module,
         optimizer: torch.optim.Optimizer | None = None,
         extra: Mapping[str, Stateful] | None = None,
+        load_hf: LoadWeights | None = None,
     ) -> None:
         if config.keep_latest_k == 1:
             raise UserError(
@@ -89,6 +92,7 @@ class Checkpointer:
         self.optimizer = optimizer
         self.extra = dict(extra or {})
         self.load_report: LoadReport | None = None
+        self._load_hf = load_hf
         self._ranks = Ranks(own_group=config.enable)
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
@@ -280,9 +284,9 @@ class Checkpointer:
         if not given:
             return None
         if self.config.initial_load_in_hf:
-            assert isinstance(self.model, Transformer)
+            assert self._load_hf is not None and isinstance(self.model, Transformer)
             exclude = self.config.exclude_from_loading
-            self.load_report = load_hf_weights(Path(given), self.model, self._ranks, exclude)
+            self.load_report = self._load_hf(Path(given), self.model, self._ranks, exclude)
             return None
         path = self._ranks.first(lambda: folders.find_checkpoint(given))
         if not self.config.initial_load_model_only:

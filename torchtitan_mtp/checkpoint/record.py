@@ -14,7 +14,6 @@ import torch
 from torch import nn
 
 from torchtitan_mtp.checkpoint.folders import find_config
-from torchtitan_mtp.checkpoint.formats.spec import ModelSpec, function_fields, spec_of_run
 from torchtitan_mtp.checkpoint.manifest import read_manifest
 from torchtitan_mtp.config import JobConfig, load_toml
 from torchtitan_mtp.config.values import show
@@ -22,6 +21,7 @@ from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.models.args import SCALINGS, LatentArgs, ModelArgs, MoEArgs
 from torchtitan_mtp.models.flavors import EARLIER
 from torchtitan_mtp.models.transformer import Transformer
+from torchtitan_mtp.spec import ModelSpec, function_fields, spec_of_run
 
 logger = logging.getLogger(__name__)
 

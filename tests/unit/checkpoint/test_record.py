@@ -18,18 +18,18 @@ from formats_run import QWEN, write_run
 from runs import TINY, config_of, interrupt_after, same, train
 from small import ARGS, DEEPSEEK, small_model
 from torchtitan_mtp.checkpoint import load_model_weights
-from torchtitan_mtp.checkpoint.formats import export_checkpoint, import_checkpoint
-from torchtitan_mtp.checkpoint.formats.spec import ModelSpec
 from torchtitan_mtp.checkpoint.manifest import read_manifest
 from torchtitan_mtp.checkpoint.origin import find_origin
 from torchtitan_mtp.checkpoint.record import constants, record_of, spec_of_record, untold
 from torchtitan_mtp.config import MTP, JobConfig, to_toml
 from torchtitan_mtp.errors import UserError
+from torchtitan_mtp.formats import export_checkpoint, import_checkpoint
 from torchtitan_mtp.inference.load import load_for_inference
 from torchtitan_mtp.models.args import ModelArgs, RoPEScaling, YaRN
 from torchtitan_mtp.models.flavors import EARLIER, flavors
 from torchtitan_mtp.models.init import init_weights
 from torchtitan_mtp.models.transformer import Transformer, build_model
+from torchtitan_mtp.spec import ModelSpec
 
 CHAIN = MTP(heads="sequential", num_future_tokens=3, share_weights=True)
 SCALED = replace(DEEPSEEK, rope_scaling=YaRN(factor=8.0))

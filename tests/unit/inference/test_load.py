@@ -9,9 +9,9 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from tests import formats_run
-from torchtitan_mtp.checkpoint.formats import export_checkpoint
 from torchtitan_mtp.config import JobConfig, to_toml
 from torchtitan_mtp.errors import UserError
+from torchtitan_mtp.formats import export_checkpoint
 from torchtitan_mtp.inference import generate, load_for_inference, next_logits
 from torchtitan_mtp.models.flavors import model_args
 from torchtitan_mtp.models.init import init_weights

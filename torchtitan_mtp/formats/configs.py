@@ -8,10 +8,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from torchtitan_mtp.checkpoint.formats.names import GLM_EXPERTS
-from torchtitan_mtp.checkpoint.formats.spec import ModelSpec
 from torchtitan_mtp.errors import UserError
+from torchtitan_mtp.formats.names import GLM_EXPERTS
 from torchtitan_mtp.models.args import ModelArgs, RoPEScaling, YaRN
+from torchtitan_mtp.spec import ModelSpec
 
 # ---- Hugging Face ----
 

@@ -24,10 +24,10 @@ from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from torchtitan_mtp.checkpoint.checksums import hash_files
-from torchtitan_mtp.checkpoint.formats.read import INDEX, WEIGHTS
 from torchtitan_mtp.checkpoint.manifest import MODEL_ONLY, Manifest, write_manifest
 from torchtitan_mtp.checkpoint.state import quiet
 from torchtitan_mtp.errors import UserError
+from torchtitan_mtp.formats.read import INDEX, WEIGHTS
 from torchtitan_mtp.writing import sync
 
 logger = logging.getLogger(__name__)

@@ -8,9 +8,9 @@ from pathlib import Path
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import decoders, models, pre_tokenizers, processors
 
-from torchtitan_mtp.checkpoint.formats.write import write_json
 from torchtitan_mtp.data.tokenizer import ByteTokenizer, Tokenizer
 from torchtitan_mtp.errors import UserError
+from torchtitan_mtp.formats.write import write_json
 
 FILES = (
     "tokenizer.json",

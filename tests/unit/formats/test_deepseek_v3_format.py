@@ -11,11 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from formats_run import DEEPSEEK, LLAMA_3_1, PARALLEL, SEQUENTIAL, SMALL, write_run
-from torchtitan_mtp.checkpoint.formats import export_checkpoint, import_checkpoint
-from torchtitan_mtp.checkpoint.formats.fp8 import BlockQuantizedTensors, without_quantization
-from torchtitan_mtp.checkpoint.formats.read import SafetensorsTensors
 from torchtitan_mtp.checkpoint.state import cast_floating
 from torchtitan_mtp.errors import UserError
+from torchtitan_mtp.formats import export_checkpoint, import_checkpoint
+from torchtitan_mtp.formats.fp8 import BlockQuantizedTensors, without_quantization
+from torchtitan_mtp.formats.read import SafetensorsTensors
 
 FORMAT = "deepseek_v3_hf"
 

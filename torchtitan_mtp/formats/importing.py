@@ -11,8 +11,12 @@ from pathlib import Path
 import torch
 from torch import Size, Tensor
 
-from torchtitan_mtp.checkpoint.formats.configs import Reader
-from torchtitan_mtp.checkpoint.formats.formats import (
+from torchtitan_mtp.checkpoint.record import record_of, untold
+from torchtitan_mtp.config import MTP, JobConfig, load_toml, to_toml
+from torchtitan_mtp.data.tokenizer import build_tokenizer
+from torchtitan_mtp.errors import UserError
+from torchtitan_mtp.formats.configs import Reader
+from torchtitan_mtp.formats.formats import (
     FORMATS,
     Format,
     check_tensors,
@@ -22,16 +26,12 @@ from torchtitan_mtp.checkpoint.formats.formats import (
     verify,
     vocabulary_of,
 )
-from torchtitan_mtp.checkpoint.formats.names import Entry, swap_halves, to_pairs
-from torchtitan_mtp.checkpoint.formats.read import DCPTensors, Tensors, read_json
-from torchtitan_mtp.checkpoint.formats.spec import ModelSpec, describe_run, spec_of_run
-from torchtitan_mtp.checkpoint.formats.tokenizer_files import CONFIGS, check_rows, copy_tokenizer
-from torchtitan_mtp.checkpoint.formats.write import Output, write_dcp, written_aside
-from torchtitan_mtp.checkpoint.record import record_of, untold
-from torchtitan_mtp.config import MTP, JobConfig, load_toml, to_toml
-from torchtitan_mtp.data.tokenizer import build_tokenizer
-from torchtitan_mtp.errors import UserError
+from torchtitan_mtp.formats.names import Entry, swap_halves, to_pairs
+from torchtitan_mtp.formats.read import DCPTensors, Tensors, read_json
+from torchtitan_mtp.formats.tokenizer_files import CONFIGS, check_rows, copy_tokenizer
+from torchtitan_mtp.formats.write import Output, write_dcp, written_aside
 from torchtitan_mtp.models.flavors import check_shape
+from torchtitan_mtp.spec import ModelSpec, describe_run, spec_of_run
 
 logger = logging.getLogger(__name__)
 

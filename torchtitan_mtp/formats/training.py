@@ -10,21 +10,21 @@ from pathlib import Path
 import torch
 
 from torchtitan_mtp.checkpoint.folders import keep_aside
-from torchtitan_mtp.checkpoint.formats.configs import Reader
-from torchtitan_mtp.checkpoint.formats.exporting import export_checkpoint, fits, holds
-from torchtitan_mtp.checkpoint.formats.formats import FORMATS, Format, open_tensors
-from torchtitan_mtp.checkpoint.formats.importing import inward, read_spec
-from torchtitan_mtp.checkpoint.formats.read import read_json
-from torchtitan_mtp.checkpoint.formats.spec import ModelSpec, describe_run, differing_sizes
 from torchtitan_mtp.checkpoint.load import HEADS, LoadReport, check_names, excluded, log_report
 from torchtitan_mtp.checkpoint.ranks import Ranks
 from torchtitan_mtp.checkpoint.record import check_record, record_of, record_of_model
 from torchtitan_mtp.checkpoint.state import model_state
 from torchtitan_mtp.config import JobConfig, TrunkState
 from torchtitan_mtp.errors import UserError
+from torchtitan_mtp.formats.configs import Reader
+from torchtitan_mtp.formats.exporting import export_checkpoint, fits, holds
+from torchtitan_mtp.formats.formats import FORMATS, Format, open_tensors
+from torchtitan_mtp.formats.importing import inward, read_spec
+from torchtitan_mtp.formats.read import read_json
 from torchtitan_mtp.models.args import ModelArgs
 from torchtitan_mtp.models.init import assign
 from torchtitan_mtp.models.transformer import Transformer
+from torchtitan_mtp.spec import ModelSpec, describe_run, differing_sizes
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from torchtitan_mtp.checkpoint.formats.spec import ModelSpec
+from torchtitan_mtp.spec import ModelSpec
 
 
 @dataclass(frozen=True)

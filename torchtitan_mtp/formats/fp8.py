@@ -11,9 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from torchtitan_mtp.checkpoint.formats.configs import Reader
-from torchtitan_mtp.checkpoint.formats.read import Kind, Tensors, read_json
 from torchtitan_mtp.errors import UserError
+from torchtitan_mtp.formats.configs import Reader
+from torchtitan_mtp.formats.read import Kind, Tensors, read_json
 
 _SCALE = "_scale_inv"
 _FP8 = torch.float8_e4m3fn

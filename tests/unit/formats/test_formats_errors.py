@@ -14,11 +14,11 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
 from formats_run import DEEPSEEK, PARALLEL, QWEN, QWEN2, RAW, SEQUENTIAL, SMALL, write_run
-from torchtitan_mtp.checkpoint.formats import export_checkpoint, import_checkpoint
-from torchtitan_mtp.checkpoint.formats import exporting as exporting_module
-from torchtitan_mtp.checkpoint.formats.training import config_of_hf
-from torchtitan_mtp.checkpoint.formats.write import written_aside
 from torchtitan_mtp.errors import UserError
+from torchtitan_mtp.formats import export_checkpoint, import_checkpoint
+from torchtitan_mtp.formats import exporting as exporting_module
+from torchtitan_mtp.formats.training import config_of_hf
+from torchtitan_mtp.formats.write import written_aside
 from torchtitan_mtp.inference import generate, load_for_inference
 
 

@@ -28,13 +28,13 @@ from formats_run import (
 )
 from torchtitan_mtp.checkpoint import find_checkpoint
 from torchtitan_mtp.checkpoint.folders import kind_of
-from torchtitan_mtp.checkpoint.formats import FORMATS, export_checkpoint, import_checkpoint
-from torchtitan_mtp.checkpoint.formats.names import swap_halves, to_halves, to_pairs
-from torchtitan_mtp.checkpoint.formats.training import hf_format
-from torchtitan_mtp.checkpoint.formats.write import Output, write_safetensors
 from torchtitan_mtp.checkpoint.manifest import read_manifest
 from torchtitan_mtp.config import load_toml
 from torchtitan_mtp.errors import UserError
+from torchtitan_mtp.formats import FORMATS, export_checkpoint, import_checkpoint
+from torchtitan_mtp.formats.names import swap_halves, to_halves, to_pairs
+from torchtitan_mtp.formats.training import hf_format
+from torchtitan_mtp.formats.write import Output, write_safetensors
 from torchtitan_mtp.inference import generate, load_for_inference
 from torchtitan_mtp.models.args import ModelArgs, YaRN
 from torchtitan_mtp.models.flavors import flavors
@@ -234,7 +234,7 @@ MEMORY = """
 import resource, sys
 from pathlib import Path
 import torch
-from torchtitan_mtp.checkpoint.formats.write import Output, write_dcp, write_safetensors
+from torchtitan_mtp.formats.write import Output, write_dcp, write_safetensors
 out = Path({out!r})
 make = lambda: torch.ones(4 * 2**20)  # 16 MiB
 outputs = [Output(f"t{{i}}", torch.Size([4 * 2**20]), torch.float32, make) for i in range(16)]
@@ -250,7 +250,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
     [
         "write_safetensors(out, outputs, 128 * 2**20)",
         "write_dcp(out / 'dcp', outputs)",
-        "from torchtitan_mtp.checkpoint.formats.read import DCPTensors\n"
+        "from torchtitan_mtp.formats.read import DCPTensors\n"
         "write_dcp(out / 'dcp', outputs)\n"
         "source = DCPTensors(out / 'dcp')\n"
         "for name in source.kinds: source.read(name)",

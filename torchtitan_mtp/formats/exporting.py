@@ -12,7 +12,12 @@ import torch
 from torch import Size, Tensor
 
 from torchtitan_mtp.checkpoint.folders import find_checkpoint, find_config
-from torchtitan_mtp.checkpoint.formats.formats import (
+from torchtitan_mtp.checkpoint.load import names_line
+from torchtitan_mtp.checkpoint.record import keeps_earlier, record_of, untold
+from torchtitan_mtp.config import JobConfig, load_toml
+from torchtitan_mtp.data.tokenizer import build_tokenizer
+from torchtitan_mtp.errors import UserError
+from torchtitan_mtp.formats.formats import (
     FORMATS,
     Format,
     check_tensors,
@@ -22,11 +27,10 @@ from torchtitan_mtp.checkpoint.formats.formats import (
     verify,
     vocabulary_of,
 )
-from torchtitan_mtp.checkpoint.formats.names import Entry, Names, swap_halves, to_halves
-from torchtitan_mtp.checkpoint.formats.read import DCPTensors, Tensors
-from torchtitan_mtp.checkpoint.formats.spec import ModelSpec, spec_of_run
-from torchtitan_mtp.checkpoint.formats.tokenizer_files import copy_tokenizer
-from torchtitan_mtp.checkpoint.formats.write import (
+from torchtitan_mtp.formats.names import Entry, Names, swap_halves, to_halves
+from torchtitan_mtp.formats.read import DCPTensors, Tensors
+from torchtitan_mtp.formats.tokenizer_files import copy_tokenizer
+from torchtitan_mtp.formats.write import (
     Output,
     write_dcp,
     write_json,
@@ -34,11 +38,7 @@ from torchtitan_mtp.checkpoint.formats.write import (
     write_safetensors,
     written_aside,
 )
-from torchtitan_mtp.checkpoint.load import names_line
-from torchtitan_mtp.checkpoint.record import keeps_earlier, record_of, untold
-from torchtitan_mtp.config import JobConfig, load_toml
-from torchtitan_mtp.data.tokenizer import build_tokenizer
-from torchtitan_mtp.errors import UserError
+from torchtitan_mtp.spec import ModelSpec, spec_of_run
 
 logger = logging.getLogger(__name__)
 

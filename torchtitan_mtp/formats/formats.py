@@ -13,21 +13,21 @@ import torch
 from torch import Size
 
 from torchtitan_mtp.checkpoint.folders import find_checkpoint
-from torchtitan_mtp.checkpoint.formats import configs, deepseek_v3, names
-from torchtitan_mtp.checkpoint.formats.configs import Reader
-from torchtitan_mtp.checkpoint.formats.fp8 import without_quantization
-from torchtitan_mtp.checkpoint.formats.names import Names
-from torchtitan_mtp.checkpoint.formats.read import (
+from torchtitan_mtp.checkpoint.load import names_line
+from torchtitan_mtp.errors import UserError
+from torchtitan_mtp.formats import configs, deepseek_v3, names
+from torchtitan_mtp.formats.configs import Reader
+from torchtitan_mtp.formats.fp8 import without_quantization
+from torchtitan_mtp.formats.names import Names
+from torchtitan_mtp.formats.read import (
     DCPTensors,
     Kind,
     PthTensors,
     SafetensorsTensors,
     Tensors,
 )
-from torchtitan_mtp.checkpoint.formats.spec import ModelSpec, TrunkState
-from torchtitan_mtp.checkpoint.formats.write import DTYPES, Output
-from torchtitan_mtp.checkpoint.load import names_line
-from torchtitan_mtp.errors import UserError
+from torchtitan_mtp.formats.write import DTYPES, Output
+from torchtitan_mtp.spec import ModelSpec, TrunkState
 
 logger = logging.getLogger(__name__)
 

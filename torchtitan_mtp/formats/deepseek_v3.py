@@ -10,14 +10,15 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from torchtitan_mtp.checkpoint.formats.configs import (
+from torchtitan_mtp.errors import UserError
+from torchtitan_mtp.formats.configs import (
     Reader,
     read_rope,
     read_shape,
     with_modules,
     write_rope,
 )
-from torchtitan_mtp.checkpoint.formats.names import (
+from torchtitan_mtp.formats.names import (
     FEED_FORWARD,
     GLM_MODULE,
     NORMS,
@@ -27,9 +28,8 @@ from torchtitan_mtp.checkpoint.formats.names import (
     repeated_names,
     trunk_entries,
 )
-from torchtitan_mtp.checkpoint.formats.spec import ModelSpec
-from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.models.args import LatentArgs, ModelArgs, MoEArgs, YaRN
+from torchtitan_mtp.spec import ModelSpec
 
 _ATTENTION = {
     "wkv_a": "kv_a_proj_with_mqa",
