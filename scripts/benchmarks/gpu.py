@@ -18,17 +18,19 @@ from torchtitan_mtp.errors import UserError
 
 GEMM_DTYPES = ("float32", "bfloat16", "float8_e4m3fn")
 OURS = ("parallel, joint", "parallel, sequential", "sequential, either")
+OTHERS = ("parallel, sequential", "logits held", "logits checkpointed")
 MTP = ["--model.converters", "mtp", "--mtp.num_future_tokens", "4"]
 FLOAT8 = ["--model.converters", "mtp,quantize.linear.float8", "--mtp.num_future_tokens", "4"]
 
 
-def run(json: Path = Path("gpu.json"), small: bool = False) -> None:
+def run(json: Path = Path("gpu.json"), parts: tuple[str, ...] = (), small: bool = False) -> None:
     """The GPU set on one GPU of at least 80 GB; one JSON file, written after every part.
 
     A part that fails is noted with its error, and the others go on.
 
     Args:
         json: file for the figures.
+        parts: the parts to run, by name and in this order; all of them where none is named.
         small: sizes for a machine without a GPU, which show that it runs and nothing else.
     """
     if not torch.cuda.is_available() and not small:
@@ -37,10 +39,13 @@ def run(json: Path = Path("gpu.json"), small: bool = False) -> None:
             "a machine, or with --small to try the program on this CPU"
         )
     results: dict[str, Any] = {}
-    for name, part in (_small_parts() if small else _parts()).items():
+    known = _small_parts() if small else _parts()
+    if unknown := [name for name in parts if name not in known]:
+        raise UserError(f"benchmark gpu: no part {unknown[0]!r}; there are {', '.join(known)}")
+    for name in parts or known:
         start = time.perf_counter()
         try:
-            rows = part()
+            rows = known[name]()
         except Exception as error:
             rows = [{"error": f"{type(error).__name__}: {error}"}]
         seconds = time.perf_counter() - start
@@ -52,7 +57,7 @@ def run(json: Path = Path("gpu.json"), small: bool = False) -> None:
 
 def _loss_ops() -> tuple[str, ...]:
     """The loss ops whose libraries are installed."""
-    ops = ["chunked", "chunked_compiled", "naive_compiled"]
+    ops = ["chunked", "chunked_compiled", "titan_chunked", "naive_compiled"]
     if hasattr(F, "linear_cross_entropy"):
         ops.append("torch")
     for name, module in (("liger", "liger_kernel"), ("cce", "cut_cross_entropy")):
@@ -82,6 +87,7 @@ def _parts() -> dict[str, Callable[[], Rows]]:
         "loss": lambda: loss.compare(shape, _loss_ops(), 3, 1),
         "loss of 4 heads": lambda: loss.compare(shape | {"n": 4}, ("chunked",), 3, 1),
         "heads": lambda: heads.table((1, 4, 8), OURS, model, 3, 1),
+        "heads of others": lambda: heads.table((1, 4), OTHERS, model, 3, 1),
         "1B, n = 4, joint": lambda: _training("1B", one, None, 10, 4),
         "1B, n = 4, sequential": lambda: _training("1B", [*one, *sequential], None, 10, 4),
         "8B layers, bfloat16": lambda: _training("8B", [*eight, *MTP], 6, 10, 4),

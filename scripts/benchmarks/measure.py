@@ -127,13 +127,15 @@ def _status_kib(key: str) -> float:
 
 
 def matmul_flops_per_second(
-    dtype: torch.dtype, size: int = 2048, repeats: int = 5, threads: int | None = None
+    dtype: torch.dtype, size: int | None = None, repeats: int = 5, threads: int | None = None
 ) -> float:
-    """Fastest measured square matmul: FLOPs per CPU-second (per second on CUDA)."""
+    """Fastest measured square matmul: FLOPs per CPU-second (per second on CUDA, where 2048 is too
+    small to fill a device)."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     clock = time.perf_counter if device == "cuda" else time.process_time
+    size = size or (8192 if device == "cuda" else 2048)
     a = torch.randn(size, size, device=device).to(dtype)
     best = float("inf")
     for _ in range(repeats):
