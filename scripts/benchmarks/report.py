@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from figures import new_figure
 
+from torchtitan_mtp.cli.figures import new_figure
 from torchtitan_mtp.writing import written_whole
 
 Rows = list[dict[str, Any]]

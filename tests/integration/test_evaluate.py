@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
+import importlib
 import json
 import math
 import sys
@@ -18,18 +18,13 @@ from torchtitan_mtp.formats import export_checkpoint
 from torchtitan_mtp.inference import generate, load_for_inference, next_logits
 from torchtitan_mtp.inference.held_out import find_text
 
-SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "evaluate.py"
 SMALL = "--batches", "2", "--batch_size", "2", "--seq_len", "32"
 OWN = "--prompts", "6", "--prompt_tokens", "9", "--max_new_tokens", "40"
 
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("evaluate_script", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module("torchtitan_mtp.cli.evaluate")
 
 
 @pytest.fixture(scope="module")

@@ -26,6 +26,7 @@ ORDER = [
     "validation",
     "trainer",
     "train",
+    "cli",
 ]
 # Closer than the order: what these import of the package, besides themselves.
 ONLY = {

@@ -313,5 +313,5 @@ def test_home_in_every_path(tmp_path, write, monkeypatch):
 )
 def test_home_in_the_arguments_of_scripts(script, arguments, names, monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
-    args = vars(importlib.import_module(script).parse_arguments(arguments))
+    args = vars(importlib.import_module(f"torchtitan_mtp.cli.{script}").parse_arguments(arguments))
     assert {name: str(args[name]) for name in names} == dict.fromkeys(names, "/home/me/x")

@@ -1,24 +1,18 @@
-import importlib.util
 import sys
-from pathlib import Path
 
 import pytest
 
+from torchtitan_mtp.cli import train_tokenizer
 from torchtitan_mtp.data.tokenizer import build_tokenizer
 
-SCRIPT = Path(__file__).parents[3] / "scripts" / "train_tokenizer.py"
 TEXT = "the cat sat on the mat, then the rat ate the cat's hat 1234 naïve 漢字\n\n    again\n" * 20
 
 
 @pytest.fixture
 def run(monkeypatch):
-    spec = importlib.util.spec_from_file_location("train_tokenizer", SCRIPT)
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-
     def run(*arguments):
-        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments)])
-        script.main()
+        monkeypatch.setattr(sys, "argv", ["train_tokenizer.py", *map(str, arguments)])
+        train_tokenizer.main()
 
     return run
 

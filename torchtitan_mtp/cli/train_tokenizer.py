@@ -9,11 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import torch
-from arguments import path
 
+from torchtitan_mtp.cli.arguments import path
 from torchtitan_mtp.data import Source, StreamSource, build_source
 from torchtitan_mtp.data.tokenizer import LLAMA3_PATTERN, TiktokenTokenizer
 from torchtitan_mtp.distributed.memory import check_memory

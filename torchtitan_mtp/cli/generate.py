@@ -17,10 +17,10 @@ import time
 from typing import Any
 
 import torch
-from arguments import check_generation, path
 from rich.console import Console
 from rich.table import Table
 
+from torchtitan_mtp.cli.arguments import check_generation, path
 from torchtitan_mtp.config import JobConfig
 from torchtitan_mtp.data.tokenizer import Tokenizer
 from torchtitan_mtp.distributed.shared_cores import SharedCores

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 from torchtitan_mtp.distributed.memory import check_memory
 from torchtitan_mtp.models.transformer import Transformer
@@ -18,7 +19,8 @@ def path(text: str) -> Path:
 def check_generation(model: Transformer, what: str, rows: int, tokens: int) -> None:
     """UserError where keys and values of `rows` texts of `tokens`, of which `what` names the
     arguments, can't fit."""
-    shapes = [block.attention.cache_shape for block in model.layers.values()]
+    blocks: list[Any] = list(model.layers.values())
+    shapes = [block.attention.cache_shape for block in blocks]
     width = sum(heads * sum(widths) for heads, *widths in shapes)
     weight = model.norm.weight
     check_memory({what: rows * tokens * width * weight.element_size()}, weight.device)

@@ -9,9 +9,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from arguments import path
-from figures import new_figure
-
+from torchtitan_mtp.cli.arguments import path
+from torchtitan_mtp.cli.figures import new_figure
 from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.writing import written_whole
 
@@ -40,7 +39,8 @@ def plot(scalars: dict[str, list[tuple[int, float]]], out: Path) -> int:
         head += 1
         axes.plot(*zip(*curve, strict=True), color=f"C{head - 1}", lw=1, label=f"head {head}")
         held_out = scalars.get(f"validation_metrics/mtp_head_{head}_loss", [])
-        axes.scatter(*(zip(*held_out, strict=True) if held_out else ((), ())), c=f"C{head - 1}")
+        steps, losses = zip(*held_out, strict=True) if held_out else ((), ())
+        axes.scatter(steps, losses, c=f"C{head - 1}")
     if head == 0:
         raise UserError("the run has no loss_metrics/mtp_head_1_loss; is it a run of this trainer?")
     axes.set(xlabel="step", ylabel="loss (nats a token)")

@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from arguments import check_generation, path
-from figures import new_figure
 from rich.console import Console
 from rich.table import Table
 
+from torchtitan_mtp.cli.arguments import check_generation, path
+from torchtitan_mtp.cli.figures import new_figure
 from torchtitan_mtp.config import JobConfig
 from torchtitan_mtp.data.tokenizer import Tokenizer
 from torchtitan_mtp.distributed.memory import check_memory
@@ -249,8 +249,8 @@ def evaluate_tasks(
     for column in ("task", "metric", "value", "stderr"):
         table.add_column(column, justify="right" if column in ("value", "stderr") else "left")
     for task, metrics in found.items():
-        for metric, (value, error) in metrics.items():
-            table.add_row(task, metric, f"{value:.4f}", "-" if error is None else f"{error:.4f}")
+        for metric, (value, stderr) in metrics.items():
+            table.add_row(task, metric, f"{value:.4f}", "-" if stderr is None else f"{stderr:.4f}")
     console.print(table)
     return {"tasks": {t: {m: value for m, (value, _) in x.items()} for t, x in found.items()}}
 

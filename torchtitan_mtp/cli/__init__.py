@@ -1,0 +1,1 @@
+"""The programs that users run besides the training; scripts/ has a caller of each."""
