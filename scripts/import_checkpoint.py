@@ -1,0 +1,10 @@
+"""Read another program's model: torchtitan_mtp/cli/import_checkpoint.py."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from torchtitan_mtp.cli.import_checkpoint import main
+
+if __name__ == "__main__":
+    sys.exit(main())
