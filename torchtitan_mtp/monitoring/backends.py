@@ -66,12 +66,12 @@ class WandB:
 
 
 def metrics_folder(config: JobConfig, rank: int) -> str:
-    """`{dump_folder}/{save_tb_folder}/{start as YYYYmmdd-HHMM}`, `/rank_R` below it for all ranks.
+    """`{dump_folder}/{save_tb_folder}/{YYYYmmdd-HHMMSS}`, for all ranks with `/rank_R` below it.
 
-    The start is rank 0's clock when every rank writes (a collective then), so that one run is one
+    The time is rank 0's clock when every rank writes (a collective then), so that one run is one
     folder even where clocks differ.
     """
-    start = [datetime.now().strftime("%Y%m%d-%H%M")]
+    start = [datetime.now().strftime("%Y%m%d-%H%M%S")]
     folder = os.path.join(config.job.dump_folder, config.metrics.save_tb_folder)
     if not config.metrics.save_for_all_ranks:
         return os.path.join(folder, start[0])

@@ -1,7 +1,9 @@
 """What the device can do (FLOP/s), which precision it prefers, and how much memory is in use."""
 
+import itertools
 import logging
 import re
+import statistics
 import sys
 import time
 
@@ -34,10 +36,11 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     """The rate, in FLOP/s, that counts as 100% in MFU; None when it is not known.
 
     On CUDA the data sheet's dense bfloat16 rate, whatever `dtype` is, as is the custom. A CPU has
-    no such figure: there it is the rate of a large matrix product in `dtype`, measured now.
+    no such figure: there it is that of the fastest product of a linear layer in `dtype`, measured
+    now.
     """
     if device.type == "cpu":
-        rate = measure_matmul_rate(dtype)
+        rate = max(measure_linear_rates(dtype))
         logger.info("CPU: %.1f GFLOP/s measured in %s matmuls (100%% in MFU)", rate / 1e9, dtype)
         return rate
     name = torch.cuda.get_device_name(device)
@@ -49,37 +52,41 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     return known
 
 
-def measure_matmul_rate(dtype: torch.dtype, *, budget: float = 0.15) -> float:
-    """FLOP/s of square matrix products on this CPU: one thread's, times the threads torch uses.
+def measure_linear_rates(dtype: torch.dtype, *, budget: float = 0.15) -> list[float]:
+    """FLOP/s of a square linear layer's three products on this CPU: one thread's, times the threads
+    torch uses.
 
-    One thread, because several wait for one another wherever the cores are shared, and then say
-    more about the neighbours than about `dtype`. The size doubles, up to 1024, as long as the next
-    product is sure to fit into `budget` seconds (a CPU without bfloat16 units is fifty times slower
-    in it than in float32); the largest is repeated for `budget` seconds, and the best time counts.
+    All three, because a CPU without bfloat16 units may have a fast kernel for one of them, and take
+    ten times as long for another. One thread, because several wait for one another wherever the
+    cores are shared, and then say more about the neighbours than about `dtype`. The size doubles,
+    up to 1024, as long as the next products are sure to fit into `budget` seconds; the largest are
+    repeated for `budget` seconds, and the best times count.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         size = 128
-        _time_matmul(size, dtype)  # sets up the kernels
-        best = _time_matmul(size, dtype)
-        while size < 1024 and 8 * best < budget:
+        _time_products(size, dtype)  # sets up the kernels
+        best = _time_products(size, dtype)
+        while size < 1024 and 8 * sum(best) < budget:
             size *= 2
-            best = _time_matmul(size, dtype)
+            best = _time_products(size, dtype)
         deadline = time.perf_counter() + budget
-        while time.perf_counter() + best < deadline:
-            best = min(best, _time_matmul(size, dtype))
+        while time.perf_counter() + sum(best) < deadline:
+            best = list(map(min, best, _time_products(size, dtype)))
     finally:
         torch.set_num_threads(threads)
-    return threads * 2 * size**3 / best
+    return [threads * 2 * size**3 / seconds for seconds in best]
 
 
-def _time_matmul(size: int, dtype: torch.dtype) -> float:
-    """Seconds of one [size, size] @ [size, size]."""
-    a = torch.ones(size, size, dtype=dtype)
-    start = time.perf_counter()
-    a @ a
-    return time.perf_counter() - start
+def _time_products(size: int, dtype: torch.dtype) -> list[float]:
+    """Seconds of y = x @ weight.T of [size, size] each, and of the gradients of x and weight."""
+    x, weight = torch.ones(2, size, size, dtype=dtype)
+    times = [time.perf_counter()]
+    for a, b in ((x, weight.T), (x, weight), (x.T, weight)):
+        a @ b
+        times.append(time.perf_counter())
+    return [end - start for start, end in itertools.pairwise(times)]
 
 
 def resolve_auto_dtype(device: torch.device) -> torch.dtype:
@@ -93,7 +100,10 @@ def resolve_auto_dtype(device: torch.device) -> torch.dtype:
         return torch.bfloat16 if native else torch.float32
     choice: list[torch.dtype | None] = [None]
     if not dist.is_initialized() or dist.get_rank() == 0:
-        bf16, fp32 = measure_matmul_rate(torch.bfloat16), measure_matmul_rate(torch.float32)
+        bf16, fp32 = (
+            statistics.harmonic_mean(measure_linear_rates(dtype))
+            for dtype in (torch.bfloat16, torch.float32)
+        )
         choice = [torch.bfloat16 if bf16 > fp32 else torch.float32]
         logger.info("auto precision: bfloat16 %.1f, float32 %.1f GFLOP/s", bf16 / 1e9, fp32 / 1e9)
     if dist.is_initialized():

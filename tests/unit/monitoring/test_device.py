@@ -2,6 +2,7 @@
 
 import logging
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torchtitan_mtp.monitoring import device as device_module
 from torchtitan_mtp.monitoring.device import (
     GIB,
     MemoryMonitor,
-    measure_matmul_rate,
+    measure_linear_rates,
     peak_flops,
     peak_flops_by_name,
     resolve_auto_dtype,
@@ -53,19 +54,39 @@ def test_an_unknown_device_is_logged_by_name(
     assert caplog.messages == ["no peak FLOP/s known for 'Imaginary GPU': MFU is not shown"]
 
 
-def test_matmul_rate_is_plausible_quick_and_leaves_the_threads() -> None:
+def test_rates_are_plausible_quick_and_leave_the_threads() -> None:
     threads, start = torch.get_num_threads(), time.perf_counter()
-    rate = measure_matmul_rate(torch.float32, budget=0.1)
-    assert 1e8 < rate < 1e14
+    rates = measure_linear_rates(torch.float32, budget=0.1)
+    assert len(rates) == 3 and all(1e8 < rate < 1e14 for rate in rates)
     assert time.perf_counter() - start < 2
     assert torch.get_num_threads() == threads
 
 
-def test_matmul_rate_counts_two_flops_per_product(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a pretended CPU of 1 GFLOP/s a thread, whatever the size."""
-    monkeypatch.setattr(device_module, "_time_matmul", lambda size, dtype: 2 * size**3 / 1e9)
-    rate = measure_matmul_rate(torch.float32, budget=0.01)
-    assert rate == pytest.approx(1e9 * torch.get_num_threads())
+# FLOP/s of a thread by whether the factors are transposed: what a CPU without bfloat16 units did
+# in products of 256 (ONEDNN_MAX_CPU_ISA=AVX2 makes one of any).
+RATES = {(False, False): 2.4e9, (False, True): 15.6e9, (True, False): 23.5e9}
+
+
+@pytest.fixture
+def cpu_without_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its clock, moved on by products alone."""
+    now, product = [0.0], torch.Tensor.__matmul__
+
+    def timed(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        kind = (not a.is_contiguous(), not b.is_contiguous())
+        now[0] += 2 * a.shape[0] * a.shape[1] * b.shape[1] / RATES[kind]
+        return product(a.float(), b.float())
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", timed)
+    monkeypatch.setattr(device_module, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+
+
+def test_the_peak_is_that_of_the_fastest_product_of_a_layer(cpu_without_bfloat16: None) -> None:
+    """So that no run, made of these three, has an MFU above 100%."""
+    peak = peak_flops(CPU, torch.bfloat16)
+    assert peak == pytest.approx(23.5e9 * torch.get_num_threads())
+    speed = torch.get_num_threads() * 3 / sum(1 / rate for rate in RATES.values())
+    assert speed / peak == pytest.approx(0.244, abs=1e-3)
 
 
 @pytest.mark.parametrize("faster", [torch.bfloat16, torch.float32])
@@ -74,7 +95,7 @@ def test_auto_precision_is_the_faster_on_a_cpu(
 ) -> None:
     rates = {torch.bfloat16: 1e9, torch.float32: 1e9}
     rates[faster] = 2e9
-    monkeypatch.setattr(device_module, "measure_matmul_rate", rates.__getitem__)
+    monkeypatch.setattr(device_module, "measure_linear_rates", lambda dtype: [rates[dtype]] * 3)
     assert resolve_auto_dtype(CPU) == faster
 
 
@@ -85,7 +106,7 @@ def test_auto_precision_is_rank_0s_everywhere(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
     monkeypatch.setattr(torch.distributed, "broadcast_object_list", from_rank_0)
-    monkeypatch.setattr(device_module, "measure_matmul_rate", None)  # rank 1 measures nothing
+    monkeypatch.setattr(device_module, "measure_linear_rates", None)  # rank 1 measures nothing
     assert resolve_auto_dtype(CPU) == torch.bfloat16
 
 

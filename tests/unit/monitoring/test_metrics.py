@@ -5,6 +5,7 @@ import logging
 import re
 import sys
 from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torchtitan_mtp.config import JobConfig
 from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.inference.acceptance import Acceptance
+from torchtitan_mtp.monitoring import backends
 from torchtitan_mtp.monitoring.backends import metrics_folder
 from torchtitan_mtp.monitoring.metrics import MetricsProcessor, acceptance_metrics
 
@@ -274,14 +276,14 @@ def test_colours_only_on_a_terminal_that_wants_them(
         assert ("\033[" in log.messages[-1]) is not disabled
 
 
-def test_folder_is_the_start_minute_and_rank_0_writes_alone(
+def test_folder_is_the_start_and_rank_0_writes_alone(
     config: JobConfig, clock: Clock, tmp_path: Path
 ) -> None:
     config.metrics.save_tb_folder = "events"
     for rank in (0, 1):
         processor(config, clock, rank=rank, world_size=2).close()
     (file,) = (f for f in tmp_path.rglob("*") if f.is_file())
-    assert re.fullmatch(r"events/\d{8}-\d{4}/events\..*", str(file.relative_to(tmp_path)))
+    assert re.fullmatch(r"events/\d{8}-\d{6}/events\..*", str(file.relative_to(tmp_path)))
 
 
 def test_all_ranks_write_when_asked(config: JobConfig, clock: Clock, tmp_path: Path) -> None:
@@ -296,13 +298,22 @@ def test_all_ranks_share_the_start_of_rank_0(
     config: JobConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def from_rank_0(objects: list[str], src: int) -> None:
-        objects[src] = "20250102-0304"
+        objects[src] = "20250102-030405"
 
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "broadcast_object_list", from_rank_0)
     config.job.dump_folder = "out"
     config.metrics.save_for_all_ranks = True
-    assert metrics_folder(config, rank=1) == "out/tb/20250102-0304/rank_1"
+    assert metrics_folder(config, rank=1) == "out/tb/20250102-030405/rank_1"
+
+
+def test_starts_within_one_minute_have_folders_of_their_own(
+    config: JobConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    starts = iter([datetime(2025, 1, 2, 3, 4, 5), datetime(2025, 1, 2, 3, 4, 50)])
+    monkeypatch.setattr(backends, "datetime", SimpleNamespace(now=lambda: next(starts)))
+    first, second = (metrics_folder(config, rank=0) for _ in range(2))
+    assert first.endswith("/tb/20250102-030405") and second.endswith("/tb/20250102-030450")
 
 
 def test_wandb_gets_the_config_and_the_same_tags(
