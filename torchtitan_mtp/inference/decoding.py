@@ -221,6 +221,7 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 @torch.inference_mode()
 def next_logits(model: Transformer, text: Sequence[int]) -> Tensor:
     """Head 1's logits [V] for the token after `text`."""
+    check(model, [text], 1)
     decoder = Decoder(model, [text], 1, 0, Sampler())
     return model.output(decoder.trunk(decoder.positions.span([0], len(text)))[0, -1])
 
@@ -246,9 +247,11 @@ def check(model: Transformer, prompts: Sequence[Sequence[int]], max_new_tokens: 
         raise UserError("the prompt is empty: give at least one token to go on from")
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens = {max_new_tokens}: expected 1 or more")
-    highest, vocab = max(map(max, prompts)), model.tok_embeddings.num_embeddings
-    if highest >= vocab:
+    lowest, highest = min(map(min, prompts)), max(map(max, prompts))
+    vocab = model.tok_embeddings.num_embeddings
+    if lowest < 0 or highest >= vocab:
+        wrong = lowest if lowest < 0 else highest
         raise UserError(
-            f"the prompt has token {highest}, but the model's vocabulary is 0 to {vocab - 1}; "
+            f"the prompt has token {wrong}, but the model's vocabulary is 0 to {vocab - 1}; "
             "use the tokenizer that it was trained with"
         )

@@ -87,31 +87,33 @@ def find_text(config: JobConfig, name: str | None) -> Text:
     """What to evaluate a run on.
 
     name: a dataset, file, folder or glob, all of whose documents are taken; None, or a source
-        that the run trained on: what the run validates on, as it was held out.
+        that the run trained on: what the run validates on, as it was held out. A trained run has a
+        seed; without one, as in an imported folder, no text is known to be the training's.
 
     Raises:
         UserError: nothing there, or nothing that says what was held out.
     """
     training, validation = config.training, config.validation
     mixed = [parse_entry(entry)[1] for entry in training.mixture]
-    if name is not None and name not in (mixed or (training.dataset, training.dataset_path)):
+    own = mixed or [training.dataset, training.dataset_path or ""]
+    if name is not None and (training.seed is None or name not in own):
         options = {"text_field": training.text_field, "bad_records": training.bad_records}
         return Text(find_source(name, split="all", **options), _split("all"), name)
     if name is None and (validation.dataset or validation.dataset_path):
         about = validation.dataset_path or validation.dataset
         source = configured_source(config, validation)
         return Text(source, _split("all"), about)
+    if training.seed is None:
+        raise UserError(
+            "--source: config.toml has no training.seed, as of an imported model, so which text it "
+            "trained on, and which documents it held out, isn't known; name a text"
+        )
     source = configured_source(config, training)
     about = " and ".join(mixed) or training.dataset_path or training.dataset
     if isinstance(source, Mixture) and name is not None:
         source, about = source.sources[mixed.index(name)], name
     if not validation.enable or validation.dataset or validation.dataset_path:
         return Text(source, _split("all"), f"{about}, which the run trained on")
-    if training.seed is None:
-        raise UserError(
-            "training.seed: the run's config.toml has none, so which documents it held out isn't "
-            "known; give another text with --source"
-        )
     split = _split("validation", training.seed, training.validation_fraction)
     return Text(source, split, f"what the run held out of {about}")
 

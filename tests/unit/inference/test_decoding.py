@@ -19,7 +19,7 @@ from tiny_models import (
 
 from torchtitan_mtp.data.targets import Window, make_batch
 from torchtitan_mtp.errors import UserError
-from torchtitan_mtp.inference import drafting, generate
+from torchtitan_mtp.inference import drafting, generate, next_logits
 from torchtitan_mtp.inference.decoding import Decoder
 from torchtitan_mtp.inference.rows import Rows
 from torchtitan_mtp.inference.sampling import Sampler
@@ -344,6 +344,7 @@ def test_generation_goes_beyond_the_length_of_training() -> None:
         ([], 5, {}, "prompt is empty"),
         ([[1]], 0, {}, "max_new_tokens = 0"),
         ([[11]], 5, {}, "token 11.*0 to 10"),
+        ([[1], [2, -1]], 5, {}, "token -1.*0 to 10"),
         ([[1]], 5, {"speculative": True, "num_draft": 4}, "num_draft = 4.*1 to 3"),
         ([[1]], 5, {"speculative": True, "num_draft": 0}, "num_draft = 0"),
         ([[1]], 5, {"temperature": -1.0}, "temperature"),
@@ -356,6 +357,12 @@ def test_errors_name_what_is_wrong(
 ) -> None:
     with pytest.raises(UserError, match=message):
         generate(random_model(), prompts, count, **options)
+
+
+@pytest.mark.parametrize("token", [-1, 11])
+def test_logits_of_an_id_that_is_none(token: int) -> None:
+    with pytest.raises(UserError, match=f"token {token}.*0 to 10"):
+        next_logits(random_model(), [1, token])
 
 
 def test_drafting_needs_heads() -> None:

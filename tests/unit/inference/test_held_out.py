@@ -7,9 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from torchtitan_mtp.config import JobConfig
+import formats_run
+from torchtitan_mtp.config import JobConfig, load_toml
 from torchtitan_mtp.data.tokenizer import ByteTokenizer
 from torchtitan_mtp.errors import UserError
+from torchtitan_mtp.formats import export_checkpoint, import_checkpoint
+from torchtitan_mtp.formats.training import config_of_hf
 from torchtitan_mtp.inference.held_out import Text, find_text
 
 BYTES = ByteTokenizer()
@@ -103,10 +106,23 @@ def test_a_run_without_validation_held_nothing_out(run: JobConfig) -> None:
 
 def test_without_the_seed_nobody_knows(run: JobConfig) -> None:
     run.training.seed = None
-    with pytest.raises(UserError, match=r"training\.seed.*--source"):
-        find_text(run, None)
+    for run.validation.enable in (True, False):
+        with pytest.raises(UserError, match=r"--source: .*training\.seed"):
+            find_text(run, None)
     with pytest.raises(UserError, match="not a dataset"):
         find_text(run, "nowhere")
+
+
+def test_an_imported_model_trained_on_nothing_that_is_known(tmp_path: Path) -> None:
+    """Its config.toml has the defaults of every run, the training's data set among them."""
+    formats_run.write_run(tmp_path / "run", **formats_run.SMALL)
+    export_checkpoint(tmp_path / "run", tmp_path / "hf", "llama_hf")
+    import_checkpoint(tmp_path / "hf", tmp_path / "imported", "llama_hf")
+    for config in (load_toml(tmp_path / "imported" / "config.toml"), config_of_hf(tmp_path / "hf")):
+        default = config.training.dataset
+        assert find_text(config, default).about == default
+        with pytest.raises(UserError, match=r"--source: .*imported"):
+            find_text(config, None)
 
 
 def test_prompts_are_from_the_middle_of_documents_all_over_the_text(run: JobConfig) -> None:
