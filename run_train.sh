@@ -2,11 +2,12 @@
 # Train on this machine:
 #
 #     ./run_train.sh                                        the quickstart: train, then sample
-#     NGPU=8 CONFIG_FILE=train_configs/mtp_8b.toml ./run_train.sh --training.steps 1000
+#     NGPU=8 CONFIG_FILE=mtp_8b.toml ./run_train.sh --training.steps 1000
 #
 # NGPU         processes to start (all GPUs, or 1 on a machine without)
 # LOG_RANK     ranks whose output is shown, "0,1" for two (0)
-# CONFIG_FILE  the recipe, unless --job.config_file names one (train_configs/quickstart.toml)
+# CONFIG_FILE  the recipe, unless --job.config_file names one (quickstart.toml): a file, or the bare
+#              name of one in train_configs/, from any folder
 #
 # The exit code is the trainer's; torchrun makes every failure of several processes a 1.
 set -euo pipefail

@@ -53,9 +53,9 @@ def copy_checkout(target: Path) -> None:
         capture_output=True,
     ).stdout.decode()
     for name in filter(None, names.split("\0")):
-        if (ROOT / name).is_file():  # a file removed but not yet committed is still listed
+        if os.path.lexists(ROOT / name):  # a file removed but not yet committed is still listed
             (target / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, target / name)
+            shutil.copy2(ROOT / name, target / name, follow_symlinks=False)
 
 
 def run_block(block: Block, folder: Path, timeout: float) -> int:

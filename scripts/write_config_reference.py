@@ -27,7 +27,7 @@ INTRODUCTION = """\
 
 A run is described by one TOML file and, over it, the command line:
 
-    ./run_train.sh --job.config_file train_configs/mtp_8b.toml --training.steps 1000
+    ./run_train.sh --job.config_file mtp_8b.toml --training.steps 1000
 
 The command line wins over the file, the file over the defaults below. Options are spelled
 `--table.key value` or `--table.key=value`, with `-` or `_`; booleans `--compile.enable` and

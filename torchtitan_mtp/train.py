@@ -87,7 +87,8 @@ def _open_closed_streams() -> None:
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
 
 
-if __name__ == "__main__":
+def program() -> None:
+    """`main` of a process that does nothing else, which ends with it."""
     _open_closed_streams()
     status = main()
     sys.stdout.flush()
@@ -95,3 +96,7 @@ if __name__ == "__main__":
     if status:
         os._exit(status)  # the threads and groups of a failed run can hang in their destructors
     sys.exit(0)
+
+
+if __name__ == "__main__":
+    program()

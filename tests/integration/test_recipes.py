@@ -80,11 +80,13 @@ def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
 def test_the_launcher_trains_on_two_ranks(tmp_path):
     """run_train.sh and torchrun as users call them; one process gives the same losses."""
     kept = {k: v for k, v in os.environ.items() if k not in ("CONFIG_FILE", "LOG_RANK")}
+    # The recipe by its bare name, from a folder that has no such file.
     environment = {**kept, "NGPU": "2", "OMP_NUM_THREADS": "1"}
+    environment["CONFIG_FILE"] = "debug_sequential.toml"
     if not (ROOT / ".venv").exists():  # set-up would make one: use the Python that runs this
         environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
     recipe = ROOT / "train_configs" / "debug_sequential.toml"
-    arguments = ["--job.config_file", str(recipe), "--job.dump_folder", str(tmp_path / "run")]
+    arguments = ["--job.dump_folder", str(tmp_path / "run")]
     arguments += ["--training.steps", "3", "--training.seq_len", "64"]
     arguments += ["--metrics.enable_tensorboard", "--checkpoint.enable"]
     result = subprocess.run(

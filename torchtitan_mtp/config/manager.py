@@ -1,6 +1,7 @@
 """From a command line or a TOML file to a checked configuration."""
 
 import copy
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,14 @@ from torchtitan_mtp.config.torchtitan import check_held, known_options
 from torchtitan_mtp.config.values import printable
 from torchtitan_mtp.errors import UserError
 
+RECIPES = Path(__file__).parents[1] / "train_configs"
+
 
 def parse_args(argv: list[str]) -> JobConfig:
     """The configuration of a command line: its options over its `--job.config_file` over defaults.
 
-    `--help` prints every option and exits.
+    A config file's bare name that is no file is the recipe of that name. `--help` prints every
+    option and exits.
 
     Raises:
         UserError: anything in the file or on the command line that is not as it has to be.
@@ -24,10 +28,12 @@ def parse_args(argv: list[str]) -> JobConfig:
     if "--help" in argv or "-h" in argv:
         print_help()
     known = known_options()
-    from_command_line = read_command_line(argv, known)
-    config_file = from_command_line.get("job.config_file")
-    from_file = read_toml(str(config_file), known) if config_file is not None else {}
-    return _build(JobConfig(), from_file | from_command_line, config_file)
+    given = read_command_line(argv, known)
+    file = given.get("job.config_file")
+    if file is not None:
+        given["job.config_file"] = file = _find_config_file(str(file))
+        given = read_toml(file, known) | given
+    return _build(JobConfig(), given, file)
 
 
 def load_toml(path: str | Path, base: JobConfig | None = None) -> JobConfig:
@@ -38,6 +44,22 @@ def load_toml(path: str | Path, base: JobConfig | None = None) -> JobConfig:
     """
     start = JobConfig() if base is None else copy.deepcopy(base)
     return _build(start, read_toml(path, known_options()), path)
+
+
+def _find_config_file(name: str) -> str:
+    """`name`, or the path of the recipe of that bare name. UserError, with the recipes' names,
+    where there is neither."""
+    recipe = RECIPES / name
+    if not os.path.dirname(name) and not os.path.isfile(name) and os.path.isfile(recipe):
+        return str(recipe)
+    try:
+        os.stat(name)
+    except FileNotFoundError:
+        recipes = ", ".join(sorted(path.name for path in RECIPES.glob("*.toml")))
+        raise UserError(f"{printable(name)}: no such file; found by name: {recipes}") from None
+    except (OSError, ValueError):
+        pass  # whoever reads it says why it can't be read
+    return name
 
 
 def _build(config: JobConfig, given: dict[str, Any], file: object) -> JobConfig:

@@ -181,3 +181,28 @@ def test_which_of_torchtitans_recipes_run(recipe):
     page = (ROOT / "docs" / "torchtitan.md").read_text()
     (row,) = (line for line in page.splitlines() if line.startswith(f"| `{recipe}.toml` |"))
     assert (" runs " in row) == (refused is None) and key in row
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_is_found_by_its_name_from_any_folder(recipe, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = parse_args(["--job.config_file", recipe.name])
+    assert Path(config.job.config_file).samefile(recipe)
+    config.job.config_file = None
+    assert config == load_toml(recipe)
+
+
+def test_a_file_of_the_name_comes_before_the_recipe(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mtp_8b.toml").write_text("[training]\nsteps = 7\n")
+    config = parse_args(["--job.config_file", "mtp_8b.toml"])
+    assert (config.job.config_file, config.training.steps) == ("mtp_8b.toml", 7)
+
+
+@pytest.mark.parametrize("name", ["mtp_9b.toml", "train_configs/mtp_8b.toml", "mtp_8b"])
+def test_a_config_file_that_is_not_there_is_told_with_those_that_are(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    recipes = ", ".join(path.name for path in RECIPES)
+    with pytest.raises(UserError) as raised:
+        parse_args(["--job.config_file", name])
+    assert str(raised.value) == f"{name}: no such file; found by name: {recipes}"

@@ -11,7 +11,7 @@ class Job:
     """The run as a whole."""
 
     config_file: str | None = setting(None, path=True)
-    """TOML file to read the configuration from."""
+    """TOML file to read the configuration from, or the bare name of a recipe in train_configs/."""
 
     dump_folder: str = setting("./outputs", path=True)
     """Folder that receives everything the run writes."""
