@@ -1,4 +1,4 @@
-"""Read another program's model: `import_checkpoint.py SOURCE OUT --format NAME`.
+"""Read another program's model: `import_checkpoint.py SOURCE OUT`.
 
 OUT becomes a run's folder: step-0, config.toml and tokenizer. generate.py continues text with it;
 `checkpoint.initial_load_path = "OUT"` starts a training from it. docs/serving.md has the formats.
@@ -23,9 +23,15 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("source", type=os.path.expanduser, help="the folder to read")
+    parser.add_argument(
+        "source",
+        type=os.path.expanduser,
+        help='the folder to read, or "org/name" of a model that `hf download` has put here',
+    )
     parser.add_argument("out", type=os.path.expanduser, help="the folder to make")
-    parser.add_argument("--format", required=True, help=f"one of {', '.join(FORMATS)}")
+    parser.add_argument(
+        "--format", help=f"one of {', '.join(FORMATS)}; default: by the folder's config.json"
+    )
     parser.add_argument(
         "--config", type=os.path.expanduser, help="torchtitan only: the run's TOML file"
     )

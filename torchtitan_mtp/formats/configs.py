@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,8 @@ from torchtitan_mtp.spec import ModelSpec
 # ---- Hugging Face ----
 
 
-def _common(spec: ModelSpec, architecture: str, model_type: str) -> dict[str, Any]:
-    args = spec.args
-    if isinstance(args.rope_scaling, YaRN):
-        raise UserError(
-            f"{architecture}: YaRN is written for DeepSeek's models only; try torchtitan"
-        )
-    rope = write_rope(args)
+def write_shape(args: ModelArgs, architecture: str, model_type: str, **rope: Any) -> dict[str, Any]:
+    """What all families' configs name alike. rope: see `write_rope`."""
     config: dict[str, Any] = {
         "architectures": [architecture],
         "model_type": model_type,
@@ -32,7 +27,6 @@ def _common(spec: ModelSpec, architecture: str, model_type: str) -> dict[str, An
         "num_hidden_layers": args.n_layers,
         "num_attention_heads": args.n_heads,
         "num_key_value_heads": args.kv_heads,
-        "head_dim": args.head_dim,
         "hidden_act": "silu",
         "max_position_embeddings": args.max_seq_len,
         "initializer_range": 0.02,
@@ -42,9 +36,9 @@ def _common(spec: ModelSpec, architecture: str, model_type: str) -> dict[str, An
         "attention_dropout": 0.0,
         "use_cache": True,
         "rope_theta": args.rope_theta,  # for readers older than rope_parameters
-        "rope_parameters": rope,
+        "rope_parameters": (written := write_rope(args, **rope)),
     }
-    return config if args.rope_scaling is None else config | {"rope_scaling": rope}
+    return config if args.rope_scaling is None else config | {"rope_scaling": written}
 
 
 def write_rope(args: ModelArgs, **older: Any) -> dict[str, Any]:
@@ -57,51 +51,45 @@ def write_rope(args: ModelArgs, **older: Any) -> dict[str, Any]:
     return rope
 
 
-def llama_config(spec: ModelSpec) -> dict[str, Any]:
-    """LlamaConfig."""
-    return _common(spec, "LlamaForCausalLM", "llama") | {"mlp_bias": False}
+def dense_config(architecture: str, model_type: str, spec: ModelSpec) -> dict[str, Any]:
+    """LlamaConfig, Qwen2Config or Qwen3Config.
 
-
-def qwen3_config(spec: ModelSpec) -> dict[str, Any]:
-    """Qwen3Config."""
-    return _common(spec, "Qwen3ForCausalLM", "qwen3") | _no_window(spec)
-
-
-def qwen2_config(
-    spec: ModelSpec, name: str = "qwen2_hf", architecture: str = "Qwen2ForCausalLM"
-) -> dict[str, Any]:
-    """Qwen2Config. Error: heads of another width than dim / n_heads, which engines ignore."""
+    Raises:
+        UserError: YaRN; for Qwen2 heads of another width than dim / n_heads, which engines ignore.
+    """
     args = spec.args
-    if args.head_dim * args.n_heads != args.dim:
+    if isinstance(args.rope_scaling, YaRN):
         raise UserError(
-            f"{name}: model.args.head_size = {args.head_dim}, and Qwen2's heads are "
+            f"{architecture}: YaRN is written for DeepSeek's models only; try torchtitan"
+        )
+    if model_type == "qwen2" and args.head_dim * args.n_heads != args.dim:
+        raise UserError(
+            f"{architecture}: model.args.head_size = {args.head_dim}, and Qwen2's heads are "
             f"{args.dim} / {args.n_heads} wide; glm4_moe_hf takes any, with normalized modules or "
             "--drop_heads"
         )
-    return _common(spec, architecture, "qwen2") | _no_window(spec)
+    config = write_shape(args, architecture, model_type) | {"head_dim": args.head_dim}
+    if model_type == "llama":
+        return config | {"mlp_bias": False}
+    if model_type.startswith("qwen"):
+        config |= {"use_sliding_window": False, "sliding_window": None}
+        config["max_window_layers"] = args.n_layers
+    return config
 
 
 def mimo_config(spec: ModelSpec) -> dict[str, Any]:
-    """MiMo's config: Qwen2's and the number of modules. Error: as `qwen2_config`.
+    """MiMo's config: Qwen2's and the number of modules. Error: as `dense_config`.
 
     Its model_type is Qwen2's, which transformers knows: it would read "mimo" with the code of
     XiaomiMiMo's repository alone, and vLLM goes by the architecture.
     """
-    config = qwen2_config(spec, "mimo_hf", "MiMoForCausalLM")
+    config = dense_config("MiMoForCausalLM", "qwen2", spec)
     return config | {"num_nextn_predict_layers": spec.modules}
-
-
-def _no_window(spec: ModelSpec) -> dict[str, Any]:
-    return {
-        "use_sliding_window": False,
-        "sliding_window": None,
-        "max_window_layers": spec.args.n_layers,
-    }
 
 
 def glm4_moe_config(spec: ModelSpec) -> dict[str, Any]:
     """Glm4MoeConfig of a dense model (see `names.glm4_moe_hf`)."""
-    config = _common(spec, "Glm4MoeForCausalLM", "glm4_moe")
+    config = dense_config("Glm4MoeForCausalLM", "glm4_moe", spec)
     config["rope_parameters"]["partial_rotary_factor"] = 1.0
     return config | {
         "partial_rotary_factor": 1.0,
@@ -121,7 +109,7 @@ def glm4_moe_config(spec: ModelSpec) -> dict[str, Any]:
 
 def mellum_config(spec: ModelSpec) -> dict[str, Any]:
     """MellumConfig of a dense model with full attention everywhere."""
-    config = _common(spec, "MellumForCausalLM", "mellum")
+    config = dense_config("MellumForCausalLM", "mellum", spec)
     layers, modules = spec.args.n_layers, spec.modules
     rope = config.pop("rope_parameters")
     config.pop("rope_scaling", None)
@@ -232,16 +220,24 @@ def read_shape(reader: Reader, longest: int) -> dict[str, Any]:
     }
 
 
-def _read_common(
-    reader: Reader, qk_norm: bool, rope: str | None = None, qkv_bias: bool = False
+def read_dense(
+    reader: Reader,
+    *,
+    qk_norm: bool = False,
+    qkv_bias: bool = False,
+    rope: str | None = None,
+    head_dim: int | None = None,
 ) -> ModelArgs:
+    """The trunk of a config of Llama's family. rope: where in rope_parameters it is; head_dim:
+    where none is said, in place of hidden_size / num_attention_heads."""
     reader.expect("attention_bias", qkv_bias, None)
     for key in ("mlp_bias", "use_sliding_window"):
         reader.expect(key, False, None)
     reader.expect("hidden_act", "silu")
     shape = read_shape(reader, longest=2048)
     heads, dim = shape["n_heads"], shape["dim"]
-    head_dim = reader.integer("head_dim", dim // heads)
+    said = "head_dim" in reader.values or head_dim is None
+    head_dim = reader.integer("head_dim", dim // heads) if said else head_dim
     theta, scaled = read_rope(reader, "llama3", rope)
     return ModelArgs(
         **shape,
@@ -262,63 +258,40 @@ def _read_common(
     )
 
 
-def read_llama(reader: Reader) -> ModelSpec:
-    """The model of a LlamaConfig."""
-    return ModelSpec(_read_common(reader, qk_norm=False))
-
-
-def read_qwen3(reader: Reader) -> ModelSpec:
-    """The model of a Qwen3Config."""
-    values = {"head_dim": 128, **reader.values}
-    return ModelSpec(_read_common(Reader(reader.file, values), qk_norm=True))
-
-
-def read_qwen2(reader: Reader) -> ModelSpec:
-    """The model of a Qwen2Config."""
-    return ModelSpec(_read_common(reader, qk_norm=False, qkv_bias=True))
-
-
-def read_mimo(reader: Reader) -> ModelSpec:
-    """The model of MiMo's config."""
-    spec = with_modules(reader, _read_common(reader, qk_norm=False, qkv_bias=True))
-    return replace(spec, trunk_state="raw") if spec.modules else spec
-
-
-def read_glm4_moe(reader: Reader) -> ModelSpec:
-    """The model of a Glm4MoeConfig that `glm4_moe_config` wrote; real mixtures are refused."""
-    args = _read_common(
+def read_glm4_moe(reader: Reader) -> ModelArgs:
+    """The trunk of a Glm4MoeConfig that `glm4_moe_config` wrote; real mixtures are refused."""
+    if (experts := reader.values.get("n_routed_experts")) != GLM_EXPERTS:
+        raise UserError(
+            f"{reader.file}: n_routed_experts = {experts!r}: GLM's mixtures of experts are not "
+            f"supported here, only dense models written as glm4_moe_hf, with {GLM_EXPERTS}"
+        )
+    args = read_dense(
         reader, qk_norm=reader.flag("use_qk_norm"), qkv_bias=reader.flag("attention_bias")
     )
     reader.expect("first_k_dense_replace", args.n_layers - 1)
     reader.expect("moe_intermediate_size", args.ffn_dim)
     reader.expect("n_shared_experts", 1)
-    reader.expect("n_routed_experts", GLM_EXPERTS)
     key = "partial_rotary_factor"
     rope = reader.values.get("rope_parameters") or {}
     Reader(reader.file, {key: rope.get(key, reader.values.get(key))}).expect(key, 1.0)
-    return with_modules(reader, args)
+    return args
 
 
-def read_mellum(reader: Reader) -> ModelSpec:
-    """The model of a MellumConfig that is dense and looks at everything."""
-    args = _read_common(reader, qk_norm=True, rope="full_attention")
+def read_mellum(reader: Reader) -> ModelArgs:
+    """The trunk of a MellumConfig that is dense and looks at everything."""
+    args = read_dense(reader, qk_norm=True, rope="full_attention")
     reader.expect("num_nextn_predict_layers", 1, 0, None)
-    for prefix, count in (("", args.n_layers), ("mtp_", _modules(reader))):
+    for prefix, count in (("", args.n_layers), ("mtp_", read_modules(reader))):
         for key, only in (("layer_types", "full_attention"), ("mlp_layer_types", "dense")):
             if count:
                 reader.expect(prefix + key, [only] * count)
-    return with_modules(reader, args)
+    return args
 
 
-def _modules(reader: Reader) -> int:
+def read_modules(reader: Reader) -> int:
+    """How many MTP modules there are."""
     older = reader.count("num_mtp_layers", 0, zero=True)
     return reader.count("num_nextn_predict_layers", older, zero=True)
-
-
-def with_modules(reader: Reader, args: ModelArgs) -> ModelSpec:
-    """A trunk with as many MTP modules as the config says."""
-    modules = _modules(reader)
-    return ModelSpec(args, "sequential" if modules else "", modules + 1)
 
 
 # ---- Meta ----
@@ -355,8 +328,8 @@ def meta_params(spec: ModelSpec) -> dict[str, Any]:
     return params | ({} if args.n_kv_heads is None else {"n_kv_heads": args.n_kv_heads})
 
 
-def read_meta(reader: Reader) -> ModelSpec:
-    """The model of a params.json."""
+def read_meta(reader: Reader) -> ModelArgs:
+    """The trunk of a params.json."""
     n = reader.count("n_future_tokens", 1)
     multiplier = reader.values.get("ffn_dim_multiplier")
     heads = reader.integer("n_heads")
@@ -377,4 +350,4 @@ def read_meta(reader: Reader) -> ModelSpec:
             f"{reader.file}: n_layers = {args.n_layers + n - 1}, expected at least "
             f"n_future_tokens = {n}"
         )
-    return ModelSpec(args, "parallel" if n > 1 else "", n)
+    return args

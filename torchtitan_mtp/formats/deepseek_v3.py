@@ -11,13 +11,7 @@ from dataclasses import asdict
 from typing import Any
 
 from torchtitan_mtp.errors import UserError
-from torchtitan_mtp.formats.configs import (
-    Reader,
-    read_rope,
-    read_shape,
-    with_modules,
-    write_rope,
-)
+from torchtitan_mtp.formats.configs import Reader, read_rope, read_shape, write_shape
 from torchtitan_mtp.formats.names import (
     FEED_FORWARD,
     GLM_MODULE,
@@ -92,17 +86,9 @@ def write_config(spec: ModelSpec) -> dict[str, Any]:
     args, moe, latent = spec.args, _moe(spec), spec.args.latent
     assert latent is not None
     _check(spec)
-    rope = write_rope(args, type="yarn")
-    return {
-        "architectures": ["DeepseekV3ForCausalLM"],
-        "model_type": "deepseek_v3",
-        "vocab_size": args.vocab_size,
-        "hidden_size": args.dim,
-        "intermediate_size": args.ffn_dim,
+    return write_shape(args, "DeepseekV3ForCausalLM", "deepseek_v3", type="yarn") | {
         "moe_intermediate_size": moe.hidden_dim,
-        "num_hidden_layers": args.n_layers,
         "num_nextn_predict_layers": spec.modules,
-        "num_attention_heads": args.n_heads,
         "num_key_value_heads": args.n_heads,
         **asdict(latent) | {"q_lora_rank": latent.q_lora_rank or None},
         "n_routed_experts": moe.num_experts,
@@ -116,18 +102,7 @@ def write_config(spec: ModelSpec) -> dict[str, Any]:
         "scoring_func": "sigmoid",
         "norm_topk_prob": moe.route_norm,
         "routed_scaling_factor": moe.route_scale,
-        "hidden_act": "silu",
-        "max_position_embeddings": args.max_seq_len,
-        "initializer_range": 0.02,
-        "rms_norm_eps": args.norm_eps,
-        "tie_word_embeddings": args.tied_embeddings,
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "use_cache": True,
         "rope_interleave": True,
-        "rope_theta": args.rope_theta,
-        "rope_parameters": rope,
-        "rope_scaling": rope if args.rope_scaling else None,
     }
 
 
@@ -150,8 +125,8 @@ def _check(spec: ModelSpec) -> None:
         raise UserError(f"deepseek_v3_hf: the model has {wrong}; try torchtitan")
 
 
-def read_config(reader: Reader) -> ModelSpec:
-    """The model of a DeepseekV3Config, released ones included."""
+def read_config(reader: Reader) -> ModelArgs:
+    """The trunk of a DeepseekV3Config, released ones included."""
     heads = reader.integer("num_attention_heads")
     for key, only in (
         ("hidden_act", "silu"),
@@ -165,7 +140,7 @@ def read_config(reader: Reader) -> ModelSpec:
     ):
         reader.expect(key, only)
     theta, yarn = _rope(reader)
-    args = ModelArgs(
+    return ModelArgs(
         **read_shape(reader, longest=4096),
         latent=LatentArgs(
             reader.integer("q_lora_rank", 0, zero=True), *map(reader.integer, _LATENT)
@@ -185,7 +160,6 @@ def read_config(reader: Reader) -> ModelSpec:
         rope_theta=theta,
         rope_scaling=yarn,
     )
-    return with_modules(reader, args)
 
 
 def _rope(reader: Reader) -> tuple[float, YaRN | None]:

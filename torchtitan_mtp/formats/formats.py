@@ -6,6 +6,7 @@ import difflib
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from torchtitan_mtp.formats.read import (
     Tensors,
 )
 from torchtitan_mtp.formats.write import DTYPES, Output
+from torchtitan_mtp.models.args import ModelArgs
 from torchtitan_mtp.spec import ModelSpec, TrunkState
 
 logger = logging.getLogger(__name__)
@@ -46,7 +48,7 @@ class Format:
     names: Callable[[ModelSpec], Names]
     architecture: str = ""
     write_config: Callable[[ModelSpec], dict[str, Any]] | None = None
-    read_config: Callable[[Reader], ModelSpec] | None = None
+    read_config: Callable[[Reader], ModelArgs] | None = None
     container: str = "safetensors"
     kind: str | None = "llama"
     heads: str = ""
@@ -59,16 +61,25 @@ class Format:
 # (`hf_format` takes the first that holds a model.)
 FORMATS: dict[str, Format] = {
     "llama_hf": Format(
-        *(names.llama_hf, "LlamaForCausalLM", configs.llama_config, configs.read_llama),
+        names.llama_hf,
+        "LlamaForCausalLM",
+        partial(configs.dense_config, "LlamaForCausalLM", "llama"),
+        configs.read_dense,
         qk_norm=False,
     ),
     "qwen2_hf": Format(
-        *(names.llama_hf, "Qwen2ForCausalLM", configs.qwen2_config, configs.read_qwen2),
+        names.llama_hf,
+        "Qwen2ForCausalLM",
+        partial(configs.dense_config, "Qwen2ForCausalLM", "qwen2"),
+        partial(configs.read_dense, qkv_bias=True),
         qk_norm=False,
         qkv_bias=True,
     ),
     "qwen3_hf": Format(
-        *(names.llama_hf, "Qwen3ForCausalLM", configs.qwen3_config, configs.read_qwen3),
+        names.llama_hf,
+        "Qwen3ForCausalLM",
+        partial(configs.dense_config, "Qwen3ForCausalLM", "qwen3"),
+        partial(configs.read_dense, qk_norm=True, head_dim=128),
         qk_norm=True,
     ),
     "glm4_moe_hf": Format(
@@ -77,7 +88,8 @@ FORMATS: dict[str, Format] = {
         qkv_bias=None,
     ),
     "mimo_hf": Format(
-        *(names.mimo_hf, "MiMoForCausalLM", configs.mimo_config, configs.read_mimo),
+        *(names.mimo_hf, "MiMoForCausalLM", configs.mimo_config),
+        partial(configs.read_dense, qkv_bias=True),
         heads="sequential",
         trunk_state="raw",
         qk_norm=False,

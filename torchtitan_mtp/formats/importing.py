@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import shutil
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,7 @@ from torchtitan_mtp.checkpoint.record import record_of, untold
 from torchtitan_mtp.config import MTP, JobConfig, load_toml, to_toml
 from torchtitan_mtp.data.tokenizer import build_tokenizer
 from torchtitan_mtp.errors import UserError
-from torchtitan_mtp.formats.configs import Reader
+from torchtitan_mtp.formats.configs import Reader, read_modules
 from torchtitan_mtp.formats.formats import (
     FORMATS,
     Format,
@@ -39,7 +40,7 @@ logger = logging.getLogger(__name__)
 def import_checkpoint(
     source: str | os.PathLike[str],
     out: str | os.PathLike[str],
-    format_name: str,
+    format_name: str | None = None,
     *,
     config_file: str | os.PathLike[str] | None = None,
     dtype: torch.dtype | None = None,
@@ -47,20 +48,21 @@ def import_checkpoint(
     """Make `out` a run's folder, with step-0, config.toml and tokenizer; what was read.
 
     Args:
-        source: a folder in the format.
+        source: what `find_folder` understands.
+        format_name: None: by the folder's files.
         config_file: TOML of the run, where the format does not say which model it is.
         dtype: of the weights; None: as they are stored.
 
     Raises:
         UserError: `out` exists; missing, damaged or unknown files; a tensor that has no place.
     """
-    form, folder, out = find_format(format_name), Path(source), Path(os.path.abspath(out))
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder")
+    folder, out = find_folder(source), Path(os.path.abspath(out))
+    format_name = format_name or ("torchtitan" if config_file else format_of(folder))
+    form = find_format(format_name)
     if form.read_config is not None:
-        config, spec = JobConfig(), read_spec(form, format_name, folder)
+        config = JobConfig()
+        spec, tensors = open_model(format_name, folder)
         describe_run(config, spec)
-        tensors = open_tensors(form, folder)
     elif config_file is None:
         raise UserError(
             f"--format {format_name}: its folders do not say which model they hold; give the run's "
@@ -94,34 +96,70 @@ def import_checkpoint(
     return spec
 
 
-def read_spec(form: Format, name: str, folder: Path) -> ModelSpec:
-    """The model that a folder says it holds. Error: no such file, or a model of another kind."""
+def find_folder(source: str | os.PathLike[str]) -> Path:
+    """A folder; that of the newest snapshot in one of the hub's cache; or that of a model
+    "org/name" there. Error: there is none."""
+    folder = Path(source)
+    name = str(source)
+    if not folder.is_dir() and re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        # By HF_HUB_CACHE, HF_HOME and so on; tokenizers needs this package as well.
+        from huggingface_hub.constants import HF_HUB_CACHE
+
+        folder = Path(HF_HUB_CACHE, "models--" + name.replace("/", "--"))
+        if not folder.is_dir():
+            raise UserError(f"{name}: no such folder, nor {folder}; try: hf download {name}")
+    if (folder / "snapshots").is_dir():
+        main, there = folder / "refs" / "main", [*(folder / "snapshots").iterdir()]
+        if not main.is_file() and len(there) != 1:
+            raise UserError(f"{folder}: no refs/main in it; name one of its {len(there)} snapshots")
+        chosen = main.read_text().strip() if main.is_file() else there[0].name
+        folder = folder / "snapshots" / chosen
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder")
+    return folder
+
+
+def format_of(folder: Path) -> str:
+    """The name of the format that a folder is in, by the architecture that its config.json names.
+    Error: none."""
+    file = folder / "config.json"
+    if not file.is_file() and (folder / "params.json").is_file():
+        return "meta"
+    found = Reader(file, read_json(file)).architectures()
+    known = {form.architecture: name for name, form in FORMATS.items() if form.architecture}
+    for architecture in found:
+        if architecture in known:
+            return known[architecture]
+    raise UserError(
+        f"{file}: architectures = {found} is not supported here, only {', '.join(known)}"
+    )
+
+
+def open_model(name: str, folder: Path) -> tuple[ModelSpec, Tensors]:
+    """The model that a folder says it holds, and its tensors. Errors: as `import_checkpoint`."""
+    form = FORMATS[name]
     assert form.read_config is not None
     file = folder / ("params.json" if form.container == "pth" else "config.json")
     reader = Reader(file, read_json(file))
-    found = reader.architectures()
-    if form.architecture and form.architecture not in found:
-        right = [key for key, f in FORMATS.items() if f.architecture and f.architecture in found]
-        hint = f"; use --format {right[0]}" if right else "; it is not supported here"
-        raise UserError(f"{file}: architectures = {found}, but {name} is {form.architecture}{hint}")
-    spec = form.read_config(reader)
+    if form.architecture and form.architecture not in (found := reader.architectures()):
+        hint = f"{form.architecture}; use --format {format_of(folder)}"
+        raise UserError(f"{file}: architectures = {found}, but {name} is {hint}")
+    args = form.read_config(reader)
+    further = reader.count("n_future_tokens", 1) - 1 if form.heads == "parallel" else 0
+    further = read_modules(reader) if form.heads == "sequential" else further
+    spec = ModelSpec(args, form.heads, 1 + further, trunk_state=form.trunk_state)
+    spec = spec if further else spec.without_heads()
     try:
-        check_shape(spec.args)
+        check_shape(args)
     except UserError as error:
         raise UserError(f"{file}: {error}") from None
-    return _with_modules_there(form, spec, folder)
-
-
-def _with_modules_there(form: Format, spec: ModelSpec, folder: Path) -> ModelSpec:
-    """Without modules where none of their tensors is there: transformers saves but the count."""
-    if not spec.modules or form.container != "safetensors":
-        return spec
-    kinds = open_tensors(form, folder).kinds
-    theirs = [e.theirs for e in form.names(spec).entries if e.ours.startswith("mtp.")]
-    if any(name in kinds for name in theirs):
-        return spec
-    logger.warning("%s: names %d modules and holds none of them", folder, spec.modules)
-    return spec.without_heads()
+    tensors = open_tensors(form, folder)
+    modules = [e.theirs for e in form.names(spec).entries if e.ours.startswith("mtp.")]
+    if spec.heads == "sequential" and tensors.kinds.keys().isdisjoint(modules):
+        # transformers saves but the count.
+        logger.warning("%s: names %d modules and holds none of them", folder, further)
+        spec = spec.without_heads()
+    return spec, tensors
 
 
 def inward(

@@ -16,11 +16,9 @@ from torchtitan_mtp.checkpoint.record import check_record, record_of, record_of_
 from torchtitan_mtp.checkpoint.state import model_state
 from torchtitan_mtp.config import JobConfig, TrunkState
 from torchtitan_mtp.errors import UserError
-from torchtitan_mtp.formats.configs import Reader
 from torchtitan_mtp.formats.exporting import export_checkpoint, fits, holds
-from torchtitan_mtp.formats.formats import FORMATS, Format, open_tensors
-from torchtitan_mtp.formats.importing import inward, read_spec
-from torchtitan_mtp.formats.read import read_json
+from torchtitan_mtp.formats.formats import FORMATS
+from torchtitan_mtp.formats.importing import format_of, inward, open_model
 from torchtitan_mtp.models.args import ModelArgs
 from torchtitan_mtp.models.init import assign
 from torchtitan_mtp.models.transformer import Transformer
@@ -50,20 +48,21 @@ def config_of_hf(path: Path) -> JobConfig:
         UserError: no readable config.json, or a model of another kind.
     """
     config = JobConfig()
-    describe_run(config, _read(path)[1])
+    describe_run(config, open_model(format_of(path), path)[0])
     config.model.hf_assets_path = str(path)
     return config
 
 
 def _load(path: Path, model: Transformer, exclude: Sequence[str]) -> LoadReport:
-    form, spec = _read(path)
+    name = format_of(path)
+    spec, tensors = open_model(name, path)
     args = replace(model.args, n_layers=len(model.layers))
     if different := differing_sizes(args, spec.args):
         raise UserError(f"{path}: the run's model has {'; '.join(different)} as config.json says")
     wanted = {key: t for key, t in model_state(model).items() if not excluded(key, exclude)}
     if args.tied_embeddings:
         wanted.pop("output.weight", None)
-    outputs = {o.name: o for o in inward(open_tensors(form, path), form, spec)}
+    outputs = {o.name: o for o in inward(tensors, FORMATS[name], spec)}
     outputs = {key: o for key, o in outputs.items() if not excluded(key, exclude)}
     heads = any(key.startswith("mtp.") for key in wanted.keys() & outputs.keys())
     if heads:
@@ -76,17 +75,6 @@ def _load(path: Path, model: Transformer, exclude: Sequence[str]) -> LoadReport:
     report = LoadReport(tuple(missing), tuple(unexpected))
     log_report(path, report)
     return report
-
-
-def _read(path: Path) -> tuple[Format, ModelSpec]:
-    """The format of a folder, by the architecture that its config.json names, and its model."""
-    file = path / "config.json"
-    found = Reader(file, read_json(file)).architectures()
-    for name, form in FORMATS.items():
-        if form.architecture and form.architecture in found:
-            return form, read_spec(form, name, path)
-    known = ", ".join(f.architecture for f in FORMATS.values() if f.architecture)
-    raise UserError(f"{file}: architectures = {found}, expected one of {known}")
 
 
 def hf_format(args: ModelArgs, modules: int, trunk_state: TrunkState) -> str:
