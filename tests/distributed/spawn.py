@@ -100,6 +100,7 @@ def _rank_main(
         MASTER_ADDR="localhost",
         MASTER_PORT=str(port),
         TORCHELASTIC_USE_AGENT_STORE="True",  # join the store of the parent, start none
+        CUDA_VISIBLE_DEVICES="",  # gloo's ranks compute on the CPU, however many GPUs there are
     )
     torch.set_num_threads(1)
     error, result = None, None

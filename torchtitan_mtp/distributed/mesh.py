@@ -57,11 +57,17 @@ def data_degrees(parallelism: Parallelism, world_size: int) -> tuple[int, int]:
 def local_device() -> torch.device:
     """This rank's GPU, or the CPU where there is none, or where it is hidden on purpose.
 
-    Error: there is one that torch can't use.
+    Errors: there is one that torch can't use, or fewer than processes.
     """
     try:
         torch.cuda.init()
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        index, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        if index >= count:
+            raise UserError(
+                f"LOCAL_RANK = {index}: torch sees {count} GPUs here, expected one for every "
+                f"process of this machine; start {count} (NGPU, or torchrun's --nproc_per_node)"
+            )
+        return torch.device("cuda", index)
     except (RuntimeError, AssertionError) as error:
         reason = (str(error) or "CUDA does not start").splitlines()[0].removesuffix(".")
     for node, variables in GPU_NODES.items():

@@ -10,7 +10,7 @@ import torch
 from runs import TINY, config_of
 from torchtitan_mtp.config import JobConfig, parse_args
 from torchtitan_mtp.config.setting import options
-from torchtitan_mtp.distributed import memory
+from torchtitan_mtp.distributed import memory, mesh
 from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.models.transformer import build_model
 from torchtitan_mtp.trainer import Trainer
@@ -88,6 +88,7 @@ BATCH = "training.local_batch_size"
 )
 def test_a_run_that_cannot_fit(keys, named, gib, tmp_path, monkeypatch):
     monkeypatch.setattr(memory, "total_memory", lambda device: 24 << 30)
+    monkeypatch.setattr(mesh, "local_device", lambda: torch.device("cpu"))
     monkeypatch.setattr(Trainer, "_build_data", lambda self: pytest.fail("data was read"))
     with pytest.raises(UserError) as caught:
         Trainer(config_of(tmp_path, keys))

@@ -93,8 +93,12 @@ def test_a_gpu_that_cannot_be_used(choose, there, variable, reason, tmp_path, mo
 
 def test_a_gpu_is_used(monkeypatch):
     monkeypatch.setattr(torch.cuda, "init", lambda: None)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setenv("LOCAL_RANK", "3")
     assert local_device() == torch.device("cuda", 3)
+    monkeypatch.setenv("LOCAL_RANK", "4")
+    with pytest.raises(UserError, match=r"^LOCAL_RANK = 4: torch sees 4 GPUs here, .* start 4 "):
+        local_device()
 
 
 def test_traces_of_collectives_go_where_the_configuration_says(tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from tests.small import ARGS, DEEPSEEK, perturb_norms, relative_error, small_window
 from torchtitan_mtp.config import MTP, JobConfig
-from torchtitan_mtp.data.targets import IGNORE, make_batch
+from torchtitan_mtp.data.targets import IGNORE, Batch, make_batch
 from torchtitan_mtp.distributed.mesh import init_world
 from torchtitan_mtp.distributed.parallelize import parallelize
 from torchtitan_mtp.models.args import ModelArgs
@@ -72,12 +72,14 @@ class SmallRun:
         config.compile.enable = compiled
         config.compile.backend = "aot_eager"
         world = init_world(config.parallelism)
+        self.device = world.device
         model = add_heads(build_model(replace(shape, n_layers=LAYERS)), mtp)
         self.model = parallelize(model, config, world, torch.float32, seed=0)
         perturb_norms(self.model)
 
     def batch(self, seed: int):
-        return make_batch(small_window(2, 12 + N, seed=seed), N)
+        batch = make_batch(small_window(2, 12 + N, seed=seed), N)
+        return Batch(*(t.to(self.device) for t in batch))
 
     def step(self, seed: int) -> dict[str, torch.Tensor]:
         """Two micro-batches; the gradients, and the tokens of each expert."""
@@ -95,7 +97,7 @@ class SmallRun:
 
     @torch.no_grad()
     def evaluate(self, seed: int) -> None:
-        forward_loss(self.model, self.batch(seed), torch.ones(N), LossOptions())
+        forward_loss(self.model, self.batch(seed), torch.ones(N, device=self.device), LossOptions())
         for module in self.model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
