@@ -38,7 +38,8 @@ Names, types and defaults are those of TorchTitan v0.2 wherever it has the key, 
 files run unchanged where nothing in them is missing here ([torchtitan.md](torchtitan.md) has each
 of them). Its keys that are not supported here have to stay at their defaults; anything else stops
 with a line that names the key. So does a key that is unknown, of the wrong type or out of range,
-with the nearest right name. A leading `~` of a file or folder is the home folder.
+with the nearest right name. A leading `~` of a file or folder is the home folder; in a
+TOML file, a leading `{here}` is the folder of that file.
 """
 
 TORCHTITAN = """\

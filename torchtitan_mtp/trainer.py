@@ -233,7 +233,8 @@ class Trainer:
 
     def _write_config(self) -> None:
         with written_whole(Path(self.config.job.dump_folder) / "config.toml") as file:
-            file.write_text(to_toml(self.config), encoding="utf-8")
+            text = to_toml(self.config, self.config.job.dump_folder)
+            file.write_text(text, encoding="utf-8")
 
     # ---------------------------------------------------------------- train
 

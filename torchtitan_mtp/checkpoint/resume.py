@@ -58,7 +58,7 @@ def settings_of(config: JobConfig) -> dict[str, Any]:
     tables = {"model", "loss", "training", "optimizer", "lr_scheduler", "quantize"}
     tables |= {"mtp"} & {*config.model.converters}
     keys = [key for key in options(JobConfig).values() if key.path[0] in tables]
-    return {key.name: key.get(config) for key in keys if not key.is_table}
+    return {k.name: k.get(config) for k in keys if not (k.is_table or k.rule.path)}
 
 
 class LoaderState:

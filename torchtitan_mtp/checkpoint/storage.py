@@ -82,12 +82,15 @@ class SummingWriter(FileSystemWriter):
     torch.save's own sums, which torch.load never reads, are left out: so ours cost nothing.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, **options: Any) -> None:
         remote = isinstance(folder, RemotePath)
         # A store has a file when it is closed; DCP would flush all disks of the machine for it.
-        super().__init__(str(folder), sync_files=not remote)
+        super().__init__(str(folder), **{"sync_files": not remote} | options)
         self.fs: Any = _RemoteSums() if remote else _LocalSums()
         self.path = self.fs.init_path(str(folder))
+
+    def storage_meta(self) -> None:
+        """Nothing: DCP would note the path that is written to, which nobody reads."""
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         before = torch.serialization.get_crc32_options()

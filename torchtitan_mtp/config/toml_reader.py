@@ -1,5 +1,6 @@
 """TOML into a configuration."""
 
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import Any
 
 from torchtitan_mtp.config.names import find
 from torchtitan_mtp.config.setting import Option
-from torchtitan_mtp.config.values import accept, printable
+from torchtitan_mtp.config.values import HERE, accept, printable
 from torchtitan_mtp.errors import UserError
 
 if sys.version_info >= (3, 11):
@@ -37,7 +38,10 @@ def read_toml(path: str | Path, options: dict[str, Option]) -> dict[str, Any]:
         if option.name in given:
             both = f"{written_as[option.name]} and {name}"
             raise UserError(f"{where}{both} are two names of one key; keep one of them")
-        given[option.name] = accept(option, value, f"{where}{name}")
+        value = accept(option, value, f"{where}{name}")
+        if option.rule.path and value and value.split("/")[0] == HERE:
+            value = os.path.abspath(Path(path).parent / value[len(HERE) + 1 :])
+        given[option.name] = value
         written_as[option.name] = name
     return given
 

@@ -8,6 +8,9 @@ from typing import Any, Literal, Union, get_args, get_origin
 from torchtitan_mtp.config.setting import Option
 from torchtitan_mtp.errors import UserError
 
+# At the beginning of a path in a file: the folder of that file, wherever it is moved.
+HERE = "{here}"
+
 
 def accept(option: Option, value: Any, where: str) -> Any:
     """`value` as the option's type.

@@ -14,6 +14,7 @@ from torch import Size, Tensor
 
 from torchtitan_mtp.checkpoint.record import record_of, untold
 from torchtitan_mtp.config import MTP, JobConfig, load_toml, to_toml
+from torchtitan_mtp.config.values import HERE
 from torchtitan_mtp.data.tokenizer import build_tokenizer
 from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.formats.configs import Reader, read_modules
@@ -75,11 +76,11 @@ def import_checkpoint(
         spec = spec_of_run(config, vocabulary_of(tensors))
         logger.warning("%s: taken for a model with %s", tensors.where, untold(record_of(spec)))
     outputs = inward(tensors, form, spec, dtype)
-    config.job.dump_folder = str(out)
+    config.job.dump_folder = HERE
     with written_aside(out, sum(output.bytes for output in outputs)) as tmp:
         if form.read_config is not None:
             (tmp / "tokenizer").mkdir()
-            config.model.hf_assets_path = str(out / "tokenizer")
+            config.model.hf_assets_path = f"{HERE}/tokenizer"
             if copy_tokenizer(str(folder), tmp / "tokenizer", CONFIGS):
                 check_rows(build_tokenizer(str(folder)), folder, spec.args.vocab_size)
             else:

@@ -20,12 +20,12 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Size, Tensor
-from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter
+from torch.distributed.checkpoint import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
-from torchtitan_mtp.checkpoint.checksums import hash_files
 from torchtitan_mtp.checkpoint.manifest import MODEL_ONLY, Manifest, write_manifest
 from torchtitan_mtp.checkpoint.state import quiet
+from torchtitan_mtp.checkpoint.storage import SummingWriter
 from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.formats.read import INDEX, WEIGHTS
 from torchtitan_mtp.writing import sync
@@ -169,16 +169,11 @@ def write_dcp(
 ) -> None:
     """A model-only checkpoint of one rank, with its manifest and the model's record."""
     shapes = {o.name: torch.empty(o.shape, dtype=o.dtype, device="meta") for o in outputs}
+    # The writer keeps what it put into a file until the file is done: one a tensor, then, and
+    # nothing copied ahead.
+    writer = SummingWriter(
+        folder, single_file_per_rank=False, sync_files=False, per_thread_copy_ahead=0
+    )
     with quiet(alone=True):
-        dcp.save(
-            shapes,
-            # The writer keeps what it put into a file until the file is done: one a tensor, then,
-            # and nothing copied ahead.
-            storage_writer=FileSystemWriter(
-                folder, single_file_per_rank=False, sync_files=False, per_thread_copy_ahead=0
-            ),
-            planner=_Planner(outputs),
-            no_dist=True,
-        )
-    files = [folder / ".metadata", *sorted(folder.glob("*.distcp"))]
-    write_manifest(folder, Manifest(0, MODEL_ONLY, 1, hash_files(files), record))
+        dcp.save(shapes, storage_writer=writer, planner=_Planner(outputs), no_dist=True)
+    write_manifest(folder, Manifest(0, MODEL_ONLY, 1, writer.entries, record))

@@ -315,3 +315,24 @@ def test_home_in_the_arguments_of_scripts(script, arguments, names, monkeypatch)
     monkeypatch.setenv("HOME", "/home/me")
     args = vars(importlib.import_module(f"torchtitan_mtp.cli.{script}").parse_arguments(arguments))
     assert {name: str(args[name]) for name in names} == dict.fromkeys(names, "/home/me/x")
+
+
+def test_here_is_the_folder_of_the_file(tmp_path, write, monkeypatch):
+    (tmp_path / "words").mkdir()
+    path = write('[job]\ndump_folder = "{here}"\n[model]\nhf_assets_path = "{here}/words"\n')
+    monkeypatch.chdir(tmp_path.parent)
+    for name in (path, path.relative_to(tmp_path.parent)):
+        config = parse_args(["--job.config_file", str(name)])
+        assert config.job.dump_folder == str(tmp_path)
+        assert config.model.hf_assets_path == str(tmp_path / "words")
+    # What is there is written so; what is not there, or elsewhere, as it is.
+    config.training.dataset_path = str(tmp_path / "none")
+    config.checkpoint.initial_load_path = f"{tmp_path.parent}/words"
+    config.checkpoint.folder = "words"  # below job.dump_folder
+    monkeypatch.chdir(tmp_path)
+    text = to_toml(config, str(tmp_path))
+    assert 'dump_folder = "{here}"' in text and 'hf_assets_path = "{here}/words"' in text
+    assert f'dataset_path = "{tmp_path}/none"' in text and '\nfolder = "words"' in text
+    assert f'initial_load_path = "{tmp_path.parent}/words"' in text
+    assert "{here}" not in to_toml(config)
+    assert load_toml(write('[job]\ndump_folder = "{hereby}"\n')).job.dump_folder == "{hereby}"

@@ -1,0 +1,101 @@
+"""Folders that are moved: what commands leave for later names nothing by where it was written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+
+from formats_run import SEQUENTIAL, SMALL, write_run
+from runs import config_of, same, train, write_corpus
+from torchtitan_mtp.config import load_toml, parse_args
+from torchtitan_mtp.data.tokenizer import build_tokenizer
+from torchtitan_mtp.errors import UserError
+from torchtitan_mtp.formats import export_checkpoint, import_checkpoint
+from torchtitan_mtp.inference import load_for_inference
+
+HERE_KEYS = {"checkpoint.enable": True, "checkpoint.interval": 2, "mtp.heads": "sequential"}
+
+
+def test_a_moved_run_goes_on_and_leaves_in_other_formats(tmp_path: Path, monkeypatch) -> None:
+    data = write_corpus(tmp_path, "jsonl")
+    keys = data | HERE_KEYS | {"checkpoint.last_save_in_hf": True, "training.steps": 4}
+    # The tokenizer in the run's own folder, named as a user may: from the current folder.
+    place = tmp_path / "made_here"
+    (place / "run" / "words").mkdir(parents=True)
+    write_run(tmp_path / "bytes", **SMALL)
+    export_checkpoint(tmp_path / "bytes", tmp_path / "hf", "llama_hf")
+    shutil.copy(tmp_path / "hf" / "tokenizer.json", place / "run" / "words")
+    shutil.copy(tmp_path / "hf" / "tokenizer_config.json", place / "run" / "words")
+    monkeypatch.chdir(tmp_path)
+    keys |= {"model.hf_assets_path": "made_here/run/words"}
+    more = {"training.steps": 6, "job.dump_folder": str(place / "whole")}
+    whole = train(config_of(place, keys, more))
+    first = train(config_of(place, keys | {"job.dump_folder": "made_here/run"}))
+    export_checkpoint(place / "run", place / "dcp", "torchtitan", drop_heads=True)
+    import_checkpoint(place / "run/checkpoint/step-4.hf", place / "back", "glm4_moe_hf")
+    for folder in ("run", "dcp", "back"):
+        for file in (place / folder).rglob("*"):
+            assert file.is_dir() or b"made_here" not in file.read_bytes(), file
+
+    (tmp_path / "elsewhere").mkdir()
+    place.rename(tmp_path / "moved")
+    moved = tmp_path / "moved" / "run"
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    model, tokenizer, config = load_for_inference(moved)
+    assert config.job.dump_folder == str(moved)
+    assert config.model.hf_assets_path == str(moved / "words")
+    assert tokenizer.fingerprint.startswith("hf:")
+    assert torch.equal(model.norm.weight, first.weights["norm.weight"])
+    export_checkpoint(moved, tmp_path / "again", "glm4_moe_hf")
+    before = (moved / "checkpoint/step-4.hf/model.safetensors").read_bytes()
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == before
+    resumed = train(
+        parse_args(["--job.config_file", f"{moved}/config.toml", "--training.steps", "6"])
+    )
+    assert resumed.start == 2 and same(resumed.weights, whole.weights)
+    assert (moved / "checkpoint" / "step-6").is_dir() and not (tmp_path / "made_here").exists()
+
+
+def test_a_moved_import_keeps_its_tokenizer(tmp_path: Path, monkeypatch) -> None:
+    """And does not take that of the model which was imported into its place since."""
+    write_run(tmp_path / "run", **SMALL, **SEQUENTIAL)
+    export_checkpoint(tmp_path / "run", tmp_path / "a", "glm4_moe_hf")
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    tokenizer = Tokenizer.from_file(str(tmp_path / "b" / "tokenizer.json"))
+    tokenizer.add_tokens(["another"])
+    tokenizer.save(str(tmp_path / "b" / "tokenizer.json"))
+    import_checkpoint(tmp_path / "a", tmp_path / "out", "glm4_moe_hf")
+    (tmp_path / "out").rename(tmp_path / "kept")
+    import_checkpoint(tmp_path / "b", tmp_path / "out", "glm4_moe_hf")
+    monkeypatch.chdir(tmp_path / "out")  # a folder with a tokenizer/ of its own
+    for place, given in (("kept", "a"), ("out", "b")):
+        _, found, config = load_for_inference(tmp_path / place)
+        assert found.fingerprint == build_tokenizer(str(tmp_path / given)).fingerprint
+        assert config.job.dump_folder == str(tmp_path / place)
+        assert str(tmp_path) not in (tmp_path / place / "config.toml").read_text()
+    export_checkpoint(tmp_path / "kept", tmp_path / "c", "glm4_moe_hf")
+    vocabulary = json.loads((tmp_path / "c" / "tokenizer.json").read_text())["added_tokens"]
+    assert "another" not in [token["content"] for token in vocabulary]
+    # Without it, nothing else is taken for it.
+    shutil.rmtree(tmp_path / "kept" / "tokenizer")
+    with pytest.raises(UserError, match="kept/tokenizer: no such file or folder"):
+        load_for_inference(tmp_path / "kept")
+
+
+def test_paths_that_a_user_gives_stay(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    data = write_corpus(tmp_path, "jsonl")
+    keys = data | {"job.dump_folder": ".", "training.steps": 1, "checkpoint.folder": "ckpt"}
+    train(config_of(tmp_path, keys, {"training.dataset_path": "corpus.jsonl"}))
+    text = (tmp_path / "config.toml").read_text()
+    assert 'dump_folder = "{here}"\n' in text and 'dataset_path = "{here}/corpus.jsonl"\n' in text
+    assert 'hf_assets_path = "byte"\n' in text and '\nfolder = "ckpt"\n' in text
+    train(config_of(tmp_path, keys | {"job.dump_folder": "run"}))
+    text = (tmp_path / "run" / "config.toml").read_text()
+    assert f'dataset_path = "{tmp_path}/corpus.jsonl"\n' in text
+    assert load_toml(tmp_path / "run" / "config.toml").job.dump_folder == str(tmp_path / "run")
