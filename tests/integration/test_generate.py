@@ -13,6 +13,9 @@ from types import ModuleType
 import pytest
 from rich.console import Console
 
+import formats_run
+from small_tokenizers import sentencepiece
+from torchtitan_mtp.data.tokenizer import HFTokenizer
 from torchtitan_mtp.inference import Stats, decoding
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -116,6 +119,52 @@ def test_what_is_typed_is_continued_as_one_text(
     assert err.count("tokens/s]") == 3 and "6 tokens, 1.00 tokens/step" in err
     assert typed("def \nab\n\nx\n", "--speculative")[0] == out
     assert typed("") == ("", "")
+
+
+def test_a_word_keeps_the_space_before_it(
+    script: ModuleType,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """SentencePiece's decoders take the first space of a text for none of it: an answer is no text
+    of its own, nor is a second line."""
+    tokens = sentencepiece("<unk>", "<s>", "</s>", front="<s>")
+    tokens.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    model, config = formats_run.write_run(tmp_path / "run", **formats_run.SMALL)
+    words = [i for token, i in tokens.get_vocab().items() if token.startswith("▁")]
+    model.output.weight[[i for i in range(320) if i not in words]] = 0
+    loaded = model, HFTokenizer(tmp_path / "tokenizer.json"), config
+    monkeypatch.setattr(script, "load_for_inference", lambda *_: loaded)
+    assert script.main(["-", "--prompt", "cat", "--max_new_tokens", "6"]) == 0
+    whole = capsys.readouterr().out
+    assert whole.startswith("cat ")
+    assert script.main(["-", "--prompt", f"{whole}the", "--max_new_tokens", "6"]) == 0
+    monkeypatch.setattr("sys.stdin", io.StringIO("cat\nthe\n"))
+    second = capsys.readouterr().out
+    assert script.main(["-", "--interactive", "--max_new_tokens", "6"]) == 0
+    assert capsys.readouterr().out == second
+
+
+@pytest.mark.parametrize("way", [[], ["--speculative", "--compare"]])
+def test_a_stop_string_ends_the_text(
+    script: ModuleType,
+    run: Path,
+    way: list[str],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    arguments = [str(run), "--max_new_tokens", "20"]
+    assert script.main([*arguments, "--prompt", "def "]) == 0
+    whole = capsys.readouterr().out[len("def ") :]
+    stop = whole[9:12]
+    ended = "def " + whole[: whole.find(stop)] + "\n"
+    assert script.main([*arguments, "--prompt", "def ", "--stop", "@@", "--stop", stop, *way]) == 0
+    assert capsys.readouterr().out.startswith(ended + "\u250f" if way else ended)
+    monkeypatch.setattr("sys.stdin", io.StringIO("def \n"))
+    assert script.main([*arguments, "--interactive", "--stop", stop, *way[:1]]) == 0
+    assert capsys.readouterr().out == ended
 
 
 def test_a_head_that_was_never_compared_has_no_rate(script: ModuleType) -> None:

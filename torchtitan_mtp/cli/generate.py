@@ -26,11 +26,11 @@ from torchtitan_mtp.data.tokenizer import Tokenizer
 from torchtitan_mtp.distributed.shared_cores import SharedCores
 from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.inference import Generation, Stats, generate, load_for_inference, next_logits
-from torchtitan_mtp.inference.decoding import check, most_drafts
+from torchtitan_mtp.inference.decoding import check, most_drafts, stream
 from torchtitan_mtp.inference.load import DTYPES, find_device
 from torchtitan_mtp.inference.sampling import Sampler
 from torchtitan_mtp.inference.stats import ratio
-from torchtitan_mtp.inference.streaming import TextStream, stream
+from torchtitan_mtp.inference.text_stream import TextStream
 from torchtitan_mtp.models.transformer import Transformer
 
 
@@ -56,6 +56,9 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         "--interactive", action="store_true", help="ask for text, show its continuation as it comes"
     )
     parser.add_argument("--max_new_tokens", type=int, default=100, help="default: 100")
+    parser.add_argument(
+        "--stop", action="append", default=[], help="end before this text; may be repeated"
+    )
     parser.add_argument("--temperature", type=float, default=0.0, help="0, the default: greedy")
     parser.add_argument("--top_k", type=int, help="sample among the k most likely tokens")
     parser.add_argument("--top_p", type=float, help="sample among the tokens of this much mass")
@@ -221,15 +224,18 @@ def continue_prompts(
     warm_up = args.max_new_tokens if args.compile else min(8, args.max_new_tokens)
     for way in ways.values():
         generate(model, prompts, warm_up, **options, **way)
-    runs = {
-        name: generate(model, prompts, args.max_new_tokens, **options, **way)
-        for name, way in ways.items()
-    }
+    runs = {}
+    for name, way in ways.items():
+        ends = [TextStream(tokenizer, args.stop, prompt) for prompt in prompts if args.stop]
+        runs[name] = generate(model, prompts, args.max_new_tokens, texts=ends, **options, **way)
     *_, last = runs.values()
     for i, (prompt, new) in enumerate(zip(prompts, last.tokens, strict=True), start=1):
         if len(prompts) > 1:
             print(f"--- {i} of {len(prompts)}")
-        print(tokenizer.decode([*prompt, *new]))
+        text = TextStream(tokenizer, args.stop, prompt)
+        for token in new:
+            text.add(token)
+        print(tokenizer.decode(prompt) + text.finish())
     # The text alone goes to stdout, so that it can be piped; a comparison is what was asked for.
     console = Console(stderr=not args.compare)
     console.print(speed_table({name: generation.stats for name, generation in runs.items()}))
@@ -262,18 +268,19 @@ def converse(
         print(
             "An empty line begins a new text, Ctrl-C stops an answer, Ctrl-D ends.", file=sys.stderr
         )
-    text: list[int] = []
+    text = ""
     with contextlib.suppress(EOFError, KeyboardInterrupt):
         while True:
             line = input(asking)
             if not line:
-                text = []
+                text = ""
                 continue
-            start = [*text, *tokenizer.encode("\n").tolist()] if text else tokenizer.prefix
-            text = [*start, *tokenizer.encode(line).tolist()]
-            text += answer(
-                model, tokenizer, text[-most:], args.max_new_tokens, sampler, drafts, line
-            )
+            # All of it anew: pieces would each begin with a space, in SentencePiece's way.
+            text += f"\n{line}" if text else line
+            print(line, end="", flush=True)
+            prompt = tokenizer.prompt(text)[-most:]
+            shown = TextStream(tokenizer, args.stop, prompt)
+            text += answer(model, tokenizer, prompt, args.max_new_tokens, sampler, drafts, shown)
 
 
 def answer(
@@ -283,21 +290,22 @@ def answer(
     max_new_tokens: int,
     sampler: Sampler,
     drafts: int,
-    line: str,
-) -> list[int]:
-    """Write `line` and its continuation to stdout as it comes, its cost to stderr; the tokens."""
-    shown, steps, begin = TextStream(tokenizer), -1, time.perf_counter()
-    print(line, end="", flush=True)
+    shown: TextStream,
+) -> str:
+    """Write what follows the prompt to stdout as it comes, its cost to stderr; the text."""
+    told, count, steps, begin = 0, 0, -1, time.perf_counter()
+    options: dict[str, Any] = {"num_draft": drafts, "eos_id": tokenizer.eos_ids, "texts": [shown]}
     with contextlib.suppress(KeyboardInterrupt):
-        ends = tokenizer.eos_ids
-        for new in stream(model, prompt, max_new_tokens, sampler, num_draft=drafts, eos_id=ends):
+        for new in stream(model, prompt, max_new_tokens, sampler, **options):
             steps += 1  # the first tokens are the prompt's
-            print(shown.add(new), end="", flush=True)
-    print(shown.finish(), flush=True)
-    count, seconds = len(shown.tokens), time.perf_counter() - begin
+            count += len(new)
+            print(shown.text[told:], end="", flush=True)
+            told = len(shown.text)
+    print(shown.finish()[told:], flush=True)
+    seconds = time.perf_counter() - begin
     rate = f"{(count - 1) / steps:.2f} tokens/step, " if steps > 0 else ""
     print(f"[{count} tokens, {rate}{count / seconds:.1f} tokens/s]", file=sys.stderr)
-    return [token for token in shown.tokens if token not in tokenizer.eos_ids]
+    return shown.text
 
 
 def run(args: argparse.Namespace) -> None:

@@ -37,6 +37,7 @@ from torchtitan_mtp.inference.draft_length import DraftLength
 from torchtitan_mtp.inference.drafting import Plan, TrunkStates, build_drafter
 from torchtitan_mtp.inference.rows import EndIds, Generation, Rows
 from torchtitan_mtp.inference.sampling import Sampler
+from torchtitan_mtp.inference.text_stream import TextStream
 from torchtitan_mtp.models.transformer import Transformer
 
 
@@ -55,9 +56,10 @@ def generate(
     speculative: bool = False,
     num_draft: int | Literal["auto"] | None = None,
     compile: bool = False,
+    texts: Sequence[TextStream] = (),
 ) -> Generation:
     """Continue each prompt by `max_new_tokens` tokens, or up to and with `eos_id` (of several,
-    the first that comes).
+    the first that comes) or the token that completes a stop string.
 
     Args:
         temperature, top_k, top_p, seed, softcap: see `Sampler`; 0 is greedy.
@@ -66,6 +68,7 @@ def generate(
         num_draft: drafts a step, at most (and by default) n - 1; "auto" takes the number that
             has paid best of late (`DraftLength`).
         compile: compile a step; the first steps of a batch size wait for it.
+        texts: one of each prompt, if any; they take its new tokens and know its stop strings.
 
     Raises:
         UserError: speculative without heads, an empty prompt, a number out of range.
@@ -75,7 +78,7 @@ def generate(
     sampler = Sampler(temperature, top_k, top_p, seed, softcap)
     most = most_drafts(model, num_draft) if speculative else 0
     decoder = Decoder(model, prompts, max_new_tokens, most, sampler, compile)
-    rows = Rows(len(prompts), max_new_tokens, eos_id, most)
+    rows = Rows(len(prompts), max_new_tokens, eos_id, most, texts)
     length = DraftLength(most, len(model.layers), adapt=num_draft == "auto")
     steps = decode(decoder, rows, length)
     next(steps)
@@ -83,6 +86,29 @@ def generate(
     for _ in steps:
         pass
     return rows.finish(prompt_seconds, time.perf_counter() - begin)
+
+
+@torch.inference_mode()
+def stream(
+    model: Transformer,
+    prompt: Sequence[int],
+    max_new_tokens: int,
+    sampler: Sampler,
+    *,
+    num_draft: int = 0,
+    eos_id: EndIds = None,
+    texts: Sequence[TextStream] = (),
+) -> Iterator[list[int]]:
+    """The tokens that `generate` would give, each step's as soon as they are known.
+
+    num_draft: drafts a step, up to n - 1; 0 decodes plainly.
+    """
+    check(model, [prompt], max_new_tokens)
+    decoder = Decoder(model, [prompt], max_new_tokens, num_draft, sampler)
+    rows, told = Rows(1, max_new_tokens, eos_id, num_draft, texts), 0
+    for _ in decode(decoder, rows, DraftLength(num_draft, len(model.layers), adapt=False)):
+        yield rows.tokens[0][told:]
+        told = len(rows.tokens[0])
 
 
 def decode(decoder: Decoder, rows: Rows, length: DraftLength) -> Iterator[None]:

@@ -6,6 +6,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from torchtitan_mtp.inference.stats import Stats
+from torchtitan_mtp.inference.text_stream import TextStream
 
 EndIds = int | Collection[int] | None  # each of them ends a row
 
@@ -28,29 +29,33 @@ def accepted_drafts(drafts: Sequence[int], target: Sequence[int]) -> int:
 
 class Rows:
     """The new tokens of every row, at most `max_new_tokens` each, up to and with the first that is
-    `eos_id`, or one of them."""
+    `eos_id`, or one of them, or completes a stop string of the row's text, where there is one."""
 
-    def __init__(self, batch: int, max_new_tokens: int, eos_id: EndIds, num_draft: int) -> None:
-        self.max_new_tokens = max_new_tokens
+    def __init__(
+        self,
+        batch: int,
+        max_new_tokens: int,
+        eos_id: EndIds,
+        num_draft: int,
+        texts: Sequence[TextStream] = (),
+    ) -> None:
         self.ends = {eos_id} if isinstance(eos_id, int) else set(eos_id or ())
+        self.texts = texts
         self.tokens: list[list[int]] = [[] for _ in range(batch)]
+        self.room = [max_new_tokens] * batch  # how many more each may get; 0 when it is finished
         drafted, agreed, checked, right = ([0] * num_draft for _ in range(4))
         self.stats = Stats(drafted, agreed, checked, right, first_tokens=batch)
         self._drafts: list[tuple[int, int, list[int]]] = []  # row, place in its text, drafts
 
     def left(self) -> int:
         """How many tokens the row that needs most may still get; 0 when all are finished."""
-        return max(self._left(text) for text in self.tokens)
-
-    def _left(self, text: list[int]) -> int:
-        ended = text and text[-1] in self.ends
-        return 0 if ended else self.max_new_tokens - len(text)
+        return max(self.room)
 
     def start(self, target: list[list[int]]) -> None:
         """Take the first token of every row from head 1's choices after the prompts [B][1]."""
         self.stats.forwards += 1
-        for text, choices in zip(self.tokens, target, strict=True):
-            text += choices
+        for row, choices in enumerate(target):
+            self._take(row, choices)
 
     def accept(self, fed: list[list[int]], target: list[list[int]]) -> list[int]:
         """Take what a step yields, and say by how many positions each row has grown.
@@ -59,23 +64,26 @@ class Rows:
         count], head 1's choice after each of these.
         """
         self.stats.forwards += 1
-        grown = []
-        for row, (text, (_, *drafts), choices) in enumerate(
-            zip(self.tokens, fed, target, strict=True)
-        ):
-            left = self._left(text)
-            if left == 0:
-                grown.append(0)
-                continue
-            accepted = accepted_drafts(drafts, choices)
-            self.stats.count_step(len(drafts), accepted)
-            self._drafts.append((row, len(text), drafts))
-            new = choices[: min(accepted + 1, left)]
-            end = next((i for i, token in enumerate(new, 1) if token in self.ends), None)
-            new = new[:end]
-            text += new
-            grown.append(len(new))
+        grown = [0] * len(self.tokens)
+        for row, ((_, *drafts), choices) in enumerate(zip(fed, target, strict=True)):
+            if self.room[row]:
+                accepted = accepted_drafts(drafts, choices)
+                self.stats.count_step(len(drafts), accepted)
+                self._drafts.append((row, len(self.tokens[row]), drafts))
+                grown[row] = self._take(row, choices[: accepted + 1])
         return grown
+
+    def _take(self, row: int, tokens: list[int]) -> int:
+        """Give a row those of the tokens that it has room for, up to what ends it: how many."""
+        count = 0
+        for token in tokens[: self.room[row]]:
+            self.tokens[row].append(token)
+            count += 1
+            self.room[row] -= 1
+            if token in self.ends or (self.texts and self.texts[row].add(token)):
+                self.room[row] = 0
+                break
+        return count
 
     def finish(self, prompt_seconds: float, seconds: float) -> Generation:
         """The texts and the counts, with the seconds to the first tokens and in all."""
