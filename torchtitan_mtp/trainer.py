@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from torchtitan_mtp.build import model_of_run
 from torchtitan_mtp.checkpoint import Checkpointer
 from torchtitan_mtp.checkpoint.folders import step_folder
 from torchtitan_mtp.checkpoint.lock import lock_folders, written_folders
@@ -52,12 +53,10 @@ from torchtitan_mtp.monitoring.profiling import profile_steps, snapshot_memory
 from torchtitan_mtp.monitoring.spikes import LossSpikes
 from torchtitan_mtp.monitoring.step_losses import StepLosses
 from torchtitan_mtp.mtp import (
-    args_of_run,
     copy_last_layer,
     engines,
     head_scales,
     head_weights,
-    model_of_run,
     rest_unweighted,
 )
 from torchtitan_mtp.nonfinite import FiniteGuard, find_cause, send_to_host
@@ -91,24 +90,20 @@ class Trainer:
 
     def _build(self) -> Transformer:
         """Tokenizer, data, and the model on the meta device, held against what there is."""
-        config, training = self.config, self.config.training
+        self.origin = find_origin(self.config)
+        config = self.config = completed(self.config, self.origin.seed)
+        training = config.training
         if config.job.description:
             logger.info(config.job.description)
-        self.device = self.world.device
-        self.origin = find_origin(config)
-        # config.toml then says which seed it was, and with it which documents were held out.
-        self.seed = training.seed = self.origin.seed
-        set_determinism(training.deterministic, self.seed)
+        self.device, self.n = self.world.device, config.num_future_tokens
+        set_determinism(training.deterministic, self.origin.seed)
         # Files are each rank's own: what fails on one of them ends all.
         self.tokenizer = self.ranks.together(lambda: build_tokenizer(config.model.hf_assets_path))
-        self.n = config.mtp.num_future_tokens if "mtp" in config.model.converters else 1
-        config.mtp.num_future_tokens = self.n
-        self.args = args_of_run(config, self.tokenizer.vocab_size, earlier=self.origin.earlier)
+        dtype, vocabulary = getattr(torch, training.dtype), self.tokenizer.vocab_size
+        model = model_of_run(config, vocabulary, dtype, earlier=self.origin.earlier)
         if config.checkpoint.last_save_in_hf:
-            # before the training, not after it
-            hf_format(self.args, self.n - 1, config.mtp.trunk_state)
+            hf_format(model.spec)  # before the training, not after it
         self.accumulation = micro_batches_per_step(config, self.world.size)
-        model = model_of_run(config, self.args, getattr(torch, training.dtype))
         fits = functools.partial(check_run, config, model, self.device, self.world.size)
         self.ranks.together(lambda: fits(self.accumulation))
         self.loader, self.validation = self.ranks.together(self._build_data)
@@ -132,8 +127,6 @@ class Trainer:
         self.optimizer = build_optimizer(self.model.parameters(), config.optimizer)
         self.scheduler = build_scheduler(self.optimizer, config.lr_scheduler, training.steps)
         self.state = TrainState(settings=settings_of(config))
-        if config.checkpoint.initial_load_in_hf and not config.checkpoint.initial_load_path:
-            config.checkpoint.initial_load_path = config.model.hf_assets_path
         self.checkpointer = Checkpointer(
             config.checkpoint,
             config.job.dump_folder,
@@ -181,7 +174,7 @@ class Trainer:
             num_future_tokens=self.n,
             dp_rank=self.world.rank,
             dp_world=self.world.size,
-            seed=self.seed,
+            seed=self.origin.seed,
             validation_fraction=training.validation_fraction,
         )
         loader = make(
@@ -209,7 +202,7 @@ class Trainer:
             convert_to_float8(model, config.quantize.linear.float8, config.compile.enable)
         if config.model.print_after_conversion:
             logger.info("model after conversion:\n%s", model)
-        model = parallelize(model, config, self.world, self.param_dtype, self.seed)
+        model = parallelize(model, config, self.world, self.param_dtype, self.origin.seed)
         heads = sum(p.numel() for name, p in model.named_parameters() if name.startswith("mtp."))
         total = sum(p.numel() for p in model.parameters())
         logger.info(
@@ -458,6 +451,17 @@ def micro_batches_per_step(config: JobConfig, data_ranks: int) -> int:
             f"times {data_ranks} data ranks; try {nearest}"
         )
     return whole // (local * data_ranks)
+
+
+def completed(config: JobConfig, seed: int) -> JobConfig:
+    """The configuration that a run goes by, and its config.toml then says: with its seed, which
+    tells which documents were held out; without the converter "mtp" one future token."""
+    checkpoint = config.checkpoint
+    if checkpoint.initial_load_in_hf and not checkpoint.initial_load_path:
+        checkpoint = replace(checkpoint, initial_load_path=config.model.hf_assets_path)
+    training = replace(config.training, seed=seed)
+    mtp = replace(config.mtp, num_future_tokens=config.num_future_tokens)
+    return replace(config, training=training, mtp=mtp, checkpoint=checkpoint)
 
 
 def loss_options(config: JobConfig) -> LossOptions:

@@ -90,8 +90,8 @@ def _measure(trainer: Trainer, steps: int, warmup: int) -> dict[str, Any]:
     flops = forward_backward_flops_per_token(trainer.model, config.training.seq_len)
     peak = peak_flops(device, trainer.param_dtype)
     return {
-        "layers": trainer.args.n_layers,
-        "dim": trainer.args.dim,
+        "layers": trainer.model.args.n_layers,
+        "dim": trainer.model.args.dim,
         "n": trainer.n,
         "heads": config.mtp.heads,
         "engine": config.mtp.engine,

@@ -7,12 +7,13 @@ import random
 from pathlib import Path
 
 from fuzzing.mutations import PIECES, edited
+from torchtitan_mtp.build import args_of_run
 from torchtitan_mtp.config import JobConfig, parse_args
 from torchtitan_mtp.config.setting import Option
 from torchtitan_mtp.config.torchtitan import known_options
 from torchtitan_mtp.data.targets import IGNORE  # noqa: F401  (imported before the first case)
 from torchtitan_mtp.models.transformer import build_model
-from torchtitan_mtp.mtp import add_heads, args_of_run, head_weights
+from torchtitan_mtp.mtp import add_heads, head_weights
 from torchtitan_mtp.optimizer import build_optimizer, build_scheduler
 from torchtitan_mtp.trainer import micro_batches_per_step
 
@@ -40,8 +41,7 @@ def case(rng: random.Random, folder: Path) -> None:
 
 def plan(config: JobConfig) -> None:
     """What the trainer makes of a configuration, on the meta device."""
-    heads = config.mtp.num_future_tokens if "mtp" in config.model.converters else 1
-    config.mtp.num_future_tokens = heads
+    heads = config.mtp.num_future_tokens = config.num_future_tokens
     args = args_of_run(config, 259)
     micro_batches_per_step(config, 1)
     sizes = [args.n_layers, args.dim, heads, args.max_seq_len, args.vocab_size or 0]

@@ -168,7 +168,7 @@ def weights_of(trainer: Trainer) -> dict[str, Tensor]:
     return {
         name: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone()
         for name, p in trainer.model.state_dict().items()
-        if not (name == "output.weight" and trainer.args.tied_embeddings)
+        if not (name == "output.weight" and trainer.model.args.tied_embeddings)
     }
 
 

@@ -130,7 +130,7 @@ def run_case(folder: Path, case: Case) -> dict[str, Any]:
 
     def prepare(trainer: Trainer) -> None:
         perturb_norms(trainer.model)
-        seen["args"], seen["mtp"] = trainer.args, trainer.config.mtp
+        seen["args"], seen["mtp"] = trainer.model.args, trainer.config.mtp
         seen["trained"] = {n for n, p in trainer.model.named_parameters() if p.requires_grad}
         next_window, step = trainer.loader.next_window, trainer.optimizer.step
 

@@ -11,13 +11,14 @@ import pytest
 import torch
 
 from runs import train
+from torchtitan_mtp.build import args_of_run
 from torchtitan_mtp.config import load_toml
 from torchtitan_mtp.data.tokenizer import build_tokenizer
 from torchtitan_mtp.distributed.activation_checkpoint import apply_activation_checkpointing
 from torchtitan_mtp.models.flavors import flavors
 from torchtitan_mtp.models.transformer import build_model
 from torchtitan_mtp.monitoring.flops import forward_backward_flops_per_token
-from torchtitan_mtp.mtp import add_heads, args_of_run
+from torchtitan_mtp.mtp import add_heads
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted((ROOT / "train_configs").glob("*.toml"))

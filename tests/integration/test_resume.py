@@ -159,10 +159,12 @@ def test_accumulation_resumes_between_steps(tmp_path):
 def test_a_drawn_seed_is_kept(tmp_path):
     unsaid = {"training.seed": None}
     first = train(config_of(tmp_path / "parts", SAVES, unsaid), interrupt_after(3))
+    written = tmp_path / "parts" / "run" / "config.toml"
+    drawn = load_toml(written).training.seed
     config = config_of(tmp_path / "parts", SAVES, unsaid)
     second = train(config)
-    drawn = load_toml(tmp_path / "parts" / "run" / "config.toml").training.seed
-    assert second.start == 3 and drawn == config.training.seed is not None
+    assert second.start == 3 and drawn == load_toml(written).training.seed is not None
+    assert config.training.seed is None  # a trainer leaves its configuration as it was
     whole = train(config_of(tmp_path / "whole", {"training.seed": drawn}))
     assert first.losses + second.losses == whole.losses
     assert same(second.weights, whole.weights)

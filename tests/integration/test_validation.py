@@ -58,11 +58,11 @@ def test_losses_are_those_of_a_naive_loop(keys, other_text, tmp_path):
     drafted, agreed, checked, right = ([0] * 2 for _ in range(4))
     with torch.no_grad():
         for tokens, doc_ids, _ in held_out_windows(config):
-            s, v = head_loss_sums(parameters, tokens, doc_ids, trainer.args, config.mtp)
+            s, v = head_loss_sums(parameters, tokens, doc_ids, trainer.model.args, config.mtp)
             sums = [a + b.item() for a, b in zip(sums, s, strict=True)]
             valid = [a + b for a, b in zip(valid, v, strict=True)]
             docs = doc_ids[0].tolist()
-            logits = head_logits(parameters, tokens[0], doc_ids[0], trainer.args, config.mtp)
+            logits = head_logits(parameters, tokens[0], doc_ids[0], trainer.model.args, config.mtp)
             choices = [head.argmax(-1).tolist() for head in logits]
             for i in range(12):
                 before = True

@@ -15,7 +15,7 @@ ORDER = [
     "data",
     "models",
     "mtp",
-    "spec",
+    "build",
     "distributed",
     "checkpoint",
     "formats",

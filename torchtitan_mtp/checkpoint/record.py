@@ -6,22 +6,22 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Collection
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from torchtitan_mtp.build import sizes, spec_of_run
 from torchtitan_mtp.checkpoint.folders import find_config
 from torchtitan_mtp.checkpoint.manifest import read_manifest
 from torchtitan_mtp.config import JobConfig, load_toml
 from torchtitan_mtp.config.values import show
 from torchtitan_mtp.errors import UserError
-from torchtitan_mtp.models.args import SCALINGS, LatentArgs, ModelArgs, MoEArgs
+from torchtitan_mtp.models.args import SCALINGS, LatentArgs, ModelArgs, ModelSpec, MoEArgs
 from torchtitan_mtp.models.flavors import EARLIER
 from torchtitan_mtp.models.transformer import Transformer
-from torchtitan_mtp.spec import ModelSpec, function_fields, spec_of_run
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +29,9 @@ logger = logging.getLogger(__name__)
 # format.
 Record = dict[str, Any]
 
-# What names and shapes tell, of `constants`, once the number of heads is known.
+# What the names and shapes of tensors tell of `sizes`; and of `constants`, once the number of heads
+# is known.
+_SHAPED = {"dim", "n_layers", "hidden_dim", "tied_embeddings", "qk_norm", "qkv_bias"}
 _TOLD = re.compile(
     r"optimizer|mtp\.[hns]|model\.args\.(n_kv|latent|moe\.(n_dense|hidden|num_experts|num_shared))"
 )
@@ -67,12 +69,8 @@ def record_of_model(
     """None for a model of another program."""
     if not isinstance(model, Transformer):
         return None
-    spec, heads = ModelSpec(replace(model.args, n_layers=len(model.layers))), model.mtp
-    if heads is not None:
-        n, state = heads.num_future_tokens, getattr(heads, "trunk_state", spec.trunk_state)
-        spec = ModelSpec(spec.args, heads.family, n, len(heads.heads) < n - 1, state)
     name = "" if optimizer is None else type(optimizer).__name__
-    return record_of(spec, name) | {"softcap": model.softcap}
+    return record_of(model.spec, name) | {"softcap": model.softcap}
 
 
 def record_beside(checkpoint: Path) -> Record | None:
@@ -114,13 +112,10 @@ def constants(record: Record) -> Record:
     """
     spec = spec_of_record(record)
     args = spec.args
-    found: Record = {
-        "model.args.n_heads": args.n_heads,
-        "model.args.n_kv_heads": args.kv_heads,
-        "model.args.head_size": args.head_dim,
-        "model.args.norm_eps": args.norm_eps,
-        "model.args.rope_theta": args.rope_theta,
-        "model.args.rope_scaling.factor": 1.0,
+    said = sizes(args)
+    said.setdefault("rope_scaling.factor", 1.0)
+    found: Record = {f"model.args.{key}": v for key, v in said.items() if key not in _SHAPED}
+    found |= {
         "model.args.final_norm_eps": args.final_norm_eps or args.norm_eps,
         "model.attn_mask_type": args.attn_mask_type,
         "mtp.heads": spec.heads,
@@ -133,9 +128,6 @@ def constants(record: Record) -> Record:
         # One module that is applied once is that module, shared or not.
         found["mtp.share_weights"] = spec.share_weights and spec.num_future_tokens > 2
         found["mtp.trunk_state"] = spec.trunk_state
-    for part in ("latent", "moe", "rope_scaling"):
-        values = function_fields(record["args"][part] or {})
-        found |= {f"model.args.{part}.{key}": value for key, value in values.items()}
     return found
 
 

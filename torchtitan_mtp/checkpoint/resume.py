@@ -119,11 +119,10 @@ def restore(
     read_states(opened, states, ranks)
     changed: dict[str, tuple[Any, Any]] = {}
     if optimizer is not None:
-        present = {key: value for key, value in targets.items() if not is_moment(key)}
-        for key in (key for key in present if key in states):
-            changed[f"{OPTIMIZER}.{key.rpartition('.')[2]}"] = (states[key], present[key])
-        state = {key: states[key] for key in targets if is_moment(key)} | present
-        states_of.set_optimizer_state(model, optimizer, state)
+        for key in (key for key in targets if key in states and not is_moment(key)):
+            changed[f"{OPTIMIZER}.{key.rpartition('.')[2]}"] = (states[key], targets[key])
+        loaded = {key: states[key] for key in targets if is_moment(key)}
+        states_of.set_optimizer_state(model, optimizer, loaded)
     # The rate of a step is the schedule's; who set it is `initial_lr`.
     if (initial := changed.pop(f"{OPTIMIZER}.initial_lr", None)) is not None:
         changed[f"{OPTIMIZER}.lr"] = initial

@@ -17,22 +17,14 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn as nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_optimizer_state_dict,
-)
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
 from torch.distributed.tensor import DTensor
-
-from torchtitan_mtp.errors import UserError
 
 logger = logging.getLogger(__name__)
 
 OPTIMIZER = "optimizer"
 RNG = "rng"
 _WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
-_FLATTENED = StateDictOptions(flatten_optimizer_state_dict=True)
 
 
 def model_state(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -45,17 +37,20 @@ def model_state(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Flat optimizer state: `optimizer.state.NAME.exp_avg`, `optimizer.param_groups.NAME.lr`.
-
-    Parameters that were never stepped have no state in it.
-    """
-    # Asked for the state of an optimizer that has none, torch invents one by a step with zero
-    # gradients, whose `step` is then 1 and not 0.
-    fresh = not optimizer.state
-    state = _optimizer_state(model, optimizer)
-    if fresh:
-        optimizer.state.clear()
-    return {key: v for key, v in state.items() if not (fresh and is_moment(key))}
+    """Flat optimizer state: `optimizer.state.NAME.exp_avg`, `optimizer.param_groups.NAME.lr`; the
+    tensors are the optimizer's own. Parameters that were never stepped have no state in it."""
+    names = {param: plain_name(name) for name, param in model.named_parameters()}
+    found: dict[str, Any] = {}
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            moments = optimizer.state.get(param, {}).items()
+            found |= {f"{OPTIMIZER}.state.{names[param]}.{key}": v for key, v in moments}
+            found |= {
+                f"{OPTIMIZER}.param_groups.{names[param]}.{key}": value
+                for key, value in group.items()
+                if key != "params"
+            }
+    return found
 
 
 def empty_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -67,29 +62,21 @@ def empty_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) ->
     optimizer.state.clear()
     with warnings.catch_warnings():  # the invented step is not one that a scheduler must follow
         warnings.simplefilter("ignore")
-        return _optimizer_state(model, optimizer)
-
-
-def _optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    state = get_optimizer_state_dict(model, optimizer, options=_FLATTENED)
-    return {f"{OPTIMIZER}.{plain_name(k)}": _plain(v) for k, v in state.items()}
+        get_optimizer_state_dict(model, optimizer)  # invents it, by a step with zero gradients
+    return optimizer_state(model, optimizer)
 
 
 def set_optimizer_state(
     model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]
 ) -> None:
-    """Put a loaded `optimizer_state` back; parameters without any in it start anew."""
-    stepped = {parameter_of(key) for key in state if is_moment(key)}
-    unstepped = [p for name, p in model.named_parameters() if plain_name(name) not in stepped]
-    if stepped:
-        for parameter in unstepped:
-            optimizer.state.pop(parameter, None)
-    else:  # torch would invent state where there is none at all, and then look for it
-        state = empty_optimizer_state(model, optimizer) | state
-    flat = {key.removeprefix(f"{OPTIMIZER}."): value for key, value in state.items()}
-    set_optimizer_state_dict(model, optimizer, flat, options=_FLATTENED)
-    for parameter in unstepped:
-        optimizer.state.pop(parameter, None)
+    """Put the moments of an `optimizer_state` back; parameters without any start anew."""
+    moments: dict[str, dict[str, Any]] = {}
+    for key, value in state.items():
+        moments.setdefault(parameter_of(key), {})[key.rpartition(".")[2]] = value
+    optimizer.state.clear()
+    for name, param in model.named_parameters():
+        if plain_name(name) in moments:
+            optimizer.state[param] = moments[plain_name(name)]
 
 
 def parameter_of(key: str) -> str:
@@ -135,36 +122,11 @@ def total_bytes(state: dict[str, Any]) -> int:
     return sum(math.prod(tensor.shape) * tensor.element_size() for tensor in tensors)
 
 
-def cast_weights(tensor: torch.Tensor, dtype: torch.dtype, what: str) -> torch.Tensor:
-    """Weights in `dtype`; `what` names them in the line.
-
-    Raises:
-        UserError: with the first value that is not finite, or is too large for `dtype`.
-    """
-    found = tensor.to(dtype)
-    if is_finite(found):
-        return found
-    at = (~local_part(found).isfinite()).flatten().nonzero()[0]
-    value = local_part(tensor).flatten()[at].item()
-    why = f"which {dtype} can't hold; choose a wider one" if math.isfinite(value) else ""
-    raise UserError(f"{what} holds {value:.6g}, {why or 'which no weight is; take other weights'}")
-
-
-def is_finite(tensor: torch.Tensor) -> bool:
-    """Whether all numbers are finite (of a DTensor: of this rank's part), without another copy."""
-    local = local_part(tensor)
-    return not local.numel() or bool(torch.stack(local.aminmax()).isfinite().all())
-
-
-def local_part(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
 def cast_floating(state: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """Floating tensors of `state` in `dtype`, others as they are, and so are experts' biases, which
-    are many small steps added up. Error: as `cast_weights`."""
+    are many small steps added up."""
     kept = {k for k, v in state.items() if not v.is_floating_point() or k.endswith(".expert_bias")}
-    return {k: v if k in kept else cast_weights(v, dtype, k) for k, v in state.items()}
+    return {k: v if k in kept else v.to(dtype) for k, v in state.items()}
 
 
 @contextmanager

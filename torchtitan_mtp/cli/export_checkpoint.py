@@ -14,6 +14,7 @@ import sys
 
 import torch
 
+from torchtitan_mtp.build import summary_of
 from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.formats import DEFAULT_SHARD_SIZE, FORMATS, export_checkpoint
 
@@ -63,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(f"wrote {args.out}: {args.format}, {spec.summary()}")
+    print(f"wrote {args.out}: {args.format}, {summary_of(spec)}")
     return 0
 
 

@@ -13,6 +13,7 @@ import sys
 
 import torch
 
+from torchtitan_mtp.build import summary_of
 from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.formats import FORMATS, import_checkpoint
 
@@ -53,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(f"wrote {args.out}: {spec.summary()}")
+    print(f"wrote {args.out}: {summary_of(spec)}")
     return 0
 
 

@@ -82,14 +82,14 @@ def _check_checkpointing(config: JobConfig) -> None:
 
 
 def _check_hugging_face(config: JobConfig) -> None:
-    checkpoint, mtp = config.checkpoint, config.mtp
+    checkpoint = config.checkpoint
     if checkpoint.initial_load_in_hf and not checkpoint.initial_load_model_only:
         raise UserError(
             "checkpoint.initial_load_in_hf = true: such a folder holds the weights only; set "
             "checkpoint.initial_load_model_only = true"
         )
-    heads = "mtp" in config.model.converters and mtp.num_future_tokens > 1
-    if checkpoint.last_save_in_hf and heads and mtp.heads == "parallel":
+    parallel = config.num_future_tokens > 1 and config.mtp.heads == "parallel"
+    if checkpoint.last_save_in_hf and parallel:
         raise UserError(
             "checkpoint.last_save_in_hf = true: no Hugging Face format holds parallel heads; unset "
             'it and run scripts/export_checkpoint.py, or set mtp.heads = "sequential"'

@@ -62,3 +62,8 @@ class JobConfig:
 
     comm: Comm = field(default_factory=Comm)
     """Communication between processes."""
+
+    @property
+    def num_future_tokens(self) -> int:
+        """n, how many future tokens each position predicts: 1 without the converter "mtp"."""
+        return self.mtp.num_future_tokens if "mtp" in self.model.converters else 1

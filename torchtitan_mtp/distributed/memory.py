@@ -43,7 +43,7 @@ def check_run(
     config: JobConfig, model: Transformer, device: torch.device, ranks: int, accumulation: int
 ) -> None:
     """Error: a training of `model` (on meta) can't fit, whatever is sharded or computed twice."""
-    training, validation, n = config.training, config.validation, config.mtp.num_future_tokens
+    training, validation, n = config.training, config.validation, config.num_future_tokens
     data, state = dict[str, int](), dict[str, int]()
     for table, keys, times in (
         ("training", training, accumulation),

@@ -10,8 +10,7 @@ from typing import Any
 
 from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.formats.names import GLM_EXPERTS
-from torchtitan_mtp.models.args import ModelArgs, RoPEScaling, YaRN
-from torchtitan_mtp.spec import ModelSpec
+from torchtitan_mtp.models.args import ModelArgs, ModelSpec, RoPEScaling, YaRN
 
 # ---- Hugging Face ----
 

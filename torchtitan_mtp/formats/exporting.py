@@ -11,17 +11,16 @@ from typing import Any
 import torch
 from torch import Size, Tensor
 
+from torchtitan_mtp.build import shapes_of, spec_of_run
 from torchtitan_mtp.checkpoint.folders import find_checkpoint, find_config
 from torchtitan_mtp.checkpoint.load import names_line
 from torchtitan_mtp.checkpoint.record import keeps_earlier, record_of, untold
-from torchtitan_mtp.checkpoint.state import cast_weights
 from torchtitan_mtp.config import JobConfig, load_toml
 from torchtitan_mtp.data.tokenizer import build_tokenizer
 from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.formats.formats import (
     FORMATS,
     Format,
-    check_repeats,
     check_tensors,
     dtype_of,
     find_format,
@@ -40,7 +39,7 @@ from torchtitan_mtp.formats.write import (
     write_safetensors,
     written_aside,
 )
-from torchtitan_mtp.spec import ModelSpec, spec_of_run
+from torchtitan_mtp.models.args import ModelSpec
 
 logger = logging.getLogger(__name__)
 
@@ -72,8 +71,7 @@ def export_checkpoint(
     source = DCPTensors(find_checkpoint(checkpoint))
     spec = spec_of_run(config, vocabulary_of(source), keeps_earlier(config, source.where))
     tied = ("output.weight",) if spec.args.tied_embeddings else ()
-    check_tensors(source, spec.shapes(), optional=tied)
-    check_repeats(source, dict.fromkeys(tied, "tok_embeddings.weight"), spec.args)
+    check_tensors(source, shapes_of(spec), optional=tied)
     spec = _fitting(form, format_name, spec, source, drop_heads)
     settings = {} if form.write_config is None else form.write_config(spec)
     outputs = _outward(source, form.names(spec), spec, dtype)
@@ -88,7 +86,7 @@ def export_checkpoint(
         else:
             write_dcp(folder, outputs, record_of(spec) | {"format": format_name})
             logger.warning("%s: TorchTitan's flavor has to have %s", out, untold(record_of(spec)))
-        verify(open_tensors(form, folder), outputs)
+        verify(open_tensors(form, folder), outputs, source)
     return spec
 
 
@@ -113,7 +111,7 @@ def _fitting(
     for k in range(spec.modules):
         part = [key for key in heads if key.startswith(f"mtp.heads.{k}.")]
         logger.warning("dropped mtp.heads.%d: %s", k, names_line(part))
-    return spec.without_heads()
+    return ModelSpec(spec.args)
 
 
 def _misfit(form: Format, spec: ModelSpec) -> str:
@@ -151,7 +149,7 @@ def _advice(spec: ModelSpec) -> str:
     """The formats that hold the model, or its trunk where none does."""
     if fit := [key for key, form in FORMATS.items() if holds(form, spec)]:
         return f"try {', '.join(fit)}"
-    if fit := [key for key, form in FORMATS.items() if holds(form, spec.without_heads())]:
+    if fit := [key for key, form in FORMATS.items() if holds(form, ModelSpec(spec.args))]:
         return f"try {', '.join(fit)} with --drop_heads"
     return "no format here holds it"
 
@@ -165,12 +163,10 @@ def _outward(
 
     def read(entry: Entry, to: torch.dtype) -> Tensor:
         if entry.part is not None:
-            tensor = stacked(entry.ours)[entry.part]
-        else:
-            tensor = source.read(entry.ours)
+            return stacked(entry.ours)[entry.part].to(to)
+        tensor = source.read(entry.ours)
         tensor = to_halves(tensor, head_dim) if entry.rotary else tensor
-        tensor = swap_halves(tensor) if entry.swapped else tensor
-        return cast_weights(tensor, to, f"{source.where}: {entry.ours}")
+        return (swap_halves(tensor) if entry.swapped else tensor).to(to)
 
     outputs = []
     for entry in table.entries:

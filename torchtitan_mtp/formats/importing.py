@@ -6,15 +6,14 @@ import logging
 import os
 import re
 import shutil
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Size, Tensor
 
+from torchtitan_mtp.build import describe_run, shapes_of, spec_of_run
 from torchtitan_mtp.checkpoint.record import record_of, untold
-from torchtitan_mtp.checkpoint.state import cast_weights
 from torchtitan_mtp.config import MTP, JobConfig, load_toml, to_toml
 from torchtitan_mtp.config.values import HERE
 from torchtitan_mtp.data.tokenizer import build_tokenizer
@@ -23,27 +22,19 @@ from torchtitan_mtp.formats.configs import Reader, read_modules
 from torchtitan_mtp.formats.formats import (
     FORMATS,
     Format,
-    check_repeats,
     check_tensors,
-    differing,
     dtype_of,
     find_format,
     open_tensors,
     verify,
     vocabulary_of,
 )
-from torchtitan_mtp.formats.names import (
-    EMBEDDING,
-    HEAD,
-    Entry,
-    swap_halves,
-    to_pairs,
-)
+from torchtitan_mtp.formats.names import Entry, swap_halves, to_pairs
 from torchtitan_mtp.formats.read import DCPTensors, Tensors, read_json
 from torchtitan_mtp.formats.tokenizer_files import CONFIGS, check_rows, copy_tokenizer
 from torchtitan_mtp.formats.write import Output, write_dcp, written_aside
+from torchtitan_mtp.models.args import ModelSpec
 from torchtitan_mtp.models.flavors import check_shape
-from torchtitan_mtp.spec import ModelSpec, describe_run, spec_of_run
 
 logger = logging.getLogger(__name__)
 
@@ -103,7 +94,7 @@ def import_checkpoint(
         (tmp / "config.toml").write_text(to_toml(config), encoding="utf-8")
         step = tmp / config.checkpoint.folder / "step-0"
         write_dcp(step, outputs, record_of(spec))
-        verify(DCPTensors(step), outputs)
+        verify(DCPTensors(step), outputs, tensors)
     return spec
 
 
@@ -159,7 +150,7 @@ def open_model(name: str, folder: Path) -> tuple[ModelSpec, Tensors]:
     further = reader.count("n_future_tokens", 1) - 1 if form.heads == "parallel" else 0
     further = read_modules(reader) if form.heads == "sequential" else further
     spec = ModelSpec(args, form.heads, 1 + further, trunk_state=form.trunk_state)
-    spec = spec if further else spec.without_heads()
+    spec = spec if further else ModelSpec(spec.args)
     try:
         check_shape(args)
     except UserError as error:
@@ -169,10 +160,7 @@ def open_model(name: str, folder: Path) -> tuple[ModelSpec, Tensors]:
     if spec.heads == "sequential" and tensors.kinds.keys().isdisjoint(modules):
         # transformers saves but the count.
         logger.warning("%s: names %d modules and holds none of them", folder, further)
-        spec = spec.without_heads()
-    if args.tied_embeddings and (wrong := differing(tensors, HEAD, EMBEDDING, args)):
-        logger.warning("%s: read as not tied, as transformers does", wrong)
-        spec = replace(spec, args=replace(args, tied_embeddings=False))
+        spec = ModelSpec(spec.args)
     return spec, tensors
 
 
@@ -184,7 +172,7 @@ def inward(
     Raises:
         UserError: a tensor is missing, has no place or another shape, or should be zero.
     """
-    table, shapes = form.names(spec), spec.shapes()
+    table, shapes = form.names(spec), shapes_of(spec)
     by_ours: dict[str, list[Entry]] = {}
     for entry in table.entries:
         known = by_ours.setdefault(entry.ours, [])
@@ -196,10 +184,8 @@ def inward(
         for entry in entries
     }
     expected |= {name: Size(shape) for name, shape in table.zeros.items()}
-    repeats = {e.theirs: by_ours[e.ours][0].theirs for e in table.entries} | {**table.repeats}
-    repeats = {name: of for name, of in repeats.items() if name not in expected}
-    check_tensors(tensors, expected, repeats)
-    check_repeats(tensors, repeats, spec.args)
+    repeated = {entry.theirs for entry in table.entries} - expected.keys()
+    check_tensors(tensors, expected, repeated | table.ignored)
     for name in table.zeros:
         if tensors.read(name).any():
             raise UserError(
@@ -212,12 +198,10 @@ def inward(
         if entries[0].part is None:
             tensor = tensors.read(entries[0].theirs)
             tensor = to_pairs(tensor, head_dim) if entries[0].rotary else tensor
-            tensor = swap_halves(tensor) if entries[0].swapped else tensor
-            return cast_weights(tensor, to, f"{tensors.where}: {entries[0].theirs}")
+            return (swap_halves(tensor) if entries[0].swapped else tensor).to(to)
         whole = torch.empty(shape, dtype=to)
         for entry in entries:
-            part = cast_weights(tensors.read(entry.theirs), to, f"{tensors.where}: {entry.theirs}")
-            whole[entry.part].copy_(part)
+            whole[entry.part].copy_(tensors.read(entry.theirs))
         return whole
 
     outputs = []

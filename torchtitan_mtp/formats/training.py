@@ -4,25 +4,24 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+from torchtitan_mtp.build import describe_run, differing_sizes
 from torchtitan_mtp.checkpoint.folders import keep_aside
 from torchtitan_mtp.checkpoint.load import HEADS, LoadReport, check_names, excluded, log_report
 from torchtitan_mtp.checkpoint.ranks import Ranks
 from torchtitan_mtp.checkpoint.record import check_record, record_of, record_of_model
 from torchtitan_mtp.checkpoint.state import model_state
-from torchtitan_mtp.config import JobConfig, TrunkState
+from torchtitan_mtp.config import JobConfig
 from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.formats.exporting import export_checkpoint, fits, holds
 from torchtitan_mtp.formats.formats import FORMATS
 from torchtitan_mtp.formats.importing import format_of, inward, open_model
-from torchtitan_mtp.models.args import ModelArgs
+from torchtitan_mtp.models.args import ModelSpec
 from torchtitan_mtp.models.init import assign
 from torchtitan_mtp.models.transformer import Transformer
-from torchtitan_mtp.spec import ModelSpec, describe_run, differing_sizes
 
 logger = logging.getLogger(__name__)
 
@@ -56,13 +55,12 @@ def config_of_hf(path: Path) -> JobConfig:
 def _load(path: Path, model: Transformer, exclude: Sequence[str]) -> LoadReport:
     name = format_of(path)
     spec, tensors = open_model(name, path)
-    args = replace(model.args, n_layers=len(model.layers))
-    if different := differing_sizes(args, spec.args):
+    if different := differing_sizes(model.args, spec.args):
         raise UserError(f"{path}: the run's model has {'; '.join(different)} as config.json says")
     wanted = {key: t for key, t in model_state(model).items() if not excluded(key, exclude)}
-    if args.tied_embeddings:
+    if model.args.tied_embeddings:
         wanted.pop("output.weight", None)
-    outputs = {o.name: o for o in inward(tensors, FORMATS[name], spec, model.norm.weight.dtype)}
+    outputs = {o.name: o for o in inward(tensors, FORMATS[name], spec)}
     outputs = {key: o for key, o in outputs.items() if not excluded(key, exclude)}
     heads = any(key.startswith("mtp.") for key in wanted.keys() & outputs.keys())
     if heads:
@@ -77,10 +75,9 @@ def _load(path: Path, model: Transformer, exclude: Sequence[str]) -> LoadReport:
     return report
 
 
-def hf_format(args: ModelArgs, modules: int, trunk_state: TrunkState) -> str:
-    """The HF format for a model with as many sequential heads, the first in the order of `FORMATS`.
-    Error: there is none, or one that can't say all of the model."""
-    spec = ModelSpec(args, "sequential" if modules else "", 1 + modules, trunk_state=trunk_state)
+def hf_format(spec: ModelSpec) -> str:
+    """The HF format for a model, the first in the order of `FORMATS`. Error: there is none, or one
+    that can't say all of the model."""
     forms = {name: form for name, form in FORMATS.items() if form.container == "safetensors"}
     for name, form in forms.items():
         if holds(form, spec):
@@ -88,7 +85,7 @@ def hf_format(args: ModelArgs, modules: int, trunk_state: TrunkState) -> str:
     for form in forms.values():  # what its config.json can't say
         if form.write_config is not None and fits(form, spec):
             form.write_config(spec)
-    if modules and trunk_state == "raw":
+    if spec.trunk_state == "raw":
         raise UserError(
             'checkpoint.last_save_in_hf = true: mtp.trunk_state = "raw" leaves as mimo_hf alone; '
             "set model.args.qkv_bias = true and qk_norm = false, or trunk_state = "
@@ -101,8 +98,7 @@ def hf_format(args: ModelArgs, modules: int, trunk_state: TrunkState) -> str:
 
 def save_in_hf(step: Path, model: Transformer, dtype: torch.dtype | None) -> Path:
     """Export a finished step-N beside itself, as step-N.hf, in the format that holds its heads."""
-    modules = 0 if model.mtp is None else len(model.mtp.heads)
-    name = hf_format(model.args, modules, getattr(model.mtp, "trunk_state", "normalized"))
+    name = hf_format(model.spec)
     out = step.with_name(f"{step.name}.hf")
     if out.exists():
         keep_aside(out, "before")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from torchtitan_mtp.build import model_of_run
 from torchtitan_mtp.checkpoint import find_checkpoint, find_config, load_model_weights
 from torchtitan_mtp.checkpoint.ranks import Ranks
 from torchtitan_mtp.checkpoint.record import keeps_earlier
@@ -18,7 +19,6 @@ from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.formats.tokenizer_files import check_rows
 from torchtitan_mtp.formats.training import config_of_hf, load_hf_weights
 from torchtitan_mtp.models.transformer import Transformer
-from torchtitan_mtp.mtp import args_of_run, model_of_run
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
 
@@ -64,8 +64,8 @@ def load_for_inference(
     if is_hf:
         check_rows(tokenizer, folder, config.model.vocab_size)
     earlier = not is_hf and keeps_earlier(config, checkpoint)
-    args = args_of_run(config, tokenizer.vocab_size, at_least=2048, earlier=earlier)
-    model = model_of_run(config, args, dtype).to_empty(device=device)
+    model = model_of_run(config, tokenizer.vocab_size, dtype, at_least=2048, earlier=earlier)
+    model.to_empty(device=device)
     model.tie_weights()  # to_empty gives each name memory of its own
     model.init_buffers()
     if is_hf:

@@ -1,4 +1,4 @@
-"""The shape of a decoder-only language model."""
+"""The shape of a decoder-only language model, and of the heads beside it."""
 
 from __future__ import annotations
 
@@ -148,3 +148,33 @@ class ModelArgs:
         if self.ffn_dim_multiplier is not None:
             hidden = int(self.ffn_dim_multiplier * hidden)
         return self.multiple_of * -(-hidden // self.multiple_of)
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A trunk and its heads, as sizes: what a model is, whoever trained it. `model.spec`.
+
+    args: `n_layers` counts the blocks that are there, `max_seq_len` the tokens the model may see.
+    heads: the family ("parallel", "sequential"), or "" for none; then `num_future_tokens` is 1.
+    trunk_state: what the first sequential head reads (`mtp.trunk_state`).
+    """
+
+    args: ModelArgs
+    heads: str = ""
+    num_future_tokens: int = 1
+    share_weights: bool = False
+    trunk_state: Literal["normalized", "raw"] = "normalized"
+
+    @property
+    def modules(self) -> int:
+        """How many blocks stand beside or behind the trunk."""
+        further = self.num_future_tokens - 1
+        return min(further, 1) if self.share_weights else further
+
+    @property
+    def kind(self) -> str:
+        """What its blocks are: "llama" (heads of keys and values, dense), "deepseek_v3" (latent
+        attention, mixtures of experts), or "" for another combination."""
+        return {(True, True): "deepseek_v3", (False, False): "llama"}.get(
+            (self.args.latent is not None, self.args.moe is not None), ""
+        )

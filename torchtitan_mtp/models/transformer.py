@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from torchtitan_mtp.data.targets import Batch
 from torchtitan_mtp.errors import UserError
-from torchtitan_mtp.models.args import ModelArgs
+from torchtitan_mtp.models.args import ModelArgs, ModelSpec
 from torchtitan_mtp.models.attention import Attention, AttentionContext, KVCache, document_mask
 from torchtitan_mtp.models.latent_attention import LatentAttention
 from torchtitan_mtp.models.layers import FeedForward
@@ -118,7 +118,7 @@ class Transformer(nn.Module):
     def __init__(self, args: ModelArgs) -> None:
         super().__init__()
         assert args.vocab_size is not None, "the vocabulary's size must be known here"
-        self.args = args
+        self.spec = ModelSpec(args)
         self.tok_embeddings = nn.Embedding(args.vocab_size, args.dim)
         self.layers = nn.ModuleDict(
             {str(i): TransformerBlock(args, depth=i) for i in range(args.n_layers)}
@@ -131,6 +131,11 @@ class Transformer(nn.Module):
         self.rope_sin: Tensor
         for name, table in zip(("rope_cos", "rope_sin"), rope_tables(args, "meta"), strict=True):
             self.register_buffer(name, table, persistent=False)
+
+    @property
+    def args(self) -> ModelArgs:
+        """The trunk's sizes."""
+        return self.spec.args
 
     def tie_weights(self) -> None:
         """Make `output` and `tok_embeddings` one parameter where the flavor ties them."""

@@ -2,16 +2,14 @@
 
 from torchtitan_mtp.mtp.engine import engines, forward_loss
 from torchtitan_mtp.mtp.objective import head_scales, head_weights, rest_unweighted
-from torchtitan_mtp.mtp.transform import add_heads, args_of_run, copy_last_layer, model_of_run
+from torchtitan_mtp.mtp.transform import add_heads, copy_last_layer
 
 __all__ = [
     "add_heads",
-    "args_of_run",
     "copy_last_layer",
     "engines",
     "forward_loss",
     "head_scales",
     "head_weights",
-    "model_of_run",
     "rest_unweighted",
 ]

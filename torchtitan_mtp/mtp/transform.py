@@ -2,82 +2,68 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from dataclasses import replace
 
 import torch
 from torch import nn
 
-from torchtitan_mtp.config import MTP, JobConfig
+from torchtitan_mtp.config import MTP
 from torchtitan_mtp.errors import UserError
-from torchtitan_mtp.models.args import ModelArgs
-from torchtitan_mtp.models.flavors import model_args
-from torchtitan_mtp.models.transformer import Transformer, build_model
+from torchtitan_mtp.models.args import ModelArgs, ModelSpec
+from torchtitan_mtp.models.transformer import Transformer
 from torchtitan_mtp.mtp.heads import ParallelHeads, SequentialHeads, last_layer
 
+# How the heads of a family are made for a model, by the names in `mtp.heads` and `ModelSpec`.
+FAMILIES: dict[str, Callable[[Transformer, MTP], nn.Module]] = {
+    "parallel": lambda model, mtp: ParallelHeads(model, mtp.num_future_tokens, mtp.detach_trunk),
+    "sequential": lambda model, mtp: SequentialHeads(
+        *(model, mtp.num_future_tokens, mtp.detach_trunk, mtp.share_weights, mtp.trunk_state)
+    ),
+}
 
-def args_of_run(
-    config: JobConfig, tokenizer_vocab: int, *, at_least: int = 0, earlier: bool = False
-) -> ModelArgs:
-    """The shape of a run's model: `model_args` of its configuration.
 
-    Positions reach as far as training and validation do, and to `at_least`.
+def with_heads(args: ModelArgs, mtp: MTP) -> ModelSpec:
+    """The sizes of a model of `args` once it has the heads of the `[mtp]` table.
+
+    Raises:
+        UserError: no such family; `match_parameters` with fewer layers than heads.
     """
-    model, training = config.model, config.training
-    return model_args(
-        model.name,
-        model.flavor,
-        tokenizer_vocab=tokenizer_vocab,
-        vocab_size=model.vocab_size,
-        max_seq_len=max(at_least, training.seq_len, config.validation.seq_len),
-        trained_len=training.seq_len,
-        attn_mask_type=model.attn_mask_type,
-        changes=model.args.given(),
-        earlier=earlier,
-    )
-
-
-def model_of_run(config: JobConfig, args: ModelArgs, dtype: torch.dtype) -> Transformer:
-    """A run's model with its heads, on the meta device."""
-    model = build_model(args, dtype)
-    model.softcap = config.loss.softcap
-    return add_heads(model, config.mtp) if "mtp" in config.model.converters else model
+    n = mtp.num_future_tokens
+    if n == 1:
+        return ModelSpec(args)
+    if mtp.heads not in FAMILIES:
+        raise UserError(f'mtp.heads = "{mtp.heads}": expected one of {", ".join(FAMILIES)}')
+    if mtp.match_parameters:
+        # Gloeckle et al. 2024, section 3: n - 1 layers leave the trunk so that the total stays.
+        if n > args.n_layers:
+            raise UserError(
+                f"mtp.match_parameters: a model of {args.n_layers} layers cannot give {n - 1} of "
+                f"them to {n} heads; lower mtp.num_future_tokens or take a deeper flavor"
+            )
+        args = replace(args, n_layers=args.n_layers - (n - 1))
+    return ModelSpec(args, mtp.heads, n, mtp.share_weights, mtp.trunk_state)
 
 
 def add_heads(model: Transformer, mtp: MTP) -> Transformer:
     """Attach the heads of the `[mtp]` table to a model on the meta device, in place.
 
     Nothing is attached for n = 1, which is plain next-token training. The trunk's parameter names
-    never change. Errors: `match_parameters` with fewer layers than heads.
+    never change. Errors: those of `with_heads`.
     """
-    n = mtp.num_future_tokens
-    if n == 1:
+    layers, model.spec = model.args.n_layers, with_heads(model.args, mtp)
+    if not model.spec.heads:
         return model
-    if mtp.match_parameters:
-        _give_up_layers(model, n - 1)
+    for i in range(model.args.n_layers, layers):
+        del model.layers[str(i)]
     weight = model.norm.weight
     with weight.device:
-        heads: nn.Module
-        if mtp.heads == "sequential":
-            heads = SequentialHeads(model, n, mtp.detach_trunk, mtp.share_weights, mtp.trunk_state)
-        else:
-            heads = ParallelHeads(model, n, mtp.detach_trunk)
+        heads = FAMILIES[mtp.heads](model, mtp)
     model.mtp = heads.to(weight.dtype)
     if mtp.train != "all":
         for name, param in model.named_parameters():
             param.requires_grad_(name.startswith("mtp.") == (mtp.train == "heads"))
     return model
-
-
-def _give_up_layers(model: Transformer, count: int) -> None:
-    # Gloeckle et al. 2024, section 3: n - 1 layers leave the trunk so that the total stays.
-    layers = len(model.layers)
-    if count >= layers:
-        raise UserError(
-            f"mtp.match_parameters: a model of {layers} layers cannot give {count} of them to "
-            f"{count + 1} heads; lower mtp.num_future_tokens or take a deeper flavor"
-        )
-    for i in range(layers - count, layers):
-        del model.layers[str(i)]
 
 
 @torch.no_grad()

@@ -25,11 +25,10 @@ from torchtitan_mtp.config import MTP, JobConfig, to_toml
 from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.formats import export_checkpoint, import_checkpoint
 from torchtitan_mtp.inference.load import load_for_inference
-from torchtitan_mtp.models.args import ModelArgs, RoPEScaling, YaRN
+from torchtitan_mtp.models.args import ModelArgs, ModelSpec, RoPEScaling, YaRN
 from torchtitan_mtp.models.flavors import EARLIER, flavors
 from torchtitan_mtp.models.init import init_weights
 from torchtitan_mtp.models.transformer import Transformer, build_model
-from torchtitan_mtp.spec import ModelSpec
 
 CHAIN = MTP(heads="sequential", num_future_tokens=3, share_weights=True)
 SCALED = replace(DEEPSEEK, rope_scaling=YaRN(factor=8.0))
@@ -119,7 +118,7 @@ def test_every_constant_is_compared_or_told_by_shapes():
     """A new field of ModelArgs has to be one or the other."""
     told = {"dim", "n_layers", "vocab_size", "multiple_of", "ffn_dim_multiplier", "hidden_dim"}
     told |= {"qk_norm", "qkv_bias", "tied_embeddings", "max_seq_len"}
-    keys = constants(record_of(ModelSpec(SCALED)))
+    keys = constants(record_of(ModelSpec(ARGS))) | constants(record_of(ModelSpec(SCALED)))
     compared = {key.removeprefix("model.").removeprefix("args.").split(".")[0] for key in keys}
     assert {field.name for field in fields(ModelArgs)} - told <= compared
 
@@ -197,10 +196,10 @@ def test_folders_that_do_not_say_their_model(tmp_path, caplog):
     told = caplog.text.partition("taken for one with ")[2].partition(";")[0].split(", ")
     assert [entry.removeprefix("model.").removeprefix("args.") for entry in told] == [
         *("n_heads = 4", "head_size = 4", "norm_eps = 1e-05", "rope_theta = 10000.0"),
-        *("rope_scaling.factor = 8.0", "final_norm_eps = 1e-05"),
+        *("rope_scaling.factor = 8.0", "rope_scaling.low_freq_factor = 1.0"),
+        *("rope_scaling.high_freq_factor = 4.0", "rope_scaling.original_max_seq_len = 8192"),
+        *('rope_scaling.rope_type = "llama3"', "final_norm_eps = 1e-05"),
         *('attn_mask_type = "block_causal"', 'loss.softcap = "none"'),
-        *("rope_scaling.low_freq_factor = 1.0", "rope_scaling.high_freq_factor = 4.0"),
-        *("rope_scaling.original_max_seq_len = 8192", 'rope_scaling.rope_type = "llama3"'),
     ]
     said = untold(record_of(ModelSpec(DEEPSEEK)))
     for key in ("top_k", "num_expert_groups", "num_limited_groups", "score_func"):

@@ -36,7 +36,7 @@ from torchtitan_mtp.formats.names import swap_halves, to_halves, to_pairs
 from torchtitan_mtp.formats.training import hf_format
 from torchtitan_mtp.formats.write import Output, write_safetensors
 from torchtitan_mtp.inference import generate, load_for_inference
-from torchtitan_mtp.models.args import ModelArgs, YaRN
+from torchtitan_mtp.models.args import ModelArgs, ModelSpec, YaRN
 from torchtitan_mtp.models.flavors import flavors
 
 TIED = {"model.args.tied_embeddings": True}
@@ -128,19 +128,21 @@ def test_what_a_training_leaves() -> None:
     """The format of `checkpoint.last_save_in_hf`."""
     shape = ModelArgs(dim=32, n_heads=4, n_layers=2, vocab_size=320, hidden_dim=48)
     biased = replace(shape, qkv_bias=True)
-    assert hf_format(shape, 0, "normalized") == "llama_hf"
-    assert hf_format(biased, 0, "normalized") == "qwen2_hf"
-    assert hf_format(replace(shape, qk_norm=True), 0, "normalized") == "qwen3_hf"
-    assert hf_format(replace(biased, qk_norm=True), 0, "normalized") == "glm4_moe_hf"
-    assert hf_format(shape, 2, "normalized") == "glm4_moe_hf"
-    assert hf_format(biased, 2, "normalized") == "glm4_moe_hf"
-    assert hf_format(biased, 2, "raw") == "mimo_hf"
+    raw = ModelSpec(biased, "sequential", 3, trunk_state="raw")
+    assert hf_format(ModelSpec(shape)) == "llama_hf"
+    assert hf_format(ModelSpec(biased)) == "qwen2_hf"
+    assert hf_format(ModelSpec(replace(shape, qk_norm=True))) == "qwen3_hf"
+    assert hf_format(ModelSpec(replace(biased, qk_norm=True))) == "glm4_moe_hf"
+    assert hf_format(ModelSpec(shape, "sequential", 3)) == "glm4_moe_hf"
+    assert hf_format(ModelSpec(biased, "sequential", 3)) == "glm4_moe_hf"
+    assert hf_format(ModelSpec(replace(shape, qk_norm=True), "sequential", 2)) == "glm4_moe_hf"
+    assert hf_format(raw) == "mimo_hf"
     with pytest.raises(UserError, match=r"mimo_hf alone; set model\.args\.qkv_bias = true"):
-        hf_format(shape, 2, "raw")
+        hf_format(replace(raw, args=shape))
     with pytest.raises(UserError, match="YaRN is written for DeepSeek's models only"):
-        hf_format(replace(shape, rope_scaling=YaRN()), 0, "normalized")
+        hf_format(ModelSpec(replace(shape, rope_scaling=YaRN())))
     with pytest.raises(UserError, match="head_size = 16, and Qwen2's heads are 32 / 4 wide"):
-        hf_format(replace(biased, head_size=16), 2, "raw")
+        hf_format(replace(raw, args=replace(biased, head_size=16)))
 
 
 def test_shards_and_their_index(tmp_path: Path) -> None:
