@@ -1,6 +1,9 @@
-"""The one exception that speaks to the user."""
+"""The one exception that speaks to the user, and what is made one."""
 
+import contextlib
+import errno
 import importlib
+from collections.abc import Iterator
 from typing import Any
 
 
@@ -22,3 +25,30 @@ def import_optional(module: str, otherwise: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         raise UserError(otherwise) from error
+
+
+def out_of_memory(error: BaseException | None) -> str:
+    """What an error, or one below it, says of memory that there is not, a GPU's or this machine's;
+    "" for any other error."""
+    if error is None or isinstance(error, UserError):
+        return ""
+    line = next(iter(str(error).splitlines()), "").rpartition("DefaultCPUAllocator: ")[2]
+    cpu = "can't allocate memory" in line or "std::bad_alloc" in line
+    if (
+        isinstance(error, MemoryError)
+        or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
+        or (isinstance(error, RuntimeError) and (cpu or type(error).__name__ == "OutOfMemoryError"))
+    ):
+        return f"out of memory ({line.removesuffix('.')})" if line else "out of memory"
+    return out_of_memory(error.__cause__ or error.__context__)
+
+
+@contextlib.contextmanager
+def memory_told(advice: str) -> Iterator[None]:
+    """While entered, or as a decorator: an error for lack of memory is a UserError with advice."""
+    try:
+        yield
+    except (RuntimeError, MemoryError, OSError) as error:
+        if shortage := out_of_memory(error):
+            raise UserError(f"{shortage}; {advice}") from error
+        raise

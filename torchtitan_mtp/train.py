@@ -14,7 +14,7 @@ import sys
 import time
 
 from torchtitan_mtp.config import JobConfig, parse_args, to_toml
-from torchtitan_mtp.errors import UserError
+from torchtitan_mtp.errors import UserError, out_of_memory
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -29,13 +29,6 @@ def main(argv: list[str] | None = None) -> int:
         if debug:
             raise
         return _fail(str(error))
-    except RuntimeError as error:
-        if debug or type(error).__name__ != "OutOfMemoryError":  # torch's, maybe not imported
-            raise
-        return _fail(
-            f"{str(error).splitlines()[0]} Lower training.local_batch_size (with "
-            'training.global_batch_size), or set activation_checkpoint.mode = "full"'
-        )
     except KeyboardInterrupt:  # before the first step: from there on it is a request to stop
         if debug:
             raise
@@ -43,24 +36,34 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(config: JobConfig) -> int:
-    rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     # After the configuration: `--help` and a mistyped key should not wait for torch.
     from torchtitan_mtp.distributed.heartbeat import LostContact
+    from torchtitan_mtp.distributed.mesh import launched
     from torchtitan_mtp.monitoring.logging import init_logging, use_color
     from torchtitan_mtp.monitoring.observer import Observer
     from torchtitan_mtp.trainer import Trainer
 
+    rank, size = launched()
     init_logging(rank, size, color=use_color(config.metrics.disable_color_printing))
     if config.job.print_config and rank == 0:
         Observer("stdout").attempt(os.write, 1, f"{to_toml(config)}\n".encode())
-    trainer = Trainer(config)
+    trainer, where = None, "the start"
     try:
+        trainer = Trainer(config)
         trainer.train()
     except BaseException as error:
-        # Closing waits for other ranks, and what fails then is not what is to be told.
-        if not isinstance(error, LostContact):
-            with contextlib.suppress(Exception):
-                trainer.close()
+        if trainer:
+            where = trainer.heartbeat.where
+            # Closing waits for other ranks, and what fails then is not what is to be told.
+            if not isinstance(error, LostContact):
+                with contextlib.suppress(Exception):
+                    trainer.close()
+        if shortage := out_of_memory(error):
+            lower = "validation.local_batch_size or validation.seq_len"
+            if not where.startswith("validation"):
+                lower = "training.local_batch_size (with training.global_batch_size), or set "
+                lower += 'activation_checkpoint.mode = "full"'
+            raise UserError(f"{where}: {shortage}; lower {lower}") from error
         raise
     trainer.close()
     stopped = trainer.stopping.signal
@@ -69,8 +72,8 @@ def _run(config: JobConfig) -> int:
 
 def _fail(message: str, status: int = 1) -> int:
     """Say why, to the user and to torchrun, which shows the first failure of all ranks."""
-    rank = os.environ.get("RANK", "0")
-    who = f"[rank {rank}] " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+    alone = os.environ.get("WORLD_SIZE", "1") == "1"
+    who = "" if alone else f"[rank {os.environ.get('RANK', '?')}] "
     print(f"{who}error: {message}", file=sys.stderr)
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         record = {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}

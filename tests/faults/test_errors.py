@@ -6,6 +6,7 @@ import json
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -61,12 +62,45 @@ def test_a_data_file_that_is_cut_short_under_the_run(kind, fails, tmp_path, monk
 
 
 def test_out_of_memory_says_what_to_lower(fails, monkeypatch):
-    def fail() -> None:
+    def fail(*_) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.\nmore")
 
-    before_step(monkeypatch, 2, fail)
+    monkeypatch.setattr("torchtitan_mtp.trainer.clip_gradients", fail)
     line = fails({})
-    assert "Tried to allocate 9 GiB. Lower training.local_batch_size" in line
+    assert "step 1: out of memory (CUDA out of memory. Tried to allocate 9 GiB); lower " in line
+    assert "training.local_batch_size" in line
+
+
+def allocate_on_the_cpu() -> None:
+    torch.empty(1 << 50)
+
+
+def allocate_for_numpy() -> None:
+    np.empty(1 << 50)
+
+
+def fill_python() -> None:
+    raise MemoryError
+
+
+@pytest.mark.parametrize(
+    ("fail", "found"),
+    [
+        (allocate_on_the_cpu, "can't allocate memory: you tried to allocate 4503599627370496 "),
+        (allocate_for_numpy, "Unable to allocate 8.00 PiB for an array"),
+        (fill_python, "out of memory; lower"),
+    ],
+)
+@pytest.mark.parametrize("table", ["training", "validation"])
+def test_out_of_a_machines_memory(fail, found, table, fails, monkeypatch):
+    """Torch, NumPy and Python say it in ways of their own."""
+    keys = {"validation.enable": True, "validation.freq": 1}
+    part = {"training": "clip_gradients", "validation": "measure_text"}[table]
+    monkeypatch.setattr(f"torchtitan_mtp.trainer.{part}", lambda *_: fail())
+    line = fails(keys)
+    where = "step 1" if table == "training" else "validation after step 1"
+    assert f"error: {where}" in line and found in line
+    assert f"lower {table}.local_batch_size" in line
 
 
 def test_a_failed_background_save_does_not_hide_what_ended_the_run(fails, monkeypatch):
@@ -80,7 +114,7 @@ def test_a_failed_background_save_does_not_hide_what_ended_the_run(fails, monkey
 
     monkeypatch.setattr(FileSystemWriter, "write_data", no_space)
     before_step(monkeypatch, 2, fail)
-    assert "the cause." in fails({**SAVES, "checkpoint.async_mode": "async"})
+    assert "the cause" in fails({**SAVES, "checkpoint.async_mode": "async"})
 
 
 def test_torchrun_is_told_the_line(fails, tmp_path, monkeypatch):

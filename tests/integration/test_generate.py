@@ -237,7 +237,18 @@ def test_errors_are_one_line(
     assert not out and err.startswith("error: ") and message in err and err.count("\n") == 1
 
 
-@pytest.mark.parametrize("line", ["import os", '{"text": "a"}', "[1]", '{"prompt": 3}'])
+DEEP = '{"prompt": ' + "[" * 100_000
+
+
+def test_a_byte_order_mark_is_no_part_of_a_prompt(script: ModuleType, tmp_path: Path) -> None:
+    """As editors on Windows begin a file."""
+    for name, text in (("a.jsonl", '{"prompt": "def"}\n'), ("a.txt", "def")):
+        (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + text.encode())
+        arguments = script.parse_arguments(["x", "--prompt_file", str(tmp_path / name)])
+        assert script.read_prompts(arguments) == ["def"]
+
+
+@pytest.mark.parametrize("line", ["import os", '{"text": "a"}', "[1]", '{"prompt": 3}', DEEP])
 def test_a_line_that_is_no_record_is_named(
     script: ModuleType, tmp_path: Path, line: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

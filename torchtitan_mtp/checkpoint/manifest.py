@@ -72,7 +72,7 @@ def read_manifest(path: Path) -> Manifest | None:
             files = {name: FileEntry(**entry) for name, entry in body["files"].items()}
             record = body.get("record")
             return Manifest(body["step"], body["kind"], body["world_size"], files, record)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{file}: not a manifest ({error}); {remedy(file)}") from error
     if intact:
         raise UserError(f"{file}: format {body['format']}, expected {FORMAT}; update this program")

@@ -28,7 +28,7 @@ from torchtitan_mtp.config import JobConfig
 from torchtitan_mtp.data.tokenizer import Tokenizer
 from torchtitan_mtp.distributed.memory import check_memory
 from torchtitan_mtp.distributed.shared_cores import SharedCores
-from torchtitan_mtp.errors import UserError
+from torchtitan_mtp.errors import UserError, memory_told
 from torchtitan_mtp.inference import load_for_inference
 from torchtitan_mtp.inference.acceptance import Acceptance, Continuation, measure_continuation
 from torchtitan_mtp.inference.held_out import Text, find_text
@@ -325,7 +325,7 @@ def run(args: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(sys.argv[1:] if argv is None else argv)
     try:
-        with SharedCores():
+        with SharedCores(), memory_told("lower --batch_size, --prompts or --max_new_tokens"):
             run(args)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

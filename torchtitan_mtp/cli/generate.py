@@ -24,7 +24,7 @@ from torchtitan_mtp.cli.arguments import check_generation, path
 from torchtitan_mtp.config import JobConfig
 from torchtitan_mtp.data.tokenizer import Tokenizer
 from torchtitan_mtp.distributed.shared_cores import SharedCores
-from torchtitan_mtp.errors import UserError
+from torchtitan_mtp.errors import UserError, memory_told
 from torchtitan_mtp.inference import Generation, Stats, generate, load_for_inference, next_logits
 from torchtitan_mtp.inference.decoding import check, most_drafts, stream
 from torchtitan_mtp.inference.load import DTYPES, find_device
@@ -90,7 +90,7 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
     prompts = args.prompt
     if args.prompt_file is not None:
         try:
-            text = args.prompt_file.read_text(encoding="utf-8")
+            text = args.prompt_file.read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"--prompt_file {args.prompt_file}: can't be read: {error}") from error
         is_records = args.prompt_file.suffix == ".jsonl"
@@ -108,7 +108,7 @@ def read_records(file: os.PathLike[str], text: str) -> list[str]:
             continue
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             record = None
         prompt = record.get("prompt") if isinstance(record, dict) else None
         if not isinstance(prompt, str):
@@ -325,7 +325,7 @@ def run(args: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(sys.argv[1:] if argv is None else argv)
     try:
-        with SharedCores():
+        with SharedCores(), memory_told("lower --max_new_tokens, or give fewer prompts"):
             run(args)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

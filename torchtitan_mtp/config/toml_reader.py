@@ -50,7 +50,7 @@ def _load(path: str | Path) -> dict[str, Any]:
     where = printable(path)
     try:
         with open(path, "rb") as file:
-            return tomllib.load(file)
+            return tomllib.loads(file.read().decode("utf-8-sig"))
     except tomllib.TOMLDecodeError as error:
         raise UserError(f"{where}: not valid TOML: {error}") from None
     except UnicodeDecodeError as error:

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from torchtitan_mtp.config import JobConfig
+from torchtitan_mtp.distributed.mesh import launch_number
 from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.models.transformer import Transformer
 
@@ -30,7 +31,7 @@ def check_memory(needs: Mapping[str, int], device: torch.device) -> None:
     """needs: bytes of this rank at the least, by the keys to lower. Error: more than there is."""
     total, memory = sum(needs.values()), total_memory(device)
     if device.type == "cpu":
-        memory //= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        memory //= launch_number("LOCAL_WORLD_SIZE", 1, least=1)
     if total > memory:
         most = max(needs, key=needs.__getitem__)
         raise UserError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -22,6 +23,7 @@ GPU_NODES = {
     "/dev/nvidiactl": ("CUDA_VISIBLE_DEVICES",),
     "/dev/kfd": ("HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES"),
 }
+_LAUNCHER = " in the environment, which a launcher sets: start with torchrun, or unset it"
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,31 @@ def data_degrees(parallelism: Parallelism, world_size: int) -> tuple[int, int]:
     return replicate, shard
 
 
+def launched() -> tuple[int, int]:
+    """RANK and WORLD_SIZE, as torchrun sets them with others; (0, 1) without a launcher.
+
+    Raises:
+        UserError: some of its variables are absent, or are not what they have to be.
+    """
+    if "RANK" not in os.environ and launch_number("WORLD_SIZE", 1, least=1) == 1:
+        return 0, 1
+    names = ["RANK", "WORLD_SIZE"] + ["MASTER_ADDR", "MASTER_PORT"] * (not dist.is_initialized())
+    if absent := [name for name in names if not os.environ.get(name)]:
+        there = ", ".join(name for name in names if name not in absent)
+        raise UserError(f"{there} without {', '.join(absent)}{_LAUNCHER}")
+    size = launch_number("WORLD_SIZE", 1, least=1)
+    launch_number("MASTER_PORT", 0, most=65535)
+    return launch_number("RANK", 0, most=size - 1), size
+
+
+def launch_number(name: str, otherwise: int, least: int = 0, most: int = 2**31 - 1) -> int:
+    """A launcher's variable, or `otherwise` where it is not set. Error: no number of that range."""
+    text = os.environ.get(name, str(otherwise))
+    if not re.fullmatch("[0-9]{1,10}", text) or not least <= int(text) <= most:
+        raise UserError(f"{name} = {text!r}, expected {least} to {most}{_LAUNCHER}")
+    return int(text)
+
+
 def local_device() -> torch.device:
     """This rank's GPU, or the CPU where there is none, or where it is hidden on purpose.
 
@@ -61,7 +88,7 @@ def local_device() -> torch.device:
     """
     try:
         torch.cuda.init()
-        index, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        index, count = launch_number("LOCAL_RANK", 0), torch.cuda.device_count()
         if index >= count:
             raise UserError(
                 f"LOCAL_RANK = {index}: torch sees {count} GPUs here, expected one for every "
@@ -95,7 +122,7 @@ def init_world(
     device = local_device()
     if device.type == "cuda":
         record_collectives(comm, dump_folder)
-    degrees = data_degrees(parallelism, 1 if alone else int(os.environ["WORLD_SIZE"]))
+    degrees = data_degrees(parallelism, launched()[1])
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if not dist.is_initialized():

@@ -20,6 +20,8 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 # and the script that passes it on: within this many seconds, two signals under them are one.
 _ECHO = 2.0
 _LAUNCHERS = ("TORCHELASTIC_RUN_ID", "SLURM_JOB_ID")
+_PARENT = os.getppid()
+_PATIENCE = 30.0  # seconds that torchrun gives its ranks after a SIGTERM
 
 
 class Stopping:
@@ -45,6 +47,7 @@ class Stopping:
         self._flag = torch.zeros(1, dtype=torch.int32)
         self._work: dist.Work | None = None
         self._asked = False
+        self._left = threading.Event()
 
     # ---- agreeing ----
 
@@ -84,17 +87,30 @@ class Stopping:
         for number in SIGNALS:
             self._before[number] = signal.signal(number, lambda *_: None)
         threading.Thread(target=self._watch, args=(read_end,), name="signals", daemon=True).start()
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            threading.Thread(target=self._watch_launcher, name="launcher", daemon=True).start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType
     ) -> None:
+        self._left.set()
         if self._before:
             for number, handler in self._before.items():
                 signal.signal(number, handler)
             signal.set_wakeup_fd(self._wakeup_before)
             os.close(self._write_end)  # ends the thread
             self._before = {}
+
+    def _watch_launcher(self) -> None:
+        """What torchrun does to its ranks when it ends they do themselves where it was killed."""
+        while os.getppid() == _PARENT:
+            if self._left.wait(1.0):
+                return
+        logger.error("torchrun (process %d), which started this rank, is gone", _PARENT)
+        os.kill(os.getpid(), signal.SIGTERM)
+        if not self._left.wait(_PATIENCE):
+            os._exit(128 + signal.SIGTERM)
 
     def _watch(self, read_end: int) -> None:
         try:

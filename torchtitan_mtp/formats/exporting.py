@@ -17,7 +17,7 @@ from torchtitan_mtp.checkpoint.load import names_line
 from torchtitan_mtp.checkpoint.record import keeps_earlier, record_of, untold
 from torchtitan_mtp.config import JobConfig, load_toml
 from torchtitan_mtp.data.tokenizer import build_tokenizer
-from torchtitan_mtp.errors import UserError
+from torchtitan_mtp.errors import UserError, memory_told
 from torchtitan_mtp.formats.formats import (
     FORMATS,
     Format,
@@ -46,6 +46,7 @@ logger = logging.getLogger(__name__)
 DEFAULT_SHARD_SIZE = 5 * 10**9  # bytes
 
 
+@memory_told("one tensor is held at a time; give it a machine with more memory")
 def export_checkpoint(
     checkpoint: str | os.PathLike[str],
     out: str | os.PathLike[str],

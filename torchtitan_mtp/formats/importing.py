@@ -17,7 +17,7 @@ from torchtitan_mtp.checkpoint.record import record_of, untold
 from torchtitan_mtp.config import MTP, JobConfig, load_toml, to_toml
 from torchtitan_mtp.config.values import HERE
 from torchtitan_mtp.data.tokenizer import build_tokenizer
-from torchtitan_mtp.errors import UserError
+from torchtitan_mtp.errors import UserError, memory_told
 from torchtitan_mtp.formats.configs import Reader, read_modules
 from torchtitan_mtp.formats.formats import (
     FORMATS,
@@ -39,6 +39,7 @@ from torchtitan_mtp.models.flavors import check_shape
 logger = logging.getLogger(__name__)
 
 
+@memory_told("one tensor is held at a time; give it a machine with more memory")
 def import_checkpoint(
     source: str | os.PathLike[str],
     out: str | os.PathLike[str],

@@ -11,7 +11,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Size, Tensor
 
-from torchtitan_mtp.checkpoint.load import Opened, open_checkpoint, read_states, stored_model_names
+from torchtitan_mtp.checkpoint.load import (
+    Opened,
+    one_line,
+    open_checkpoint,
+    read_states,
+    stored_model_names,
+)
 from torchtitan_mtp.checkpoint.metadata import bare_name
 from torchtitan_mtp.checkpoint.ranks import Ranks
 from torchtitan_mtp.errors import UserError
@@ -122,7 +128,7 @@ def _open_safetensors(file: Path) -> Any:
 def read_json(file: Path) -> dict[str, Any]:
     """A JSON object. Errors: no such file, or something else in it."""
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
+        value = json.loads(file.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise UserError(f"{file}: missing; it says which model this is") from None
     except (OSError, ValueError, RecursionError) as error:
@@ -130,6 +136,15 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{file}: expected a JSON object, found {type(value).__name__}")
     return value
+
+
+def _plain(value: Any) -> bool:
+    """Whether it is a tensor with a number in memory for each of its places."""
+    return (
+        isinstance(value, Tensor)
+        and (value.layout, value.device.type) == (torch.strided, "cpu")
+        and not (value.is_quantized or value.is_nested or value.is_complex())
+    )
 
 
 class PthTensors:
@@ -145,13 +160,18 @@ class PthTensors:
         self.where = files[0]
         try:
             state = torch.load(self.where, map_location="cpu", mmap=True, weights_only=True)
-        except (RuntimeError, OSError, pickle.UnpicklingError, EOFError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        except Exception as error:  # a crafted file makes torch raise nearly anything
+            reason = str(error).rpartition("WeightsUnpickler error: ")[2].strip().partition("\n")[0]
+            reason = reason if isinstance(error, pickle.UnpicklingError) else one_line(error)
             raise UserError(f"{self.where}: can't be read as plain tensors: {reason}") from error
-        if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
-            raise UserError(f"{self.where}: expected a dict of tensors")
-        self._state: dict[str, Tensor] = state
-        self.kinds = {name: Kind(t.shape, t.dtype) for name, t in state.items()}
+        if not isinstance(state, dict):
+            found = type(state).__name__
+            raise UserError(f"{self.where}: expected a dict of tensors, found {found}")
+        for name, value in state.items():
+            if not (isinstance(name, str) and _plain(value)):
+                raise UserError(f"{self.where}: {name!r}: expected a dict of plain tensors by name")
+        self._state = {name: tensor.detach().resolve_neg() for name, tensor in state.items()}
+        self.kinds = {name: Kind(t.shape, t.dtype) for name, t in self._state.items()}
 
     def read(self, name: str) -> Tensor:
         return self._state[name]

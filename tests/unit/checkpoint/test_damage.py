@@ -106,6 +106,11 @@ def test_earlier_checkpoints_load_and_are_checked(tmp_path, saved):
     assert_refused(tmp_path, r"__0_0\.distcp: its SHA-256 is not the manifest's")
 
 
+def test_a_manifest_that_is_nested_too_deeply(tmp_path, saved):
+    step_4(tmp_path, "manifest.json").write_text("[" * 100_000)
+    assert_refused(tmp_path, r"manifest\.json: not a manifest \(maximum recursion depth exceeded")
+
+
 def test_truncation_is_noticed_without_a_manifest(tmp_path, saved):
     step_4(tmp_path, "manifest.json").unlink()
     file = step_4(tmp_path, "__0_0.distcp")

@@ -175,6 +175,11 @@ def test_any_broken_file_is_one_line(write, content):
     assert refusal(write(content)).startswith("run.toml: ")
 
 
+def test_a_byte_order_mark_is_passed_over(write):
+    """As editors on Windows begin a file."""
+    assert load_toml(write(b"\xef\xbb\xbf[training]\r\nsteps = 7\r\n")).training.steps == 7
+
+
 def test_a_missing_file_and_a_folder(tmp_path):
     message = refusal(tmp_path / "no.toml")
     assert message == "run.toml: no such file; check the path of the config file"

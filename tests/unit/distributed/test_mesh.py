@@ -12,6 +12,7 @@ from torchtitan_mtp.distributed import mesh
 from torchtitan_mtp.distributed.mesh import (
     GPU_NODES,
     data_degrees,
+    launched,
     local_device,
     record_collectives,
 )
@@ -99,6 +100,42 @@ def test_a_gpu_is_used(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "4")
     with pytest.raises(UserError, match=r"^LOCAL_RANK = 4: torch sees 4 GPUs here, .* start 4 "):
         local_device()
+
+
+MEET = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "found"),
+    [
+        ({"WORLD_SIZE": None}, "RANK, MASTER_ADDR, MASTER_PORT without WORLD_SIZE"),
+        ({"RANK": None}, "WORLD_SIZE, MASTER_ADDR, MASTER_PORT without RANK"),
+        ({"MASTER_PORT": None}, "RANK, WORLD_SIZE, MASTER_ADDR without MASTER_PORT"),
+        ({"MASTER_ADDR": None, "MASTER_PORT": ""}, "WORLD_SIZE without MASTER_ADDR, MASTER_PORT"),
+        ({"RANK": "zero"}, "RANK = 'zero', expected 0 to 1"),
+        ({"RANK": "2"}, "RANK = '2', expected 0 to 1"),
+        ({"RANK": "-1"}, "RANK = '-1', expected 0 to 1"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE = '0', expected 1 to"),
+        ({"WORLD_SIZE": "1e30"}, "WORLD_SIZE = '1e30', expected 1 to"),
+        ({"MASTER_PORT": "http"}, "MASTER_PORT = 'http', expected 0 to 65535"),
+    ],
+)
+def test_variables_of_a_launcher_that_cannot_be(changes, found, monkeypatch):
+    for name, value in (MEET | changes).items():
+        monkeypatch.delenv(name, raising=False)
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=f"{found}.* in the environment, .*: start with torchrun"):
+        launched()
+
+
+def test_variables_of_a_launcher(monkeypatch):
+    for name in MEET:
+        monkeypatch.delenv(name, raising=False)
+    assert launched() == (0, 1)
+    for name, value in (MEET | {"RANK": "1"}).items():
+        monkeypatch.setenv(name, value)
+    assert launched() == (1, 2)
 
 
 def test_traces_of_collectives_go_where_the_configuration_says(tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -274,7 +275,9 @@ def test_metas_files(copy: Path) -> None:
     torch.save({"model": object()}, file)
     assert "can't be read as plain tensors" in read()
     torch.save({"a": 1}, file)
-    assert "expected a dict of tensors" in read()
+    assert "'a': expected a dict of plain tensors by name" in read()
+    torch.save([torch.ones(2)], file)
+    assert "expected a dict of tensors, found list" in read()
     shutil.copy(file, copy / "meta" / "consolidated.01.pth")
     assert "2 files consolidated*.pth" in read()
     file.unlink()
@@ -284,6 +287,58 @@ def test_metas_files(copy: Path) -> None:
     assert "n_layers = 2" in read()
     (copy / "meta" / "params.json").unlink()
     assert "params.json: missing" in read()
+
+
+SQUARE = torch.eye(2)
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's, of its own kinds of tensors
+@pytest.mark.parametrize(
+    "state",
+    [
+        lambda: {1: SQUARE},
+        lambda: {"x": SQUARE, ("x", 1): SQUARE},
+        lambda: {"x": SQUARE.to_sparse()},
+        lambda: {"x": SQUARE.to_sparse_csr()},
+        lambda: {"x": SQUARE.to("meta")},
+        lambda: {"x": SQUARE.to(torch.complex64)},
+        lambda: {"x": torch.quantize_per_tensor(SQUARE, 0.1, 0, torch.qint8)},
+        lambda: {"x": torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])},
+    ],
+    ids=["integer", "tuple", "sparse", "csr", "meta", "complex", "quantized", "nested"],
+)
+def test_a_pth_of_anything_but_plain_tensors(exported: Path, tmp_path: Path, state) -> None:
+    shutil.copy(exported / "meta" / "params.json", tmp_path)
+    torch.save(state(), tmp_path / "consolidated.00.pth")
+    message = refusal(lambda: import_checkpoint(tmp_path, tmp_path / "out", "meta"))
+    assert message.startswith(f"{tmp_path / 'consolidated.00.pth'}: {[*state()][-1]!r}: expected")
+
+
+# Programs of pickle's machine: pop, memo, reduce, append, tuple, new object, persistent id, text,
+# a key that is a dict; all on too little of a stack, or nonsense.
+PROGRAMS = [b"0.", b".", b"h\x05.", b"R.", b"(K\x01e.", b"\x87.", b"\x81.", b"K\x01Q."]
+PROGRAMS += [b"X\x01\x00\x00\x00\xff.", b"}}K\x01s."]
+
+
+@pytest.mark.parametrize("program", PROGRAMS, ids=repr)
+def test_a_crafted_pth(exported: Path, tmp_path: Path, program: bytes) -> None:
+    shutil.copy(exported / "meta" / "params.json", tmp_path)
+    torch.save({"x": SQUARE}, tmp_path / "whole")
+    file = tmp_path / "consolidated.00.pth"
+    with zipfile.ZipFile(tmp_path / "whole") as whole, zipfile.ZipFile(file, "w") as crafted:
+        for name in whole.namelist():
+            content = b"\x80\x02" + program if name.endswith("data.pkl") else whole.read(name)
+            crafted.writestr(name, content)
+    message = refusal(lambda: import_checkpoint(tmp_path, tmp_path / "out", "meta"))
+    assert f"{file}: can't be read as plain tensors: " in message
+    assert "weights_only" not in message  # torch's advice is to run what is in the file
+
+
+def test_out_of_memory_in_an_export(exported: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(exporting_module, "to_halves", lambda *_: torch.empty(1 << 50))
+    message = refusal(lambda: export_checkpoint(exported / "run", tmp_path / "o", "glm4_moe_hf"))
+    assert message.startswith("out of memory (can't allocate memory: you tried to allocate 45035")
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_an_export_refuses(exported: Path, tmp_path: Path) -> None:
