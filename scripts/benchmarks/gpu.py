@@ -17,8 +17,8 @@ from benchmarks.train import measure_training
 from torchtitan_mtp.errors import UserError
 
 GEMM_DTYPES = ("float32", "bfloat16", "float8_e4m3fn")
-OURS = ("parallel, joint", "parallel, sequential", "sequential, either")
-OTHERS = ("parallel, sequential", "logits held", "logits checkpointed")
+OURS = ("parallel, joint", "parallel, head by head", "chain")
+OTHERS = ("parallel, head by head", "logits held", "logits checkpointed")
 MTP = ["--model.converters", "mtp", "--mtp.num_future_tokens", "4"]
 FLOAT8 = ["--model.converters", "mtp,quantize.linear.float8", "--mtp.num_future_tokens", "4"]
 
@@ -81,15 +81,15 @@ def _parts() -> dict[str, Callable[[], Rows]]:
     common += ["--activation_checkpoint.selective_ac_option", "op"]
     one = [*common, *MTP, "--model.flavor", "1B", "--training.local_batch_size", "4"]
     eight = [*common, "--model.flavor", "8B", "--training.local_batch_size", "2"]
-    sequential = ["--mtp.engine", "sequential"]
+    joint = ["--mtp.engine", "joint"]
     return {
         "gemm": lambda: gemm.table(None, GEMM_DTYPES),
         "loss": lambda: loss.compare(shape, _loss_ops(), 3, 1),
         "loss of 4 heads": lambda: loss.compare(shape | {"n": 4}, ("chunked",), 3, 1),
         "heads": lambda: heads.table((1, 4, 8), OURS, model, 3, 1),
         "heads of others": lambda: heads.table((1, 4), OTHERS, model, 3, 1),
-        "1B, n = 4, joint": lambda: _training("1B", one, None, 10, 4),
-        "1B, n = 4, sequential": lambda: _training("1B", [*one, *sequential], None, 10, 4),
+        "1B, n = 4, joint": lambda: _training("1B", [*one, *joint], None, 10, 4),
+        "1B, n = 4, head by head": lambda: _training("1B", one, None, 10, 4),
         "8B layers, bfloat16": lambda: _training("8B", [*eight, *MTP], 6, 10, 4),
         "8B layers, float8": lambda: _training("8B", [*eight, *FLOAT8], 6, 10, 4),
     }
@@ -102,12 +102,11 @@ def _small_parts() -> dict[str, Callable[[], Rows]]:
     common = ["--model.name", "llama3", "--model.flavor", "quickstart"]
     common += ["--training.seq_len", "64", "--training.local_batch_size", "1"]
     common += ["--training.mixed_precision_param", "float32"]
-    sequential = ["--mtp.engine", "sequential"]
     emulated = ["--quantize.linear.float8.emulate", "true"]
     return {
         "gemm": lambda: gemm.table(128, GEMM_DTYPES),
         "loss": lambda: loss.compare(shape, ("chunked",), 1, 1),
         "heads": lambda: heads.table((1, 2), OURS[1:2], model, 1, 1),
-        "1B, n = 4, sequential": lambda: _training("1B", [*common, *MTP, *sequential], 3, 1, 1),
+        "1B, n = 4, head by head": lambda: _training("1B", [*common, *MTP], 3, 1, 1),
         "8B layers, float8": lambda: _training("8B", [*common, *FLOAT8, *emulated], 3, 1, 1),
     }

@@ -32,8 +32,8 @@ from torchtitan_mtp.trainer import clip_gradients
 # case -> (heads, engine): ours, and behind them what users have today (head_peers.py).
 CASES = {
     "parallel, joint": ("parallel", "joint"),
-    "parallel, sequential": ("parallel", "sequential"),
-    "sequential, either": ("sequential", "joint"),  # a chain takes one way under both
+    "parallel, head by head": ("parallel", "head_by_head"),
+    "chain": ("sequential", "head_by_head"),
 } | {name: ("parallel", name) for name in PEERS}
 
 
@@ -146,7 +146,7 @@ def prepare(case: str, n: int, **sizes: Any) -> Callable[[], None]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, mtp = model_of(case, n, sizes)
     # A peer's heads are checkpointed as the mode says, no more.
-    engine = "sequential" if case in PEERS else mtp.engine
+    engine = "head_by_head" if case in PEERS else mtp.engine
     apply_activation_checkpointing(model, ActivationCheckpoint(mode=sizes["ac"]), engine)
     model.to_empty(device=device)
     init_weights(model, seed=0)

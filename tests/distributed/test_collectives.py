@@ -22,7 +22,7 @@ MODELS = {
     "plain": PLAIN,
     **{
         f"{engine} {n}": MTP(num_future_tokens=n, engine=engine)
-        for engine in ("joint", "sequential")
+        for engine in ("joint", "head_by_head")
         for n in (2, 6)
     },
     "chain 6": MTP(num_future_tokens=6, heads="sequential"),
@@ -79,6 +79,6 @@ def test_heads_add_only_their_own_collectives():
         trunk = {unit: k for unit, k in gathered.items() if unit not in own}
         assert len(own) == MODELS[name].num_future_tokens - 1
         assert trunk | {last: 1} == plain_gathered, name
-        once = name.startswith("sequential")  # its backward follows its forward at once
+        once = name.startswith("head_by_head")  # its backward follows its forward at once
         assert all(k == 1 if once else k <= 2 for k in (*own.values(), trunk[last])), (name, own)
         assert reduced == Counter([*plain_reduced, *own]), name

@@ -126,38 +126,37 @@ FEW_EXPERTS = replace(  # fewer than ranks: each rank has rows of all
     DEEPSEEK,
     moe=replace(DEEPSEEK.moe, num_experts=2, top_k=1, num_expert_groups=1, num_limited_groups=1),
 )
-# (A chain takes one way under both engines.)
 MESHES = {  # (shard, replicate) -> cases of (mtp, activation checkpointing, shape, loss.backend)
     (2, 1): [
         (parallel(engine="joint"), "none", ARGS),
         (parallel(engine="joint"), "selective", QWEN2),
-        (parallel(engine="sequential"), "none", ARGS),
-        (parallel(engine="sequential"), "full", QWEN2),
-        (parallel(engine="sequential", detach_trunk=True), "none", ARGS),
-        (parallel(engine="sequential", train="heads"), "none", ARGS),
+        (parallel(), "none", ARGS),
+        (parallel(), "full", QWEN2),
+        (parallel(detach_trunk=True), "none", ARGS),
+        (parallel(train="heads"), "none", ARGS),
         (sequential(loss_reduction="mean"), "none", ARGS),
         (sequential(share_weights=True), "full", QWEN2),
         (sequential(train="heads"), "none", ARGS),
         (sequential(trunk_state="raw"), "none", ARGS),
         (sequential(trunk_state="raw", train="heads"), "none", ARGS),
         (sequential(detach_trunk=True), "none", ARGS),
-        (sequential(detach_trunk=True), "none", ARGS, "naive"),  # a chain in one graph
+        (sequential(detach_trunk=True, engine="joint"), "none", ARGS, "naive"),
         (sequential(share_weights=True), "full", DEEPSEEK),
-        (parallel(engine="sequential"), "selective", DEEPSEEK),
+        (parallel(), "selective", DEEPSEEK),
         (sequential(train="heads"), "none", DEEPSEEK),
     ],
     (4, 1): [
-        (parallel(engine="sequential"), "none", ARGS),
+        (parallel(), "none", ARGS),
         (sequential(), "none", ARGS),
         (sequential(), "none", DEEPSEEK),
-        (parallel(engine="sequential"), "full", FEW_EXPERTS),
+        (parallel(), "full", FEW_EXPERTS),
     ],
     (2, 2): [
-        (parallel(engine="sequential"), "none", ARGS),
+        (parallel(), "none", ARGS),
         (parallel(engine="joint"), "none", ARGS),
         (sequential(), "none", DEEPSEEK),
     ],
-    (1, 2): [(parallel(engine="sequential"), "none", ARGS)],
+    (1, 2): [(parallel(), "none", ARGS)],
 }
 
 

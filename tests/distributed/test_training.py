@@ -16,7 +16,8 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from runs import (
-    ONE_BY_ONE,
+    HEAD_BY_HEAD,
+    JOINT,
     SEQUENTIAL,
     Run,
     config_of,
@@ -30,9 +31,8 @@ from runs import (
 from spawn import run_ranks
 from torchtitan_mtp.trainer import Trainer
 
-JOINT: dict[str, Any] = {}
 CURRICULUM = {"mtp.curriculum": "forward"}  # with heads that the optimizer has no state of yet
-FAMILIES = {"joint": JOINT, "one_by_one": ONE_BY_ONE, "chain": {**SEQUENTIAL, **CURRICULUM}}
+FAMILIES = {"joint": JOINT, "head_by_head": HEAD_BY_HEAD, "chain": {**SEQUENTIAL, **CURRICULUM}}
 family = pytest.mark.parametrize("name", FAMILIES)
 STEPS = {"training.steps": 4}
 SAVES = {
@@ -139,7 +139,7 @@ def everything(rank: int, folder: Path) -> dict[str, Any]:
         results[f"{name} sharded"] = sharded
         results[f"{name} reductions"] = count_reductions(folder, keys)
     for option, more in OPTIONS.items():
-        results[option] = train(config_of(folder, STEPS, ONE_BY_ONE, more))
+        results[option] = train(config_of(folder, STEPS, HEAD_BY_HEAD, more))
     for option, more in FLOAT8_OPTIONS.items():
         saves = {**STEPS, **SAVES, **more, "job.dump_folder": str(folder / option)}
         train(config_of(folder, saves), interrupt_after(2))

@@ -9,7 +9,7 @@ import torch
 from poison import leave_out_updates, poison
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from runs import ONE_BY_ONE, SEQUENTIAL, Interrupted, config_of, finish, same, train, weights_of
+from runs import HEAD_BY_HEAD, SEQUENTIAL, Interrupted, config_of, finish, same, train, weights_of
 from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.monitoring.spikes import LossSpikes
 from torchtitan_mtp.trainer import Trainer
@@ -34,7 +34,7 @@ def stopped(folder, *keys) -> tuple[str, dict[str, torch.Tensor]]:
 
 @pytest.mark.parametrize(
     ("implementation", "family"),
-    [("fused", ONE_BY_ONE), ("fused", SEQUENTIAL), ("for-loop", ONE_BY_ONE)],
+    [("fused", HEAD_BY_HEAD), ("fused", SEQUENTIAL), ("for-loop", HEAD_BY_HEAD)],
 )
 def test_stops_before_the_update_and_names_the_place(implementation, family, tmp_path):
     keys = {"optimizer.implementation": implementation}
@@ -143,7 +143,7 @@ class HostReads(TorchDispatchMode):
 
 
 def test_a_step_that_logs_nothing_reads_nothing_on_the_host(tmp_path):
-    keys = {"optimizer.implementation": "fused", **SILENT, **ONE_BY_ONE}
+    keys = {"optimizer.implementation": "fused", **SILENT, **HEAD_BY_HEAD}
     trainer = Trainer(config_of(tmp_path, keys))
     trainer.train_step()  # the first is logged
     with HostReads() as host:

@@ -51,7 +51,8 @@ BASE: dict[str, Any] = {
     "validation.local_batch_size": 2,
 }
 SEQUENTIAL = {"mtp.heads": "sequential"}
-ONE_BY_ONE = {"mtp.engine": "sequential"}
+HEAD_BY_HEAD = {"mtp.engine": "head_by_head"}
+JOINT = {"mtp.engine": "joint"}
 DEEPSEEK = {**SEQUENTIAL, "model.name": "deepseek_v3"}
 
 

@@ -75,7 +75,8 @@ WRONG = {
     "--training.steps five": ["training.steps", "five"],
     "--validation.enable --validation.dataset c5": ["c5"],
     "--loss.backend fastest": ["loss.backend", "fastest", "chunked"],
-    "--loss.backend naive --mtp.engine sequential": ["loss.backend", "naive", "joint"],
+    "--loss.backend naive": ["loss.backend", "naive", 'mtp.engine = "joint"'],
+    "--mtp.heads sequential --mtp.engine joint": ["mtp.engine", "one way", "head_by_head"],
 }
 
 

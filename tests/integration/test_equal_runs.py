@@ -9,7 +9,8 @@ import torch
 
 from runs import (
     DEEPSEEK,
-    ONE_BY_ONE,
+    HEAD_BY_HEAD,
+    JOINT,
     SEQUENTIAL,
     Run,
     config_of,
@@ -18,14 +19,13 @@ from runs import (
     train,
 )
 
-JOINT: dict[str, str] = {}
 THREE = {"training.steps": 3}
 FAMILIES = {
     "joint": JOINT,
-    "one_by_one": ONE_BY_ONE,
+    "head_by_head": HEAD_BY_HEAD,
     "chain": SEQUENTIAL,
     "experts": {**DEEPSEEK, "model.args.moe.aux_loss_coeff": 0.01},
-    "experts_one_by_one": {**ONE_BY_ONE, "model.name": "deepseek_v3"},
+    "experts_head_by_head": {**HEAD_BY_HEAD, "model.name": "deepseek_v3"},
 }
 family = pytest.mark.parametrize("keys", FAMILIES.values(), ids=FAMILIES.keys())
 
@@ -55,7 +55,7 @@ def test_one_future_token_is_plain_training(packed, tmp_path):
     off = {"model.converters": [], "mtp.num_future_tokens": 1}
     without = train(config_of(tmp_path / "a", keys, off))
     assert set(without.weights) == set(without.trunk)
-    for i, heads in enumerate((JOINT, ONE_BY_ONE, SEQUENTIAL)):
+    for i, heads in enumerate((JOINT, HEAD_BY_HEAD, SEQUENTIAL)):
         run = train(config_of(tmp_path / str(i), keys, heads, {"mtp.num_future_tokens": 1}))
         assert run.losses == without.losses
         assert [s["grad_norm"] for s in run.logged] == [s["grad_norm"] for s in without.logged]
@@ -77,7 +77,7 @@ def test_scale_zero_trains_the_trunk_as_without_heads(keys, tmp_path):
 
 
 def test_engines_train_alike(plain):
-    joint, one_by_one = plain(JOINT), plain(ONE_BY_ONE)
+    joint, one_by_one = plain(JOINT), plain(HEAD_BY_HEAD)
     assert largest_difference(joint.weights, one_by_one.weights) < 2e-5
     torch.testing.assert_close(joint.losses, one_by_one.losses, rtol=1e-5, atol=0)
 
@@ -160,7 +160,7 @@ def test_the_same_but_for_rounding(keys, name, plain, tmp_path):
 
 @pytest.mark.slow
 def test_inductor_trains_alike(plain, tmp_path):
-    keys = ONE_BY_ONE
+    keys = HEAD_BY_HEAD
     run = train(config_of(tmp_path, THREE, keys, {"compile.enable": True}))
     torch.testing.assert_close(run.losses, plain(keys).losses, rtol=1e-4, atol=0)
     assert largest_difference(run.weights, plain(keys).weights) < 2e-4

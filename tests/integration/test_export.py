@@ -369,7 +369,7 @@ def test_modules_that_read_another_state_are_not_loaded(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("keys", "name"),
-    [({"mtp.engine": "sequential"}, "meta"), ({"mtp.heads": "sequential"}, "glm4_moe_hf")],
+    [({"mtp.engine": "head_by_head"}, "meta"), ({"mtp.heads": "sequential"}, "glm4_moe_hf")],
     ids=["parallel", "sequential"],
 )
 def test_heads_are_added_to_an_imported_trunk(tmp_path: Path, keys, name) -> None:

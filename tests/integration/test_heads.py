@@ -10,7 +10,8 @@ import torch
 
 from runs import (
     DEEPSEEK,
-    ONE_BY_ONE,
+    HEAD_BY_HEAD,
+    JOINT,
     SEQUENTIAL,
     config_of,
     interrupt_after,
@@ -24,8 +25,7 @@ from torchtitan_mtp.models.flavors import model_args
 from torchtitan_mtp.models.transformer import build_model
 from torchtitan_mtp.trainer import Trainer
 
-JOINT: dict[str, str] = {}
-FAMILIES = {"joint": JOINT, "one_by_one": ONE_BY_ONE, "chain": SEQUENTIAL}
+FAMILIES = {"joint": JOINT, "head_by_head": HEAD_BY_HEAD, "chain": SEQUENTIAL}
 family = pytest.mark.parametrize("keys", FAMILIES.values(), ids=FAMILIES.keys())
 OFF = {"model.converters": [], "mtp.num_future_tokens": 1}
 SAVES = {"checkpoint.enable": True, "checkpoint.interval": 100}
@@ -82,7 +82,7 @@ def test_detached_heads_train_the_trunk_as_without_them(keys, tmp_path):
     free = {"training.max_norm": math.inf, "training.steps": 3}
     without = train(config_of(tmp_path / "a", OFF, free))
     run = train(config_of(tmp_path / "b", keys, free, {"mtp.detach_trunk": True}))
-    assert largest_difference(run.trunk, without.weights) <= (1e-6 if keys == ONE_BY_ONE else 0)
+    assert largest_difference(run.trunk, without.weights) <= (1e-6 if keys == HEAD_BY_HEAD else 0)
 
 
 @family
@@ -221,9 +221,9 @@ def test_schedules_reach_the_loss(keys, expected, tmp_path):
 FORWARD = {"mtp.curriculum": "forward"}  # of 6 steps two with each number of heads
 REST = {  # keys -> the steps in which modules 0 and 1 are under a loss with a weight
     "forward": (FORWARD, [3, 4, 5, 6], [5, 6]),
-    "reverse": ({"mtp.curriculum": "reverse", **ONE_BY_ONE}, [1, 2, 3, 4], [1, 2]),
+    "reverse": ({"mtp.curriculum": "reverse", **HEAD_BY_HEAD}, [1, 2, 3, 4], [1, 2]),
     "no weight": ({"mtp.loss_weights": [0.0, 1.0]}, [], [1, 2, 3, 4, 5, 6]),
-    "no scale": ({"mtp.loss_scale": 0.0, **ONE_BY_ONE}, [], []),
+    "no scale": ({"mtp.loss_scale": 0.0, **HEAD_BY_HEAD}, [], []),
     "chain, forward": ({**FORWARD, **SEQUENTIAL}, [3, 4, 5, 6], [5, 6]),
     # Head 3 reads what module 0 made.
     "chain, no weight": ({"mtp.loss_weights": [0.0, 1.0], **SEQUENTIAL}, *[[1, 2, 3, 4, 5, 6]] * 2),
@@ -231,7 +231,7 @@ REST = {  # keys -> the steps in which modules 0 and 1 are under a loss with a w
     "experts, reverse": ({"mtp.curriculum": "reverse", **DEEPSEEK}, [1, 2, 3, 4], [1, 2]),
     "experts, no scale": ({"mtp.loss_scale": 0.0, **DEEPSEEK}, [], []),
     # <bos> a <eos>: head 3 would have to look over the end.
-    "short documents": (ONE_BY_ONE, [1, 2, 3, 4, 5, 6], []),
+    "short documents": (HEAD_BY_HEAD, [1, 2, 3, 4, 5, 6], []),
     "experts, short documents": (DEEPSEEK, [1, 2, 3, 4, 5, 6], []),
 }
 

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from runs import DEEPSEEK, ONE_BY_ONE, SEQUENTIAL, config_of, train
+from runs import DEEPSEEK, HEAD_BY_HEAD, JOINT, SEQUENTIAL, config_of, train
 
 TEXT = "the quick brown fox jumps over the lazy dog while five wizards box "
 
@@ -14,13 +14,13 @@ TEXT = "the quick brown fox jumps over the lazy dog while five wizards box "
 @pytest.mark.parametrize(
     "keys",
     [
-        {},
-        ONE_BY_ONE,
+        JOINT,
+        HEAD_BY_HEAD,
         SEQUENTIAL,
         {**SEQUENTIAL, "mtp.share_weights": True},
         DEEPSEEK,
     ],
-    ids=["joint", "one_by_one", "chain", "shared chain", "experts"],
+    ids=["joint", "head_by_head", "chain", "shared chain", "experts"],
 )
 def test_every_head_learns_a_text_by_heart(keys, tmp_path):
     path = tmp_path / "text.jsonl"

@@ -8,7 +8,7 @@ import math
 
 import pytest
 
-from runs import ONE_BY_ONE, SEQUENTIAL, config_of, same, train
+from runs import HEAD_BY_HEAD, JOINT, SEQUENTIAL, config_of, same, train
 from torchtitan_mtp.data.targets import IGNORE
 from torchtitan_mtp.trainer import Trainer
 
@@ -37,7 +37,7 @@ def targets_of(trainer: Trainer) -> dict[int, int]:
 
 @pytest.mark.parametrize(
     ("implementation", "family"),
-    [("fused", ONE_BY_ONE), ("fused", SEQUENTIAL), ("for-loop", {})],
+    [("fused", HEAD_BY_HEAD), ("fused", SEQUENTIAL), ("for-loop", JOINT)],
 )
 def test_a_step_without_a_target_is_no_update(implementation, family, tmp_path, caplog):
     """Prompts of 20 bytes fill whole windows of 8: equal, to the bit, to a run whose optimizer is

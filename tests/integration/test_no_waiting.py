@@ -8,17 +8,16 @@ import traceback
 import pytest
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from runs import ONE_BY_ONE, SEQUENTIAL, config_of, finish
+from runs import HEAD_BY_HEAD, JOINT, SEQUENTIAL, config_of, finish
 from torchtitan_mtp.trainer import Trainer
 
 # What reads a tensor's value on the host: `.item()`, `bool(tensor)`, `float(tensor)`; equality of
 # tensors. (CPUs alone look for the rows with a target, by `nonzero`.)
 READS = ("_local_scalar_dense", "equal", "is_nonzero", "item")
 FAMILIES = {
-    "joint": {},
-    "one_by_one": ONE_BY_ONE,
+    "joint": JOINT,
+    "head_by_head": HEAD_BY_HEAD,
     "chain": SEQUENTIAL,
-    "chain, one_by_one": {**SEQUENTIAL, **ONE_BY_ONE},
 }
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from runs import (
     DEEPSEEK,
-    ONE_BY_ONE,
+    HEAD_BY_HEAD,
     SEQUENTIAL,
     SOURCES,
     config_of,
@@ -35,7 +35,7 @@ SAVES = {
 }
 
 
-@pytest.mark.parametrize("family", [ONE_BY_ONE, SEQUENTIAL], ids=["parallel", "sequential"])
+@pytest.mark.parametrize("family", [HEAD_BY_HEAD, SEQUENTIAL], ids=["parallel", "sequential"])
 @pytest.mark.parametrize("source", SOURCES)
 def test_three_and_three_steps_are_six(source, family, tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # of decompressed contents

@@ -7,7 +7,17 @@ import logging
 import pytest
 import torch
 
-from runs import ONE_BY_ONE, SEQUENTIAL, config_of, finish, record, same, train, write_corpus
+from runs import (
+    HEAD_BY_HEAD,
+    JOINT,
+    SEQUENTIAL,
+    config_of,
+    finish,
+    record,
+    same,
+    train,
+    write_corpus,
+)
 from tests.naive import head_logits, head_loss_sums
 from torchtitan_mtp.config import JobConfig
 from torchtitan_mtp.data.loader import DataLoader
@@ -16,8 +26,7 @@ from torchtitan_mtp.data.tokenizer import build_tokenizer
 from torchtitan_mtp.inference.acceptance import Acceptance
 from torchtitan_mtp.trainer import Trainer
 
-JOINT: dict[str, str] = {}
-FAMILIES = {"joint": JOINT, "one_by_one": ONE_BY_ONE, "chain": SEQUENTIAL}
+FAMILIES = {"joint": JOINT, "head_by_head": HEAD_BY_HEAD, "chain": SEQUENTIAL}
 family = pytest.mark.parametrize("keys", FAMILIES.values(), ids=FAMILIES.keys())
 
 

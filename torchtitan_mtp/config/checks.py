@@ -150,10 +150,16 @@ def _check_mtp(config: JobConfig) -> None:
             f"mtp.num_future_tokens = {n}: expected at most validation.seq_len = "
             f"{config.validation.seq_len}"
         )
-    if mtp.engine == "sequential" and n > 1 and config.loss.backend != "chunked":
+    if mtp.engine == "head_by_head" and n > 1 and config.loss.backend != "chunked":
         raise UserError(
-            f'mtp.engine = "sequential": has a loss of its own, found loss.backend = '
+            f'mtp.engine = "head_by_head": has a loss of its own, found loss.backend = '
             f'{show(config.loss.backend)}; set mtp.engine = "joint" or loss.backend = "chunked"'
+        )
+    chain = mtp.heads == "sequential" and n > 1
+    if mtp.engine == "joint" and chain and config.loss.backend == "chunked":
+        raise UserError(
+            'mtp.engine = "joint": a chain (mtp.heads = "sequential") has one way with '
+            'loss.backend = "chunked"; set mtp.engine = "head_by_head"'
         )
     if mtp.share_weights and mtp.heads != "sequential":
         raise UserError(

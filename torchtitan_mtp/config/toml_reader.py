@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from torchtitan_mtp.config.earlier import use_todays_words
 from torchtitan_mtp.config.names import find
 from torchtitan_mtp.config.setting import Option
 from torchtitan_mtp.config.values import HERE, accept, printable
@@ -28,6 +29,7 @@ def read_toml(path: str | Path, options: dict[str, Option]) -> dict[str, Any]:
     """
     tables = _load(path)
     where = f"{printable(path)}: "
+    use_todays_words(tables, where)
     given: dict[str, Any] = {}
     written_as: dict[str, str] = {}
     for name, value in _keys(tables, (), options, where):

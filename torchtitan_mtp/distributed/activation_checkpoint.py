@@ -51,7 +51,7 @@ def _selective_contexts() -> Any:
 
 
 def apply_activation_checkpointing(
-    model: Transformer, config: ActivationCheckpoint, engine: str = "joint"
+    model: Transformer, config: ActivationCheckpoint, engine: str = "head_by_head"
 ) -> None:
     """Make blocks recompute their activations in the backward, heads' included.
 
@@ -59,7 +59,7 @@ def apply_activation_checkpointing(
     product; with a number k, every k-th block is checkpointed whole. Parameter names stay.
 
     Heads that all run forward before the first backward are checkpointed whole in any mode: only so
-    does memory not grow by their activations. (With parallel heads under the sequential `engine`,
+    does memory not grow by their activations. (Of parallel heads under the `engine` "head_by_head",
     each one's backward follows its forward.)
     """
     held: list[nn.Module] = []

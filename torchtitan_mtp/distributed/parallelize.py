@@ -82,8 +82,8 @@ def apply_fsdp(
     blocks = list(model.blocks())
     one_after_another = backward_follows_forward(model, config.mtp.engine)
     for i, block in enumerate(blocks):
-        # What the backward needs first is not worth freeing: the last block, and with the
-        # sequential engine every parallel head, whose backward follows its forward at once.
+        # What the backward needs first is not worth freeing: the last block, and head by head
+        # every parallel one, whose backward follows its forward at once.
         is_head = one_after_another and i >= len(model.layers) - 1
         at_once = is_head or i == len(blocks) - 1
         shard(block, reshard_after_forward=reshard and not at_once)

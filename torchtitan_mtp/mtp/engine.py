@@ -1,10 +1,10 @@
 """The two ways to run n heads forward and backward; one result.
 
-`joint`, for parallel heads and for any backend of the loss, is ordinary autograd: all hidden
-states, one loss, one backward. Its heads' blocks are checkpointed (`apply_activation_checkpointing`
+`joint` is ordinary autograd, with any backend of the loss: all hidden states, one loss, one
+backward. Its heads' blocks are checkpointed (`apply_activation_checkpointing`
 sees to that), so that a head leaves one state [N, D] behind, not its activations.
 
-`sequential` runs the heads' losses and backwards in turn, so that what a head needs for its
+`head_by_head` runs the heads' losses and backwards in turn, so that what a head needs for its
 backward is gone before the next one's loss. For parallel heads that is the algorithm of Gloeckle et
 al. 2024, figure 2: the trunk runs once; each head runs forward, through the loss and backward
 before the next one starts, and leaves its gradient in the trunk's state; then the trunk's backward
@@ -26,8 +26,8 @@ loss just before its head's backward:
     backward(loss_1(norm(x)));  backward(trunk)
 
 In all of them a state's gradient takes the place of the state. In one graph a chain would need both
-at once, for h_k is what head k + 1 is computed from again; so `joint`, too, takes the chain's way,
-unless the loss has another backend.
+at once, for h_k is what head k + 1 is computed from again; so a chain has no `joint` but with
+another backend of the loss.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from torchtitan_mtp.data.targets import Batch
+from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.models.transformer import Transformer
 from torchtitan_mtp.mtp.heads import ParallelHeads, SequentialHeads
 from torchtitan_mtp.mtp.turns import (
@@ -90,14 +91,16 @@ def joint(
     options: LossOptions,
     last_micro_batch: bool = True,
 ) -> LossOutput:
-    """Forward and backward of one micro-batch, in one graph unless a chain takes its own way;
-    gradients add to `.grad`.
+    """Forward and backward of one micro-batch in one graph; gradients add to `.grad`.
 
     `last_micro_batch`: whether gradients are reduced over the ranks now.
+
+    Raises:
+        UserError: a chain with the "chunked" loss.
     """
     chunked = options.backend == "chunked"
     if chunked and isinstance(model.mtp, SequentialHeads):
-        return sequential(model, batch, head_scales, options, last_micro_batch)
+        raise UserError('mtp.engine = "joint": a chain has one way, "head_by_head"; set that')
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(last_micro_batch)
         model.set_is_last_backward(last_micro_batch)
@@ -107,7 +110,7 @@ def joint(
     return _detached(out)
 
 
-def sequential(
+def head_by_head(
     model: Transformer,
     batch: Batch,
     head_scales: Tensor,
@@ -125,7 +128,7 @@ def sequential(
 
 def backward_follows_forward(model: Transformer, engine: str) -> bool:
     """Whether each head's backward comes right after its forward: no two are alive at a time."""
-    return engine == "sequential" and isinstance(model.mtp, ParallelHeads)
+    return engine == "head_by_head" and isinstance(model.mtp, ParallelHeads)
 
 
 def _parallel_turns(
@@ -245,4 +248,4 @@ def _together(outputs: Sequence[LossOutput]) -> LossOutput:
 
 Engine = Callable[[Transformer, Batch, Tensor, LossOptions, bool], LossOutput]
 
-engines: dict[str, Engine] = {"joint": joint, "sequential": sequential}
+engines: dict[str, Engine] = {"head_by_head": head_by_head, "joint": joint}

@@ -175,7 +175,7 @@ def test_combinations_of_mtp(argv, start):
 @pytest.mark.parametrize(
     "argv",
     [
-        ["--mtp.engine=sequential"],
+        ["--mtp.engine=head_by_head"],
         ["--mtp.heads=sequential", "--mtp.share_weights"],
         ["--mtp.match_parameters"],
         ["--mtp.loss_weights=1,2,3"],

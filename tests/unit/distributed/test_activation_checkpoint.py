@@ -28,7 +28,7 @@ class Count(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def step(heads, engine="joint", **config):
+def step(heads, engine="head_by_head", **config):
     """Operations of the forward, of the backward, and the gradients by name."""
     model = small_model(MTP(heads=heads, num_future_tokens=N), attn_mask_type="causal")
     if engine != "plain":
@@ -50,7 +50,7 @@ PRODUCTS = {"parallel": [7, 7, 7, 7, 7], "sequential": [7, 7, 7, 8, 8]}
 
 @pytest.mark.parametrize(
     ("heads", "engine"),
-    [("parallel", "sequential"), ("parallel", "joint"), ("sequential", "sequential")],
+    [("parallel", "head_by_head"), ("parallel", "joint"), ("sequential", "head_by_head")],
 )
 @pytest.mark.parametrize("option", ["none", "full", "1", "2", "op"])
 def test_what_is_computed_again(heads, engine, option):

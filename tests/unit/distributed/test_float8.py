@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from runs import DEEPSEEK as DEEPSEEK_RUN
-from runs import ONE_BY_ONE, SEQUENTIAL, config_of, interrupt_after, same, train
+from runs import HEAD_BY_HEAD, JOINT, SEQUENTIAL, config_of, interrupt_after, same, train
 from tests.small import ARGS, DEEPSEEK, perturb_norms
 from torchtitan_mtp.config import MTP, Float8Linear
 from torchtitan_mtp.distributed.float8 import convert_to_float8, float8_scales_after_step
@@ -21,7 +21,12 @@ from torchtitan_mtp.mtp import add_heads
 Float8 = pytest.importorskip("torchao.float8.float8_linear").Float8Linear
 FLOAT8 = {"model.converters": ["mtp", "quantize.linear.float8"], "training.steps": 4}
 RECIPE = "quantize.linear.float8.recipe_name"
-FAMILIES = {"joint": {}, "one_by_one": ONE_BY_ONE, "chain": SEQUENTIAL, "experts": DEEPSEEK_RUN}
+FAMILIES = {
+    "joint": JOINT,
+    "head_by_head": HEAD_BY_HEAD,
+    "chain": SEQUENTIAL,
+    "experts": DEEPSEEK_RUN,
+}
 
 
 def kinds(heads: str, **keys) -> dict[str, bool]:

@@ -24,7 +24,7 @@ from torchtitan_mtp.inference.decoding import Decoder, stream
 from torchtitan_mtp.inference.rows import Rows
 from torchtitan_mtp.inference.sampling import Sampler
 from torchtitan_mtp.inference.stacking import stack
-from torchtitan_mtp.mtp.engine import joint
+from torchtitan_mtp.mtp.engine import head_by_head
 from torchtitan_mtp.ops import LossOptions
 
 PROMPT = [3, 1, 4, 1, 5]
@@ -273,7 +273,7 @@ def test_heads_that_have_learned_a_text_draft_nearly_all_of_it(heads: str) -> No
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     scales = torch.full((4,), 1 / batch.labels[..., 0].numel())
     for _ in range(40):
-        joint(model, batch, scales, LossOptions())
+        head_by_head(model, batch, scales, LossOptions())
         optimizer.step()
         optimizer.zero_grad()
     speculative = generate(model, [line], 40, speculative=True)

@@ -13,7 +13,7 @@ from tiny_models import random_model
 from torchtitan_mtp.data.targets import Window, make_batch
 from torchtitan_mtp.inference import generate
 from torchtitan_mtp.models.transformer import Transformer
-from torchtitan_mtp.mtp.engine import joint
+from torchtitan_mtp.mtp.engine import head_by_head
 from torchtitan_mtp.ops import LossOptions
 
 # Without indentation, of which models of this size would learn little else.
@@ -29,7 +29,8 @@ def trained(heads: str, n: int) -> Transformer:
     rows = TEXT[: 40 * 8 * 64].view(40, 8, 64)
     scales = torch.full((n,), 1 / (8 * (64 - n)))
     for tokens in rows:
-        joint(model, make_batch(Window(tokens, torch.zeros_like(tokens)), n), scales, LossOptions())
+        batch = make_batch(Window(tokens, torch.zeros_like(tokens)), n)
+        head_by_head(model, batch, scales, LossOptions())
         optimizer.step()
         optimizer.zero_grad()
     return model.requires_grad_(False)

@@ -29,16 +29,15 @@ CASES = {  # name -> ([mtp] table, activation checkpointing, graphs to train wit
     # A parallel block before `output` normalises; of a chain, the first module does its input.
     # Heads that wait for one another are checkpointed, the trunk is not.
     "parallel, joint": ({**PARALLEL, "engine": "joint"}, "none", 3, 3),
-    "parallel, checkpointed": ({**PARALLEL, "engine": "sequential"}, "full", 2, 2),
+    "parallel, checkpointed": (PARALLEL, "full", 2, 2),
     # Heads on a detached state need no gradient of their input.
-    "parallel, detached": ({**PARALLEL, "detach_trunk": True}, "none", 3, 3),
+    "parallel, detached": ({**PARALLEL, "engine": "joint", "detach_trunk": True}, "none", 3, 3),
     # Every second block of the trunk is checkpointed, every head.
     "sequential, checkpointed": ({"heads": "sequential"}, "selective", 4, 4),
     "sequential, shared": ({"heads": "sequential", "share_weights": True}, "none", 3, 3),
     # The first block is dense.
     "experts": ({"heads": "sequential"}, "none", 4, 4),
-    "experts, checkpointed": ({"heads": "parallel", "engine": "sequential"}, "full", 3, 3),
-    "sequential, in turn": ({"heads": "sequential", "engine": "sequential"}, "none", 3, 3),
+    "experts, checkpointed": (PARALLEL, "full", 3, 3),
 }
 
 

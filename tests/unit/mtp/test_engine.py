@@ -16,6 +16,7 @@ from tests.small import (
 )
 from torchtitan_mtp.config import MTP
 from torchtitan_mtp.data.targets import IGNORE, Batch, make_batch
+from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.mtp import engines, forward_loss, head_scales, head_weights
 from torchtitan_mtp.ops import LossOptions
 
@@ -61,11 +62,13 @@ SHAPES = {
 }
 
 
-RUNS = {  # a chain runs in one graph with another backend of the loss than "chunked"
-    "joint": ("joint", LossOptions(chunk_rows=5)),
-    "sequential": ("sequential", LossOptions(chunk_rows=5)),
+RUNS = {
+    "head by head": ("head_by_head", LossOptions(chunk_rows=5)),
     "joint, naive loss": ("joint", LossOptions(backend="naive")),
+    "joint": ("joint", LossOptions(chunk_rows=5)),  # not of a chain
 }
+WAYS = [("parallel", "head_by_head"), ("parallel", "joint"), ("sequential", "head_by_head")]
+ways = pytest.mark.parametrize(("heads", "engine"), WAYS)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -77,6 +80,8 @@ def test_loss_and_gradients_are_the_naive_ones(mtp, shape):
     model = small_model(mtp, torch.float64, **SHAPES[shape])
     loss, losses, expected = naive_gradients(model, window, mtp)
     for run, (engine, options) in RUNS.items():
+        if run == "joint" and (mtp.heads, min(mtp.num_future_tokens, 2)) == ("sequential", 2):
+            continue
         model.zero_grad()
         out = engines[engine](model, batch, scales_of(mtp, batch), options, True)
         # head_scales are float32 whatever the model is.
@@ -92,8 +97,7 @@ def test_loss_and_gradients_are_the_naive_ones(mtp, shape):
             assert relative_error(found[name], expected[name]) < 1e-6, (run, name)
 
 
-@pytest.mark.parametrize("heads", ["parallel", "sequential"])
-@pytest.mark.parametrize("engine", ["joint", "sequential"])
+@ways
 def test_scale_zero_and_n_1_give_the_plain_models_trunk_gradients_to_the_bit(heads, engine):
     n = 3
     window = small_window(2, 12 + n)
@@ -114,8 +118,7 @@ def test_scale_zero_and_n_1_give_the_plain_models_trunk_gradients_to_the_bit(hea
             assert torch.equal(found[name], gradient), name
 
 
-@pytest.mark.parametrize("engine", ["joint", "sequential"])
-@pytest.mark.parametrize("heads", ["parallel", "sequential"])
+@ways
 def test_a_batch_without_targets_gives_zero_gradients_and_a_finite_loss(heads, engine):
     mtp = MTP(heads=heads, num_future_tokens=3)
     model = small_model(mtp)
@@ -126,8 +129,7 @@ def test_a_batch_without_targets_gives_zero_gradients_and_a_finite_loss(heads, e
     assert all(g.count_nonzero() == 0 for g in named_gradients(model).values())
 
 
-@pytest.mark.parametrize("engine", ["joint", "sequential"])
-@pytest.mark.parametrize("heads", ["parallel", "sequential"])
+@ways
 def test_detached_heads_leave_the_trunk_to_head_1(heads, engine):
     """With head 1's loss out of the total, nothing outside mtp.* gets a gradient."""
     mtp = MTP(heads=heads, num_future_tokens=3, detach_trunk=True)
@@ -140,8 +142,7 @@ def test_detached_heads_leave_the_trunk_to_head_1(heads, engine):
         assert bool(gradient.count_nonzero()) == name.startswith("mtp."), name
 
 
-@pytest.mark.parametrize("engine", ["joint", "sequential"])
-@pytest.mark.parametrize("heads", ["parallel", "sequential"])
+@ways
 def test_a_frozen_trunk_has_no_gradients_at_all(heads, engine):
     mtp = MTP(heads=heads, num_future_tokens=3, train="heads")
     model = small_model(mtp)
@@ -157,6 +158,13 @@ def test_a_frozen_trunk_has_no_gradients_at_all(heads, engine):
     for name, param in model.named_parameters():
         if param.grad is not None:
             assert relative_error(param.grad, expected[name].grad) < 1e-5, name
+
+
+def test_a_chain_in_one_graph_is_refused():
+    mtp = MTP(heads="sequential", num_future_tokens=3)
+    batch = make_batch(small_window(2, 11), 3)
+    with pytest.raises(UserError, match='"joint": a chain has one way, "head_by_head"; set that'):
+        engines["joint"](small_model(mtp), batch, scales_of(mtp, batch), LossOptions(), True)
 
 
 @pytest.mark.parametrize("heads", ["parallel", "sequential"])
@@ -197,7 +205,7 @@ def test_packed_documents_are_the_same_documents_apart(heads):
             window = small_window(1, 1)._replace(
                 tokens=torch.cat((row, pad), 1), doc_ids=torch.cat((docs, pad - 1), 1)
             )
-            out = engines["joint"](model, make_batch(window, n), ones, LossOptions(), True)
+            out = engines["head_by_head"](model, make_batch(window, n), ones, LossOptions(), True)
             sums.append(out.loss_sum)
         return torch.stack(sums).sum(0), named_gradients(model)
 

@@ -44,14 +44,12 @@ def peak(n: int, mode: str, **table) -> int:
 
 
 CASES = {  # [mtp] table, activation checkpointing, [N, D] for each head at most
-    "parallel, in turn": ({"engine": "sequential"}, "none", 0),
-    "parallel, in turn, checkpointed": ({"engine": "sequential"}, "full", 0),
+    "parallel, head by head": ({"engine": "head_by_head"}, "none", 0),
+    "parallel, head by head, checkpointed": ({"engine": "head_by_head"}, "full", 0),
     "parallel, joint": ({"engine": "joint"}, "none", 1),
     "parallel, joint, checkpointed": ({"engine": "joint"}, "full", 1),
-    "chain, in turn": ({"heads": "sequential", "engine": "sequential"}, "none", 1),
-    "chain, in turn, checkpointed": ({"heads": "sequential", "engine": "sequential"}, "full", 1),
-    "chain, joint": ({"heads": "sequential"}, "none", 1),
-    "chain, joint, checkpointed": ({"heads": "sequential"}, "full", 1),
+    "chain": ({"heads": "sequential"}, "none", 1),
+    "chain, checkpointed": ({"heads": "sequential"}, "full", 1),
 }
 
 
@@ -62,7 +60,7 @@ def test_what_a_head_keeps(name):
     assert plain > LOGITS  # the loss is where most is alive
     few = STATE / 2  # labels, a chain's tokens ahead
     assert eight - four <= 4 * states * STATE + few
-    # The sequential engine itself has the trunk state's gradient in float32.
+    # Head by head, the engine itself has the trunk state's gradient in float32.
     assert eight - plain <= max(8 * states, 2) * STATE + few
     if states:
         assert eight - four > 4 * (states - 1) * STATE  # as the table in the docs says

@@ -31,7 +31,7 @@ def benchmark(*arguments: str, **variables: str) -> subprocess.CompletedProcess[
 def test_heads_beside_held_logits(tmp_path: Path) -> None:
     out = tmp_path / "heads.json"
     sizes = ["--layers", "2", "--dim", "64", "--vocab", "8192", "--seq-len", "1024"]
-    cases = ["--cases", "parallel, sequential", "logits held"]
+    cases = ["--cases", "parallel, head by head", "logits held"]
     rounds = ["--rounds", "1", "--repeats", "1"]
     files = ["--json", str(out), "--plot", str(tmp_path / "new" / "heads.png")]
     run = benchmark("heads", "--heads", "1", "4", *sizes, *cases, *rounds, *files)
@@ -43,11 +43,11 @@ def test_heads_beside_held_logits(tmp_path: Path) -> None:
     # Two blocks and `output` of 64 x 8192; each further head is a block and `output`.
     block = 4 * 64 * 64 + 3 * 64 * 256 + 1024 * 64
     flops = (5 * block + 4 * 64 * 8192) / (2 * block + 64 * 8192)
-    for case in ("parallel, sequential", "logits held"):
+    for case in ("parallel, head by head", "logits held"):
         assert rows[case]["FLOPs / n=1"] == pytest.approx(flops, rel=1e-6)
     # One head's logits are 32 MiB: held, each with its softmax; ours has 16 MiB at a time.
     assert rows["logits held"]["more MiB"] > 4 * 32
-    assert rows["parallel, sequential"]["peak / n=1"] < 1.2
+    assert rows["parallel, head by head"]["peak / n=1"] < 1.2
     assert "| limit: measured matmul rate | 4 |" in run.stdout
 
 
@@ -102,7 +102,7 @@ def test_gpu_runs_small(tmp_path: Path) -> None:
     run = benchmark("gpu", "--small", "--json", str(out))
     assert run.returncode == 0, run.stderr
     parts = json.loads(out.read_text())
-    for name in ("gemm", "loss", "heads", "1B, n = 4, sequential", "8B layers, float8"):
+    for name in ("gemm", "loss", "heads", "1B, n = 4, head by head", "8B layers, float8"):
         assert parts[name]["rows"] and not any("error" in row for row in parts[name]["rows"]), name
     training = parts["8B layers, float8"]["rows"][0]
     assert training["float8"] and training["n"] == 4 and training["layers"] == 3

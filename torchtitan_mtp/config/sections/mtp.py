@@ -45,10 +45,11 @@ class MTP:
     curriculum_fraction: float = setting(1.0, above=0, at_most=1)
     """Fraction of training.steps that the curriculum takes."""
 
-    engine: Literal["joint", "sequential"] = "joint"
-    """"sequential": head by head, with memory flat in n and nothing computed twice; "joint": in one
-    graph, which keeps one state of each head and computes the blocks of heads 2..n twice. A chain
-    takes one way under both, unless loss.backend is not "chunked". The same gradients."""
+    engine: Literal["head_by_head", "joint"] = "head_by_head"
+    """"head_by_head": one head's loss and backward after another, with memory flat in n and nothing
+    computed twice (a chain keeps one state of each head and computes its blocks twice); "joint": in
+    one graph, which does so for parallel heads, too. The same gradients. "head_by_head" needs
+    loss.backend = "chunked", with which a chain has no other."""
 
     share_weights: bool = False
     """Apply one sequential module n - 1 times instead of training n - 1 modules."""

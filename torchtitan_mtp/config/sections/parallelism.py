@@ -34,7 +34,7 @@ class ActivationCheckpoint:
     )
     """"full" recomputes each block; "selective" what selective_ac_option says; "none" nothing.
     Heads 2..n are recomputed whole in any mode, but for parallel ones with mtp.engine =
-    "sequential"."""
+    "head_by_head"."""
 
     selective_ac_option: str = "2"
     """"op": keep the results of costly operations in every block; a number: recompute every
