@@ -253,6 +253,20 @@ def test_set_up_refuses_an_unknown_group(checkout: Path) -> None:
     assert result.stderr == "error: setup.sh takes core or dev, got 'all'\n"
 
 
+def test_the_fast_tests_are_there(ready: Path) -> None:
+    (ready / "scripts/test.sh").write_bytes((ROOT / "scripts/test.sh").read_bytes())
+    (ready / ".venv/setup-core").rename(ready / ".venv/setup-dev")
+    command = ["bash", str(ready / "scripts/test.sh"), "fast", "-x"]
+    subprocess.run(command, env=environment(ready), check=True, timeout=60)
+    (call,) = calls(ready)
+    options, *rest = call.partition(" | ")[0].split(" tests/")
+    assert options == "-m pytest -n 2 --dist loadfile -m not slow and not exhaustive"
+    *others, last = rest
+    paths = [*others, last.removesuffix(" -x")]
+    assert len(paths) > 10
+    assert [path for path in paths if not (ROOT / "tests" / path).exists()] == []
+
+
 @pytest.fixture(scope="module")
 def requirements() -> ModuleType:
     file = ROOT / "scripts/missing_requirements.py"
