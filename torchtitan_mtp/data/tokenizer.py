@@ -89,6 +89,8 @@ class ByteTokenizer(Tokenizer):
     eos_ids = (257,)
     pad_id = 258
     fingerprint = "byte"
+    ranks: Mapping[bytes, int] = {bytes([i]): i for i in range(256)}
+    specials: Mapping[str, int] = {BEGIN_OF_TEXT: 256, END_OF_TEXT: 257, "<|pad|>": 258}
 
     def encode(self, text: str) -> np.ndarray:
         # A lone surrogate (JSON can spell one) has no UTF-8; "?" stands for it.
@@ -125,18 +127,18 @@ class TiktokenTokenizer(Tokenizer):
     def __init__(self, path: str | Path) -> None:
         path = Path(path)
         data = _read(path)
-        ranks = _parse_ranks(path, data)
-        specials = _special_tokens(len(ranks))
+        self.ranks = _parse_ranks(path, data)
+        self.num_ranks = len(self.ranks)
+        self.specials = _special_tokens(self.num_ranks)
         self._encoding = tiktoken.Encoding(
-            name=path.name,
+            path.name,
             pat_str=LLAMA3_PATTERN,
-            mergeable_ranks=ranks,
-            special_tokens=specials,
+            mergeable_ranks=self.ranks,
+            special_tokens=self.specials,
         )
-        self.num_ranks = len(ranks)
-        self.vocab_size = len(ranks) + len(specials)
-        folder = path.parent.parent if path.parent.name == "original" else path.parent
-        ids = read_special_tokens(folder).resolve(specials.get, BEGIN_OF_TEXT, END_OF_TEXT)
+        self.vocab_size = self.num_ranks + len(self.specials)
+        said = read_special_tokens(folder_of(path))
+        ids = said.resolve(self.specials.get, BEGIN_OF_TEXT, END_OF_TEXT)
         prefix = () if ids.bos is None else (ids.bos,)
         self.set_special(ids, prefix, f"tiktoken:{hashlib.sha256(data).hexdigest()}")
 
@@ -220,6 +222,11 @@ class HFTokenizer(Tokenizer):
     def decode(self, ids: Sequence[int]) -> str:
         known = [i for i in map(int, ids) if 0 <= i < self.vocab_size]
         return str(self._tokenizer.decode(known, skip_special_tokens=True))
+
+
+def folder_of(path: Path) -> Path:
+    """The model's folder that a tokenizer's file is of; Meta's lie in original/."""
+    return path.parent.parent if path.parent.name == "original" else path.parent
 
 
 def build_tokenizer(path: str) -> Tokenizer:

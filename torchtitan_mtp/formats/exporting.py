@@ -16,7 +16,7 @@ from torchtitan_mtp.checkpoint.folders import find_checkpoint, find_config
 from torchtitan_mtp.checkpoint.load import names_line
 from torchtitan_mtp.checkpoint.record import keeps_earlier, record_of, untold
 from torchtitan_mtp.config import JobConfig, load_toml
-from torchtitan_mtp.data.tokenizer import build_tokenizer
+from torchtitan_mtp.data.tokenizer import TiktokenTokenizer, build_tokenizer
 from torchtitan_mtp.errors import UserError, memory_told
 from torchtitan_mtp.formats.formats import (
     FORMATS,
@@ -29,8 +29,8 @@ from torchtitan_mtp.formats.formats import (
     vocabulary_of,
 )
 from torchtitan_mtp.formats.names import Entry, Names, swap_halves, to_halves
-from torchtitan_mtp.formats.read import DCPTensors, Tensors
-from torchtitan_mtp.formats.tokenizer_files import copy_tokenizer
+from torchtitan_mtp.formats.read import DCPTensors, Tensors, read_json
+from torchtitan_mtp.formats.tokenizer_files import GENERATION, copy_tokenizer, write_tokenizer_json
 from torchtitan_mtp.formats.write import (
     Output,
     write_dcp,
@@ -185,15 +185,26 @@ def _outward(
 def _write_hf_files(
     folder: Path, config: JobConfig, settings: dict[str, Any], dtype: torch.dtype
 ) -> None:
-    path, special = config.model.hf_assets_path, {}
+    """config.json, generation_config.json and the tokenizer's files. What came with the tokenizer
+    stays as it was; of generation_config.json, ids that it lacks are added."""
+    path = config.model.hf_assets_path
+    special: dict[str, Any] = {}
+    generation: dict[str, Any] = {}
     if path:
         tokenizer = build_tokenizer(path)
         copy_tokenizer(path, folder)
-        ends = list(tokenizer.eos_ids)
-        special = {"bos_token_id": tokenizer.bos_id, "eos_token_id": ends if ends[1:] else ends[0]}
-        special |= {"pad_token_id": tokenizer.pad_id} if tokenizer.pad_id is not None else {}
+        if isinstance(tokenizer, TiktokenTokenizer) and not (folder / "tokenizer.json").exists():
+            write_tokenizer_json(tokenizer, folder)
+        if (folder / GENERATION).exists():
+            given = read_json(folder / GENERATION)
+            generation = {key: value for key, value in given.items() if value is not None}
+        told = generation.get("eos_token_id", [])
+        ends = [*dict.fromkeys([*(told if isinstance(told, list) else [told]), *tokenizer.eos_ids])]
+        ids = {"bos_token_id": tokenizer.bos_id, "pad_token_id": tokenizer.pad_id}
+        special = {key: generation.get(key, i) for key, i in ids.items()}
+        special["eos_token_id"] = ends if ends[1:] else ends[0]
     else:
         logger.warning("%s: without a tokenizer, as the run is", folder.name)
     dtype_name = str(dtype).removeprefix("torch.")
     write_json(folder / "config.json", settings | special | {"dtype": dtype_name})
-    write_json(folder / "generation_config.json", special)
+    write_json(folder / GENERATION, generation | special)

@@ -31,7 +31,7 @@ from torchtitan_mtp.formats.formats import (
 )
 from torchtitan_mtp.formats.names import Entry, swap_halves, to_pairs
 from torchtitan_mtp.formats.read import DCPTensors, Tensors, read_json
-from torchtitan_mtp.formats.tokenizer_files import CONFIGS, check_rows, copy_tokenizer
+from torchtitan_mtp.formats.tokenizer_files import check_rows, copy_tokenizer
 from torchtitan_mtp.formats.write import Output, write_dcp, written_aside
 from torchtitan_mtp.models.args import ModelSpec
 from torchtitan_mtp.models.flavors import check_shape
@@ -83,7 +83,7 @@ def import_checkpoint(
         if form.read_config is not None:
             (tmp / "tokenizer").mkdir()
             config.model.hf_assets_path = f"{HERE}/tokenizer"
-            if copy_tokenizer(str(folder), tmp / "tokenizer", CONFIGS):
+            if copy_tokenizer(str(folder), tmp / "tokenizer", ("config.json",)):
                 check_rows(build_tokenizer(str(folder)), folder, spec.args.vocab_size)
             else:
                 shutil.rmtree(tmp / "tokenizer")

@@ -1,34 +1,31 @@
-"""The tokenizer that goes with the weights."""
+"""The tokenizer that goes with the weights, and what travels with it."""
 
 from __future__ import annotations
 
 import shutil
 from pathlib import Path
 
+from tokenizers import Regex, decoders, models, pre_tokenizers, processors
 from tokenizers import Tokenizer as FastTokenizer
-from tokenizers import decoders, models, pre_tokenizers, processors
 
-from torchtitan_mtp.data.tokenizer import ByteTokenizer, Tokenizer
+from torchtitan_mtp.data.tokenizer import (
+    LLAMA3_PATTERN,
+    ByteTokenizer,
+    TiktokenTokenizer,
+    Tokenizer,
+    folder_of,
+)
 from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.formats.write import write_json
 
-FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    "original/tokenizer.model",
-    "spiece.model",
+GENERATION = "generation_config.json"
+# A folder's tokenizer; and what lies beside one, also beside one that is given as a file.
+TOKENIZERS = ("tokenizer.json", "vocab.json", "*.tiktoken", "*.model", "original/*.model")
+BESIDE = (
+    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt"),
+    *("chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja"),
+    GENERATION,
 )
-_BYTE_SPECIALS = ("<|begin_of_text|>", "<|end_of_text|>", "<|pad|>")
-
-
-# Name some special tokens, in a folder that is imported.
-CONFIGS = ("config.json", "generation_config.json")
 
 
 def check_rows(tokenizer: Tokenizer, folder: Path, rows: int | None) -> None:
@@ -45,58 +42,57 @@ def copy_tokenizer(path: str, out: Path, also: tuple[str, ...] = ()) -> bool:
     """Put the tokenizer that `path` names (as model.hf_assets_path does) into the folder `out`.
 
     Args:
-        also: further files to take from a folder with one.
+        also: further files to take along.
 
     Returns:
         Whether there was one.
     """
     if path == "byte":
-        _write_byte_tokenizer(out)
+        write_tokenizer_json(ByteTokenizer(), out)
         return True
-    place = Path(path)
-    if place.is_file():
+    place, wanted = Path(path), [*BESIDE, *also]
+    if is_file := place.is_file():
         name = "tokenizer.json" if place.suffix == ".json" else "tokenizer.model"
         shutil.copyfile(place, out / name)
-        found = [name]
-        place = place.parent
-        wanted = list(FILES[1:4]) if name == "tokenizer.json" else []
+        place = folder_of(place)
     else:
-        wanted, found = [*FILES, *also, *(file.name for file in place.glob("*.tiktoken"))], []
-    for name in wanted:
-        if (place / name).is_file():
-            (out / name).parent.mkdir(exist_ok=True)
-            shutil.copyfile(place / name, out / name)
-            found.append(name)
-    return any(
-        name.endswith(("tokenizer.json", "vocab.json", ".model", ".tiktoken")) for name in found
-    )
+        wanted += TOKENIZERS
+    found = [file for pattern in wanted for file in place.glob(pattern) if file.is_file()]
+    for file in found:
+        to = out / file.relative_to(place)
+        to.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, to)
+    return is_file or any(file.match(pattern) for file in found for pattern in TOKENIZERS)
 
 
-def _write_byte_tokenizer(out: Path) -> None:
-    """The word "byte" as a tokenizer.json: byte-level BPE without any merge, the same ids."""
-    byte = ByteTokenizer()
-    specials = dict(zip(_BYTE_SPECIALS, (byte.bos_id, byte.eos_id, byte.pad_id), strict=True))
-    vocabulary = {char: i for i, char in enumerate(_byte_characters())}
-    tokenizer = FastTokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(list(specials))  # their ids follow the vocabulary's
-    assert all(tokenizer.token_to_id(name) == i for name, i in specials.items())
-    bos, eos, pad = _BYTE_SPECIALS
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=[bos, "$A"], special_tokens=[(bos, byte.bos_id)]
+def write_tokenizer_json(tokenizer: ByteTokenizer | TiktokenTokenizer, out: Path) -> None:
+    """Bytes, or byte-pair ranks, as a byte-level tokenizer.json in the folder `out`: the same ids
+    and prefix. What it is for says tokenizer_config.json, which is left where it is there."""
+    ranks, char, merges = tokenizer.ranks, _byte_characters(), []
+    text = {token: "".join(char[byte] for byte in token) for token in ranks}
+    for token in sorted(ranks, key=lambda token: ranks[token]):
+        cuts = ((token[:i], token[i:]) for i in range(1, len(token)))
+        pairs = ((ranks[a], ranks[b], a, b) for a, b in cuts if a in ranks and b in ranks)
+        merges += [(text[a], text[b]) for _, _, a, b in sorted(pairs)]
+    vocabulary = {text[token]: i for token, i in ranks.items()}
+    fast = FastTokenizer(models.BPE(vocabulary, merges, ignore_merges=bool(merges)))
+    cut: pre_tokenizers.PreTokenizer = pre_tokenizers.ByteLevel(False, use_regex=False)
+    if isinstance(tokenizer, TiktokenTokenizer):
+        split = pre_tokenizers.Split(Regex(LLAMA3_PATTERN), "isolated")
+        cut = pre_tokenizers.Sequence([split, cut])
+    fast.pre_tokenizer, fast.decoder = cut, decoders.ByteLevel()
+    fast.add_special_tokens(list(tokenizer.specials))  # their ids follow the vocabulary's
+    named = {i: name for name, i in tokenizer.specials.items()}
+    front = [named[i] for i in tokenizer.prefix]
+    fast.post_processor = processors.TemplateProcessing(
+        single=[*front, "$A"], special_tokens=list(zip(front, tokenizer.prefix, strict=True))
     )
-    tokenizer.save(str(out / "tokenizer.json"))
-    write_json(
-        out / "tokenizer_config.json",
-        {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "bos_token": bos,
-            "eos_token": eos,
-            "pad_token": pad,
-            "clean_up_tokenization_spaces": False,
-        },
-    )
+    fast.save(str(out / "tokenizer.json"))
+    if not (config := out / "tokenizer_config.json").exists():
+        kinds = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "pad": tokenizer.pad_id}
+        tokens = {f"{kind}_token": named[i] for kind, i in kinds.items() if i in named}
+        usual = {"tokenizer_class": "PreTrainedTokenizerFast"}
+        write_json(config, usual | tokens | {"clean_up_tokenization_spaces": False})
 
 
 def _byte_characters() -> list[str]:

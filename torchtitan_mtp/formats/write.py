@@ -143,12 +143,8 @@ def write_pth(file: Path, outputs: Sequence[Output]) -> None:
     with torch.serialization.skip_data():  # reserves their bytes; untouched memory costs nothing
         torch.save(empty, file)
     del empty
-    before = torch.serialization.get_default_mmap_options()
-    torch.serialization.set_default_mmap_options(mmap.MAP_SHARED)
-    try:
+    with torch.serialization.set_default_mmap_options(mmap.MAP_SHARED):
         state = torch.load(file, mmap=True, weights_only=True)
-    finally:
-        torch.serialization.set_default_mmap_options(before or mmap.MAP_PRIVATE)
     for output in outputs:
         state[output.name].copy_(output.read())
 
