@@ -86,7 +86,7 @@ class Checkpointer:
         if config.last_save_in_hf and isinstance(self.folder, RemotePath):
             raise UserError(
                 "checkpoint.last_save_in_hf = true: needs a local folder, found "
-                f"checkpoint.folder = {self.folder}; run scripts/export_checkpoint.py afterwards"
+                f"checkpoint.folder = {self.folder}; run torchtitan-mtp-export afterwards"
             )
         self.model = model
         self.optimizer = optimizer

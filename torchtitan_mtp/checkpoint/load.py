@@ -254,7 +254,7 @@ def _check_program(opened: Opened, model: nn.Module) -> None:
     if record["args"]["qk_norm"] and not ours:
         raise UserError(
             f"{opened.path}: not of a run here; TorchTitan's Qwen3 turns other pairs of a head: "
-            "read it with scripts/import_checkpoint.py --format torchtitan"
+            "read it with torchtitan-mtp-import --format torchtitan"
         )
     if opened.record is None:
         logger.warning(

@@ -1,4 +1,4 @@
-"""Measure what a model's heads are worth: `python scripts/evaluate.py CHECKPOINT`.
+"""Measure what a model's heads are worth.
 
 CHECKPOINT is a step-N folder, a run's folder, whose latest step is taken, or a Hugging Face folder.
 

@@ -1,4 +1,4 @@
-"""Write a trained model for other programs: `export_checkpoint.py CHECKPOINT OUT --format NAME`.
+"""Write a trained model for other programs.
 
 CHECKPOINT is a step-N folder, or a run's folder, whose latest step is taken; any number of ranks
 may have written it. OUT is a new folder. docs/serving.md has the formats and what reads them.

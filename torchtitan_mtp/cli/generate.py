@@ -1,4 +1,4 @@
-"""Continue texts with a trained model: `python scripts/generate.py CHECKPOINT --prompt TEXT`.
+"""Continue texts with a trained model.
 
 CHECKPOINT is a step-N folder, a run's folder, whose latest step is taken, or a Hugging Face folder.
 With --speculative, heads 2..n draft and head 1 verifies; --compare decodes the same prompts both

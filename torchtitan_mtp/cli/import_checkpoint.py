@@ -1,4 +1,4 @@
-"""Read another program's model: `import_checkpoint.py SOURCE OUT`.
+"""Read another program's model.
 
 OUT becomes a run's folder: step-0, config.toml and tokenizer. generate.py continues text with it;
 `checkpoint.initial_load_path = "OUT"` starts a training from it. docs/serving.md has the formats.

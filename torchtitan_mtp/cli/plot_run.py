@@ -1,4 +1,4 @@
-"""Draw the heads' losses of a run: `python scripts/plot_run.py RUN OUT.png`.
+"""Draw the heads' losses of a run.
 
 RUN is a run's dump folder with TensorBoard files; training losses are lines, held-out ones dots.
 """

@@ -92,7 +92,7 @@ def _check_hugging_face(config: JobConfig) -> None:
     if checkpoint.last_save_in_hf and parallel:
         raise UserError(
             "checkpoint.last_save_in_hf = true: no Hugging Face format holds parallel heads; unset "
-            'it and run scripts/export_checkpoint.py, or set mtp.heads = "sequential"'
+            'it and run torchtitan-mtp-export, or set mtp.heads = "sequential"'
         )
 
 

@@ -207,7 +207,9 @@ def test_folders_that_do_not_say_their_model(tmp_path, caplog):
     assert "moe.route_norm = " in said and "moe.route_scale = " in said
     assert not any(f".{key} = " in said for key in ("num_experts", "hidden_dim", "kv_lora_rank"))
     model = foreign(tmp_path / "qwen", qk_norm=True)
-    message = r"step-3: not of a run here; TorchTitan's Qwen3 .*import_checkpoint.py --format torch"
+    message = (
+        r"step-3: not of a run here; TorchTitan's Qwen3 .*torchtitan-mtp-import --format torch"
+    )
     with pytest.raises(UserError, match=message):
         load_model_weights(tmp_path / "qwen", model)
     # Nor is our own export in that layout taken for a run's, wherever it lies.
