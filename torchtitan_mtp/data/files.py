@@ -29,23 +29,25 @@ class DataFile:
         self.shown = shown or path
         try:
             with open(path, "rb") as f:
-                self.size = os.fstat(f.fileno()).st_size
+                now = os.fstat(f.fileno())
         except OSError as e:
             raise self._unreadable(e) from e
+        self.size, self._written = now.st_size, now.st_mtime_ns
 
     def read(self, start: int, stop: int) -> bytes:
-        """Bytes start..stop-1. Raises UserError if they can't be read or the size has changed."""
+        """Bytes start..stop-1. Raises UserError if they can't be read, or were written to since."""
         try:
             with open(self.path, "rb") as f:
-                now = os.fstat(f.fileno()).st_size
+                now = os.fstat(f.fileno())
                 f.seek(start)
                 data = f.read(stop - start)
         except OSError as e:
             raise self._unreadable(e) from e
-        if now != self.size or len(data) != stop - start:
+        if now.st_mtime_ns != self._written or len(data) != stop - start:
             raise UserError(
-                f"data {self.shown}: {self.size} bytes when the run began, {now} now; put the file"
-                " back and resume; a corpus must not change under a run"
+                f"data {self.shown}: {self.size} bytes when the run began, {now.st_size} now, and"
+                " written to since; put the file back, whose content is compared then, and resume:"
+                " a corpus must not change under a run"
             )
         return data
 

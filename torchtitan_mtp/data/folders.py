@@ -1,5 +1,6 @@
 """Which files of a folder are data."""
 
+import fnmatch
 import functools
 import glob
 import itertools
@@ -53,7 +54,8 @@ def find_files(
         The folder that names are relative to, the files, sorted, and what is left out, as text.
 
     Raises:
-        UserError: a folder that can't be read; no file, or only outputs or files of other splits.
+        UserError: no file, or only outputs or files of other splits.
+        OSError: a folder that can't be read.
     """
     place = Path(pattern).expanduser()
     if place.is_file():
@@ -85,11 +87,8 @@ def _in_folder(root: Path, split: str, outputs: Set[str], left_out: LeftOut) -> 
             left_out[why].append(path)
         return not why
 
-    def refuse(error: OSError) -> None:
-        raise UserError(f"data {error.filename}: can't be read: {error.strerror}") from error
-
     files: list[Path] = []
-    for path in itertools.chain.from_iterable(inside for _, inside in _walk(root, wanted, refuse)):
+    for path in itertools.chain.from_iterable(inside for _, inside in _walk(root, wanted)):
         if not path.name.lower().endswith(FOLDER_SUFFIXES):
             left_out["of other kinds"].append(path)
         elif path.is_file() or path.is_symlink():  # a link to nothing is told when it is opened
@@ -138,21 +137,31 @@ def is_output(path: Path, outputs: Set[str]) -> bool:
 
 
 def _glob(pattern: Path) -> set[Path]:
-    """What glob.glob(recursive=True) finds, but "**" takes each folder once, as `_walk` does."""
-    if "**" not in pattern.parts:
-        return {*map(Path, glob.glob(str(pattern)))}
-    stars = pattern.parts.index("**")
-    rest = pattern.parts[stars + 1 :] or ("*",)
-    tops = map(Path, glob.glob(str(Path(*pattern.parts[:stars]))))
-    walks = [_walk(top, lambda path: not path.name.startswith(".")) for top in tops]
-    folders = [glob.escape(str(folder)) for folder, _ in itertools.chain(*walks)]
-    return set().union(*(_glob(Path(folder, *rest)) for folder in folders))
+    """What glob.glob(recursive=True) finds, but "**" takes each folder once, as `_walk` does, and a
+    folder that can't be read is an OSError."""
+    found = {Path()}
+    for part in (*pattern.parts, "*") if pattern.name == "**" else pattern.parts:
+        folders = [path for path in found if path.is_dir()]
+        if part == "**":
+            walks = [_walk(top, lambda path: not path.name.startswith(".")) for top in folders]
+            found = {folder for folder, _ in itertools.chain(*walks)}
+        elif glob.has_magic(part):
+            entries = {
+                top / name for top in folders for name in fnmatch.filter(os.listdir(top), part)
+            }
+            found = {x for x in entries if part[0] == "." or not x.name.startswith(".")}
+        else:
+            found = {top / part for top in folders if (top / part).exists()}
+    return found
 
 
-def _walk(
-    root: Path, keep: Callable[[Path], bool], refuse: Callable[[OSError], None] | None = None
-) -> Iterator[tuple[Path, list[Path]]]:
-    """The folder, those below it and those that links lead to, each once, and the files in it."""
+def _walk(root: Path, keep: Callable[[Path], bool]) -> Iterator[tuple[Path, list[Path]]]:
+    """The folder, those below it and those that links lead to, each once, and the files in it. An
+    OSError where one can't be read."""
+
+    def refuse(error: OSError) -> None:
+        raise error
+
     seen: set[str] = set()
     waiting = [root]  # then links: of a folder's two names its own is taken
     for top in waiting:
@@ -163,7 +172,7 @@ def _walk(
                 continue
             seen.add(real)
             for path in filter(keep, (Path(folder, name) for name in entries)):
-                if not os.path.isdir(path):
+                if not path.is_dir():
                     files.append(path)
                 elif not path.is_symlink():
                     subfolders.append(path.name)

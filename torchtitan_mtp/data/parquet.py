@@ -81,7 +81,7 @@ class ParquetFile:
     def _group(self, group: int) -> Any:
         with self._lock:
             if group not in self._groups:
-                self._file.read(0, 0)  # says so if the size has changed
+                self._file.read(0, 0)  # says so if it has changed
                 with self._opened() as parquet:
                     self._groups[group] = parquet.read_row_group(group, columns=self._columns)
                 if len(self._groups) > CACHED_ROW_GROUPS:

@@ -126,7 +126,10 @@ def build_source(
     """
     if dataset_path:
         written = {os.path.realpath(path) for path in outputs}
-        root, paths, left_out = find_files(dataset_path, split, written, key)
+        try:
+            root, paths, left_out = find_files(dataset_path, split, written, key)
+        except OSError as e:
+            raise UserError(f"data {e.filename}: can't be read: {e.strerror}") from e
         return FilesSource(dataset, root, paths, text_field, bad_records, left_out)
     if dataset == STDLIB:
         root = Path(sysconfig.get_path("stdlib"))

@@ -187,21 +187,32 @@ def test_two_stars_are_those_of_glob(tmp_path, pattern, monkeypatch):
     assert found == [str(path) for path in sorted({*map(Path, expected)})]
 
 
-def test_what_cannot_be_read_is_an_error(tmp_path, monkeypatch):
-    fill(tmp_path, ["a.txt", "locked/b.txt"])
+def test_a_link_to_nothing_is_an_error(tmp_path):
     (tmp_path / "gone.txt").symlink_to("nowhere")
     with pytest.raises(UserError, match=r"gone\.txt: can't be read: No such file"):
         read(tmp_path)
-    scandir = os.scandir
 
-    def refuse(path):
-        if str(path).endswith("locked"):
-            raise PermissionError(13, "Permission denied", str(path))
-        return scandir(path)
 
-    monkeypatch.setattr(os, "scandir", refuse)
-    with pytest.raises(UserError, match=r"locked: can't be read: Permission denied"):
-        read(tmp_path)
+@pytest.mark.parametrize("pattern", ["", "**", "**/*", "**/*.txt", "*/*.txt", "*/[b]*", "locked/*"])
+@pytest.mark.parametrize("calls", [("scandir", "listdir"), ("stat",)], ids=["list", "look"])
+def test_what_cannot_be_read_is_an_error(tmp_path, monkeypatch, pattern, calls):
+    """A folder that can't be listed, and one whose files can't be looked at."""
+    fill(tmp_path, ["a.txt", "c/b.txt", "locked/b.txt"])
+    assert read(tmp_path / pattern)
+    locked = str(tmp_path / "locked") + ("/b.txt" if calls == ("stat",) else "")
+
+    def refusing(call):
+        def act(path, *args, **kwargs):
+            if str(path) == locked:
+                raise PermissionError(13, "Permission denied", locked)
+            return call(path, *args, **kwargs)
+
+        return act
+
+    for call in calls:
+        monkeypatch.setattr(os, call, refusing(getattr(os, call)))
+    with pytest.raises(UserError, match=f"^data {locked}: can't be read: Permission denied$"):
+        read(tmp_path / pattern)
 
 
 @pytest.mark.parametrize("dump", ["outputs", "", "deep/er"])

@@ -231,6 +231,29 @@ def test_file_cut_short_or_gone_under_the_run(tmp_path, name):
         source[0]
 
 
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.parquet"])
+@pytest.mark.parametrize("how", ["written", "moved"])
+def test_file_replaced_by_one_of_equal_size_under_the_run(tmp_path, name, how):
+    def write(path, text):
+        if name.endswith("parquet"):
+            return write_parquet(path, {"text": [text]})
+        return write_jsonl(path, [{"text": text}])
+
+    path = write(tmp_path / name, "one")
+    os.utime(path, (2, 2))
+    source = build_source("files", str(path))
+    size = path.stat().st_size
+    other = write(tmp_path / "other", "two")
+    os.utime(other, (1, 1))  # older, as a file that was lying there is
+    assert other.stat().st_size == size
+    if how == "moved":
+        other.rename(path)
+    else:
+        path.write_bytes(other.read_bytes())
+    with pytest.raises(UserError, match=rf"{name}: {size} bytes .*, {size} now, and written to"):
+        source[0]
+
+
 def test_not_utf8_names_the_line(tmp_path):
     path = tmp_path / "a.txt"
     path.write_bytes(b"one\ntwo\nna\xefve\n")
