@@ -1,7 +1,9 @@
 import functools
 import gzip
+import io
 import itertools
 import json
+import os
 
 import numpy as np
 import pytest
@@ -23,22 +25,28 @@ EPOCHS = 30  # of a lane, more than any test here reads
 TEXTS = [f"<{i}>" + "abcdefgh"[i % 8] * (i * 7 % 41) for i in range(90)]
 
 
+def put(path, content):
+    """Write a file, unless it is as it should be: a source of it may be open."""
+    if not path.exists() or path.read_bytes() != content:
+        path.write_bytes(content)
+
+
 def jsonl(folder, texts=TEXTS, **kwargs):
     path = folder / "a.jsonl"
-    path.write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+    put(path, "".join(json.dumps({"text": t}) + "\n" for t in texts).encode())
     return build_source("files", str(path), **kwargs)
 
 
 def text_folder(folder):
     for i, text in enumerate(TEXTS):
-        (folder / f"{i:03}.txt").write_text(text)
+        put(folder / f"{i:03}.txt", text.encode())
     return build_source("files", str(folder))
 
 
 def compressed_jsonl(folder):
     jsonl(folder)
     packed = folder / "b.jsonl.gz"
-    packed.write_bytes(gzip.compress((folder / "a.jsonl").read_bytes(), mtime=0))
+    put(packed, gzip.compress((folder / "a.jsonl").read_bytes(), mtime=0))
     return build_source("files", str(packed))
 
 
@@ -46,8 +54,9 @@ def parquet(folder, texts=TEXTS, **kwargs):
     import pyarrow
     import pyarrow.parquet
 
-    path = folder / "a.parquet"
-    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), path, row_group_size=8)
+    path, content = folder / "a.parquet", io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), content, row_group_size=8)
+    put(path, content.getvalue())
     return build_source("files", str(path), **kwargs)
 
 
@@ -307,7 +316,9 @@ def test_reading_errors_reach_the_consumer_at_their_window(tmp_path):
     path.write_text(f"{good}\n" * 4)
     source = build_source("files", str(path))
     bad = f"{good}\n" * 3 + "{".ljust(len(good)) + "\n"
+    times = path.stat()
     path.write_text(bad)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))  # by one who hides it
     ahead = loader(source, prefetch=2)
     with pytest.raises(UserError, match=r"a\.jsonl:4: changed under the run: not JSON"):
         for _ in range(20):
