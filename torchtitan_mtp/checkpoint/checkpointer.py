@@ -159,7 +159,12 @@ class Checkpointer:
         states: dict[str, Any] = states_of.model_state(self.model)
         if kind == MODEL_ONLY:
             dtype = getattr(torch, self.config.export_dtype)
-            return states_of.cast_floating(states, dtype) if export else states
+            try:
+                cast = states_of.cast_floating
+                return self._ranks.together(lambda: cast(states, dtype)) if export else states
+            except UserError as error:  # the last save of a training is not to fail
+                logger.warning("checkpoint.export_dtype: %s; saved as it is trained", error)
+                return states
         if self.optimizer is not None:
             states |= states_of.optimizer_state(self.model, self.optimizer)
         states |= {name: item.state_dict() for name, item in self.extra.items()}

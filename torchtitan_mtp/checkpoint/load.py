@@ -19,6 +19,7 @@ import torch.nn as nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
+from torchtitan_mtp.checkpoint import state as states_of
 from torchtitan_mtp.checkpoint.folders import find_checkpoint
 from torchtitan_mtp.checkpoint.manifest import Manifest, check_sizes, read_manifest
 from torchtitan_mtp.checkpoint.metadata import read_metadata
@@ -30,7 +31,6 @@ from torchtitan_mtp.checkpoint.record import (
     record_of_model,
     untold,
 )
-from torchtitan_mtp.checkpoint.state import model_state, quiet
 from torchtitan_mtp.checkpoint.storage import SafeLoadPlanner, SafeReader
 from torchtitan_mtp.errors import UserError
 
@@ -111,7 +111,7 @@ def read_states(opened: Opened, states: dict[str, Any], ranks: Ranks) -> None:
             part new.
     """
     try:
-        with quiet(alone=not ranks.distributed):
+        with states_of.quiet(alone=not ranks.distributed):
             dcp.load(
                 states,
                 storage_reader=SafeReader(
@@ -222,7 +222,7 @@ def load_opened_weights(
     if "model" in exclude:
         return LoadReport()
     _check_program(opened, model)
-    current = model_state(model)
+    current = states_of.model_state(model)
     stored = stored_model_names(opened)
     wanted = {name: t for name, t in current.items() if not excluded(name, exclude)}
     offered = {name for name in stored if not excluded(name, exclude)}
@@ -239,9 +239,21 @@ def load_opened_weights(
         )
     ]
     _read_tensors(opened, {stored[name]: wanted[name] for name in names}, aliases, stored, ranks)
+    checked = {stored[name]: wanted[name] for name in (names if allow_cast else cast)}
+    ranks.together(lambda: _check_finite(opened, checked))
     report = LoadReport(tuple(missing), tuple(unexpected), tuple(cast))
     log_report(opened.path, report)
     return report
+
+
+def _check_finite(opened: Opened, loaded: dict[str, torch.Tensor]) -> None:
+    """Refuse numbers that are not finite (by key in the checkpoint), with what is stored there."""
+    for key, tensor in loaded.items():
+        if not states_of.is_finite(tensor):
+            stored = opened.stored[key]
+            whole = torch.empty(stored.size, dtype=stored.properties.dtype)
+            read_states(opened, {key: whole}, Ranks(alone=True))
+            states_of.cast_weights(whole, tensor.dtype, f"{opened.path}: {key}")
 
 
 def _check_program(opened: Opened, model: nn.Module) -> None:
@@ -273,7 +285,7 @@ def _aliases(state: dict[str, torch.Tensor]) -> dict[str, set[str]]:
 
 
 def _address(tensor: torch.Tensor) -> int:
-    local = _local(tensor)
+    local = states_of.local_part(tensor)
     return local.data_ptr() if local.numel() else 0
 
 
@@ -366,16 +378,12 @@ def _read_tensors(
     }
     read_states(opened, states, ranks)
     for key, first in second.items():
-        same = torch.equal(_local(states[key]), _local(states[first]))
+        same = torch.equal(states_of.local_part(states[key]), states_of.local_part(states[first]))
         if not all(ranks.gather(same)):
             raise UserError(
                 f"{opened.path}: {key} and {first} differ, but the model ties them; choose a model "
                 "without tied embeddings"
             )
-
-
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    return getattr(tensor, "_local_tensor", tensor)
 
 
 def log_report(path: Path, report: LoadReport) -> None:

@@ -20,6 +20,8 @@ import torch.nn as nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
 from torch.distributed.tensor import DTensor
 
+from torchtitan_mtp.errors import UserError
+
 logger = logging.getLogger(__name__)
 
 OPTIMIZER = "optimizer"
@@ -122,11 +124,36 @@ def total_bytes(state: dict[str, Any]) -> int:
     return sum(math.prod(tensor.shape) * tensor.element_size() for tensor in tensors)
 
 
+def cast_weights(tensor: torch.Tensor, dtype: torch.dtype, what: str) -> torch.Tensor:
+    """Weights in `dtype`; `what` names them in the line.
+
+    Raises:
+        UserError: with the first value that is not finite, or is too large for `dtype`.
+    """
+    found = tensor.to(dtype)
+    if is_finite(found):
+        return found
+    at = (~local_part(found).isfinite()).flatten().nonzero()[0]
+    value = local_part(tensor).flatten()[at].item()
+    why = f"which {dtype} can't hold; choose a wider one" if math.isfinite(value) else ""
+    raise UserError(f"{what} holds {value:.6g}, {why or 'which no weight is; take other weights'}")
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether all numbers are finite (of a DTensor: of this rank's part), without another copy."""
+    local = local_part(tensor)
+    return not local.numel() or bool(torch.stack(local.aminmax()).isfinite().all())
+
+
+def local_part(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def cast_floating(state: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """Floating tensors of `state` in `dtype`, others as they are, and so are experts' biases, which
-    are many small steps added up."""
+    are many small steps added up. Error: as `cast_weights`."""
     kept = {k for k, v in state.items() if not v.is_floating_point() or k.endswith(".expert_bias")}
-    return {k: v if k in kept else v.to(dtype) for k, v in state.items()}
+    return {k: v if k in kept else cast_weights(v, dtype, k) for k, v in state.items()}
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from torchtitan_mtp.formats.names import (
     Entry,
     Names,
     entries_of,
-    repeated_names,
+    repeats_of,
     trunk_entries,
 )
 from torchtitan_mtp.models.args import LatentArgs, ModelArgs, ModelSpec, MoEArgs, YaRN
@@ -45,7 +45,7 @@ def names(spec: ModelSpec) -> Names:
     for k in range(spec.modules):
         entries += _block(spec, f"mtp.heads.{k}.block", layers + k, dense=False)
         entries += entries_of(GLM_MODULE, f"mtp.heads.{k}.", f"model.layers.{layers + k}.")
-    return Names(entries, ignored=repeated_names(spec, behind=True))
+    return Names(entries, repeats=repeats_of(spec, behind=True))
 
 
 def _block(spec: ModelSpec, ours: str, index: int, dense: bool) -> list[Entry]:

@@ -15,12 +15,14 @@ from torchtitan_mtp.build import shapes_of, spec_of_run
 from torchtitan_mtp.checkpoint.folders import find_checkpoint, find_config
 from torchtitan_mtp.checkpoint.load import names_line
 from torchtitan_mtp.checkpoint.record import keeps_earlier, record_of, untold
+from torchtitan_mtp.checkpoint.state import cast_weights
 from torchtitan_mtp.config import JobConfig, load_toml
 from torchtitan_mtp.data.tokenizer import TiktokenTokenizer, build_tokenizer
 from torchtitan_mtp.errors import UserError, memory_told
 from torchtitan_mtp.formats.formats import (
     FORMATS,
     Format,
+    check_repeats,
     check_tensors,
     dtype_of,
     find_format,
@@ -73,6 +75,7 @@ def export_checkpoint(
     spec = spec_of_run(config, vocabulary_of(source), keeps_earlier(config, source.where))
     tied = ("output.weight",) if spec.args.tied_embeddings else ()
     check_tensors(source, shapes_of(spec), optional=tied)
+    check_repeats(source, dict.fromkeys(tied, "tok_embeddings.weight"), spec.args)
     spec = _fitting(form, format_name, spec, source, drop_heads)
     settings = {} if form.write_config is None else form.write_config(spec)
     outputs = _outward(source, form.names(spec), spec, dtype)
@@ -87,7 +90,7 @@ def export_checkpoint(
         else:
             write_dcp(folder, outputs, record_of(spec) | {"format": format_name})
             logger.warning("%s: TorchTitan's flavor has to have %s", out, untold(record_of(spec)))
-        verify(open_tensors(form, folder), outputs, source)
+        verify(open_tensors(form, folder), outputs)
     return spec
 
 
@@ -164,10 +167,12 @@ def _outward(
 
     def read(entry: Entry, to: torch.dtype) -> Tensor:
         if entry.part is not None:
-            return stacked(entry.ours)[entry.part].to(to)
-        tensor = source.read(entry.ours)
+            tensor = stacked(entry.ours)[entry.part]
+        else:
+            tensor = source.read(entry.ours)
         tensor = to_halves(tensor, head_dim) if entry.rotary else tensor
-        return (swap_halves(tensor) if entry.swapped else tensor).to(to)
+        tensor = swap_halves(tensor) if entry.swapped else tensor
+        return cast_weights(tensor, to, f"{source.where}: {entry.ours}")
 
     outputs = []
     for entry in table.entries:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import difflib
 import logging
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Size
+from torch import Size, Tensor
 
 from torchtitan_mtp.checkpoint.folders import find_checkpoint
 from torchtitan_mtp.checkpoint.load import names_line
@@ -19,7 +20,7 @@ from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.formats import configs, deepseek_v3, names
 from torchtitan_mtp.formats.configs import Reader
 from torchtitan_mtp.formats.fp8 import without_quantization
-from torchtitan_mtp.formats.names import Names
+from torchtitan_mtp.formats.names import FREQUENCIES, HEAD, Names
 from torchtitan_mtp.formats.read import (
     DCPTensors,
     Kind,
@@ -29,6 +30,7 @@ from torchtitan_mtp.formats.read import (
 )
 from torchtitan_mtp.formats.write import DTYPES, Output
 from torchtitan_mtp.models.args import ModelArgs, ModelSpec
+from torchtitan_mtp.models.rope import rope_tables
 
 logger = logging.getLogger(__name__)
 
@@ -160,20 +162,53 @@ def check_tensors(
             raise UserError(f"{source.where}: {name} is of {dtype}, expected one of {known}")
 
 
+def check_repeats(source: Tensors, repeats: Mapping[str, str], args: ModelArgs) -> None:
+    """Tensors that are left out say what `Names.repeats` says. Error: one that does not."""
+    for name, of in repeats.items():
+        if not (wrong := differing(source, name, of, args)):
+            continue
+        if of == FREQUENCIES:
+            raise UserError(f"{wrong}: rope_theta = {args.rope_theta:g} is not that of the weights")
+        if name in (HEAD, "output.weight"):
+            raise UserError(f"{wrong}; the model ties them: set tied_embeddings = false")
+        raise UserError(f"{wrong}; modules share the trunk's here: save the folder without them")
+
+
+def differing(source: Tensors, name: str, of: str, args: ModelArgs) -> str:
+    """By how much a tensor, where it is there, differs from another or from FREQUENCIES; ""."""
+    if name not in source.kinds or of not in {FREQUENCIES, *source.kinds}:
+        return ""
+    found, loose = source.read(name), 0.0
+    if of == FREQUENCIES:
+        cos, sin = rope_tables(replace(args, max_seq_len=2), "cpu")
+        frequencies = torch.atan2(sin[1], cos[1])  # the angles of position 1
+        fits = found.shape == frequencies.shape
+        found, expected = found / frequencies if fits else found, torch.ones_like(frequencies)
+        loose = 0.05  # some are stored in half precision
+    else:
+        expected = source.read(of)
+    far = difference(found, expected)
+    same = far <= loose  # not so where it is not a number
+    return "" if same else f"{source.where}: {name} differs from {of} by up to {far:.3g}"
+
+
+def difference(a: Tensor, b: Tensor) -> float:
+    """The largest |a - b|, 0.0 where they are equal; at little memory."""
+    if a.shape != b.shape:
+        return math.inf
+    pairs = zip(a.flatten().split(2**20), b.flatten().split(2**20), strict=True)
+    return torch.stack([(x.double() - y.double()).abs().amax() for x, y in pairs]).amax().item()
+
+
 def dtype_of(name: str, kind: Kind, wanted: torch.dtype | None) -> torch.dtype:
     """What one of our tensors is converted to: experts' biases are small steps added up, and stay
     as they are."""
     return kind.dtype if wanted is None or name.endswith(".expert_bias") else wanted
 
 
-def verify(written: Tensors, outputs: Sequence[Output], source: Tensors) -> None:
-    """What was written of `source` reads back to the bit. Error: naming the tensor that does not,
-    or holds NaN."""
+def verify(written: Tensors, outputs: Sequence[Output]) -> None:
+    """What was written reads back to the bit. Error: naming the tensor that does not."""
     for output in outputs:
-        expected = output.read()
-        if torch.equal(written.read(output.name), expected):
-            continue
-        if expected.isnan().any():
-            raise UserError(f"{source.where}: {output.name} holds NaN, which no weight is")
-        raise UserError(f"{written.where}: {output.name} reads back differently")
+        if not torch.equal(written.read(output.name), output.read()):
+            raise UserError(f"{written.where}: {output.name} reads back differently")
     logger.info("verified %d tensors by reading them back", len(outputs))

@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import shutil
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from torch import Size, Tensor
 
 from torchtitan_mtp.build import describe_run, shapes_of, spec_of_run
 from torchtitan_mtp.checkpoint.record import record_of, untold
+from torchtitan_mtp.checkpoint.state import cast_weights
 from torchtitan_mtp.config import MTP, JobConfig, load_toml, to_toml
 from torchtitan_mtp.config.values import HERE
 from torchtitan_mtp.data.tokenizer import build_tokenizer
@@ -22,14 +24,22 @@ from torchtitan_mtp.formats.configs import Reader, read_modules
 from torchtitan_mtp.formats.formats import (
     FORMATS,
     Format,
+    check_repeats,
     check_tensors,
+    differing,
     dtype_of,
     find_format,
     open_tensors,
     verify,
     vocabulary_of,
 )
-from torchtitan_mtp.formats.names import Entry, swap_halves, to_pairs
+from torchtitan_mtp.formats.names import (
+    EMBEDDING,
+    HEAD,
+    Entry,
+    swap_halves,
+    to_pairs,
+)
 from torchtitan_mtp.formats.read import DCPTensors, Tensors, read_json
 from torchtitan_mtp.formats.tokenizer_files import check_rows, copy_tokenizer
 from torchtitan_mtp.formats.write import Output, write_dcp, written_aside
@@ -95,7 +105,7 @@ def import_checkpoint(
         (tmp / "config.toml").write_text(to_toml(config), encoding="utf-8")
         step = tmp / config.checkpoint.folder / "step-0"
         write_dcp(step, outputs, record_of(spec))
-        verify(DCPTensors(step), outputs, tensors)
+        verify(DCPTensors(step), outputs)
     return spec
 
 
@@ -162,6 +172,9 @@ def open_model(name: str, folder: Path) -> tuple[ModelSpec, Tensors]:
         # transformers saves but the count.
         logger.warning("%s: names %d modules and holds none of them", folder, further)
         spec = ModelSpec(spec.args)
+    if args.tied_embeddings and (wrong := differing(tensors, HEAD, EMBEDDING, args)):
+        logger.warning("%s: read as not tied, as transformers does", wrong)
+        spec = replace(spec, args=replace(args, tied_embeddings=False))
     return spec, tensors
 
 
@@ -185,8 +198,10 @@ def inward(
         for entry in entries
     }
     expected |= {name: Size(shape) for name, shape in table.zeros.items()}
-    repeated = {entry.theirs for entry in table.entries} - expected.keys()
-    check_tensors(tensors, expected, repeated | table.ignored)
+    repeats = {e.theirs: by_ours[e.ours][0].theirs for e in table.entries} | {**table.repeats}
+    repeats = {name: of for name, of in repeats.items() if name not in expected}
+    check_tensors(tensors, expected, repeats)
+    check_repeats(tensors, repeats, spec.args)
     for name in table.zeros:
         if tensors.read(name).any():
             raise UserError(
@@ -199,10 +214,12 @@ def inward(
         if entries[0].part is None:
             tensor = tensors.read(entries[0].theirs)
             tensor = to_pairs(tensor, head_dim) if entries[0].rotary else tensor
-            return (swap_halves(tensor) if entries[0].swapped else tensor).to(to)
+            tensor = swap_halves(tensor) if entries[0].swapped else tensor
+            return cast_weights(tensor, to, f"{tensors.where}: {entries[0].theirs}")
         whole = torch.empty(shape, dtype=to)
         for entry in entries:
-            whole[entry.part].copy_(tensors.read(entry.theirs))
+            part = cast_weights(tensors.read(entry.theirs), to, f"{tensors.where}: {entry.theirs}")
+            whole[entry.part].copy_(part)
         return whole
 
     outputs = []

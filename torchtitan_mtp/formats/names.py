@@ -35,13 +35,16 @@ class Entry:
 class Names:
     """All tensors of one model in one format.
 
-    entries: both ways; zeros: theirs alone, which are zero (shape by name); ignored: theirs alone,
-    which say nothing that the others do not.
+    entries: both ways; zeros: theirs alone, which are zero (shape by name); repeats: theirs alone,
+    which may be there, and what each is then equal to: another of theirs, or FREQUENCIES.
     """
 
     entries: list[Entry]
     zeros: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    ignored: frozenset[str] = frozenset()
+    repeats: Mapping[str, str] = field(default_factory=dict)
+
+
+FREQUENCIES = "the rotary frequencies"  # by the model's arguments
 
 
 def to_halves(x: Tensor, head_dim: int) -> Tensor:
@@ -67,6 +70,7 @@ _ROTARY_NORMS = {"q_norm": "q_norm", "k_norm": "k_norm"}
 NORMS = {"attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
 FEED_FORWARD = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 _TRUNK = {"tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head"}
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 GLM_MODULE = {"enorm": "enorm", "hnorm": "hnorm", "eh_proj": "eh_proj", "norm": "shared_head.norm"}
 _MELLUM_MODULE = {
     "enorm": "pre_fc_norm_embedding",
@@ -105,16 +109,18 @@ def trunk_entries(spec: ModelSpec) -> list[Entry]:
     return entries[:-1] if spec.args.tied_embeddings else entries
 
 
-def repeated_names(spec: ModelSpec, behind: bool = False) -> frozenset[str]:
+def repeats_of(spec: ModelSpec, behind: bool = False) -> dict[str, str]:
     """What checkpoints may say once more: the tied unembedding, and rotary frequencies. behind:
     modules are layers behind the last, with copies of the shared embedding and unembedding."""
-    layers = spec.args.n_layers
-    names = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq" for i in range(layers)}
-    if spec.args.tied_embeddings:
-        names.add("lm_head.weight")
-    for i in range(layers, layers + spec.modules if behind else layers):
-        names |= {f"model.layers.{i}.{n}.weight" for n in ("embed_tokens", "shared_head.head")}
-    return frozenset(names)
+    layers, tied = spec.args.n_layers, spec.args.tied_embeddings
+    last = layers + spec.modules if behind else layers
+    repeats = {HEAD: EMBEDDING} if tied else {}
+    for i in range(last):
+        repeats[f"model.layers.{i}.self_attn.rotary_emb.inv_freq"] = FREQUENCIES
+    for i in range(layers, last):
+        repeats[f"model.layers.{i}.embed_tokens.weight"] = EMBEDDING
+        repeats[f"model.layers.{i}.shared_head.head.weight"] = EMBEDDING if tied else HEAD
+    return repeats
 
 
 def llama_hf(spec: ModelSpec) -> Names:
@@ -123,7 +129,7 @@ def llama_hf(spec: ModelSpec) -> Names:
     entries = trunk_entries(spec)
     for i in range(spec.args.n_layers):
         entries += _block(spec, f"layers.{i}", f"model.layers.{i}")
-    return Names(entries, ignored=repeated_names(spec))
+    return Names(entries, repeats=repeats_of(spec))
 
 
 GLM_EXPERTS = 2  # the router's top-k within a group looks at two
@@ -150,7 +156,7 @@ def glm4_moe_hf(spec: ModelSpec) -> Names:
             zeros[f"{theirs}.mlp.experts.{e}.down_proj.weight"] = (args.dim, args.ffn_dim)
     for k in range(spec.modules):
         entries += entries_of(GLM_MODULE, f"mtp.heads.{k}.", f"model.layers.{layers + k}.")
-    return Names(entries, zeros, repeated_names(spec, behind=True))
+    return Names(entries, zeros, repeats_of(spec, behind=True))
 
 
 def mellum_hf(spec: ModelSpec) -> Names:
@@ -181,7 +187,7 @@ def meta(spec: ModelSpec) -> Names:
     entries = [Entry(name, name.replace("mtp.heads.", "extra_heads.")) for name in ours]
     if spec.args.tied_embeddings:  # it has no such thing
         entries.append(Entry("tok_embeddings.weight", "output.weight"))
-    return Names(entries, ignored=frozenset({"rope.freqs"}))
+    return Names(entries, repeats={"rope.freqs": FREQUENCIES})
 
 
 def torchtitan(spec: ModelSpec) -> Names:

@@ -60,7 +60,7 @@ def _load(path: Path, model: Transformer, exclude: Sequence[str]) -> LoadReport:
     wanted = {key: t for key, t in model_state(model).items() if not excluded(key, exclude)}
     if model.args.tied_embeddings:
         wanted.pop("output.weight", None)
-    outputs = {o.name: o for o in inward(tensors, FORMATS[name], spec)}
+    outputs = {o.name: o for o in inward(tensors, FORMATS[name], spec, model.norm.weight.dtype)}
     outputs = {key: o for key, o in outputs.items() if not excluded(key, exclude)}
     heads = any(key.startswith("mtp.") for key in wanted.keys() & outputs.keys())
     if heads:

@@ -21,8 +21,10 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Size, Tensor
 from torch.distributed.checkpoint import DefaultSavePlanner
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
+from torchtitan_mtp.checkpoint.load import first_failure
 from torchtitan_mtp.checkpoint.manifest import MODEL_ONLY, Manifest, write_manifest
 from torchtitan_mtp.checkpoint.state import quiet
 from torchtitan_mtp.checkpoint.storage import SummingWriter
@@ -171,5 +173,8 @@ def write_dcp(
         folder, single_file_per_rank=False, sync_files=False, per_thread_copy_ahead=0
     )
     with quiet(alone=True):
-        dcp.save(shapes, storage_writer=writer, planner=_Planner(outputs), no_dist=True)
+        try:
+            dcp.save(shapes, storage_writer=writer, planner=_Planner(outputs), no_dist=True)
+        except CheckpointException as error:
+            raise first_failure(error) from None
     write_manifest(folder, Manifest(0, MODEL_ONLY, 1, writer.entries, record))
