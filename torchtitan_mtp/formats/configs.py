@@ -229,6 +229,8 @@ def read_dense(
 ) -> ModelArgs:
     """The trunk of a config of Llama's family. rope: where in rope_parameters it is; head_dim:
     where none is said, in place of hidden_size / num_attention_heads."""
+    if "MistralForCausalLM" in reader.architectures():
+        reader = _read_mistral(reader)
     reader.expect("attention_bias", qkv_bias, None)
     for key in ("mlp_bias", "use_sliding_window"):
         reader.expect(key, False, None)
@@ -255,6 +257,20 @@ def read_dense(
             scaled.integer("original_max_position_embeddings"),
         ),
     )
+
+
+def _read_mistral(reader: Reader) -> Reader:
+    """With MistralConfig's defaults. Error: it does not look at its whole context."""
+    values = {"num_key_value_heads": 8, "max_position_embeddings": 2**17, "sliding_window": 4096}
+    reader = Reader(reader.file, values | {**reader.values})
+    if reader.values["sliding_window"] is not None:
+        window, longest = map(reader.integer, ("sliding_window", "max_position_embeddings"))
+        if window < longest:
+            raise UserError(
+                f"{reader.file}: sliding_window = {window}, shorter than max_position_embeddings = "
+                f"{longest}, is not supported here; set the latter to {window} for texts up to that"
+            )
+    return reader
 
 
 def read_glm4_moe(reader: Reader) -> ModelArgs:

@@ -31,7 +31,7 @@ from torchtitan_mtp.formats.formats import (
     vocabulary_of,
 )
 from torchtitan_mtp.formats.names import Entry, Names, swap_halves, to_halves
-from torchtitan_mtp.formats.read import DCPTensors, Tensors, read_json
+from torchtitan_mtp.formats.read import Tensors, dcp_tensors, read_json
 from torchtitan_mtp.formats.tokenizer_files import GENERATION, copy_tokenizer, write_tokenizer_json
 from torchtitan_mtp.formats.write import (
     Output,
@@ -71,7 +71,7 @@ def export_checkpoint(
     """
     form = find_format(format_name)
     config = load_toml(find_config(checkpoint))
-    source = DCPTensors(find_checkpoint(checkpoint))
+    source = dcp_tensors(find_checkpoint(checkpoint))
     spec = spec_of_run(config, vocabulary_of(source), keeps_earlier(config, source.where))
     tied = ("output.weight",) if spec.args.tied_embeddings else ()
     check_tensors(source, shapes_of(spec), optional=tied)

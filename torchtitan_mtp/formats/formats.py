@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import logging
-import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Size, Tensor
+from torch import Size
 
 from torchtitan_mtp.checkpoint.folders import find_checkpoint
 from torchtitan_mtp.checkpoint.load import names_line
@@ -22,11 +21,12 @@ from torchtitan_mtp.formats.configs import Reader
 from torchtitan_mtp.formats.fp8 import without_quantization
 from torchtitan_mtp.formats.names import FREQUENCIES, HEAD, Names
 from torchtitan_mtp.formats.read import (
-    DCPTensors,
     Kind,
-    PthTensors,
-    SafetensorsTensors,
     Tensors,
+    dcp_tensors,
+    difference,
+    hf_tensors,
+    meta_tensors,
 )
 from torchtitan_mtp.formats.write import DTYPES, Output
 from torchtitan_mtp.models.args import ModelArgs, ModelSpec
@@ -39,11 +39,11 @@ logger = logging.getLogger(__name__)
 class Format:
     """One format.
 
-    architecture: what its config.json names. Without read_config its folders do not say which model
-    they hold. container: "safetensors", "pth" or "dcp". kind: of the blocks that it holds
-    (`ModelSpec.kind`), None for any. heads: the family that it holds, if any, most_modules how many
-    of them, and trunk_state what the first of sequential ones reads. qk_norm, qkv_bias: what it
-    needs, None for either.
+    architecture: what its config.json names; also: another that is read as this one. Without
+    read_config its folders do not say which model they hold. container: "safetensors", "pth" or
+    "dcp". kind: of the blocks that it holds (`ModelSpec.kind`), None for any. heads: the family
+    that it holds, if any, most_modules how many of them, and trunk_state what the first of
+    sequential ones reads. qk_norm, qkv_bias: what it needs, None for either.
     """
 
     names: Callable[[ModelSpec], Names]
@@ -57,6 +57,7 @@ class Format:
     trunk_state: Literal["normalized", "raw"] = "normalized"
     qk_norm: bool | None = None
     qkv_bias: bool | None = False
+    also: str = ""
 
 
 # (`hf_format` takes the first that holds a model.)
@@ -67,6 +68,7 @@ FORMATS: dict[str, Format] = {
         partial(configs.dense_config, "LlamaForCausalLM", "llama"),
         configs.read_dense,
         qk_norm=False,
+        also="MistralForCausalLM",
     ),
     "qwen2_hf": Format(
         names.llama_hf,
@@ -129,8 +131,8 @@ def find_format(name: str) -> Format:
 def open_tensors(form: Format, folder: Path) -> Tensors:
     """The tensors of a folder. Errors: missing or damaged files."""
     if form.container == "safetensors":
-        return without_quantization(SafetensorsTensors(folder))
-    return PthTensors(folder) if form.container == "pth" else DCPTensors(find_checkpoint(folder))
+        return without_quantization(hf_tensors(folder))
+    return meta_tensors(folder) if form.container == "pth" else dcp_tensors(find_checkpoint(folder))
 
 
 def vocabulary_of(tensors: Tensors) -> int:
@@ -190,14 +192,6 @@ def differing(source: Tensors, name: str, of: str, args: ModelArgs) -> str:
     far = difference(found, expected)
     same = far <= loose  # not so where it is not a number
     return "" if same else f"{source.where}: {name} differs from {of} by up to {far:.3g}"
-
-
-def difference(a: Tensor, b: Tensor) -> float:
-    """The largest |a - b|, 0.0 where they are equal; at little memory."""
-    if a.shape != b.shape:
-        return math.inf
-    pairs = zip(a.flatten().split(2**20), b.flatten().split(2**20), strict=True)
-    return torch.stack([(x.double() - y.double()).abs().amax() for x, y in pairs]).amax().item()
 
 
 def dtype_of(name: str, kind: Kind, wanted: torch.dtype | None) -> torch.dtype:

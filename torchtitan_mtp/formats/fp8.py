@@ -19,48 +19,49 @@ _SCALE = "_scale_inv"
 _FP8 = torch.float8_e4m3fn
 
 
-class BlockQuantizedTensors:
-    """A checkpoint whose FP8 weights look as if they were in bfloat16 and are read in float32,
+def without_quantization(tensors: Tensors) -> Tensors:
+    """The tensors, of which those in FP8 look as if they were in bfloat16 and are read in float32,
     which their products with the scales are exact in; the scales are not to be seen.
 
     Raises:
         UserError: a weight without its scales, or with scales of another shape.
     """
+    quantized = {name for name, kind in tensors.kinds.items() if kind.dtype == _FP8}
+    if not quantized:
+        return tensors
+    block = _block_of(tensors)
+    for name in quantized:
+        _check(tensors, name, block)
+    scales = {name + _SCALE for name in quantized}
+    kinds = {
+        name: Kind(kind.shape, torch.bfloat16) if name in quantized else kind
+        for name, kind in tensors.kinds.items()
+        if name not in scales
+    }
 
-    def __init__(self, tensors: Tensors) -> None:
-        self.where, self._tensors = tensors.where, tensors
-        self._block = _block_of(tensors)
-        quantized = {name for name, kind in tensors.kinds.items() if kind.dtype == _FP8}
-        for name in quantized:
-            self._check(name)
-        scales = {name + _SCALE for name in quantized}
-        self.kinds = {
-            name: Kind(kind.shape, torch.bfloat16) if name in quantized else kind
-            for name, kind in tensors.kinds.items()
-            if name not in scales
-        }
-        self._quantized = quantized
-
-    def _check(self, name: str) -> None:
-        shape, scale = self._tensors.kinds[name].shape, self._tensors.kinds.get(name + _SCALE)
-        if len(shape) != 2:
-            raise UserError(f"{self.where}: {name} {tuple(shape)} is in FP8, expected a matrix")
-        expected = tuple(-(-size // b) for size, b in zip(shape, self._block, strict=True))
-        found = None if scale is None else tuple(scale.shape)
-        if found != expected:
-            raise UserError(
-                f"{self.where}: {name} {tuple(shape)} is in FP8 with {name}{_SCALE} of shape "
-                f"{found}, expected {expected}, one for each block of {self._block}"
-            )
-
-    def read(self, name: str) -> Tensor:
-        weight = self._tensors.read(name)
-        if name not in self._quantized:
+    def read(name: str) -> Tensor:
+        weight = tensors.read(name)
+        if name not in quantized:
             return weight
-        scale = self._tensors.read(name + _SCALE).float()
-        rows, columns = (min(b, n) for b, n in zip(self._block, weight.shape, strict=True))
+        scale = tensors.read(name + _SCALE).float()
+        rows, columns = (min(b, n) for b, n in zip(block, weight.shape, strict=True))
         scale = scale.repeat_interleave(rows, 0).repeat_interleave(columns, 1)
         return weight.float() * scale[: weight.shape[0], : weight.shape[1]]
+
+    return Tensors(tensors.where, kinds, read)
+
+
+def _check(tensors: Tensors, name: str, block: tuple[int, int]) -> None:
+    shape, scale = tensors.kinds[name].shape, tensors.kinds.get(name + _SCALE)
+    if len(shape) != 2:
+        raise UserError(f"{tensors.where}: {name} {tuple(shape)} is in FP8, expected a matrix")
+    expected = tuple(-(-size // b) for size, b in zip(shape, block, strict=True))
+    found = "missing" if scale is None else f"of shape {tuple(scale.shape)}"
+    if scale is None or scale.shape != expected:
+        raise UserError(
+            f"{tensors.where}: {name} {tuple(shape)} is in FP8 with {name}{_SCALE} {found}, "
+            f"expected {expected}, one for each block of {block}"
+        )
 
 
 def _block_of(tensors: Tensors) -> tuple[int, int]:
@@ -73,9 +74,3 @@ def _block_of(tensors: Tensors) -> tuple[int, int]:
     ):
         raise config.unfit("weight_block_size", block, "two integers above 0")
     return block[0], block[1]
-
-
-def without_quantization(tensors: Tensors) -> Tensors:
-    """The tensors as they are, or their products with their scales where there are any in FP8."""
-    quantized = any(kind.dtype == _FP8 for kind in tensors.kinds.values())
-    return BlockQuantizedTensors(tensors) if quantized else tensors

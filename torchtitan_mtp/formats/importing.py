@@ -40,7 +40,7 @@ from torchtitan_mtp.formats.names import (
     swap_halves,
     to_pairs,
 )
-from torchtitan_mtp.formats.read import DCPTensors, Tensors, read_json
+from torchtitan_mtp.formats.read import Tensors, dcp_tensors, read_json
 from torchtitan_mtp.formats.tokenizer_files import check_rows, copy_tokenizer
 from torchtitan_mtp.formats.write import Output, write_dcp, written_aside
 from torchtitan_mtp.models.args import ModelSpec
@@ -105,7 +105,7 @@ def import_checkpoint(
         (tmp / "config.toml").write_text(to_toml(config), encoding="utf-8")
         step = tmp / config.checkpoint.folder / "step-0"
         write_dcp(step, outputs, record_of(spec))
-        verify(DCPTensors(step), outputs)
+        verify(dcp_tensors(step), outputs)
     return spec
 
 
@@ -139,7 +139,7 @@ def format_of(folder: Path) -> str:
     if not file.is_file() and (folder / "params.json").is_file():
         return "meta"
     found = Reader(file, read_json(file)).architectures()
-    known = {form.architecture: name for name, form in FORMATS.items() if form.architecture}
+    known = {a: name for name, form in FORMATS.items() for a in (form.architecture, form.also) if a}
     for architecture in found:
         if architecture in known:
             return known[architecture]
@@ -154,9 +154,16 @@ def open_model(name: str, folder: Path) -> tuple[ModelSpec, Tensors]:
     assert form.read_config is not None
     file = folder / ("params.json" if form.container == "pth" else "config.json")
     reader = Reader(file, read_json(file))
-    if form.architecture and form.architecture not in (found := reader.architectures()):
+    found = reader.architectures()
+    if form.architecture and {form.architecture, form.also}.isdisjoint(found):
         hint = f"{form.architecture}; use --format {format_of(folder)}"
         raise UserError(f"{file}: architectures = {found}, but {name} is {hint}")
+    quantized = reader.mapping("quantization_config", "quantization")
+    if quantized and (method := quantized.get("quant_method", "another program's")) != "fp8":
+        raise UserError(
+            f"{file}: quantized weights ({method}) are not read here; load the folder with "
+            "transformers, call model.dequantize(), save it and import that"
+        )
     args = form.read_config(reader)
     further = reader.count("n_future_tokens", 1) - 1 if form.heads == "parallel" else 0
     further = read_modules(reader) if form.heads == "sequential" else further

@@ -1,18 +1,21 @@
-"""Tensors of a checkpoint one at a time, from a DCP folder, safetensors files or a .pth file."""
+"""Tensors of a checkpoint one at a time, from a DCP folder, safetensors files or pickled ones."""
 
 from __future__ import annotations
 
 import json
+import logging
+import math
 import pickle
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Size, Tensor
 
 from torchtitan_mtp.checkpoint.load import (
-    Opened,
     one_line,
     open_checkpoint,
     read_states,
@@ -22,8 +25,11 @@ from torchtitan_mtp.checkpoint.metadata import bare_name
 from torchtitan_mtp.checkpoint.ranks import Ranks
 from torchtitan_mtp.errors import UserError
 
+logger = logging.getLogger(__name__)
+
 WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
+INDEX = f"{WEIGHTS}.index.json"
+_PICKLED = "pytorch_model.bin"
 
 
 class Kind(NamedTuple):
@@ -33,81 +39,111 @@ class Kind(NamedTuple):
     dtype: torch.dtype
 
 
-class Tensors(Protocol):
-    """A checkpoint's tensors by name; `where` names the place in messages."""
+@dataclass(frozen=True)
+class Tensors:
+    """A checkpoint's tensors by name; `where` names the place, `read` gives one, on a CPU."""
 
     where: Path
     kinds: dict[str, Kind]
-
-    def read(self, name: str) -> Tensor:
-        """One tensor, whole, on the CPU."""
-        ...
+    read: Callable[[str], Tensor]
 
 
-class DCPTensors:
+def dcp_tensors(path: Path) -> Tensors:
     """The model of a DCP folder, written by any number of ranks; its files are verified first."""
+    ranks = Ranks(alone=True)
+    opened = open_checkpoint(path, ranks)
+    keys, stored = stored_model_names(opened), opened.stored
+    kinds = {n: Kind(stored[k].size, stored[k].properties.dtype) for n, k in keys.items()}
 
-    def __init__(self, path: Path) -> None:
-        self.where = path
-        self._ranks = Ranks(alone=True)
-        self._opened: Opened = open_checkpoint(path, self._ranks)
-        self._keys = stored_model_names(self._opened)
-        stored = self._opened.stored
-        self.kinds = {
-            name: Kind(stored[key].size, stored[key].properties.dtype)
-            for name, key in self._keys.items()
-        }
-
-    def read(self, name: str) -> Tensor:
-        tensor = torch.empty(self.kinds[name].shape, dtype=self.kinds[name].dtype)
-        read_states(self._opened, {self._keys[name]: tensor}, self._ranks)
+    def read(name: str) -> Tensor:
+        tensor = torch.empty(kinds[name].shape, dtype=kinds[name].dtype)
+        read_states(opened, {keys[name]: tensor}, ranks)
         return tensor
 
+    return Tensors(path, kinds, read)
 
-class SafetensorsTensors:
-    """A folder of model.safetensors, or of the files that model.safetensors.index.json lists."""
 
-    def __init__(self, path: Path) -> None:
-        self.where = path
-        index = _read_index(path)
-        self.kinds = {}
-        self._file_of: dict[str, Path] = {}
-        for name in sorted(set(index.values())) if index else [WEIGHTS]:
-            with _open_safetensors(path / name) as file:
-                for key in file.keys():  # noqa: SIM118 (it is no dict)
-                    part = file.get_slice(key)
-                    shape = Size(part.get_shape())
-                    # Its dtype has a name of its own; an empty part of the tensor has torch's.
-                    try:
-                        dtype = part[:0].dtype if shape else part[...].dtype
-                    except (SafetensorError, RuntimeError) as error:
-                        raise UserError(
-                            f"{path / name}: {key} is of {part.get_dtype()}, which torch can't read"
-                        ) from error
-                    self.kinds[key] = Kind(shape, dtype)
-                    self._file_of[key] = path / name
-        for key, name in index.items():
-            if self._file_of.get(key) != path / name:
+def hf_tensors(path: Path) -> Tensors:
+    """A folder of model.safetensors or pytorch_model.bin, or of the files that an index of either
+    lists."""
+    for name in (WEIGHTS, _PICKLED):
+        index = _read_index(path / f"{name}.index.json")
+        alone = (path / name).is_file()
+        if index and alone and name not in index.values():
+            raise UserError(f"{path}: holds {name} and an index of others; remove what is old")
+        if index or alone:
+            files = sorted(set(index.values())) or [name]
+            return _file_tensors(path, [path / file for file in files], index)
+    raise UserError(f"{path / WEIGHTS}: missing, and no {_PICKLED} or index; download it again")
+
+
+def meta_tensors(path: Path) -> Tensors:
+    """Meta's consolidated.pth."""
+    files = sorted(path.glob("consolidated*.pth"))
+    if len(files) != 1:
+        raise UserError(
+            f"{path}: {len(files)} files consolidated*.pth, expected one"
+            + ("; parts of tensor parallelism are not merged here" if files else "")
+        )
+    return _file_tensors(files[0], files, {})
+
+
+def _file_tensors(where: Path, files: Sequence[Path], index: Mapping[str, str]) -> Tensors:
+    """index: the file that is to be read for a name, should several hold it."""
+    held = {file: _kinds(file) for file in files}
+    file_of = {name: file for file, kinds in held.items() for name in kinds}
+    for name, file_name in index.items():
+        file_of[name] = where / file_name
+        if name not in held[where / file_name]:
+            raise UserError(
+                f"{where}: its index says that {name} is in {file_name}, which does not hold it; "
+                "download the folder again"
+            )
+    for file, kinds in held.items():
+        for name in kinds:
+            chosen = file_of[name]
+            if chosen != file and (far := difference(_read(file, name), _read(chosen, name))):
+                what = f"differs by up to {far:.3g} from that of {chosen.name}"
+                logger.warning("%s: its %s is not read, and %s", file, name, what)
+    kinds = {name: held[file][name] for name, file in file_of.items()}
+    return Tensors(where, kinds, lambda name: _read(file_of[name], name))
+
+
+def _read(file: Path, name: str) -> Tensor:
+    # Opened for each tensor: what was read through a mapping counts as memory until it is shut.
+    if file.suffix != ".safetensors":
+        return _load_pickled(file)[name]
+    with _open_safetensors(file) as opened:
+        tensor: Tensor = opened.get_tensor(name)
+    return tensor
+
+
+def _kinds(file: Path) -> dict[str, Kind]:
+    if file.suffix != ".safetensors":
+        return {name: Kind(t.shape, t.dtype) for name, t in _load_pickled(file).items()}
+    kinds = {}
+    with _open_safetensors(file) as opened:
+        for key in opened.keys():  # noqa: SIM118 (it is no dict)
+            part = opened.get_slice(key)
+            shape = Size(part.get_shape())
+            # Its dtype has a name of its own; an empty part of the tensor has torch's.
+            try:
+                dtype = part[:0].dtype if shape else part[...].dtype
+            except (SafetensorError, RuntimeError) as error:
                 raise UserError(
-                    f"{path / INDEX}: says that {key} is in {name}, which does not hold it; "
-                    "download the folder again"
-                )
-
-    def read(self, name: str) -> Tensor:
-        # Opened for each tensor: what was read through a mapping counts as memory until it is shut.
-        with _open_safetensors(self._file_of[name]) as file:
-            tensor: Tensor = file.get_tensor(name)
-        return tensor
+                    f"{file}: {key} is of {part.get_dtype()}, which torch can't read"
+                ) from error
+            kinds[key] = Kind(shape, dtype)
+    return kinds
 
 
-def _read_index(path: Path) -> dict[str, str]:
+def _read_index(file: Path) -> dict[str, str]:
     """Tensor -> file of a sharded folder; empty where there is one file."""
-    file = path / INDEX
     if not file.is_file():
         return {}
     weight_map = read_json(file).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise UserError(f"{file}: no weight_map in it; expected an index of safetensors files")
+        raise UserError(f"{file}: no weight_map in it; expected an index of files of tensors")
     for name in weight_map.values():
         if not bare_name(name):
             raise UserError(f"{file}: names the file {name!r}, expected one of this folder")
@@ -125,6 +161,34 @@ def _open_safetensors(file: Path) -> Any:
         ) from error
 
 
+def _load_pickled(file: Path) -> dict[str, Tensor]:
+    """What torch.save wrote; nothing in it is run, and it is mapped, not read as a whole."""
+    if not file.is_file():
+        raise UserError(f"{file}: missing; download it again")
+    try:
+        state = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+    except Exception as error:  # a crafted file makes torch raise nearly anything
+        reason = str(error).rpartition("WeightsUnpickler error: ")[2].strip().partition("\n")[0]
+        reason = reason if isinstance(error, pickle.UnpicklingError) else one_line(error)
+        raise UserError(f"{file}: can't be read as plain tensors: {reason}") from error
+    if not isinstance(state, dict):
+        found = type(state).__name__
+        raise UserError(f"{file}: expected a dict of tensors, found {found}")
+    for name, value in state.items():
+        if not (isinstance(name, str) and _plain(value)):
+            raise UserError(f"{file}: {name!r}: expected a dict of plain tensors by name")
+    return {name: tensor.detach().resolve_neg() for name, tensor in state.items()}
+
+
+def _plain(value: Any) -> bool:
+    """Whether it is a tensor with a number in memory for each of its places."""
+    return (
+        isinstance(value, Tensor)
+        and (value.layout, value.device.type) == (torch.strided, "cpu")
+        and not (value.is_quantized or value.is_nested or value.is_complex())
+    )
+
+
 def read_json(file: Path) -> dict[str, Any]:
     """A JSON object. Errors: no such file, or something else in it."""
     try:
@@ -138,40 +202,10 @@ def read_json(file: Path) -> dict[str, Any]:
     return value
 
 
-def _plain(value: Any) -> bool:
-    """Whether it is a tensor with a number in memory for each of its places."""
-    return (
-        isinstance(value, Tensor)
-        and (value.layout, value.device.type) == (torch.strided, "cpu")
-        and not (value.is_quantized or value.is_nested or value.is_complex())
-    )
-
-
-class PthTensors:
-    """Meta's consolidated.pth; nothing in it is run, and it is mapped, not read as a whole."""
-
-    def __init__(self, path: Path) -> None:
-        files = sorted(path.glob("consolidated*.pth"))
-        if len(files) != 1:
-            raise UserError(
-                f"{path}: {len(files)} files consolidated*.pth, expected one"
-                + ("; parts of tensor parallelism are not merged here" if files else "")
-            )
-        self.where = files[0]
-        try:
-            state = torch.load(self.where, map_location="cpu", mmap=True, weights_only=True)
-        except Exception as error:  # a crafted file makes torch raise nearly anything
-            reason = str(error).rpartition("WeightsUnpickler error: ")[2].strip().partition("\n")[0]
-            reason = reason if isinstance(error, pickle.UnpicklingError) else one_line(error)
-            raise UserError(f"{self.where}: can't be read as plain tensors: {reason}") from error
-        if not isinstance(state, dict):
-            found = type(state).__name__
-            raise UserError(f"{self.where}: expected a dict of tensors, found {found}")
-        for name, value in state.items():
-            if not (isinstance(name, str) and _plain(value)):
-                raise UserError(f"{self.where}: {name!r}: expected a dict of plain tensors by name")
-        self._state = {name: tensor.detach().resolve_neg() for name, tensor in state.items()}
-        self.kinds = {name: Kind(t.shape, t.dtype) for name, t in self._state.items()}
-
-    def read(self, name: str) -> Tensor:
-        return self._state[name]
+def difference(a: Tensor, b: Tensor) -> float:
+    """The largest |a - b|, 0.0 where they are equal; at little memory."""
+    if a.shape != b.shape:
+        return math.inf
+    pairs = zip(a.flatten().split(2**20), b.flatten().split(2**20), strict=True)
+    far = [(x.double() - y.double()).abs().amax() for x, y in pairs if x.numel()]
+    return torch.stack(far).amax().item() if far else 0.0

@@ -14,8 +14,8 @@ from formats_run import DEEPSEEK, LLAMA_3_1, PARALLEL, SEQUENTIAL, SMALL, write_
 from torchtitan_mtp.checkpoint.state import cast_floating
 from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.formats import export_checkpoint, import_checkpoint
-from torchtitan_mtp.formats.fp8 import BlockQuantizedTensors, without_quantization
-from torchtitan_mtp.formats.read import SafetensorsTensors
+from torchtitan_mtp.formats.fp8 import without_quantization
+from torchtitan_mtp.formats.read import hf_tensors
 
 FORMAT = "deepseek_v3_hf"
 
@@ -143,8 +143,8 @@ def fp8_folder(folder: Path, block: list[int] | None, scale_shape: tuple[int, in
 def test_products_with_the_scales(tmp_path: Path, block, shape) -> None:
     folder = fp8_folder(tmp_path / "x", block, shape)
     stored = load_file(folder / "model.safetensors")
-    tensors = without_quantization(SafetensorsTensors(folder))
-    assert isinstance(tensors, BlockQuantizedTensors) and set(tensors.kinds) == {"a", "b"}
+    tensors = without_quantization(hf_tensors(folder))
+    assert set(tensors.kinds) == {"a", "b"}
     assert tensors.kinds["a"].dtype == torch.bfloat16
     rows, columns = block or (128, 128)
     for i in range(5):
@@ -161,14 +161,14 @@ def test_scales_that_do_not_fit(tmp_path: Path) -> None:
         ("z", [0, 128], (1, 1), "weight_block_size = [0, 128], expected two integers above 0"),
     ):
         folder = fp8_folder(tmp_path / name, block, shape)
-        message = refusal(lambda folder=folder: without_quantization(SafetensorsTensors(folder)))
+        message = refusal(lambda folder=folder: without_quantization(hf_tensors(folder)))
         assert expected in message
     for settings in ([1], "fp8"):
         (folder / "config.json").write_text(json.dumps({"quantization_config": settings}))
-        message = refusal(lambda: without_quantization(SafetensorsTensors(folder)))
+        message = refusal(lambda: without_quantization(hf_tensors(folder)))
         assert f"quantization_config = {settings!r}, expected an object" in message
     tensors = {"a": torch.ones(5).to(torch.float8_e4m3fn), "a_scale_inv": torch.ones(1)}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").unlink()
-    message = refusal(lambda: without_quantization(SafetensorsTensors(folder)))
+    message = refusal(lambda: without_quantization(hf_tensors(folder)))
     assert "a (5,) is in FP8, expected a matrix" in message

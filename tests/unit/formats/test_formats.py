@@ -252,9 +252,9 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
     [
         "write_safetensors(out, outputs, 128 * 2**20)",
         "write_dcp(out / 'dcp', outputs)",
-        "from torchtitan_mtp.formats.read import DCPTensors\n"
+        "from torchtitan_mtp.formats.read import dcp_tensors\n"
         "write_dcp(out / 'dcp', outputs)\n"
-        "source = DCPTensors(out / 'dcp')\n"
+        "source = dcp_tensors(out / 'dcp')\n"
         "for name in source.kinds: source.read(name)",
     ],
     ids=["safetensors", "dcp", "reading dcp"],

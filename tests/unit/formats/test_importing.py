@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from huggingface_hub import constants, snapshot_download
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from formats_run import DEEPSEEK, PARALLEL, QWEN, QWEN2, RAW, SMALL, write_run
 from torchtitan_mtp.cli import import_checkpoint as program
+from torchtitan_mtp.data.targets import Batch
 from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.formats import export_checkpoint, import_checkpoint
 from torchtitan_mtp.formats.importing import find_folder
+from torchtitan_mtp.inference import load_for_inference
+from torchtitan_mtp.models.transformer import Transformer
+
+transformers = pytest.importorskip("transformers")
+IDS = torch.randint(0, 320, (1, 48), generator=torch.Generator().manual_seed(0))
 
 
 def refusal(action) -> str:
@@ -20,6 +31,24 @@ def refusal(action) -> str:
         action()
     assert "\n" not in str(caught.value)
     return str(caught.value)
+
+
+def edit(folder: Path, **changes) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+@torch.no_grad()
+def our_logits(model: Transformer) -> Tensor:
+    at = torch.arange(IDS.shape[1])[None]
+    batch = Batch(IDS, IDS.new_zeros(*IDS.shape, 0), torch.empty(0), at, torch.zeros_like(at))
+    return model.output(model(batch)[0])
+
+
+@torch.no_grad()
+def their_logits(folder: Path) -> Tensor:
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return model.eval()(IDS).logits
 
 
 @pytest.fixture(scope="module")
@@ -76,3 +105,192 @@ def test_a_model_of_the_hubs_cache(tmp_path: Path, llama: Path, monkeypatch, cap
     (repo / "snapshots" / ("b" * 40)).rmdir()
     assert find_folder(repo).name == "a" * 40
     assert "no such folder" in refusal(lambda: find_folder(tmp_path / "nowhere"))
+
+
+# ---- Mistral ----
+
+SHAPE = {
+    "vocab_size": 320,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+
+
+@pytest.mark.parametrize("window", [None, 64, 4096])
+def test_mistral_that_sees_its_whole_context(tmp_path: Path, window: int | None) -> None:
+    torch.manual_seed(1)
+    config = transformers.MistralConfig(**SHAPE, head_dim=12, sliding_window=window)
+    transformers.MistralForCausalLM(config).save_pretrained(tmp_path / "hf")
+    expected = their_logits(tmp_path / "hf")
+    import_checkpoint(tmp_path / "hf", tmp_path / "run")
+    found = our_logits(load_for_inference(tmp_path / "run")[0])
+    assert (found - expected).abs().max() <= 2e-7 and expected.abs().max() > 0.1
+
+
+def test_a_window_shorter_than_the_context(tmp_path: Path) -> None:
+    config = transformers.MistralConfig(**SHAPE, sliding_window=16)
+    transformers.MistralForCausalLM(config).save_pretrained(tmp_path / "hf")
+    message = refusal(lambda: import_checkpoint(tmp_path / "hf", tmp_path / "run"))
+    assert "sliding_window = 16, shorter than max_position_embeddings = 64" in message
+    assert not (tmp_path / "run").exists()
+    edit(tmp_path / "hf", max_position_embeddings=16)  # as the line says
+    import_checkpoint(tmp_path / "hf", tmp_path / "run")
+    file = tmp_path / "hf" / "config.json"
+    values = json.loads(file.read_text())
+    file.write_text(json.dumps({k: v for k, v in values.items() if k != "sliding_window"}))
+    edit(tmp_path / "hf", max_position_embeddings=8192)  # MistralConfig's own window is 4096
+    assert "sliding_window = 4096, sh" in refusal(
+        lambda: import_checkpoint(tmp_path / "hf", tmp_path / "again")
+    )
+
+
+# ---- files ----
+
+
+def in_shards(folder: Path, *shards: dict[str, Tensor], suffix: str = "safetensors") -> None:
+    """The tensors of a folder anew, with an index by which the first shard that has one counts."""
+    weight_map: dict[str, str] = {}
+    (folder / "model.safetensors").unlink()
+    for i, tensors in enumerate(shards, start=1):
+        stem = "model" if suffix == "safetensors" else "pytorch_model"
+        name = f"{stem}-{i:05d}-of-{len(shards):05d}.{suffix}"
+        if suffix == "bin":
+            torch.save(tensors, folder / name)
+        else:
+            save_file(tensors, folder / name, metadata={"format": "pt"})
+        weight_map = dict.fromkeys(tensors, name) | weight_map
+    index = folder / ("pytorch_model.bin" if suffix == "bin" else "model.safetensors")
+    index.with_name(f"{index.name}.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": weight_map})
+    )
+
+
+NORM = "model.norm.weight"
+
+
+@pytest.mark.parametrize("by", [0.0, 0.5])
+@pytest.mark.parametrize("first", [True, False])
+def test_the_index_of_an_overlay_wins(tmp_path: Path, llama: Path, caplog, by, first) -> None:
+    hf = shutil.copytree(llama, tmp_path / "hf")
+    whole = load_file(hf / "model.safetensors")
+    rest = {name: t for name, t in whole.items() if name != NORM}
+    stale = rest | {NORM: whole[NORM] + by}
+    if first:  # in the order of the files' names
+        in_shards(hf, stale, {NORM: whole[NORM]})
+        index = hf / "model.safetensors.index.json"
+        values = json.loads(index.read_text())
+        values["weight_map"][NORM] = "model-00002-of-00002.safetensors"
+        index.write_text(json.dumps(values))
+    else:
+        in_shards(hf, {NORM: whole[NORM]}, stale)
+    import_checkpoint(hf, tmp_path / "run")
+    assert torch.equal(load_for_inference(tmp_path / "run")[0].norm.weight, whole[NORM])
+    told = [r.getMessage() for r in caplog.records if "is not read" in r.getMessage()]
+    assert all(f"its {NORM} is not read, and differs by up to 0.5" in line for line in told)
+    assert bool(told) == bool(by)
+
+
+def test_one_file_and_an_index_of_others(tmp_path: Path, llama: Path) -> None:
+    hf = shutil.copytree(llama, tmp_path / "hf")
+    whole = (hf / "model.safetensors").read_bytes()
+    in_shards(hf, load_file(hf / "model.safetensors"))
+    (hf / "model.safetensors").write_bytes(whole)
+    message = refusal(lambda: import_checkpoint(hf, tmp_path / "run"))
+    assert "holds model.safetensors and an index of others; remove what is old" in message
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_pickled_weights(tmp_path: Path, llama: Path, shards: int) -> None:
+    """pytorch_model.bin, as transformers wrote it before safetensors."""
+    expected = their_logits(llama)
+    hf = shutil.copytree(llama, tmp_path / "hf")
+    whole = load_file(hf / "model.safetensors")
+    if shards == 1:
+        (hf / "model.safetensors").unlink()
+        torch.save(whole, hf / "pytorch_model.bin")
+    else:
+        names = sorted(whole)
+        in_shards(hf, *({n: whole[n] for n in names[i::2]} for i in (0, 1)), suffix="bin")
+    assert torch.equal(their_logits(hf), expected)
+    import_checkpoint(hf, tmp_path / "run")
+    assert torch.allclose(our_logits(load_for_inference(tmp_path / "run")[0]), expected, atol=1e-5)
+    for file in hf.glob("pytorch_model*.bin"):
+        file.unlink()
+    assert "missing" in refusal(lambda: import_checkpoint(hf, tmp_path / "again"))
+
+
+PICKLES = {
+    "an object": SimpleNamespace(a=1),
+    "integer keys": {1: torch.ones(2)},
+    "sparse": {NORM: torch.ones(2, 2).to_sparse()},
+    "meta": {NORM: torch.ones(2, device="meta")},
+    "nested": {"state_dict": {NORM: torch.ones(2)}},
+    "a list": [torch.ones(2)],
+}
+
+
+@pytest.mark.parametrize("what", [*PICKLES, "an empty stack", "nothing", "old"])
+def test_pickles_that_are_no_weights(tmp_path: Path, llama: Path, what: str) -> None:
+    hf = shutil.copytree(llama, tmp_path / "hf")
+    (hf / "model.safetensors").unlink()
+    file = hf / "pytorch_model.bin"
+    if what in PICKLES:
+        torch.save(PICKLES[what], file)
+    elif what == "old":
+        torch.save({NORM: torch.ones(2)}, file, _use_new_zipfile_serialization=False)
+    else:
+        file.write_bytes(b"0." if what == "an empty stack" else b"")
+    message = refusal(lambda: import_checkpoint(hf, tmp_path / "run"))
+    assert "pytorch_model.bin: " in message
+    assert "expected a dict of " in message or "can't be read as plain tensors" in message
+
+
+# ---- what is not read, by its real reason ----
+
+
+@pytest.mark.parametrize(
+    ("changes", "shown"),
+    [
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "weights (gptq)"),
+        ({"quantization_config": {"quant_method": "awq"}}, "weights (awq)"),
+        ({"quantization_config": {"quant_method": "bitsandbytes"}}, "weights (bitsandbytes)"),
+        ({"quantization_config": {"quant_method": "compressed-tensors"}}, "(compressed-tensors)"),
+        ({"quantization": {"group_size": 64, "bits": 4}}, "weights (another program's)"),
+        ({"quantization_config": [4]}, "quantization_config = [4], expected an object"),
+    ],
+)
+def test_quantized_folders(tmp_path: Path, llama: Path, changes, shown: str) -> None:
+    hf = shutil.copytree(llama, tmp_path / "hf")
+    edit(hf, **changes)
+    for action in (
+        lambda: import_checkpoint(hf, tmp_path / "run"),
+        lambda: load_for_inference(hf),
+    ):
+        message = refusal(action)
+        assert shown in message and str(hf / "config.json") in message
+
+
+def test_fp8_of_another_layout(tmp_path: Path, llama: Path) -> None:
+    """One scale a tensor, under the name that compressed-tensors gives it."""
+    hf = shutil.copytree(llama, tmp_path / "hf")
+    tensors = load_file(hf / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+    tensors["model.layers.0.mlp.up_proj.weight_scale"] = torch.ones(1)
+    save_file(tensors, hf / "model.safetensors", metadata={"format": "pt"})
+    edit(hf, quantization_config={"quant_method": "fp8", "activation_scheme": "dynamic"})
+    message = refusal(lambda: import_checkpoint(hf, tmp_path / "run"))
+    assert f"{name} (48, 32) is in FP8 with {name}_scale_inv missing, expected (1, 1)" in message
+
+
+def test_a_mixture_of_glms(tmp_path: Path) -> None:
+    config = transformers.Glm4MoeConfig(
+        **SHAPE, n_routed_experts=8, moe_intermediate_size=16, first_k_dense_replace=1, head_dim=8
+    )
+    transformers.Glm4MoeForCausalLM(config).save_pretrained(tmp_path / "hf")
+    message = refusal(lambda: import_checkpoint(tmp_path / "hf", tmp_path / "run"))
+    assert "n_routed_experts = 8: GLM's mixtures of experts are not supported here" in message
