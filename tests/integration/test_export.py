@@ -14,6 +14,7 @@ from torch import Tensor
 
 from formats_run import LLAMA_3_1, QWEN, QWEN2, RAW, SEQUENTIAL, SMALL, weights, write_run
 from runs import TINY, config_of, same, train, weights_of
+from torchtitan_mtp.cli.export_checkpoint import main as export_command
 from torchtitan_mtp.config import load_toml
 from torchtitan_mtp.data.targets import Batch
 from torchtitan_mtp.errors import UserError
@@ -148,6 +149,29 @@ def test_transformers_modules_compute_our_heads(tmp_path: Path, monkeypatch, mod
         inputs = ids[:, k + 1 : k + 1 + size]
         h = module.forward_layer(k, h, at, cache, input_ids=inputs)
         torch.testing.assert_close(h, hiddens[k + 1], rtol=0, atol=2e-5)
+
+
+def test_the_first_module_alone(tmp_path: Path, capsys) -> None:
+    """For engines that stop at a second one, or have no use for it."""
+    write_run(tmp_path / "run", **QWEN, **SEQUENTIAL)
+    export_checkpoint(tmp_path / "run", tmp_path / "both", "glm4_moe_hf")
+    arguments = [str(tmp_path / "run"), str(tmp_path / "one"), "--format", "glm4_moe_hf"]
+    assert export_command([*arguments, "--modules", "1"]) == 0
+    assert "1 sequential heads" in capsys.readouterr().out
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "one")
+    assert config.num_nextn_predict_layers == 1
+    one, both = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "both"))
+    second = {key for key in both if key.startswith("model.layers.4.")}
+    assert second and same(one, {key: t for key, t in both.items() if key not in second})
+    # A format that holds one module alone takes the first.
+    export_checkpoint(tmp_path / "run", tmp_path / "mellum", "mellum_hf", modules=1)
+    mellum = load_file(tmp_path / "mellum" / "model.safetensors")
+    assert any(key.startswith("mtp.") for key in mellum)
+    for modules in ("0", "3"):
+        assert export_command([*arguments, "--modules", modules]) == 1
+        assert f"--modules {modules}: the model has 2; give 1" in capsys.readouterr().err
+    with pytest.raises(UserError, match="write the first with --modules 1, or leave them out"):
+        export_checkpoint(tmp_path / "run", tmp_path / "x", "mellum_hf")
 
 
 class MiMoModule(torch.nn.Module):

@@ -46,6 +46,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--drop_heads", action="store_true", help="leave out heads that the format can't hold"
     )
+    parser.add_argument("--modules", type=int, help="further heads to write; default: all")
     return parser.parse_args(argv)
 
 
@@ -60,6 +61,7 @@ def main(argv: list[str] | None = None) -> int:
             dtype=DTYPES[args.dtype] if args.dtype else None,
             max_shard_size=parse_size(args.max_shard_size),
             drop_heads=args.drop_heads,
+            modules=args.modules,
         )
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,7 @@ def export_checkpoint(
     dtype: torch.dtype | None = None,
     max_shard_size: int = DEFAULT_SHARD_SIZE,
     drop_heads: bool = False,
+    modules: int | None = None,
 ) -> ModelSpec:
     """Write the model of a checkpoint into the new folder `out`; what was written.
 
@@ -65,6 +67,7 @@ def export_checkpoint(
         dtype: of the weights; None: as they are stored.
         max_shard_size: bytes of a safetensors file.
         drop_heads: leave out heads that the format can't hold.
+        modules: of the further heads, write the first so many; None: all.
 
     Raises:
         UserError: `out` exists; a model that the format can't hold; a tensor that has no place.
@@ -76,7 +79,11 @@ def export_checkpoint(
     tied = ("output.weight",) if spec.args.tied_embeddings else ()
     check_tensors(source, shapes_of(spec), optional=tied)
     check_repeats(source, dict.fromkeys(tied, "tok_embeddings.weight"), spec.args)
-    spec = _fitting(form, format_name, spec, source, drop_heads)
+    kept = _fitting(form, format_name, _first(spec, modules), drop_heads)
+    for k in range(kept.modules, spec.modules):
+        part = [key for key in source.kinds if key.startswith(f"mtp.heads.{k}.")]
+        logger.warning("dropped mtp.heads.%d: %s", k, names_line(part))
+    spec = kept
     settings = {} if form.write_config is None else form.write_config(spec)
     outputs = _outward(source, form.names(spec), spec, dtype)
     with written_aside(Path(out), sum(output.bytes for output in outputs)) as folder:
@@ -86,7 +93,8 @@ def export_checkpoint(
         elif form.container == "pth":
             write_pth(folder / "consolidated.pth", outputs)
             write_json(folder / "params.json", settings)
-            copy_tokenizer(config.model.hf_assets_path, folder)
+            if config.model.hf_assets_path:
+                copy_tokenizer(config.model.hf_assets_path, folder)
         else:
             write_dcp(folder, outputs, record_of(spec) | {"format": format_name})
             logger.warning("%s: TorchTitan's flavor has to have %s", out, untold(record_of(spec)))
@@ -94,28 +102,35 @@ def export_checkpoint(
     return spec
 
 
-def _fitting(
-    form: Format, name: str, spec: ModelSpec, source: Tensors, drop_heads: bool
-) -> ModelSpec:
+def _first(spec: ModelSpec, modules: int | None) -> ModelSpec:
+    """`spec` with the first so many further heads, or all. Error: it has not as many."""
+    if modules is None:
+        return spec
+    if not 1 <= modules <= spec.modules:
+        raise UserError(
+            f"--modules {modules}: the model has {spec.modules}; give 1 to as many, or --drop_heads"
+        )
+    return replace(spec, num_future_tokens=modules + 1, share_weights=False)
+
+
+def _fitting(form: Format, name: str, spec: ModelSpec, drop_heads: bool) -> ModelSpec:
     """`spec`, or its trunk where its heads are to be dropped. Error: the format can't hold it."""
     if misfit := _misfit(form, spec):
         raise UserError(f"--format {name}: {misfit}; {_advice(spec)}")
     if fits(form, spec):
         return spec
-    heads = [key for key in source.kinds if key.startswith("mtp.")]
-    if not drop_heads:
-        fit = [key for key, f in FORMATS.items() if holds(f, spec)]
-        use = f"use {' or '.join(fit)}, or " if fit else ""
-        what = f"can't hold the {spec.modules} {spec.heads} heads beside the trunk"
-        what += f" ({names_line(heads)})"
-        if spec.heads == form.heads and spec.trunk_state != form.trunk_state:
-            what = f"its modules read the trunk's {form.trunk_state} state, this model's the "
-            what += f"{spec.trunk_state} one (mtp.trunk_state)"
-        raise UserError(f"--format {name}: {what}; {use}leave them out with --drop_heads")
-    for k in range(spec.modules):
-        part = [key for key in heads if key.startswith(f"mtp.heads.{k}.")]
-        logger.warning("dropped mtp.heads.%d: %s", k, names_line(part))
-    return ModelSpec(spec.args)
+    if drop_heads:
+        return ModelSpec(spec.args)
+    fit = [key for key, f in FORMATS.items() if holds(f, spec)]
+    use = f"use {' or '.join(fit)}, or " if fit else ""
+    if fits(form, _first(spec, 1)):
+        use += "write the first with --modules 1, or "
+    what = f"can't hold the {spec.modules} {spec.heads} heads beside the trunk"
+    what += f" ({names_line([key for key in shapes_of(spec) if key.startswith('mtp.')])})"
+    if spec.heads == form.heads and spec.trunk_state != form.trunk_state:
+        what = f"its modules read the trunk's {form.trunk_state} state, this model's the "
+        what += f"{spec.trunk_state} one (mtp.trunk_state)"
+    raise UserError(f"--format {name}: {what}; {use}leave them out with --drop_heads")
 
 
 def _misfit(form: Format, spec: ModelSpec) -> str:
