@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -18,7 +19,7 @@ from torchtitan_mtp.distributed.mesh import all_reduce
 from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.models.transformer import Transformer
 from torchtitan_mtp.monitoring.missing_targets import MissingTargets
-from torchtitan_mtp.ops import LossOptions
+from torchtitan_mtp.ops import LossOptions, heads_loss
 
 logger = logging.getLogger(__name__)
 
@@ -153,7 +154,7 @@ def find_cause(
     The update was skipped, so the weights are still those that the step was computed with. All
     ranks call it together.
     """
-    found = ""
+    found, compute = "", functools.partial(heads_loss, options=options)
     with apart_from_training(model):
         for i, batch in enumerate(batches):
             batch = Batch(*(t.to(device) for t in batch))
@@ -164,7 +165,7 @@ def find_cause(
                     one = slice(row, row + 1)
                     # Every rank calls `output` as often as the others: its weight is gathered anew.
                     labels = batch.labels[one, :, k : k + 1]
-                    out = model.output([hidden[one]], labels, options=options)
+                    out = model.output.loss([hidden[one]], labels, compute)
                     # Not where in the sequence: attention kernels multiply what is masked by zero,
                     # and so spread what is not finite over earlier positions.
                     real = batch.doc_ids[row] != PADDING  # [S]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,7 +21,7 @@ from torchtitan_mtp.inference.stats import ratio
 from torchtitan_mtp.models.transformer import Transformer
 from torchtitan_mtp.monitoring.baselines import comparison_table, skip_bigram_entropies
 from torchtitan_mtp.monitoring.step_losses import StepLosses
-from torchtitan_mtp.ops import LossOptions
+from torchtitan_mtp.ops import LossOptions, heads_loss
 
 
 @dataclass(frozen=True)
@@ -53,11 +54,12 @@ def measure_text(
     """Losses, accuracies and acceptance on batches, over all ranks."""
     n = 1 if model.mtp is None else model.mtp.num_future_tokens
     losses, tokens = StepLosses(n, device), 0
+    compute = functools.partial(heads_loss, options=options)
     agreement = torch.zeros(4, n - 1, dtype=torch.int64, device=device)
     for batch in batches:
         batch = Batch(*(t.to(device) for t in batch))
         hiddens = model(batch)
-        losses.add(*model.output(hiddens, batch.labels, options=options))
+        losses.add(*model.output.loss(hiddens, batch.labels, compute))
         agreement += text_agreement(model, hiddens, batch.labels)
         tokens += batch.tokens.numel()
     found = losses.reduce()

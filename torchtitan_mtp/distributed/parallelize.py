@@ -12,6 +12,7 @@ from torch.distributed.fsdp import (
     MixedPrecisionPolicy,
     OffloadPolicy,
     fully_shard,
+    register_fsdp_forward_method,
 )
 from torch.distributed.tensor import Shard
 
@@ -90,6 +91,8 @@ def apply_fsdp(
     if not model.args.tied_embeddings:
         shard(model.tok_embeddings, reshard_after_forward=reshard)
         shard(model.output, reshard_after_forward=False)
+        for method in ("loss", "argmax"):
+            register_fsdp_forward_method(model.output, method)
     shard(model, reshard_after_forward=False)
     for module in model.modules():
         if isinstance(module, FSDPModule):

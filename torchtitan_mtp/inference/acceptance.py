@@ -94,7 +94,7 @@ def text_agreement(model: Transformer, hiddens: Sequence[Tensor], labels: Tensor
     [B, S, n]."""
     if len(hiddens) == 1:
         return labels.new_zeros(4, 0)
-    choices = model.output(hiddens, argmax=True)  # [B, S, n]
+    choices = model.output.argmax(hiddens)  # [B, S, n]
     return count_agreement(choices[..., 1:], own_choices(choices, labels))
 
 
@@ -175,4 +175,4 @@ def _drafts(
     own[chosen == UNKNOWN] = UNKNOWN  # no step begins there
     batch = make_batch(Window(text, torch.zeros_like(text)), n)
     hiddens = model(Batch(*(t.to(model.norm.weight.device) for t in batch)))
-    return model.output(hiddens[1:], argmax=True).cpu(), own
+    return model.output.argmax(hiddens[1:]).cpu(), own

@@ -17,7 +17,7 @@ from torchtitan_mtp.models.latent_attention import LatentAttention
 from torchtitan_mtp.models.layers import FeedForward
 from torchtitan_mtp.models.moe import MoE
 from torchtitan_mtp.models.rope import rope_tables
-from torchtitan_mtp.ops import LossOptions, LossOutput, chunked_argmax, linear_cross_entropy
+from torchtitan_mtp.ops import LossOutput, chunked_argmax
 
 
 class TransformerBlock(nn.Module):
@@ -62,48 +62,36 @@ class TransformerBlock(nn.Module):
 
 
 class Unembedding(nn.Linear):
-    """The shared `output` projection: logits to decode with, the loss to train with, and the heads'
-    most likely tokens to compare them by.
+    """The shared `output` projection. As of any linear layer, a call gives logits [..., V].
 
-    All is computed here because FSDP2 gathers a weight for the forward of the module that owns it,
-    and loses the gradient of one that is used outside.
+    What else is made of its weight is made in methods of its own, which FSDP2 is told of
+    (`apply_fsdp`): it gathers a weight for the module that owns it, and loses the gradient of one
+    that is used outside.
     """
 
     def __init__(self, args: ModelArgs) -> None:
         assert args.vocab_size is not None
         super().__init__(args.dim, args.vocab_size, bias=False)
 
-    def forward(  # type: ignore[override]
+    def loss(
         self,
-        hiddens: Tensor | Sequence[Tensor],
-        labels: Tensor | None = None,
-        head_scales: Tensor | None = None,
-        options: LossOptions | None = None,
-        *,
+        hiddens: Sequence[Tensor],
+        labels: Tensor,
+        compute: Callable[[list[Tensor], Tensor, Tensor], LossOutput],
         detach: bool = False,
-        head_loss: Callable[[list[Tensor], Tensor, Tensor], LossOutput] | None = None,
-        argmax: bool = False,
-    ) -> Tensor | LossOutput:
-        """Logits [..., V] of one tensor [..., D]; with labels [B, S, n] the loss of n heads.
+    ) -> LossOutput:
+        """The loss of n heads: what `compute` makes of n tensors [N, D], the weight and labels
+        [N, n].
 
-        hiddens: n tensors [B, S, D]; head_scales [n]. `detach` keeps the gradient from the weight.
-        head_loss: computes the loss in place of `linear_cross_entropy`, from n tensors [N, D], the
-        weight and labels [N, n]. With `argmax`, the most likely tokens [B, S, n] int64 of n heads,
-        without gradients.
+        hiddens: n tensors [B, S, D]; labels [B, S, n]. `detach` keeps the gradient from the weight.
         """
-        if argmax:
-            rows = [chunked_argmax(h.flatten(0, 1), self.weight) for h in hiddens]  # n of [N]
-            return torch.stack(rows, dim=-1).view(*hiddens[0].shape[:2], -1)
         weight = self.weight.detach() if detach else self.weight
-        if labels is None:
-            assert isinstance(hiddens, Tensor)
-            return F.linear(hiddens, weight)
-        labels = labels.flatten(0, 1)  # [N, n], N = B * S
-        flat = [h.flatten(0, 1) for h in hiddens]  # n of [N, D]
-        if head_loss is not None:
-            return head_loss(flat, weight, labels)
-        how = (options or LossOptions())._asdict()
-        return linear_cross_entropy(flat, weight, labels, head_scales, **how)
+        return compute([h.flatten(0, 1) for h in hiddens], weight, labels.flatten(0, 1))
+
+    def argmax(self, hiddens: Sequence[Tensor]) -> Tensor:
+        """The most likely tokens [B, S, n] int64 of n tensors [B, S, D], without gradients."""
+        rows = [chunked_argmax(h.flatten(0, 1), self.weight) for h in hiddens]  # n of [N]
+        return torch.stack(rows, dim=-1).view(*hiddens[0].shape[:2], -1)
 
 
 class Transformer(nn.Module):

@@ -50,7 +50,7 @@ from torchtitan_mtp.mtp.turns import (
     release,
     stay_gathered,
 )
-from torchtitan_mtp.ops import HeadByHeadLoss, LossOptions, LossOutput
+from torchtitan_mtp.ops import HeadByHeadLoss, LossOptions, LossOutput, heads_loss
 
 
 def forward_loss(
@@ -62,26 +62,21 @@ def forward_loss(
 ) -> LossOutput:
     """The loss of all heads, with its graph where gradients are on.
 
-    head_loss: what computes it in place of `linear_cross_entropy`, for one backward and no chain;
-    states give way to their gradients. Without gradients under FSDP2, call `reshard()` on the FSDP
-    modules afterwards: nothing else frees what a forward gathered.
+    head_loss: what computes it in place of `heads_loss`, for one backward and no chain; states give
+    way to their gradients. Without gradients under FSDP2, call `reshard()` on the FSDP modules
+    afterwards: nothing else frees what a forward gathered.
     """
     hiddens, groups = model(batch), [slice(0, None)]
     if model.mtp is not None and model.mtp.detach_trunk:
         groups = [slice(0, 1), slice(1, None)]  # the others' gradient is kept from `output`
-    return _together(
-        [
-            model.output(
-                hiddens[heads],
-                batch.labels[..., heads],
-                head_scales[heads],
-                options,
-                detach=heads.start > 0,
-                head_loss=head_loss and functools.partial(head_loss, first=heads.start),
-            )
-            for heads in groups
-        ]
-    )
+    outputs = []
+    for heads in groups:
+        compute = functools.partial(heads_loss, options=options, head_scales=head_scales[heads])
+        if head_loss is not None:
+            compute = functools.partial(head_loss, first=heads.start)
+        detach = heads.start > 0
+        outputs.append(model.output.loss(hiddens[heads], batch.labels[..., heads], compute, detach))
+    return _together(outputs)
 
 
 def joint(
@@ -219,12 +214,9 @@ def _backward_of_loss(
     model: Transformer, batch: Batch, head_loss: HeadByHeadLoss, k: int, hidden: Tensor, last: bool
 ) -> LossOutput:
     """Head k's loss and its backward; `hidden` [B, S, D] is lost."""
-    out = model.output(
-        [hidden],
-        batch.labels[..., k - 1 : k],
-        detach=model.mtp.detach_trunk and k > 1,
-        head_loss=functools.partial(head_loss, first=k - 1, last=last),
-    )
+    compute = functools.partial(head_loss, first=k - 1, last=last)
+    detach = model.mtp.detach_trunk and k > 1
+    out = model.output.loss([hidden], batch.labels[..., k - 1 : k], compute, detach)
     if out.loss.requires_grad:
         out.loss.backward()
     return _detached(out)

@@ -65,6 +65,18 @@ def linear_cross_entropy(
     options = LossOptions(
         ignore_index, z_loss, softcap, label_smoothing, chunk_rows, compile, backend
     )
+    return heads_loss(hiddens, weight, labels, options, head_scales, row_weights)
+
+
+def heads_loss(
+    hiddens: Sequence[Tensor] | Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    options: LossOptions,
+    head_scales: Tensor | None = None,
+    row_weights: Tensor | None = None,
+) -> LossOutput:
+    """`linear_cross_entropy` with its options in one."""
     _check_options(options)
     heads = _check_tensors(hiddens, weight, labels, head_scales, row_weights)
     if head_scales is None:
@@ -72,7 +84,9 @@ def linear_cross_entropy(
     if row_weights is not None:
         columns = row_weights if row_weights.dim() == 2 else row_weights.unsqueeze(1)
         row_weights = columns.detach().expand(labels.shape)
-    return BACKENDS[backend](heads, weight, labels, head_scales.detach(), row_weights, options)
+    return BACKENDS[options.backend](
+        heads, weight, labels, head_scales.detach(), row_weights, options
+    )
 
 
 def _check_options(options: LossOptions) -> None:

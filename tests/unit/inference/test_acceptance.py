@@ -46,7 +46,7 @@ def test_own_choices_are_head_1s_where_there_is_a_target() -> None:
     batch = make_batch(small_window(3, 20 + 4), 4)
     with torch.no_grad():
         hiddens = model(batch)
-        choices = model.output(hiddens, argmax=True)
+        choices = model.output.argmax(hiddens)
         logits = torch.stack([model.output(h) for h in hiddens], dim=-1)  # [B, S, V, n]
     assert torch.equal(choices, logits.argmax(2))
     own = own_choices(choices, batch.labels)
