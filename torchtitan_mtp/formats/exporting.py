@@ -207,24 +207,21 @@ def _write_hf_files(
 ) -> None:
     """config.json, generation_config.json and the tokenizer's files. What came with the tokenizer
     stays as it was; of generation_config.json, ids that it lacks are added."""
-    path = config.model.hf_assets_path
-    special: dict[str, Any] = {}
     generation: dict[str, Any] = {}
-    if path:
+    if path := config.model.hf_assets_path:
         tokenizer = build_tokenizer(path)
         copy_tokenizer(path, folder)
         if isinstance(tokenizer, TiktokenTokenizer) and not (folder / "tokenizer.json").exists():
             write_tokenizer_json(tokenizer, folder)
-        if (folder / GENERATION).exists():
-            given = read_json(folder / GENERATION)
-            generation = {key: value for key, value in given.items() if value is not None}
+        given = read_json(folder / GENERATION) if (folder / GENERATION).exists() else {}
+        generation = {"bos_token_id": tokenizer.bos_id, "pad_token_id": tokenizer.pad_id}
+        generation |= {key: value for key, value in given.items() if value is not None}
         told = generation.get("eos_token_id", [])
         ends = [*dict.fromkeys([*(told if isinstance(told, list) else [told]), *tokenizer.eos_ids])]
-        ids = {"bos_token_id": tokenizer.bos_id, "pad_token_id": tokenizer.pad_id}
-        special = {key: generation.get(key, i) for key, i in ids.items()}
-        special["eos_token_id"] = ends if ends[1:] else ends[0]
+        generation["eos_token_id"] = ends if ends[1:] else ends[0]
     else:
         logger.warning("%s: without a tokenizer, as the run is", folder.name)
-    dtype_name = str(dtype).removeprefix("torch.")
-    write_json(folder / "config.json", settings | special | {"dtype": dtype_name})
-    write_json(folder / GENERATION, generation | special)
+    ids = {f"{kind}_token_id" for kind in ("bos", "eos", "pad")} & generation.keys()
+    settings |= {key: generation[key] for key in sorted(ids)}
+    write_json(folder / "config.json", settings | {"dtype": str(dtype).removeprefix("torch.")})
+    write_json(folder / GENERATION, generation)

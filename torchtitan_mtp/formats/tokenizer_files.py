@@ -39,14 +39,8 @@ def check_rows(tokenizer: Tokenizer, folder: Path, rows: int | None) -> None:
 
 
 def copy_tokenizer(path: str, out: Path, also: tuple[str, ...] = ()) -> bool:
-    """Put the tokenizer that `path` names (as model.hf_assets_path does) into the folder `out`.
-
-    Args:
-        also: further files to take along.
-
-    Returns:
-        Whether there was one.
-    """
+    """Put the tokenizer that `path` names (as model.hf_assets_path does), what lies beside it and
+    the files `also` into the folder `out`; whether there was one."""
     if path == "byte":
         write_tokenizer_json(ByteTokenizer(), out)
         return True
@@ -96,8 +90,7 @@ def write_tokenizer_json(tokenizer: ByteTokenizer | TiktokenTokenizer, out: Path
 
 
 def _byte_characters() -> list[str]:
-    """The character that stands for each byte in byte-level BPE (GPT-2's bytes_to_unicode)."""
-    shown = {*range(33, 127), *range(161, 173), *range(174, 256)}
-    hidden = (i for i in range(256) if i not in shown)
-    moved = {byte: chr(256 + k) for k, byte in enumerate(hidden)}
-    return [moved.get(byte, chr(byte)) for byte in range(256)]
+    """The character that stands for each byte in byte-level BPE: its own, or one above 255."""
+    known = pre_tokenizers.ByteLevel.alphabet()
+    moved = iter(sorted(char for char in known if ord(char) > 255))
+    return [chr(byte) if chr(byte) in known else next(moved) for byte in range(256)]

@@ -60,8 +60,8 @@ def _load(path: Path, model: Transformer, exclude: Sequence[str]) -> LoadReport:
     wanted = {key: t for key, t in model_state(model).items() if not excluded(key, exclude)}
     if model.args.tied_embeddings:
         wanted.pop("output.weight", None)
-    outputs = {o.name: o for o in inward(tensors, FORMATS[name], spec, model.norm.weight.dtype)}
-    outputs = {key: o for key, o in outputs.items() if not excluded(key, exclude)}
+    found = inward(tensors, FORMATS[name], spec, model.norm.weight.dtype)
+    outputs = {o.name: o for o in found if not excluded(o.name, exclude)}
     heads = any(key.startswith("mtp.") for key in wanted.keys() & outputs.keys())
     if heads:
         check_record(path, record_of(spec), record_of_model(model), exclude)
@@ -85,15 +85,13 @@ def hf_format(spec: ModelSpec) -> str:
     for form in forms.values():  # what its config.json can't say
         if form.write_config is not None and fits(form, spec):
             form.write_config(spec)
+    why = "no Hugging Face format here holds this model; unset it"
     if spec.trunk_state == "raw":
-        raise UserError(
-            'checkpoint.last_save_in_hf = true: mtp.trunk_state = "raw" leaves as mimo_hf alone; '
-            "set model.args.qkv_bias = true and qk_norm = false, or trunk_state = "
-            '"normalized", or unset last_save_in_hf'
+        why = (
+            'mtp.trunk_state = "raw" leaves as mimo_hf alone; set model.args.qkv_bias = true and '
+            'qk_norm = false, or trunk_state = "normalized", or unset last_save_in_hf'
         )
-    raise UserError(
-        "checkpoint.last_save_in_hf = true: no Hugging Face format here holds this model; unset it"
-    )
+    raise UserError(f"checkpoint.last_save_in_hf = true: {why}")
 
 
 def save_in_hf(step: Path, model: Transformer, dtype: torch.dtype | None) -> Path:
