@@ -24,7 +24,7 @@ def _cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
 def held_logits(
     model: Transformer, batch: Batch, head_scales: Tensor, options: LossOptions, last: bool
 ) -> None:
-    """TorchTitan's and Megatron's way: the model returns every depth's logits, then the losses."""
+    """Every depth's logits, then the losses: Megatron-Core, MaxText and TorchTitan 0.3.0."""
     logits = [F.linear(h, model.output.weight) for h in model(batch)]  # n of [B, S, V]
     losses = [
         F.cross_entropy(x.flatten(0, 1).float(), batch.labels[..., k].flatten(), reduction="sum")

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from torchtitan_mtp.ops import linear_cross_entropy
 
-CHUNKS = 8  # TorchTitan's and torchtune's default
+CHUNKS = 8  # default of TorchTitan (0.3.0) and torchtune
 
 
 def _cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -35,7 +35,11 @@ def _ours(
 
 
 def titan_chunked(hiddens: Sequence[Tensor], weight: Tensor, labels: Tensor) -> None:
-    """TorchTitan's ChunkedCELoss: backward of each chunk at once, weight gradient in `.grad`."""
+    """TorchTitan's ChunkedLossWrapper, for one prediction: each chunk's backward at once.
+
+    The weight gradient goes to `.grad`. For several predictions it takes a chunk of all of them at
+    a time, n times these logits.
+    """
     for k, hidden in enumerate(hiddens):
         detached = hidden.detach()
         grad = torch.empty_like(detached)
