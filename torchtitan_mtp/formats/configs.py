@@ -219,26 +219,41 @@ def read_shape(reader: Reader, longest: int) -> dict[str, Any]:
     }
 
 
+# What transformers takes where a config does not say it.
+_DEFAULTS: dict[str, dict[str, int]] = {
+    "MistralForCausalLM": {
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 2**17,
+        "sliding_window": 4096,
+    },
+    "Qwen3ForCausalLM": {"head_dim": 128},
+}
+
+
 def read_dense(
     reader: Reader,
     *,
     qk_norm: bool = False,
     qkv_bias: bool = False,
     rope: str | None = None,
-    head_dim: int | None = None,
 ) -> ModelArgs:
-    """The trunk of a config of Llama's family. rope: where in rope_parameters it is; head_dim:
-    where none is said, in place of hidden_size / num_attention_heads."""
-    if "MistralForCausalLM" in reader.architectures():
-        reader = _read_mistral(reader)
+    """The trunk of a config of Llama's family. rope: where in rope_parameters it is."""
+    for name in reader.architectures():
+        reader = Reader(reader.file, {**_DEFAULTS.get(name, {}), **reader.values})
     reader.expect("attention_bias", qkv_bias, None)
     for key in ("mlp_bias", "use_sliding_window"):
         reader.expect(key, False, None)
     reader.expect("hidden_act", "silu")
     shape = read_shape(reader, longest=2048)
+    if "MistralForCausalLM" in reader.architectures() and reader.values["sliding_window"]:
+        window, longest = reader.integer("sliding_window"), shape["max_seq_len"]
+        if window < longest:
+            raise UserError(
+                f"{reader.file}: sliding_window = {window}, shorter than max_position_embeddings = "
+                f"{longest}, is not supported here; set the latter to {window} for texts up to that"
+            )
     heads, dim = shape["n_heads"], shape["dim"]
-    said = "head_dim" in reader.values or head_dim is None
-    head_dim = reader.integer("head_dim", dim // heads) if said else head_dim
+    head_dim = reader.integer("head_dim", dim // heads)
     theta, scaled = read_rope(reader, "llama3", rope)
     return ModelArgs(
         **shape,
@@ -257,20 +272,6 @@ def read_dense(
             scaled.integer("original_max_position_embeddings"),
         ),
     )
-
-
-def _read_mistral(reader: Reader) -> Reader:
-    """With MistralConfig's defaults. Error: it does not look at its whole context."""
-    values = {"num_key_value_heads": 8, "max_position_embeddings": 2**17, "sliding_window": 4096}
-    reader = Reader(reader.file, values | {**reader.values})
-    if reader.values["sliding_window"] is not None:
-        window, longest = map(reader.integer, ("sliding_window", "max_position_embeddings"))
-        if window < longest:
-            raise UserError(
-                f"{reader.file}: sliding_window = {window}, shorter than max_position_embeddings = "
-                f"{longest}, is not supported here; set the latter to {window} for texts up to that"
-            )
-    return reader
 
 
 def read_glm4_moe(reader: Reader) -> ModelArgs:
@@ -319,23 +320,15 @@ def meta_params(spec: ModelSpec) -> dict[str, Any]:
         UserError: a shape that Meta's model has not.
     """
     args = spec.args
-    if args.qk_norm or args.qkv_bias or args.head_size not in (None, args.dim // args.n_heads):
-        raise UserError(
-            "meta: its model has no norms of queries and keys, no biases and no head_size"
-        )
-    if args.rope_scaling is not None:
-        raise UserError("meta: its model has no rotary scaling")
-    width: dict[str, Any] = {"multiple_of": args.multiple_of}
-    if args.ffn_dim_multiplier is not None:
-        width["ffn_dim_multiplier"] = args.ffn_dim_multiplier
-    if args.hidden_dim is not None:  # any smaller width, rounded up to a multiple of the right one
-        width = {"multiple_of": args.hidden_dim, "ffn_dim_multiplier": 0.125}
+    if args.head_dim * args.n_heads != args.dim or args.rope_scaling is not None:
+        raise UserError("meta: its model has no head_size and no rotary scaling")
     params: dict[str, Any] = {
         "dim": args.dim,
         "n_layers": args.n_layers + spec.modules,
         "n_heads": args.n_heads,
         "vocab_size": args.vocab_size,
-        **width,
+        "multiple_of": args.ffn_dim,  # what its rule gives is rounded up to a multiple of the width
+        "ffn_dim_multiplier": args.ffn_dim / int(2 * 4 * args.dim / 3),
         "norm_eps": args.norm_eps,
         "rope_theta": args.rope_theta,
         "n_future_tokens": spec.num_future_tokens,

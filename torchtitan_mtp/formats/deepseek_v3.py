@@ -33,6 +33,17 @@ _ATTENTION = {
 _QUERIES = {"wq": "q_proj"}
 _COMPRESSED_QUERIES = {"wq_a": "q_a_proj", "q_norm": "q_a_layernorm", "wq_b": "q_b_proj"}
 _LATENT = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+# Whole numbers of MoEArgs, by what config.json calls them; and what has one value here.
+_MOE = {
+    "n_routed_experts": "num_experts",
+    "moe_intermediate_size": "hidden_dim",
+    "n_shared_experts": "num_shared_experts",
+    "num_experts_per_tok": "top_k",
+    "first_k_dense_replace": "n_dense_layers",
+    "n_group": "num_expert_groups",
+    "topk_group": "num_limited_groups",
+}
+_FIXED = {"rope_interleave": True, "scoring_func": "sigmoid", "topk_method": "noaux_tc"}
 _EPS = 1e-6  # what transformers gives the norms within attention, whatever config.json says
 
 
@@ -60,13 +71,16 @@ def _block(spec: ModelSpec, ours: str, index: int, dense: bool) -> list[Entry]:
     moe, mlp = f"{ours}.moe", f"{theirs}.mlp"
     return [
         *entries,
-        Entry(f"{moe}.router.gate.weight", f"{mlp}.gate.weight"),
-        Entry(f"{moe}.expert_bias", f"{mlp}.gate.e_score_correction_bias"),
+        Entry(f"{moe}.router.gate.weight", (f"{mlp}.gate.weight",)),
+        Entry(f"{moe}.expert_bias", (f"{mlp}.gate.e_score_correction_bias",)),
         *entries_of(FEED_FORWARD, f"{moe}.shared_experts.", f"{mlp}.shared_experts."),
         *(
-            Entry(f"{moe}.experts.{a}", f"{mlp}.experts.{e}.{b}.weight", part=e)
+            Entry(
+                f"{moe}.experts.{a}",
+                tuple(f"{mlp}.experts.{e}.{b}.weight" for e in range(_moe(spec).num_experts)),
+                stacked=True,
+            )
             for a, b in FEED_FORWARD.items()
-            for e in range(_moe(spec).num_experts)
         ),
     ]
 
@@ -86,22 +100,14 @@ def write_config(spec: ModelSpec) -> dict[str, Any]:
     assert latent is not None
     _check(spec)
     return write_shape(args, "DeepseekV3ForCausalLM", "deepseek_v3", type="yarn") | {
-        "moe_intermediate_size": moe.hidden_dim,
         "num_nextn_predict_layers": spec.modules,
         "num_key_value_heads": args.n_heads,
         **asdict(latent) | {"q_lora_rank": latent.q_lora_rank or None},
-        "n_routed_experts": moe.num_experts,
-        "n_shared_experts": moe.num_shared_experts,
-        "num_experts_per_tok": moe.top_k,
-        "first_k_dense_replace": moe.n_dense_layers,
+        **{theirs: getattr(moe, ours) for theirs, ours in _MOE.items()},
         "moe_layer_freq": 1,
-        "n_group": moe.num_expert_groups,
-        "topk_group": moe.num_limited_groups,
-        "topk_method": "noaux_tc",
-        "scoring_func": "sigmoid",
         "norm_topk_prob": moe.route_norm,
         "routed_scaling_factor": moe.route_scale,
-        "rope_interleave": True,
+        **_FIXED,
     }
 
 
@@ -127,17 +133,14 @@ def _check(spec: ModelSpec) -> None:
 def read_config(reader: Reader) -> ModelArgs:
     """The trunk of a DeepseekV3Config, released ones included."""
     heads = reader.integer("num_attention_heads")
-    for key, only in (
-        ("hidden_act", "silu"),
-        ("attention_bias", False),
-        ("rope_interleave", True),
-        ("rms_norm_eps", _EPS),
-        ("scoring_func", "sigmoid"),
-        ("topk_method", "noaux_tc"),
-        ("moe_layer_freq", 1),
-        ("num_key_value_heads", heads),
-    ):
+    same = {"hidden_act": "silu", "attention_bias": False, "rms_norm_eps": _EPS}
+    same |= {"moe_layer_freq": 1, "num_key_value_heads": heads}
+    for key, only in (same | _FIXED).items():
         reader.expect(key, only)
+    reader.count("n_routed_experts")
+    moe: dict[str, Any] = {
+        ours: reader.integer(theirs, zero=ours == "n_dense_layers") for theirs, ours in _MOE.items()
+    }
     theta, yarn = _rope(reader)
     return ModelArgs(
         **read_shape(reader, longest=4096),
@@ -145,13 +148,7 @@ def read_config(reader: Reader) -> ModelArgs:
             reader.integer("q_lora_rank", 0, zero=True), *map(reader.integer, _LATENT)
         ),
         moe=MoEArgs(
-            num_experts=reader.count("n_routed_experts"),
-            hidden_dim=reader.integer("moe_intermediate_size"),
-            num_shared_experts=reader.integer("n_shared_experts"),
-            top_k=reader.integer("num_experts_per_tok"),
-            n_dense_layers=reader.integer("first_k_dense_replace", zero=True),
-            num_expert_groups=reader.integer("n_group"),
-            num_limited_groups=reader.integer("topk_group"),
+            **moe,
             route_norm=reader.flag("norm_topk_prob", True),
             route_scale=float(reader.number("routed_scaling_factor")),
         ),

@@ -23,7 +23,6 @@ from torchtitan_mtp.errors import UserError, memory_told
 from torchtitan_mtp.formats.formats import (
     FORMATS,
     Format,
-    check_repeats,
     check_tensors,
     dtype_of,
     find_format,
@@ -76,9 +75,8 @@ def export_checkpoint(
     config = load_toml(find_config(checkpoint))
     source = dcp_tensors(find_checkpoint(checkpoint))
     spec = spec_of_run(config, vocabulary_of(source), keeps_earlier(config, source.where))
-    tied = ("output.weight",) if spec.args.tied_embeddings else ()
-    check_tensors(source, shapes_of(spec), optional=tied)
-    check_repeats(source, dict.fromkeys(tied, "tok_embeddings.weight"), spec.args)
+    tied = {"output.weight": "tok_embeddings.weight"} if spec.args.tied_embeddings else {}
+    check_tensors(source, shapes_of(spec), tied, spec.args)
     kept = _fitting(form, format_name, _first(spec, modules), drop_heads)
     for k in range(kept.modules, spec.modules):
         part = [key for key in source.kinds if key.startswith(f"mtp.heads.{k}.")]
@@ -180,21 +178,19 @@ def _outward(
     head_dim = spec.args.head_dim
     stacked = lru_cache(maxsize=1)(source.read)  # its parts are written one after another
 
-    def read(entry: Entry, to: torch.dtype) -> Tensor:
-        if entry.part is not None:
-            tensor = stacked(entry.ours)[entry.part]
-        else:
-            tensor = source.read(entry.ours)
+    def read(entry: Entry, part: int, to: torch.dtype) -> Tensor:
+        tensor = stacked(entry.ours)[part] if entry.stacked else source.read(entry.ours)
         tensor = to_halves(tensor, head_dim) if entry.rotary else tensor
         tensor = swap_halves(tensor) if entry.swapped else tensor
         return cast_weights(tensor, to, f"{source.where}: {entry.ours}")
 
     outputs = []
-    for entry in table.entries:
+    for entry in (*table.entries, *(Entry(of, (name,)) for name, of in table.copies.items())):
         kind = source.kinds[entry.ours]
-        to = dtype_of(entry.ours, kind, dtype)
-        theirs = kind.shape if entry.part is None else Size(kind.shape[1:])
-        outputs.append(Output(entry.theirs, theirs, to, partial(read, entry, to)))
+        to = dtype_of(entry.ours, kind.dtype, dtype)
+        theirs = Size(kind.shape[1:]) if entry.stacked else kind.shape
+        for part, name in enumerate(entry.theirs):
+            outputs.append(Output(name, theirs, to, partial(read, entry, part, to)))
     for name, shape in table.zeros.items():
         # Routers and their biases are read in float32, whatever the model's dtype is.
         to = torch.float32 if name.endswith("_bias") else outputs[0].dtype

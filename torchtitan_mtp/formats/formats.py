@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import logging
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,6 @@ from torchtitan_mtp.formats.configs import Reader
 from torchtitan_mtp.formats.fp8 import without_quantization
 from torchtitan_mtp.formats.names import FREQUENCIES, HEAD, Names
 from torchtitan_mtp.formats.read import (
-    Kind,
     Tensors,
     dcp_tensors,
     difference,
@@ -60,31 +59,24 @@ class Format:
     also: str = ""
 
 
+def _dense(
+    architecture: str,
+    model_type: str,
+    also: str = "",
+    qk_norm: bool = False,
+    qkv_bias: bool = False,
+) -> Format:
+    write = partial(configs.dense_config, architecture, model_type)
+    read = partial(configs.read_dense, qk_norm=qk_norm, qkv_bias=qkv_bias)
+    form = Format(names.llama_hf, architecture, write, read, also=also)
+    return replace(form, qk_norm=qk_norm, qkv_bias=qkv_bias)
+
+
 # (`hf_format` takes the first that holds a model.)
 FORMATS: dict[str, Format] = {
-    "llama_hf": Format(
-        names.llama_hf,
-        "LlamaForCausalLM",
-        partial(configs.dense_config, "LlamaForCausalLM", "llama"),
-        configs.read_dense,
-        qk_norm=False,
-        also="MistralForCausalLM",
-    ),
-    "qwen2_hf": Format(
-        names.llama_hf,
-        "Qwen2ForCausalLM",
-        partial(configs.dense_config, "Qwen2ForCausalLM", "qwen2"),
-        partial(configs.read_dense, qkv_bias=True),
-        qk_norm=False,
-        qkv_bias=True,
-    ),
-    "qwen3_hf": Format(
-        names.llama_hf,
-        "Qwen3ForCausalLM",
-        partial(configs.dense_config, "Qwen3ForCausalLM", "qwen3"),
-        partial(configs.read_dense, qk_norm=True, head_dim=128),
-        qk_norm=True,
-    ),
+    "llama_hf": _dense("LlamaForCausalLM", "llama", also="MistralForCausalLM"),
+    "qwen2_hf": _dense("Qwen2ForCausalLM", "qwen2", qkv_bias=True),
+    "qwen3_hf": _dense("Qwen3ForCausalLM", "qwen3", qk_norm=True),
     "glm4_moe_hf": Format(
         *(names.glm4_moe_hf, "Glm4MoeForCausalLM", configs.glm4_moe_config, configs.read_glm4_moe),
         heads="sequential",
@@ -143,16 +135,17 @@ def vocabulary_of(tensors: Tensors) -> int:
 
 
 def check_tensors(
-    source: Tensors, expected: Mapping[str, Size], optional: Collection[str] = ()
+    source: Tensors, expected: Mapping[str, Size], repeats: Mapping[str, str], args: ModelArgs
 ) -> None:
-    """The tensors are those expected, in name and shape; `optional` ones may be there as well.
+    """The tensors are those expected, in name and shape; those of `Names.repeats` may be there as
+    well, and say what it says.
 
     Raises:
-        UserError: naming the first that is not, or whose dtype no weight has here.
+        UserError: naming the first that is not so, or whose dtype no weight has here.
     """
     if lost := [name for name in expected if name not in source.kinds]:
         raise UserError(f"{source.where}: lacks {names_line(lost)} of the model")
-    if extra := [name for name in source.kinds if name not in expected and name not in optional]:
+    if extra := [name for name in source.kinds if name not in expected and name not in repeats]:
         raise UserError(f"{source.where}: holds {names_line(extra)}, which have no place")
     for name, shape in expected.items():
         if (found := source.kinds[name].shape) != shape:
@@ -162,42 +155,35 @@ def check_tensors(
         if (dtype := source.kinds[name].dtype) not in DTYPES:
             known = ", ".join(map(str, DTYPES))
             raise UserError(f"{source.where}: {name} is of {dtype}, expected one of {known}")
-
-
-def check_repeats(source: Tensors, repeats: Mapping[str, str], args: ModelArgs) -> None:
-    """Tensors that are left out say what `Names.repeats` says. Error: one that does not."""
     for name, of in repeats.items():
-        if not (wrong := differing(source, name, of, args)):
-            continue
-        if of == FREQUENCIES:
-            raise UserError(f"{wrong}: rope_theta = {args.rope_theta:g} is not that of the weights")
-        if name in (HEAD, "output.weight"):
-            raise UserError(f"{wrong}; the model ties them: set tied_embeddings = false")
-        raise UserError(f"{wrong}; modules share the trunk's here: save the folder without them")
+        if wrong := differing(source, name, of, args):
+            why = "modules share the trunk's here: save the folder without them"
+            if of == FREQUENCIES:
+                why = f"by rope_theta = {args.rope_theta:g}"
+            elif name in (HEAD, "output.weight"):
+                why = "the model ties them: set tied_embeddings = false"
+            raise UserError(f"{wrong}; {why}")
 
 
 def differing(source: Tensors, name: str, of: str, args: ModelArgs) -> str:
     """By how much a tensor, where it is there, differs from another or from FREQUENCIES; ""."""
     if name not in source.kinds or of not in {FREQUENCIES, *source.kinds}:
         return ""
-    found, loose = source.read(name), 0.0
+    found = source.read(name)
     if of == FREQUENCIES:
         cos, sin = rope_tables(replace(args, max_seq_len=2), "cpu")
-        frequencies = torch.atan2(sin[1], cos[1])  # the angles of position 1
-        fits = found.shape == frequencies.shape
-        found, expected = found / frequencies if fits else found, torch.ones_like(frequencies)
-        loose = 0.05  # some are stored in half precision
+        angles = torch.atan2(sin[1], cos[1])  # of position 1
+        far, loose = difference(found.log(), angles.log()), 0.05  # half precision may do
     else:
-        expected = source.read(of)
-    far = difference(found, expected)
+        far, loose = difference(found, source.read(of)), 0.0
     same = far <= loose  # not so where it is not a number
     return "" if same else f"{source.where}: {name} differs from {of} by up to {far:.3g}"
 
 
-def dtype_of(name: str, kind: Kind, wanted: torch.dtype | None) -> torch.dtype:
+def dtype_of(name: str, kept: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
     """What one of our tensors is converted to: experts' biases are small steps added up, and stay
     as they are."""
-    return kind.dtype if wanted is None or name.endswith(".expert_bias") else wanted
+    return kept if wanted is None or name.endswith(".expert_bias") else wanted
 
 
 def verify(written: Tensors, outputs: Sequence[Output]) -> None:

@@ -24,7 +24,6 @@ from torchtitan_mtp.formats.configs import Reader, read_modules
 from torchtitan_mtp.formats.formats import (
     FORMATS,
     Format,
-    check_repeats,
     check_tensors,
     differing,
     dtype_of,
@@ -33,13 +32,7 @@ from torchtitan_mtp.formats.formats import (
     verify,
     vocabulary_of,
 )
-from torchtitan_mtp.formats.names import (
-    EMBEDDING,
-    HEAD,
-    Entry,
-    swap_halves,
-    to_pairs,
-)
+from torchtitan_mtp.formats.names import EMBEDDING, HEAD, Entry, swap_halves, to_pairs
 from torchtitan_mtp.formats.read import Tensors, dcp_tensors, read_json
 from torchtitan_mtp.formats.tokenizer_files import check_rows, copy_tokenizer
 from torchtitan_mtp.formats.write import Output, write_dcp, written_aside
@@ -112,23 +105,20 @@ def import_checkpoint(
 def find_folder(source: str | os.PathLike[str]) -> Path:
     """A folder; that of the newest snapshot in one of the hub's cache; or that of a model
     "org/name" there. Error: there is none."""
-    folder = Path(source)
-    name = str(source)
+    folder, name, hint = Path(source), str(source), ""
     if not folder.is_dir() and re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         # By HF_HUB_CACHE, HF_HOME and so on; tokenizers needs this package as well.
         from huggingface_hub.constants import HF_HUB_CACHE
 
         folder = Path(HF_HUB_CACHE, "models--" + name.replace("/", "--"))
-        if not folder.is_dir():
-            raise UserError(f"{name}: no such folder, nor {folder}; try: hf download {name}")
-    if (folder / "snapshots").is_dir():
-        main, there = folder / "refs" / "main", [*(folder / "snapshots").iterdir()]
-        if not main.is_file() and len(there) != 1:
-            raise UserError(f"{folder}: no refs/main in it; name one of its {len(there)} snapshots")
-        chosen = main.read_text().strip() if main.is_file() else there[0].name
-        folder = folder / "snapshots" / chosen
+        hint = f" {name}; for a model of the hub: hf download {name}"
+    main, there = folder / "refs" / "main", [*folder.glob("snapshots/*")]
+    there = [folder / "snapshots" / main.read_text().strip()] if main.is_file() else there
+    if len(there) > 1:
+        raise UserError(f"{folder}: no refs/main in it; name one of its {len(there)} snapshots")
+    folder = there[0] if there else folder
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder")
+        raise UserError(f"{folder}: no such folder{hint}")
     return folder
 
 
@@ -154,10 +144,9 @@ def open_model(name: str, folder: Path) -> tuple[ModelSpec, Tensors]:
     assert form.read_config is not None
     file = folder / ("params.json" if form.container == "pth" else "config.json")
     reader = Reader(file, read_json(file))
-    found = reader.architectures()
-    if form.architecture and {form.architecture, form.also}.isdisjoint(found):
-        hint = f"{form.architecture}; use --format {format_of(folder)}"
-        raise UserError(f"{file}: architectures = {found}, but {name} is {hint}")
+    if form.architecture and (right := format_of(folder)) != name:
+        found = f"architectures = {reader.architectures()}, but {name} is {form.architecture}"
+        raise UserError(f"{file}: {found}; use --format {right}")
     quantized = reader.mapping("quantization_config", "quantization")
     if quantized and (method := quantized.get("quant_method", "another program's")) != "fp8":
         raise UserError(
@@ -174,7 +163,7 @@ def open_model(name: str, folder: Path) -> tuple[ModelSpec, Tensors]:
     except UserError as error:
         raise UserError(f"{file}: {error}") from None
     tensors = open_tensors(form, folder)
-    modules = [e.theirs for e in form.names(spec).entries if e.ours.startswith("mtp.")]
+    modules = [e.theirs[0] for e in form.names(spec).entries if e.ours.startswith("mtp.")]
     if spec.heads == "sequential" and tensors.kinds.keys().isdisjoint(modules):
         # transformers saves but the count.
         logger.warning("%s: names %d modules and holds none of them", folder, further)
@@ -194,43 +183,33 @@ def inward(
         UserError: a tensor is missing, has no place or another shape, or should be zero.
     """
     table, shapes = form.names(spec), shapes_of(spec)
-    by_ours: dict[str, list[Entry]] = {}
+    expected = {name: Size(shape) for name, shape in table.zeros.items()}
     for entry in table.entries:
-        known = by_ours.setdefault(entry.ours, [])
-        if entry.part is not None or not known:
-            known.append(entry)
-    expected = {
-        entry.theirs: shapes[name] if entry.part is None else Size(shapes[name][1:])
-        for name, entries in by_ours.items()
-        for entry in entries
-    }
-    expected |= {name: Size(shape) for name, shape in table.zeros.items()}
-    repeats = {e.theirs: by_ours[e.ours][0].theirs for e in table.entries} | {**table.repeats}
-    repeats = {name: of for name, of in repeats.items() if name not in expected}
-    check_tensors(tensors, expected, repeats)
-    check_repeats(tensors, repeats, spec.args)
+        shape = shapes[entry.ours]
+        expected |= dict.fromkeys(entry.theirs, Size(shape[1:]) if entry.stacked else shape)
+    check_tensors(tensors, expected, {**table.repeats, **table.copies}, spec.args)
     for name in table.zeros:
         if tensors.read(name).any():
             raise UserError(
                 f"{tensors.where}: {name} is not zero: a mixture of experts, which is not "
                 "supported here"
             )
-    head_dim = spec.args.head_dim
 
-    def read(entries: list[Entry], shape: Size, to: torch.dtype) -> Tensor:
-        if entries[0].part is None:
-            tensor = tensors.read(entries[0].theirs)
-            tensor = to_pairs(tensor, head_dim) if entries[0].rotary else tensor
-            tensor = swap_halves(tensor) if entries[0].swapped else tensor
-            return cast_weights(tensor, to, f"{tensors.where}: {entries[0].theirs}")
-        whole = torch.empty(shape, dtype=to)
-        for entry in entries:
-            part = cast_weights(tensors.read(entry.theirs), to, f"{tensors.where}: {entry.theirs}")
-            whole[entry.part].copy_(part)
+    def read_one(name: str, to: torch.dtype) -> Tensor:
+        return cast_weights(tensors.read(name), to, f"{tensors.where}: {name}")
+
+    def read(entry: Entry, to: torch.dtype) -> Tensor:
+        if not entry.stacked:
+            tensor = read_one(entry.theirs[0], to)
+            tensor = to_pairs(tensor, spec.args.head_dim) if entry.rotary else tensor
+            return swap_halves(tensor) if entry.swapped else tensor
+        whole = torch.empty(shapes[entry.ours], dtype=to)
+        for part, name in zip(whole, entry.theirs, strict=True):
+            part.copy_(read_one(name, to))
         return whole
 
     outputs = []
-    for name, entries in by_ours.items():
-        to = dtype_of(name, tensors.kinds[entries[0].theirs], dtype)
-        outputs.append(Output(name, shapes[name], to, partial(read, entries, shapes[name], to)))
+    for entry in table.entries:
+        to = dtype_of(entry.ours, tensors.kinds[entry.theirs[0]].dtype, dtype)
+        outputs.append(Output(entry.ours, shapes[entry.ours], to, partial(read, entry, to)))
     return outputs

@@ -10,7 +10,7 @@ columns change places. Everything else is copied.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
@@ -21,14 +21,14 @@ from torchtitan_mtp.models.args import ModelSpec
 @dataclass(frozen=True)
 class Entry:
     """One tensor under both names. `rotary`: its rows are in the layout of rotary positions.
-    `swapped`: the halves of its columns are the other way round. `part`: theirs is one of the
-    tensors that ours stacks, by its place."""
+    `swapped`: the halves of its columns are the other way round. `stacked`: ours stacks those of
+    theirs, else there is one."""
 
     ours: str
-    theirs: str
+    theirs: tuple[str, ...]
     rotary: bool = False
     swapped: bool = False
-    part: int | None = None
+    stacked: bool = False
 
 
 @dataclass(frozen=True)
@@ -36,12 +36,14 @@ class Names:
     """All tensors of one model in one format.
 
     entries: both ways; zeros: theirs alone, which are zero (shape by name); repeats: theirs alone,
-    which may be there, and what each is then equal to: another of theirs, or FREQUENCIES.
+    which may be there, and what each is then equal to: another of theirs, or FREQUENCIES. copies:
+    such repeats as are written as well.
     """
 
     entries: list[Entry]
     zeros: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     repeats: Mapping[str, str] = field(default_factory=dict)
+    copies: Mapping[str, str] = field(default_factory=dict)
 
 
 FREQUENCIES = "the rotary frequencies"  # by the model's arguments
@@ -85,7 +87,7 @@ def entries_of(
     table: Mapping[str, str], ours: str, theirs: str, what: str = "weight", rotary: bool = False
 ) -> list[Entry]:
     """The modules of a table, each with a tensor `what`. ours, theirs: their names' beginnings."""
-    return [Entry(f"{ours}{a}.{what}", f"{theirs}{b}.{what}", rotary) for a, b in table.items()]
+    return [Entry(f"{ours}{a}.{what}", (f"{theirs}{b}.{what}",), rotary) for a, b in table.items()]
 
 
 def _block(spec: ModelSpec, ours: str, theirs: str, feed_forward: str = "mlp") -> list[Entry]:
@@ -175,28 +177,24 @@ def mimo_hf(spec: ModelSpec) -> Names:
         ours, theirs = f"mtp.heads.{k}", f"model.mtp_layers.{k}"
         names.entries.extend(_block(spec, f"{ours}.block", theirs))
         names.entries.extend(entries_of(_MIMO_MODULE, f"{ours}.", f"{theirs}."))
-        names.entries.append(
-            Entry(f"{ours}.eh_proj.weight", f"{theirs}.input_proj.weight", swapped=True)
-        )
+        joined = (f"{theirs}.input_proj.weight",)
+        names.entries.append(Entry(f"{ours}.eh_proj.weight", joined, swapped=True))
     return names
-
-
-def meta(spec: ModelSpec) -> Names:
-    """facebook/multi-token-prediction: our names but for `extra_heads`."""
-    ours = list(shapes_of(spec))
-    entries = [Entry(name, name.replace("mtp.heads.", "extra_heads.")) for name in ours]
-    if spec.args.tied_embeddings:  # it has no such thing
-        entries.append(Entry("tok_embeddings.weight", "output.weight"))
-    return Names(entries, repeats={"rope.freqs": FREQUENCIES})
 
 
 def torchtitan(spec: ModelSpec) -> Names:
     """TorchTitan's llama3, deepseek_v3 and qwen3; the last in Hugging Face's rotary layout."""
     turned = _ROTARY | _ROTARY_NORMS if spec.args.qk_norm else {}
     rotary = {f"attention.{name}.weight" for name in turned}
-    entries = [
-        Entry(name, name, rotary=name.split(".", 2)[-1] in rotary) for name in shapes_of(spec)
-    ]
-    if spec.args.tied_embeddings:
-        entries.append(Entry("tok_embeddings.weight", "output.weight"))
-    return Names(entries)
+    entries = [Entry(name, (name,), name.split(".", 2)[-1] in rotary) for name in shapes_of(spec)]
+    # It ties nothing.
+    copies = {"output.weight": "tok_embeddings.weight"} if spec.args.tied_embeddings else {}
+    return Names(entries, copies=copies)
+
+
+def meta(spec: ModelSpec) -> Names:
+    """facebook/multi-token-prediction: our names but for `extra_heads`."""
+    same = torchtitan(spec)
+    theirs = [(e.ours.replace("mtp.heads.", "extra_heads."),) for e in same.entries]
+    entries = [replace(e, theirs=t) for e, t in zip(same.entries, theirs, strict=True)]
+    return Names(entries, repeats={"rope.freqs": FREQUENCIES}, copies=same.copies)

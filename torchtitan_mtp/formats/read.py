@@ -90,6 +90,8 @@ def meta_tensors(path: Path) -> Tensors:
 
 def _file_tensors(where: Path, files: Sequence[Path], index: Mapping[str, str]) -> Tensors:
     """index: the file that is to be read for a name, should several hold it."""
+    if lost := [file for file in files if not file.is_file()]:
+        raise UserError(f"{lost[0]}: missing; download it again")
     held = {file: _kinds(file) for file in files}
     file_of = {name: file for file, kinds in held.items() for name in kinds}
     for name, file_name in index.items():
@@ -151,8 +153,6 @@ def _read_index(file: Path) -> dict[str, str]:
 
 
 def _open_safetensors(file: Path) -> Any:
-    if not file.is_file():
-        raise UserError(f"{file}: missing; download it again")
     try:
         return safe_open(str(file), framework="pt")
     except (SafetensorError, OSError) as error:
@@ -163,8 +163,6 @@ def _open_safetensors(file: Path) -> Any:
 
 def _load_pickled(file: Path) -> dict[str, Tensor]:
     """What torch.save wrote; nothing in it is run, and it is mapped, not read as a whole."""
-    if not file.is_file():
-        raise UserError(f"{file}: missing; download it again")
     try:
         state = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
     except Exception as error:  # a crafted file makes torch raise nearly anything

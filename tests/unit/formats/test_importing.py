@@ -93,8 +93,8 @@ def test_a_model_of_the_hubs_cache(tmp_path: Path, llama: Path, monkeypatch, cap
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.chdir(tmp_path)
     message = refusal(lambda: find_folder("org/tiny-1.0"))
-    assert "org/tiny-1.0: no such folder, nor " in message
-    assert message.endswith("hub/models--org--tiny-1.0; try: hf download org/tiny-1.0")
+    assert "hub/models--org--tiny-1.0: no such folder org/tiny-1.0; for a model" in message
+    assert message.endswith("hf download org/tiny-1.0")
     repo = hub_cache(tmp_path / "hub", llama)
     expected = snapshot_download("org/tiny-1.0", local_files_only=True)
     assert str(find_folder("org/tiny-1.0")) == str(find_folder(repo)) == expected
@@ -294,3 +294,15 @@ def test_a_mixture_of_glms(tmp_path: Path) -> None:
     transformers.Glm4MoeForCausalLM(config).save_pretrained(tmp_path / "hf")
     message = refusal(lambda: import_checkpoint(tmp_path / "hf", tmp_path / "run"))
     assert "n_routed_experts = 8: GLM's mixtures of experts are not supported here" in message
+
+
+@pytest.mark.parametrize("width", [8, 30, 500])
+def test_metas_rule_gives_any_width(tmp_path: Path, width: int) -> None:
+    """Meta's code: 2/3 of 4 * dim, times the multiplier, rounded up."""
+    write_run(tmp_path / "run", **SMALL | {"model.args.hidden_dim": width})
+    export_checkpoint(tmp_path / "run", tmp_path / "out", "meta")
+    params = json.loads((tmp_path / "out" / "params.json").read_text())
+    hidden = int(params["ffn_dim_multiplier"] * int(2 * 4 * params["dim"] / 3))
+    of = params["multiple_of"]
+    assert of * ((hidden + of - 1) // of) == width
+    assert import_checkpoint(tmp_path / "out", tmp_path / "back").args.ffn_dim == width
