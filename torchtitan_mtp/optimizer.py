@@ -59,6 +59,10 @@ class Schedule(LambdaLR):
     """Step it once after every optimizer step. Its state is the count of steps; the rule and the
     rates are always the present configuration's."""
 
+    def step(self, epoch: int | None = None) -> None:
+        self.optimizer._opt_called = True  # type: ignore[attr-defined]
+        super().step(epoch)  # it would warn after a first step without a target, or update
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from its step, by the present rule."""
         self.last_epoch = state_dict["last_epoch"]

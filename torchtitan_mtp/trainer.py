@@ -24,6 +24,7 @@ from torchtitan_mtp.checkpoint.origin import find_origin
 from torchtitan_mtp.checkpoint.ranks import Ranks
 from torchtitan_mtp.checkpoint.resume import LoaderState, TrainState, settings_of
 from torchtitan_mtp.config import JobConfig, to_toml
+from torchtitan_mtp.config.values import further_heads
 from torchtitan_mtp.data.loader import DataLoader
 from torchtitan_mtp.data.mixture import configured_source
 from torchtitan_mtp.data.targets import IGNORE, Batch, make_batch
@@ -206,12 +207,11 @@ class Trainer:
         heads = sum(p.numel() for name, p in model.named_parameters() if name.startswith("mtp."))
         total = sum(p.numel() for p in model.parameters())
         logger.info(
-            "%s %s: %s parameters, of which %s in heads 2..%d; %s compute",
+            "%s %s: %s parameters%s; %s compute",
             config.model.name,
             config.model.flavor,
             f"{total:,}",
-            f"{heads:,}",
-            self.n,
+            f", of which {heads:,} in {further_heads(self.n)}" if self.n > 1 else "",
             str(self.param_dtype).removeprefix("torch."),
         )
         return model

@@ -119,3 +119,15 @@ def test_frozen_parameters_are_left_out():
     frozen, free = nn.Parameter(torch.ones(2), requires_grad=False), nn.Parameter(torch.ones(3))
     optimizer = build_optimizer([frozen, free], Optimizer())
     assert [p is free for group in optimizer.param_groups for p in group["params"]] == [True]
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_first_step_without_an_update_is_no_mistake():
+    """As one without a target is; torch warns of a scheduler's step before the optimizer's."""
+    optimizer = build_optimizer([nn.Parameter(torch.ones(1))], Optimizer())
+    scheduler = build_scheduler(optimizer, LRScheduler(warmup_steps=2), 4)
+    rates = []
+    for _ in range(3):
+        rates += scheduler.get_last_lr()
+        scheduler.step()
+    assert rates == pytest.approx([4e-4, 8e-4, 8e-4])

@@ -31,6 +31,7 @@ from torchtitan_mtp.checkpoint.manifest import (
 )
 from torchtitan_mtp.checkpoint.metadata import read_metadata
 from torchtitan_mtp.checkpoint.remote import RemotePath, place
+from torchtitan_mtp.config import load_toml
 from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.writing import sync
 
@@ -233,8 +234,8 @@ def find_checkpoint(path: str | os.PathLike[str]) -> Path:
 
     Args:
         path: a `step-N` folder (or any DCP folder), a folder of `step-N` folders, or a run's dump
-            folder; each also as a URL that fsspec knows. Of several steps the latest finished one
-            is meant, model-only ones included.
+            folder, whose config.toml says where they are; each also as a URL that fsspec knows. Of
+            several steps the latest finished one is meant, model-only ones included.
 
     Raises:
         UserError: there is none, or a dump folder holds several folders of checkpoints.
@@ -244,8 +245,12 @@ def find_checkpoint(path: str | os.PathLike[str]) -> Path:
         raise UserError(f"{given}: no such folder; expected a checkpoint or a run's folder")
     if _finished(given):
         return given
-    if steps := finished_steps(given):
-        return step_folder(given, steps[-1])
+    folders = [given]
+    if (config := given / "config.toml").is_file():
+        folders.append(checkpoint_folder(given, load_toml(_local(config)).checkpoint.folder))
+    for folder in folders:
+        if steps := finished_steps(folder):
+            return step_folder(folder, steps[-1])
     inside = _by_name(e for e in given.iterdir() if e.is_dir() and finished_steps(e))
     named = [entry for entry in inside if entry.name == "checkpoint"] or inside
     if len(named) > 1:
@@ -254,6 +259,15 @@ def find_checkpoint(path: str | os.PathLike[str]) -> Path:
     if not named:
         raise UserError(f"{given}: no finished checkpoint in it (a step-N folder with .metadata)")
     return step_folder(named[0], finished_steps(named[0])[-1])
+
+
+def _local(file: Path) -> Path:
+    """The file, or a copy of one in an object store."""
+    if not isinstance(file, RemotePath):
+        return file
+    local = Path(tempfile.mkdtemp()) / file.name
+    local.write_text(file.read_text())
+    return local
 
 
 def find_config(path: str | os.PathLike[str]) -> Path:
@@ -266,13 +280,8 @@ def find_config(path: str | os.PathLike[str]) -> Path:
     """
     checkpoint = find_checkpoint(path)
     for folder in (place(path), checkpoint, *checkpoint.resolve().parents[:3]):
-        if not (file := folder / "config.toml").is_file():
-            continue
-        if isinstance(file, RemotePath):
-            local = Path(tempfile.mkdtemp()) / "config.toml"
-            local.write_text(file.read_text())
-            return local
-        return file
+        if (file := folder / "config.toml").is_file():
+            return _local(file)
     raise UserError(
         f"{checkpoint}: no config.toml in this folder or the three above it; it says which model "
         "this is: copy it from the run's job.dump_folder"

@@ -1,7 +1,7 @@
 """Load weights from a DCP folder into a model that need not match it head for head.
 
 The trunk must match exactly, name by name and shape by shape; multi-token-prediction heads may be
-missing (they keep their init) or too many (they are dropped). Either way the report names them.
+missing (they start as mtp.init says) or too many (they are dropped). The report names them.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _COMPUTED = {"freqs_cis"}
 class LoadReport:
     """What a partial load left out, by parameter name.
 
-    missing: in the model, not in the checkpoint: they keep their init.
+    missing: in the model, not in the checkpoint: they keep what they have.
     unexpected: in the checkpoint, not in the model: dropped.
     cast: floating tensors that were widened to the model's dtype, exactly.
     """
@@ -390,7 +390,7 @@ def log_report(path: Path, report: LoadReport) -> None:
     """One line each for what was loaded, left out and cast."""
     logger.info("loaded weights from %s", path)
     if report.missing:
-        logger.info("not in the checkpoint, keep their init: %s", names_line(report.missing))
+        logger.info("not in the checkpoint, start as mtp.init says: %s", names_line(report.missing))
     if report.unexpected:
         logger.info("not in the model, dropped: %s", names_line(report.unexpected))
     if report.cast:

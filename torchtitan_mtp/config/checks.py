@@ -6,7 +6,7 @@ from torchtitan_mtp.config.job_config import JobConfig
 from torchtitan_mtp.config.sections.quantize import AUTO_FILTER
 from torchtitan_mtp.config.sections.training import Training
 from torchtitan_mtp.config.setting import Option, options
-from torchtitan_mtp.config.values import show
+from torchtitan_mtp.config.values import further_heads, show
 from torchtitan_mtp.errors import UserError
 
 
@@ -177,10 +177,13 @@ def _check_mtp(config: JobConfig) -> None:
             "of the layers that they replace"
         )
     if mtp.loss_weights and len(mtp.loss_weights) != n - 1:
-        raise UserError(
-            f"mtp.loss_weights has {len(mtp.loss_weights)} entries: expected none, or "
-            f"num_future_tokens - 1 = {n - 1}, one for each of heads 2..{n}"
+        several = (
+            f", or num_future_tokens - 1 = {n - 1}, one each for {further_heads(n)}"
+            if n > 1
+            else ""
         )
+        entries = len(mtp.loss_weights)
+        raise UserError(f"mtp.loss_weights has {entries} entries: expected none{several}")
     if mtp.train == "trunk" and mtp.detach_trunk:
         raise UserError(
             "mtp.detach_trunk = true: nothing would learn from heads 2..n, which are frozen by "

@@ -74,6 +74,11 @@ def show(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
+def further_heads(n: int) -> str:
+    """Those after head 1, of n: "head 2", "heads 2-4"."""
+    return "head 2" if n == 2 else f"heads 2-{n}"
+
+
 def printable(name: object) -> str:
     """A name or path for a message, escaped where it would break the line."""
     text = str(name)

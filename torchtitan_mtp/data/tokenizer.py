@@ -184,7 +184,8 @@ class HFTokenizer(Tokenizer):
         known = {token.content for token in own.values()}
         new = {text: special for text, special in found.tokens.items() if text not in known}
         self._tokenizer.add_tokens([AddedToken(text, special=s) for text, s in new.items()])
-        ids = found.resolve(self._tokenizer.token_to_id, "", *_ENDS)
+        ends = [text for text in _ENDS if text in known] or _ENDS  # Gemma's </s> is HTML's
+        ids = found.resolve(self._tokenizer.token_to_id, "", *ends)
         if ids.eos is None:
             raise UserError(
                 f"tokenizer {path}: no end-of-text token found; name one as eos_token in"
@@ -207,6 +208,10 @@ class HFTokenizer(Tokenizer):
             (vocab[t] for t in (bos_name, BEGIN_OF_TEXT, "<s>", "<bos>") if t in vocab), eos
         )
         self.earlier = {f"{of_text}:{front}:{eos}": ((front,), eos)}
+        # Later any token in the vocabulary could be the guess for eos.
+        if (any_end := found.resolve(self._tokenizer.token_to_id, "", *_ENDS).eos) is not None:
+            text = f"{of_text}:{','.join(map(str, prefix))}:{any_end}"
+            self.earlier[text] = (prefix, any_end)
 
     def gives_ids_of(self, ranks: TiktokenTokenizer) -> bool:
         """Whether the two are of one model, by the number of tokens and the pattern that cuts."""

@@ -98,6 +98,7 @@ def find_text(config: JobConfig, name: str | None) -> Text:
     own = mixed or [training.dataset, training.dataset_path or ""]
     if name is not None and (training.seed is None or name not in own):
         options = {"text_field": training.text_field, "bad_records": training.bad_records}
+        options["key"] = "--source"
         return Text(find_source(name, split="all", **options), _split("all"), name)
     if name is None and (validation.dataset or validation.dataset_path):
         about = validation.dataset_path or validation.dataset

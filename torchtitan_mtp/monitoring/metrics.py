@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 
 from torchtitan_mtp.config import JobConfig
+from torchtitan_mtp.config.values import further_heads
 from torchtitan_mtp.inference.acceptance import Acceptance
 from torchtitan_mtp.monitoring.backends import build_backends
 from torchtitan_mtp.monitoring.device import MemoryMonitor
@@ -252,8 +253,8 @@ def figure(value: float, form: str, of: float) -> str:
 def format_losses(heads: Heads) -> dict[str, str]:
     """Head 1's loss, and those of heads 2..n if there are any, of losses and accuracies of all."""
     first, *others = (figure(loss, ".4f", of) for loss, of in heads)
-    name = "head 2" if len(heads) == 2 else f"heads 2-{len(heads)}"
-    return {"loss": f"loss: {first:>7}", "heads": f"{name}: {' '.join(others)}" if others else ""}
+    further = f"{further_heads(len(heads))}: {' '.join(others)}" if others else ""
+    return {"loss": f"loss: {first:>7}", "heads": further}
 
 
 def format_acceptance(acceptance: Acceptance) -> str:

@@ -437,7 +437,7 @@ def test_initial_load(tmp_path, caplog):
     heads = {name for name in state if name.startswith("mtp.")}
     assert set(run.checkpointer.load_report.missing) == heads
     assert equal({n: state[n] for n in heads}, {n: start[0][n] for n in heads})
-    assert "keep their init: 4 (mtp.heads.0" in caplog.text
+    assert "start as mtp.init says: 4 (mtp.heads.0" in caplog.text
     assert run.counter.state["step"] == 0
 
     run.train(2)

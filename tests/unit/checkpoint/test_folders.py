@@ -69,6 +69,18 @@ def test_find_checkpoint(tmp_path):
     assert find_checkpoint(tmp_path) == newer  # "checkpoint" is the usual name
 
 
+@pytest.mark.parametrize("own", ["ckpt", "deep/er", "{elsewhere}"])
+def test_a_run_says_where_its_checkpoints_are(tmp_path, own):
+    """checkpoint.folder in its config.toml, of which there may be others beside it."""
+    run, own = tmp_path / "run", own.format(elsewhere=tmp_path / "elsewhere")
+    finished(run / "checkpoint", "step-50")
+    (run / "config.toml").write_text(f'[checkpoint]\nfolder = "{own}"\n')
+    assert find_checkpoint(run) == run / "checkpoint" / "step-50"  # none is finished there yet
+    newer = finished(run / own, "step-3")
+    assert find_checkpoint(run) == newer
+    assert folders.find_config(run) == run / "config.toml"
+
+
 def test_find_checkpoint_asks_when_it_cannot_tell(tmp_path):
     for name in ("a", "b"):
         finished(tmp_path / name, "step-1")

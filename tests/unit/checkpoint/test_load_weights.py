@@ -35,7 +35,7 @@ def test_common_heads_are_loaded_and_the_others_named(tmp_path, caplog, stored_h
     assert set(report.unexpected) == stored.keys() - before.keys()
     for name, value in after.items():
         assert torch.equal(value, stored.get(name, before[name])), name
-    assert ("keep their init" in caplog.text) is (heads > stored_heads)
+    assert ("start as mtp.init says" in caplog.text) is (heads > stored_heads)
     assert ("not in the model, dropped" in caplog.text) is (heads < stored_heads)
 
 

@@ -155,6 +155,15 @@ def test_every_number_of_an_option_in_use_has_a_range_that_its_default_is_in():
             'mtp.match_parameters = true: needs mtp.heads = "parallel"',
         ),
         (
+            ["--mtp.loss_weights=1,2", "--mtp.num_future_tokens=1"],
+            "mtp.loss_weights has 2 entries: expected none\n",
+        ),
+        (
+            ["--mtp.loss_weights=1", "--mtp.num_future_tokens=3"],
+            "mtp.loss_weights has 1 entries: expected none, or num_future_tokens - 1 = 2, one each"
+            " for heads 2-3\n",
+        ),
+        (
             ["--mtp.loss_weights=1,2"],
             "mtp.loss_weights has 2 entries: expected none, or num_future_tokens - 1 = 3",
         ),
@@ -169,7 +178,7 @@ def test_every_number_of_an_option_in_use_has_a_range_that_its_default_is_in():
     ],
 )
 def test_combinations_of_mtp(argv, start):
-    assert refusal(*MTP, *argv).startswith(start)
+    assert f"{refusal(*MTP, *argv)}\n".startswith(start)
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,18 @@
 """TOML files: precedence, types, names, and one line for whatever is wrong."""
 
 import copy
+import dataclasses
 import importlib
 import re
 from pathlib import Path
 
 import pytest
+import transformers
 
 from torchtitan_mtp.config import JobConfig, load_toml, parse_args, to_toml
+from torchtitan_mtp.config.names import ELSEWHERE
 from torchtitan_mtp.config.setting import options
+from torchtitan_mtp.config.torchtitan import known_options
 from torchtitan_mtp.errors import UserError
 
 
@@ -97,6 +101,26 @@ def test_a_file_is_read_over_a_base_that_stays_as_it_is(write):
             "[training]\nlr = 3e-4\n",
             "run.toml: unknown key training.lr; did you mean optimizer.lr?",
         ),
+        (
+            "[training]\nlearning_rate = 3e-4\n",
+            "run.toml: unknown key training.learning_rate; did you mean optimizer.lr?",
+        ),
+        (
+            "learning_rate = 3e-4\n",
+            "run.toml: unknown key learning_rate; did you mean optimizer.lr?",
+        ),
+        (
+            "[optimizer]\nmax_grad_norm = 1.0\n",
+            "run.toml: unknown key optimizer.max_grad_norm; did you mean training.max_norm?",
+        ),
+        (
+            "[model.args]\nhidden_size = 1\n",
+            "run.toml: unknown key model.args.hidden_size; did you mean model.args.dim?",
+        ),
+        (
+            "[training]\nzzzzz = 1\n",
+            "run.toml: unknown key training.zzzzz; docs/config.md lists all keys",
+        ),
         ("[mpt]\nheads = 'parallel'\n", "run.toml: unknown table mpt; did you mean mtp?"),
         (
             "[mtp]\nnum_future_token = 3\n",
@@ -109,6 +133,21 @@ def test_a_file_is_read_over_a_base_that_stays_as_it_is(write):
 )
 def test_an_unknown_name_gets_the_nearest_right_one(write, text, expected):
     assert refusal(write(text)).startswith(expected)
+
+
+def test_words_of_others_mean_keys_that_are_there():
+    """And are none of ours; those of Hugging Face's Trainer are its arguments, and have all of its
+    that say how long, how large and how fast."""
+    known = known_options()
+    words = {word: ours for ours, theirs in ELSEWHERE.items() for word in theirs.split()}
+    assert len(words) == sum(len(theirs.split()) for theirs in ELSEWHERE.values())
+    assert {*ELSEWHERE} <= {*known} and not {*words} & {
+        option.path[-1] for option in known.values()
+    }
+    arguments = {argument.name for argument in dataclasses.fields(transformers.TrainingArguments)}
+    trainers = "learning_rate max_steps num_train_epochs per_device_train_batch_size max_grad_norm"
+    trainers += " gradient_accumulation_steps lr_scheduler_type adam_beta1 adam_epsilon output_dir"
+    assert {*trainers.split()} <= arguments & words.keys()
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, models, processors
 
 from small_tokenizers import byte_level, sentencepiece
 from torchtitan_mtp.data.loader import DataLoader
@@ -396,3 +396,24 @@ def test_files_that_say_nonsense(tmp_path, file, content, message):
     with pytest.raises(UserError, match=f"{re.escape(file)}: .*{message}") as error:
         build_tokenizer(str(tmp_path))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("template", [True, False])
+@pytest.mark.parametrize("config", [{}, {"tokenizer_class": "GemmaTokenizer"}])
+def test_an_eos_that_is_null_is_a_token_that_was_added_for_it(tmp_path, config, template):
+    """Gemma's ids (its tokenizer.json): <eos> is 1, and a document's </s> is text: HTML's tag. Runs
+    that took it for the end go on so."""
+    vocabulary = {t: i for i, t in enumerate(["<pad>", "<eos>", "<bos>", "<unk>", "</s>", "a"])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
+    tokenizer.add_special_tokens(["<pad>", "<eos>", "<bos>", "<unk>"])
+    if template:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=["<bos>", "$A"], special_tokens=[("<bos>", 2)]
+        )
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": None} | config))
+    ours = build_tokenizer(str(tmp_path))
+    assert (ours.eos_id, ours.eos_ids, ours.prefix) == (1, (1,), (2,) if template else ())
+    before = ours.fingerprint.removesuffix(":1") + ":4"
+    ours.go_on_as(before)
+    assert (ours.eos_id, ours.fingerprint) == (4, before)
