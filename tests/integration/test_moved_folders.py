@@ -89,6 +89,8 @@ def test_a_moved_import_keeps_its_tokenizer(tmp_path: Path, monkeypatch) -> None
 
 def test_paths_that_a_user_gives_stay(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
+    named = parse_args(["--job.config_file", "debug_parallel.toml"])  # a recipe, by its name
+    assert named.job.config_file == "debug_parallel.toml" and named.mtp.num_future_tokens > 1
     data = write_corpus(tmp_path, "jsonl")
     keys = data | {"job.dump_folder": ".", "training.steps": 1, "checkpoint.folder": "ckpt"}
     train(config_of(tmp_path, keys, {"training.dataset_path": "corpus.jsonl"}))

@@ -31,7 +31,7 @@ def parse_args(argv: list[str]) -> JobConfig:
     given = read_command_line(argv, known)
     file = given.get("job.config_file")
     if file is not None:
-        given["job.config_file"] = file = _find_config_file(str(file))
+        file = _find_config_file(str(file))
         given = read_toml(file, known) | given
     return _build(JobConfig(), given, file)
 
