@@ -7,6 +7,7 @@ import importlib
 import json
 import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -172,7 +173,7 @@ def tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def log_likelihood(model: Any, context: list[int], continuation: bytes) -> float:
+def log_likelihood(model: Any, context: list[int], continuation: Sequence[int]) -> float:
     total = 0.0
     for token in continuation:
         total += next_logits(model, context).log_softmax(-1)[token].item()
@@ -197,7 +198,8 @@ def test_tasks_of_the_harness(
         bare, spaces = prompt[:-4], b"    "
         scores = [log_likelihood(model, bare, spaces + c.encode()) for c in question["choices"]]
         correct += max(range(3), key=scores.__getitem__) == question["gold"]
-        nats -= log_likelihood(model, prompt[:1], context.encode())
+        # So is what a document begins with scored, after itself.
+        nats -= log_likelihood(model, prompt[:1], [*prompt[:1], *context.encode()])
         count += len(context.encode())
         new = generate(model, [prompt], 8, eos_id=tokenizer.eos_id).tokens[0]
         right = tokenizer.decode(new).split("e")[0] if i < 2 else "something else"

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import importlib
 import io
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any, NamedTuple
 
 import pytest
 from rich.console import Console
+from transformers import AutoTokenizer
 
 import formats_run
 from small_tokenizers import sentencepiece
 from torchtitan_mtp.data.tokenizer import HFTokenizer
-from torchtitan_mtp.inference import Stats, decoding
+from torchtitan_mtp.inference import Stats, decoding, generate
+from torchtitan_mtp.models.transformer import Transformer
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "scripts" / "generate.py"
@@ -147,6 +151,94 @@ def test_a_word_keeps_the_space_before_it(
     assert capsys.readouterr().out == second
 
 
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}<{{ m['role'] }}>{{ m['content'] | trim }}"
+    "{{ eos_token }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+TURNS = [
+    {"role": "user", "content": " the cat"},
+    {"role": "assistant", "content": "the"},
+    {"role": "user", "content": "</s>cat"},
+]
+
+
+@pytest.fixture
+def chat(tmp_path: Path) -> Chat:
+    """A model, and the ids that transformers gives it for messages, and for a text."""
+    folder = tmp_path / "tokenizer"
+    folder.mkdir()
+    sentencepiece("<unk>", "<s>", "</s>", front="<s>").save(str(folder / "tokenizer.json"))
+    words = {"bos_token": "<s>", "eos_token": "</s>", "chat_template": TEMPLATE}
+    (folder / "tokenizer_config.json").write_text(json.dumps(words))
+    changes = formats_run.SMALL | {"model.hf_assets_path": str(folder)}
+    model, _ = formats_run.write_run(tmp_path / "run", **changes)
+    return Chat(tmp_path / "run", model, AutoTokenizer.from_pretrained(folder))
+
+
+class Chat(NamedTuple):
+    run: Path
+    model: Transformer
+    theirs: Any
+
+    def answer(self, messages: list[dict[str, str]], **options: Any) -> str:
+        options = {"add_generation_prompt": True} | options
+        ids = self.theirs.apply_chat_template(messages, return_dict=False, **options)
+        return self.continued(ids)
+
+    def continued(self, ids: list[int]) -> str:
+        tokens = generate(self.model, [ids], 6, eos_id=2).tokens[0]
+        return str(self.theirs.decode([*ids, *tokens], skip_special_tokens=True))[
+            len(self.theirs.decode(ids, skip_special_tokens=True)) :
+        ]
+
+
+def test_conversations_in_the_words_of_the_template(
+    script: ModuleType,
+    chat: Chat,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    file = tmp_path / "prompts.jsonl"
+    lines = [{"messages": TURNS}, {"messages": TURNS[:2]}, {"prompt": " the cat"}]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    arguments = [str(chat.run), "--chat", "--max_new_tokens", "6"]
+    assert script.main([*arguments, "--prompt_file", str(file)]) == 0
+    begun = {"continue_final_message": True, "add_generation_prompt": False}
+    expected = [chat.answer(TURNS), chat.answer(TURNS[:2], **begun), chat.answer(TURNS[:1])]
+    marked = "".join(f"--- {i} of 3\n{text}\n" for i, text in enumerate(expected, start=1))
+    assert capsys.readouterr().out == marked
+    monkeypatch.setattr("sys.stdin", io.StringIO(" the cat\nthe\n\n the cat\n"))
+    assert script.main([*arguments, "--interactive"]) == 0
+    first = {"role": "assistant", "content": expected[2]}
+    second = chat.answer([TURNS[0], first, {"role": "user", "content": "the"}])
+    assert capsys.readouterr().out == f"{expected[2]}\n{second}\n{expected[2]}\n"
+
+
+def test_special_tokens_are_text_unless_asked_for(
+    script: ModuleType, chat: Chat, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = "<s>the</s> cat"
+    found = []
+    for options in ([], ["--special_tokens"]):
+        arguments = [str(chat.run), "--max_new_tokens", "6", "--prompt", text, *options]
+        assert script.main(arguments) == 0
+        found.append(capsys.readouterr().out)
+    plain, special = found
+    assert plain.startswith(text)
+    ids = chat.theirs.encode(text, add_special_tokens=False)
+    shown = chat.theirs.decode(ids, skip_special_tokens=True)
+    assert special == f"{shown}{chat.continued(ids)}\n"
+
+
+def test_a_model_without_a_template_is_told(
+    script: ModuleType, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert script.main([str(run), "--chat", "--prompt", "a"]) == 1
+    err = capsys.readouterr().err
+    assert "tokenizer byte: no chat template" in err and err.count("\n") == 1
+
+
 @pytest.mark.parametrize("way", [[], ["--speculative", "--compare"]])
 def test_a_stop_string_ends_the_text(
     script: ModuleType,
@@ -248,13 +340,27 @@ def test_a_byte_order_mark_is_no_part_of_a_prompt(script: ModuleType, tmp_path: 
         assert script.read_prompts(arguments) == ["def"]
 
 
-@pytest.mark.parametrize("line", ["import os", '{"text": "a"}', "[1]", '{"prompt": 3}', DEEP])
+NO_MESSAGES = ['{"messages": 3}', '{"messages": [{"role": "user"}]}', '{"messages": ["a"]}']
+
+
+@pytest.mark.parametrize(
+    ("line", "options"),
+    [
+        *[(line, []) for line in ("import os", '{"text": "a"}', "[1]", '{"prompt": 3}', DEEP)],
+        ('{"messages": [{"role": "user", "content": "a"}]}', []),
+        *[(line, ["--chat"]) for line in NO_MESSAGES],
+    ],
+)
 def test_a_line_that_is_no_record_is_named(
-    script: ModuleType, tmp_path: Path, line: str, capsys: pytest.CaptureFixture[str]
+    script: ModuleType,
+    tmp_path: Path,
+    line: str,
+    options: list[str],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     file = tmp_path / "prompts.jsonl"
     file.write_text(f'{{"prompt": "a"}}\n{line}\n')
-    assert script.main([str(tmp_path), "--prompt_file", str(file)]) == 1
+    assert script.main([str(tmp_path), "--prompt_file", str(file), *options]) == 1
     assert f"{file}:2: expected " in capsys.readouterr().err
 
 

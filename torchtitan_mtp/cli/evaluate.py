@@ -37,6 +37,8 @@ from torchtitan_mtp.models.transformer import Transformer
 from torchtitan_mtp.validation import TextMeasure, measure_windows
 from torchtitan_mtp.writing import written_whole
 
+CHAT = ("apply_chat_template", "system_instruction", "fewshot_as_multiturn")
+
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
@@ -71,6 +73,16 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         help="a folder with the YAML files of further tasks",
     )
     tasks.add_argument("--num_fewshot", type=int, help="examples before each question")
+    tasks.add_argument("--system_instruction", help="what a conversation begins with")
+    tasks.add_argument(
+        "--apply_chat_template", action="store_true", help="ask as the tokenizer's template says"
+    )
+    tasks.add_argument(
+        "--fewshot_as_multiturn",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="with it, examples are earlier turns; default: yes",
+    )
     tasks.add_argument("--limit", type=int, help="questions of each task; default: all")
     parser.add_argument("--json", type=path, help="also write the figures to this file")
     parser.add_argument("--plot", type=path, help="also draw them, as .png, .svg or .pdf")
@@ -237,6 +249,8 @@ def evaluate_tasks(
 ) -> dict[str, Any]:
     """Run tasks of lm-evaluation-harness, print their metrics, and return them as plain data."""
     try:
+        from lm_eval.utils import make_table
+
         from torchtitan_mtp.inference.lm_eval_adapter import HarnessModel, run_tasks
     except ImportError as error:
         raise UserError(
@@ -244,15 +258,20 @@ def evaluate_tasks(
         ) from None
     lm = HarnessModel(model, tokenizer, run, batch_size=args.batch_size or 8)
     names = [name.strip() for name in args.tasks.split(",") if name.strip()]
-    found = run_tasks(lm, names, args.include_path, args.num_fewshot, args.limit)
-    table = Table()
-    for column in ("task", "metric", "value", "stderr"):
-        table.add_column(column, justify="right" if column in ("value", "stderr") else "left")
-    for task, metrics in found.items():
-        for metric, (value, stderr) in metrics.items():
-            table.add_row(task, metric, f"{value:.4f}", "-" if stderr is None else f"{stderr:.4f}")
-    console.print(table)
-    return {"tasks": {t: {m: value for m, (value, _) in x.items()} for t, x in found.items()}}
+    options = {key: getattr(args, key) for key in ("num_fewshot", "limit", *CHAT)}
+    found = run_tasks(lm, names, args.include_path, log_samples=False, **options)
+    print(make_table(found))
+    return {"tasks": {task: _metrics(values) for task, values in found["results"].items()}}
+
+
+def _metrics(values: dict[str, Any]) -> dict[str, float]:
+    """The harness's "acc,none": 0.5 as {"acc": 0.5}, without standard errors."""
+    found = {}
+    for key, value in values.items():
+        name, _, rule = key.partition(",")
+        if rule and not name.endswith("_stderr") and isinstance(value, (int, float)):
+            found[name if rule == "none" else f"{name} ({rule})"] = float(value)
+    return found
 
 
 def draw(results: dict[str, Any], out: Path) -> None:

@@ -13,7 +13,7 @@ import json
 import math
 import os
 import sys
-import time
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,12 +26,16 @@ from torchtitan_mtp.data.tokenizer import Tokenizer
 from torchtitan_mtp.distributed.shared_cores import SharedCores
 from torchtitan_mtp.errors import UserError, memory_told
 from torchtitan_mtp.inference import Generation, Stats, generate, load_for_inference, next_logits
-from torchtitan_mtp.inference.decoding import check, most_drafts, stream
+from torchtitan_mtp.inference.chat import chat_tokenizer, render
+from torchtitan_mtp.inference.decoding import check, most_drafts
 from torchtitan_mtp.inference.load import DTYPES, find_device
 from torchtitan_mtp.inference.sampling import Sampler
 from torchtitan_mtp.inference.stats import ratio
 from torchtitan_mtp.inference.text_stream import TextStream
 from torchtitan_mtp.models.transformer import Transformer
+
+Message = dict[str, str]  # role, content
+Prompt = str | list[Message]
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
@@ -50,10 +54,17 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     prompt.add_argument(
         "--prompt_file",
         type=path,
-        help='a file with the text to continue, or FILE.jsonl with a {"prompt": TEXT} a line',
+        help='a file with the text to continue, or FILE.jsonl with a {"prompt": TEXT} a line (with '
+        '--chat also {"messages": [{"role": ROLE, "content": TEXT}, ...]})',
     )
     prompt.add_argument(
         "--interactive", action="store_true", help="ask for text, show its continuation as it comes"
+    )
+    parser.add_argument(
+        "--chat", action="store_true", help="ask with the tokenizer's chat template"
+    )
+    parser.add_argument(
+        "--special_tokens", action="store_true", help="special tokens that a prompt spells are such"
     )
     parser.add_argument("--max_new_tokens", type=int, default=100, help="default: 100")
     parser.add_argument(
@@ -85,24 +96,29 @@ def number_of_drafts(text: str) -> int | str:
     return text if text == "auto" else int(text)
 
 
-def read_prompts(args: argparse.Namespace) -> list[str]:
-    """The texts to continue. Errors: an unreadable file, a line that is no record, no text."""
-    prompts = args.prompt
+def read_prompts(args: argparse.Namespace) -> list[Prompt]:
+    """The texts to continue, or with --chat the conversations.
+
+    Errors: an unreadable file, a line that is no record, no text.
+    """
+    prompts: list[Prompt] = list(args.prompt)
     if args.prompt_file is not None:
         try:
             text = args.prompt_file.read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"--prompt_file {args.prompt_file}: can't be read: {error}") from error
         is_records = args.prompt_file.suffix == ".jsonl"
-        prompts = read_records(args.prompt_file, text) if is_records else [text]
+        prompts = read_records(args.prompt_file, text, args.chat) if is_records else [text]
     if not prompts or not all(prompts):
         raise UserError("the prompt is empty: give some text to continue")
-    return list(prompts)
+    if args.chat:
+        return [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in prompts]
+    return prompts
 
 
-def read_records(file: os.PathLike[str], text: str) -> list[str]:
+def read_records(file: os.PathLike[str], text: str, chat: bool) -> list[Prompt]:
     """The prompts of a file of JSON records, one a line; empty lines are passed over."""
-    prompts = []
+    prompts: list[Prompt] = []
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
@@ -110,11 +126,35 @@ def read_records(file: os.PathLike[str], text: str) -> list[str]:
             record = json.loads(line)
         except (ValueError, RecursionError):
             record = None
-        prompt = record.get("prompt") if isinstance(record, dict) else None
-        if not isinstance(prompt, str):
-            raise UserError(f'{file}:{number}: expected {{"prompt": TEXT}}, found {line[:40]}')
+        record = record if isinstance(record, dict) else {}
+        prompt: Any = record.get("prompt")
+        if chat:
+            prompt = record.get("messages", prompt)
+        if not isinstance(prompt, str) and not (chat and are_messages(prompt)):
+            wanted = '{"prompt": TEXT}'
+            if chat:
+                wanted += ' or {"messages": [{"role": "user", "content": TEXT}, ...]}'
+            raise UserError(f"{file}:{number}: expected {wanted}, found {line[:40]}")
         prompts.append(prompt)
     return prompts
+
+
+def are_messages(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(message, dict)
+        and isinstance(message.get("role"), str)
+        and isinstance(message.get("content"), str)
+        for message in value
+    )
+
+
+def encode(args: argparse.Namespace, tokenizer: Tokenizer, chat: Any, prompt: Prompt) -> list[int]:
+    """The ids of a text to continue, or of a conversation in the words of its template."""
+    if isinstance(prompt, str):
+        return tokenizer.prompt(prompt, args.special_tokens)
+    answered = prompt[-1]["role"] == "assistant"  # that is what is to be continued
+    ids: list[int] = tokenizer.encode(render(chat, prompt, not answered), special=True).tolist()
+    return ids
 
 
 def percent(rate: float, of: int) -> str:
@@ -203,13 +243,14 @@ def sampling(args: argparse.Namespace, config: JobConfig) -> dict[str, Any]:
 
 def continue_prompts(
     args: argparse.Namespace,
-    texts: list[str],
+    asked: list[Prompt],
     model: Transformer,
     tokenizer: Tokenizer,
     config: JobConfig,
+    chat: Any,
 ) -> None:
-    """All prompts as one batch: their texts, and what they cost."""
-    prompts = [tokenizer.prompt(text) for text in texts]
+    """All prompts as one batch: their texts, and what they cost. Of conversations, the answers."""
+    prompts = [encode(args, tokenizer, chat, prompt) for prompt in asked]
     length, seen = max(map(len, prompts)) + args.max_new_tokens, config.training.seq_len
     name = f"--max_new_tokens {args.max_new_tokens} for {len(prompts)} prompt(s)"
     check_generation(model, name, len(prompts), length)
@@ -235,7 +276,7 @@ def continue_prompts(
         text = TextStream(tokenizer, args.stop, prompt)
         for token in new:
             text.add(token)
-        print(tokenizer.decode(prompt) + text.finish())
+        print(("" if args.chat else tokenizer.decode(prompt)) + text.finish())
     # The text alone goes to stdout, so that it can be piped; a comparison is what was asked for.
     console = Console(stderr=not args.compare)
     console.print(speed_table({name: generation.stats for name, generation in runs.items()}))
@@ -249,9 +290,13 @@ def continue_prompts(
 
 
 def converse(
-    args: argparse.Namespace, model: Transformer, tokenizer: Tokenizer, config: JobConfig
+    args: argparse.Namespace,
+    model: Transformer,
+    tokenizer: Tokenizer,
+    config: JobConfig,
+    chat: Any,
 ) -> None:
-    """Continue what is typed, as one growing text, until the input ends.
+    """Continue what is typed, as one growing text or a conversation, until the input ends.
 
     Of a text longer than the model was trained on, answer included, the beginning is dropped.
     """
@@ -259,67 +304,65 @@ def converse(
         raise UserError("--interactive goes without --compare, --compile and --num_draft auto")
     check(model, [[tokenizer.eos_id]], args.max_new_tokens)
     check_generation(model, f"--max_new_tokens {args.max_new_tokens}", 1, args.max_new_tokens)
-    drafts = most_drafts(model, args.num_draft) if args.speculative else 0
+    options = sampling(args, config) | {"eos_id": tokenizer.eos_ids}
+    Sampler(**sampling(args, config))  # what they must not be is said before anything is typed
+    if args.speculative:
+        options |= {"speculative": True, "num_draft": most_drafts(model, args.num_draft)}
     seq_len = config.training.seq_len
     most = max(seq_len - args.max_new_tokens, seq_len // 2)  # of the text before an answer
-    sampler = Sampler(**sampling(args, config))
     asking = "> " if sys.stdin.isatty() else ""
     if asking:
         print(
             "An empty line begins a new text, Ctrl-C stops an answer, Ctrl-D ends.", file=sys.stderr
         )
-    text = ""
+    text, messages = "", list[Message]()
     with contextlib.suppress(EOFError, KeyboardInterrupt):
         while True:
             line = input(asking)
             if not line:
-                text = ""
+                text, messages = "", []
                 continue
             # All of it anew: pieces would each begin with a space, in SentencePiece's way.
             text += f"\n{line}" if text else line
-            print(line, end="", flush=True)
-            prompt = tokenizer.prompt(text)[-most:]
-            shown = TextStream(tokenizer, args.stop, prompt)
-            text += answer(model, tokenizer, prompt, args.max_new_tokens, sampler, drafts, shown)
+            messages.append({"role": "user", "content": line})
+            if chat is None:
+                print(line, end="", flush=True)
+            prompt = encode(args, tokenizer, chat, messages if chat else text)[-most:]
+            shown = TextStream(tokenizer, args.stop, prompt, partial(print, end="", flush=True))
+            answer(model, prompt, args.max_new_tokens, shown, options)
+            options["seed"] += 1  # equal lines get samples of their own
+            text += shown.text
+            messages.append({"role": "assistant", "content": shown.text})
 
 
 def answer(
-    model: Transformer,
-    tokenizer: Tokenizer,
-    prompt: list[int],
-    max_new_tokens: int,
-    sampler: Sampler,
-    drafts: int,
-    shown: TextStream,
-) -> str:
-    """Write what follows the prompt to stdout as it comes, its cost to stderr; the text."""
-    told, count, steps, begin = 0, 0, -1, time.perf_counter()
-    options: dict[str, Any] = {"num_draft": drafts, "eos_id": tokenizer.eos_ids, "texts": [shown]}
+    model: Transformer, prompt: list[int], most: int, shown: TextStream, options: dict[str, Any]
+) -> None:
+    """Write what follows the prompt to stdout as it comes, its cost to stderr."""
+    stats = None
     with contextlib.suppress(KeyboardInterrupt):
-        for new in stream(model, prompt, max_new_tokens, sampler, **options):
-            steps += 1  # the first tokens are the prompt's
-            count += len(new)
-            print(shown.text[told:], end="", flush=True)
-            told = len(shown.text)
-    print(shown.finish()[told:], flush=True)
-    seconds = time.perf_counter() - begin
-    rate = f"{(count - 1) / steps:.2f} tokens/step, " if steps > 0 else ""
-    print(f"[{count} tokens, {rate}{count / seconds:.1f} tokens/s]", file=sys.stderr)
-    return shown.text
+        stats = generate(model, [prompt], most, texts=[shown], **options).stats
+    shown.finish()
+    print(flush=True)
+    if stats is not None:
+        rate = "" if stats.steps == 0 else f"{stats.tokens_per_step:.2f} tokens/step, "
+        speed = f"{stats.tokens / stats.seconds:.1f} tokens/s"
+        print(f"[{stats.tokens} tokens, {rate}{speed}]", file=sys.stderr)
 
 
 def run(args: argparse.Namespace) -> None:
     if args.num_draft is not None and not (args.speculative or args.compare):
         raise UserError("--num_draft: needs --speculative or --compare")
     # What can't be read is said before a model is loaded.
-    texts = None if args.interactive else read_prompts(args)
+    prompts = None if args.interactive else read_prompts(args)
     model, tokenizer, config = load_for_inference(
         args.checkpoint, find_device(args.device), DTYPES[args.dtype]
     )
-    if texts is None:
-        converse(args, model, tokenizer, config)
+    chat = chat_tokenizer(config.model.hf_assets_path) if args.chat else None
+    if prompts is None:
+        converse(args, model, tokenizer, config, chat)
     else:
-        continue_prompts(args, texts, model, tokenizer, config)
+        continue_prompts(args, prompts, model, tokenizer, config, chat)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -7,6 +7,7 @@ import json
 import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -48,8 +49,9 @@ class Tokenizer:
     # What earlier versions gave: prefix and eos_id by fingerprint.
     earlier: Mapping[str, tuple[tuple[int, ...], int]] = {}
 
-    def encode(self, text: str) -> np.ndarray:
-        """Ids of the text, [T] int32, with no special token, whatever the text spells."""
+    def encode(self, text: str, special: bool = False) -> np.ndarray:
+        """Ids of the text, [T] int32. special: what spells a special token is that token, and no
+        text as any other."""
         raise NotImplementedError
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -57,10 +59,11 @@ class Tokenizer:
         (special tokens, a padded vocabulary's) leave nothing."""
         raise NotImplementedError
 
-    def prompt(self, text: str) -> list[int]:
-        """The ids of a text to continue."""
-        ids = self.encode(text).tolist()
-        return [*self.prefix, *ids]
+    def prompt(self, text: str, special: bool = False) -> list[int]:
+        """The ids of a text to continue, after a prefix that it does not spell itself."""
+        ids = self.encode(text, special).tolist()
+        begun = special and tuple(ids[: len(self.prefix)]) == self.prefix
+        return ids if begun else [*self.prefix, *ids]
 
     def set_special(self, ids: SpecialIds, prefix: tuple[int, ...], of_text: str) -> None:
         """of_text: the fingerprint as far as it is of the ids of a text."""
@@ -92,7 +95,11 @@ class ByteTokenizer(Tokenizer):
     ranks: Mapping[bytes, int] = {bytes([i]): i for i in range(256)}
     specials: Mapping[str, int] = {BEGIN_OF_TEXT: 256, END_OF_TEXT: 257, "<|pad|>": 258}
 
-    def encode(self, text: str) -> np.ndarray:
+    def encode(self, text: str, special: bool = False) -> np.ndarray:
+        if special:
+            parts = re.split(f"({'|'.join(map(re.escape, self.specials))})", text)
+            ids = [[self.specials[p]] if p in self.specials else self.encode(p) for p in parts]
+            return np.concatenate(ids).astype(np.int32)
         # A lone surrogate (JSON can spell one) has no UTF-8; "?" stands for it.
         return np.frombuffer(text.encode("utf-8", errors="replace"), dtype=np.uint8).astype(
             np.int32
@@ -110,7 +117,7 @@ class NoTokenizer(Tokenizer):
     def __init__(self, error: UserError) -> None:
         self.error = error
 
-    def encode(self, text: str) -> np.ndarray:
+    def encode(self, text: str, special: bool = False) -> np.ndarray:
         raise self.error
 
 
@@ -149,8 +156,10 @@ class TiktokenTokenizer(Tokenizer):
         if (prefix, ids.eos) == bare:
             self.fingerprint = of_text
 
-    def encode(self, text: str) -> np.ndarray:
-        parts = [self._encoding.encode_ordinary(part) for part in _parts(text)]
+    def encode(self, text: str, special: bool = False) -> np.ndarray:
+        known = partial(self._encoding.encode, allowed_special="all")
+        encode = known if special else self._encoding.encode_ordinary
+        parts = [encode(part) for part in _parts(text)]
         return np.concatenate([np.array(ids, dtype=np.int32) for ids in parts])
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -172,8 +181,6 @@ class HFTokenizer(Tokenizer):
             if path.name == "vocab.json":
                 wrong = f"a vocabulary alone{_CONVERT}"
             raise UserError(f"tokenizer {path}: {wrong}") from e
-        # Text that happens to spell a special token is text.
-        self._tokenizer.encode_special_tokens = True
         # What the file says of the lengths of a model's inputs is not for documents.
         pad = (self._tokenizer.padding or {}).get("pad_token")
         cut = self._tokenizer.truncation or pad is not None
@@ -219,9 +226,10 @@ class HFTokenizer(Tokenizer):
         pattern = json.dumps(LLAMA3_PATTERN).encode()
         return size == ranks.num_ranks and cut is not None and pattern in cut.__getstate__()
 
-    def encode(self, text: str) -> np.ndarray:
+    def encode(self, text: str, special: bool = False) -> np.ndarray:
         # A lone surrogate (JSON can spell one) has no UTF-8; "?" stands for it.
         text = text.encode("utf-8", errors="replace").decode("utf-8")
+        self._tokenizer.encode_special_tokens = not special
         return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int32)
 
     def decode(self, ids: Sequence[int]) -> str:

@@ -88,29 +88,6 @@ def generate(
     return rows.finish(prompt_seconds, time.perf_counter() - begin)
 
 
-@torch.inference_mode()
-def stream(
-    model: Transformer,
-    prompt: Sequence[int],
-    max_new_tokens: int,
-    sampler: Sampler,
-    *,
-    num_draft: int = 0,
-    eos_id: EndIds = None,
-    texts: Sequence[TextStream] = (),
-) -> Iterator[list[int]]:
-    """The tokens that `generate` would give, each step's as soon as they are known.
-
-    num_draft: drafts a step, up to n - 1; 0 decodes plainly.
-    """
-    check(model, [prompt], max_new_tokens)
-    decoder = Decoder(model, [prompt], max_new_tokens, num_draft, sampler)
-    rows, told = Rows(1, max_new_tokens, eos_id, num_draft, texts), 0
-    for _ in decode(decoder, rows, DraftLength(num_draft, len(model.layers), adapt=False)):
-        yield rows.tokens[0][told:]
-        told = len(rows.tokens[0])
-
-
 def decode(decoder: Decoder, rows: Rows, length: DraftLength) -> Iterator[None]:
     """The steps of a generation, the prompt's first: after each one, `rows` has what it gave."""
     rows.start(decoder.prefill())

@@ -2,44 +2,57 @@
 
 The harness asks for text and gets text or likelihoods: how likely a continuation is after a context
 and whether greedy decoding would write it, how likely a whole document is, and what comes after a
-context up to a stop string. Likelihoods are head 1's. Generation drafts with heads 2..n where there
-are any, which changes what it costs and nothing else.
+context up to a stop string. Answers are those of the harness's own adapter for transformers (HFLM)
+to the model's export. Likelihoods are head 1's. Generation drafts with heads 2..n where there are
+any, which changes what it costs and nothing else.
 """
 
 from __future__ import annotations
 
+import itertools
+import logging
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
 from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
+from lm_eval.models.utils import (
+    Collator,
+    maybe_truncate,
+    normalize_gen_kwargs,
+    postprocess_generated_text,
+)
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-from torch import Tensor
 
 from torchtitan_mtp.config import JobConfig
 from torchtitan_mtp.data.targets import Batch, Window, make_batch
 from torchtitan_mtp.data.tokenizer import Tokenizer
 from torchtitan_mtp.errors import UserError
+from torchtitan_mtp.inference.chat import chat_tokenizer, render
 from torchtitan_mtp.inference.decoding import generate
+from torchtitan_mtp.inference.text_stream import TextStream
 from torchtitan_mtp.models.transformer import Transformer
 
-LOGIT_ROWS = 1024  # positions whose logits are alive at a time
-ROUND = 64  # tokens that are generated before stop strings are looked for
-MAX_NEW_TOKENS = 256  # the harness's default for tasks that give none
+logger = logging.getLogger(__name__)
+
+# What a task that says nothing gets, from the harness and from transformers.
+MAX_NEW_TOKENS, TOP_K = 256, 50
+# `generation_kwargs` that are not for us, with what changes nothing.
+NEUTRAL = {"num_beams": 1, "repetition_penalty": 1, "num_return_sequences": 1, "use_cache": True}
 
 # Its texts, if it is a request of its own; tokens of the context and of the continuation.
 Scored = tuple[tuple[str, str] | None, list[int], list[int]]
 
 
 class HarnessModel(TemplateLM):
-    """The `lm_eval.api.model.LM` of a loaded model.
+    """The `lm_eval.api.model.LM` of a loaded model. What is longer than the run's
+    `training.seq_len` loses its beginning."""
 
-    Contexts begin with the tokenizer's prefix, as documents do in training. What is longer than the
-    run's `training.seq_len` loses its beginning.
-    """
+    tokenizer_name = ""
 
     def __init__(
         self, model: Transformer, tokenizer: Tokenizer, config: JobConfig, batch_size: int = 8
@@ -47,8 +60,14 @@ class HarnessModel(TemplateLM):
         super().__init__()
         self.model, self.tok, self.batch_size = model, tokenizer, batch_size
         self.softcap, self.max_length = config.loss.softcap, config.training.seq_len
+        self.tokenizer_name = config.model.hf_assets_path
         self._device = model.norm.weight.device
         self._generations = 0
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """transformers' tokenizer, which has the chat template."""
+        return chat_tokenizer(self.tokenizer_name)
 
     @property
     def eot_token_id(self) -> int:
@@ -62,159 +81,148 @@ class HarnessModel(TemplateLM):
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **_: Any
     ) -> list[int]:
-        """Token ids, after the prefix unless `add_special_tokens` is False."""
-        ids = self.tok.prompt(string)
-        return ids[len(self.tok.prefix) :] if add_special_tokens is False else ids
+        """Token ids, special tokens that the text spells too, after the tokenizer's prefix unless
+        there is one, as in what a chat template wrote, or `add_special_tokens` is False."""
+        ids: list[int] = self.tok.encode(string, special=True).tolist()
+        if add_special_tokens is None:
+            add_special_tokens = ids[:1] != [self.prefix_token_id]
+        return [*self.tok.prefix, *ids] if add_special_tokens else ids
 
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        """The text of a conversation; without its system message where the template takes none."""
+        try:
+            return render(self.tokenizer, chat_history, add_generation_prompt)
+        except UserError:
+            others = [message for message in chat_history if message["role"] != "system"]
+            return render(self.tokenizer, others, add_generation_prompt)
+
+    @torch.inference_mode()
     def _loglikelihood_tokens(
         self, requests: Sequence[Scored], disable_tqdm: bool = False, **_: Any
     ) -> list[tuple[float, bool]]:
         """For each (texts, context, continuation): sum of the continuation's log-probabilities, and
         whether every token of it is the most likely one."""
-        results: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
-        # Long ones first, so that a batch is of one length and too large a batch fails at once.
-        order = sorted(range(len(requests)), key=lambda i: -len(requests[i][1] + requests[i][2]))
-        for start in range(0, len(order), self.batch_size):
-            chosen = order[start : start + self.batch_size]
-            found = self._score([requests[i][1:] for i in chosen])
-            for i, result in zip(chosen, found, strict=True):
-                results[i] = result
-                if requests[i][0] is not None:
-                    self.cache_hook.add_partial("loglikelihood", requests[i][0], result)
-        return results
+        most = max((len(continuation) for _, _, continuation in requests), default=1)
+        if most > self.max_length or not all(continuation for _, _, continuation in requests):
+            raise UserError(f"a continuation has {most} tokens, expected 1 to {self.max_length}")
+        # Of white space alone, a context has no token where the tokenizer has no prefix.
+        rows = [(texts, c or [self.prefix_token_id], cont) for texts, c, cont in requests]
+        if long := sum(len(c + continuation) > self.max_length + 1 for _, c, continuation in rows):
+            what = "%d of %d texts lose their beginning: longer than %d tokens (training.seq_len)"
+            logger.warning(what, long, len(rows), self.max_length)
+        # Long ones first. What differs in its last token alone, as choices do, is one row.
+        order: Any = Collator(
+            rows,
+            sort_fn=lambda row: (-len(row[1] + row[2]), row[1] + row[2]),
+            group_fn=lambda row: row[1] + row[2][:-1],
+            group_by="contexts",
+        )
+        results = []
+        for chunk in order.get_batched(n=self.batch_size):
+            states = self._states([c + continuation for _, c, continuation in chunk])
+            for (texts, context, continuation), h in zip(chunk, states, strict=True):
+                logits = self.model.output(h[-len(continuation) :]).float()  # [C, V]
+                if self.softcap is not None:
+                    logits = self.softcap * torch.tanh(logits / self.softcap)
+                log_probs = logits.log_softmax(-1).unsqueeze(0)
+                for _, tokens, found in order.get_cache(texts, context, continuation, log_probs):
+                    target = torch.tensor(tokens, device=self._device).unsqueeze(1)  # [C, 1]
+                    found = found[0, -len(tokens) :]
+                    total = float(found.gather(1, target).double().sum())
+                    results.append((total, bool((found.argmax(-1, True) == target).all())))
+        return list(order.get_original(results))
 
-    @torch.inference_mode()
-    def _score(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
-        """One forward over some (context, continuation)."""
-        texts = [(c + continuation)[-self.max_length - 1 :] for c, continuation in pairs]
-        counts = [len(continuation) for _, continuation in pairs]
-        if max(counts) > self.max_length:
-            raise UserError(
-                f"a continuation has {max(counts)} tokens, but the model was trained on "
-                f"{self.max_length} at a time (training.seq_len)"
-            )
+    def _states(self, texts: Sequence[list[int]]) -> list[torch.Tensor]:
+        """One forward: of each text's last S + 1 tokens, head 1's states [S, D] at the first S."""
+        texts = [text[-self.max_length - 1 :] for text in texts]
         tokens = torch.zeros(len(texts), max(map(len, texts)), dtype=torch.int64)
         for row, text in zip(tokens, texts, strict=True):
             row[: len(text)] = torch.tensor(text)
         # Padding comes after what it could disturb.
         batch = make_batch(Window(tokens, torch.zeros_like(tokens)), 1)
         batch = Batch(*(t.to(self._device) for t in batch))
-        h = self.model.norm(self.model.encode(batch)[0])  # [B, S, D], head 1's
-        lasts = [len(text) - 1 for text in texts]
-        states = [h[b, e - c : e] for b, (e, c) in enumerate(zip(lasts, counts, strict=True))]
-        targets = torch.tensor([t for _, c in pairs for t in c], dtype=torch.int64)
-        log_probs, greedy = self._log_probabilities(torch.cat(states), targets.to(self._device))
-        return [
-            (float(p.sum()), bool(g.all()))
-            for p, g in zip(log_probs.split(counts), greedy.split(counts), strict=True)
-        ]
-
-    def _log_probabilities(self, rows: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Of targets [N] after hidden states [N, D]: log-probability, and whether it is the most
-        likely token, [N] each on the CPU."""
-        parts = []
-        for h, target in zip(rows.split(LOGIT_ROWS), targets.split(LOGIT_ROWS), strict=True):
-            logits = self.model.output(h).float()  # [C, V]
-            if self.softcap is not None:
-                logits = self.softcap * torch.tanh(logits / self.softcap)
-            log_probs = logits.log_softmax(-1).gather(1, target.unsqueeze(1)).squeeze(1)
-            parts.append((log_probs.double().cpu(), (logits.argmax(-1) == target).cpu()))
-        log_probs, greedy = (torch.cat(part) for part in zip(*parts, strict=True))
-        return log_probs, greedy
+        h = self.model.norm(self.model.encode(batch)[0])  # [B, S, D]
+        return [row[: len(text) - 1] for row, text in zip(h, texts, strict=True)]
 
     def loglikelihood_rolling(
         self, requests: Sequence[Instance], disable_tqdm: bool = False
     ) -> list[float]:
-        """Log-probability of each whole document; a long one in windows, each token once."""
-        pieces: list[Scored] = []
-        owners: list[int] = []
-        for i, request in enumerate(requests):
-            tokens = self.tok_encode(request.args[0], add_special_tokens=False)
+        """Log-probability of each whole document with its prefix; a long one in windows, each token
+        once."""
+        documents: list[list[Scored]] = []
+        for request in requests:
+            tokens = self.tok_encode(request.args[0])
             windows = get_rolling_token_windows(tokens, self.prefix_token_id, self.max_length, 1)
-            for window in map(make_disjoint_window, windows):
-                pieces.append((None, *window))
-                owners.append(i)
-        totals = [0.0] * len(requests)
-        for i, (log_prob, _) in zip(owners, self._loglikelihood_tokens(pieces), strict=True):
-            totals[i] += log_prob
-        for request, total in zip(requests, totals, strict=True):
-            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
-        return totals
+            documents.append([(None, *make_disjoint_window(window)) for window in windows])
+        found = iter(self._loglikelihood_tokens(list(itertools.chain(*documents))))
+        return [sum((next(found)[0] for _ in windows), 0.0) for windows in documents]
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
         """The text after each context, up to its first stop string or `max_gen_toks` tokens."""
-        texts = [""] * len(requests)
-        groups: dict[str, list[int]] = {}  # what is generated in the same way
-        for i, request in enumerate(requests):
-            groups.setdefault(repr(request.args[1]), []).append(i)
-        for members in groups.values():
-            for start in range(0, len(members), self.batch_size):
-                chosen = members[start : start + self.batch_size]
-                options = requests[chosen[0]].args[1]
-                found = self._continue([requests[i].args[0] for i in chosen], dict(options))
-                for i, text in zip(chosen, found, strict=True):
-                    texts[i] = text
-                    self.cache_hook.add_partial("generate_until", requests[i].args, text)
-        return texts
+        order: Any = Collator(
+            [request.args for request in requests],
+            sort_fn=lambda r: (-len(self.tok_encode(r[0])), r[0]),
+            group_fn=lambda r: r[1],
+            group_by="gen_kwargs",
+        )
+        results = []
+        for chunk in order.get_batched(n=self.batch_size):
+            results += self._continue([context for context, _ in chunk], chunk[0][1])
+        return list(order.get_original(results))
 
-    def _continue(self, contexts: Sequence[str], options: dict[str, Any]) -> list[str]:
-        until = options.get("until") or []
-        until = [until] if isinstance(until, str) else until
-        most = int(options.get("max_gen_toks", MAX_NEW_TOKENS))
-        keep = max(1, self.max_length - most)
-        start = [self.prefix_token_id]  # for an empty context without a prefix
-        prompts = [self.tok_encode(context)[-keep:] or start for context in contexts]
-        sampling = {name: options[name] for name in ("top_k", "top_p") if options.get(name)}
-        if options.get("do_sample", False):
-            sampling["temperature"] = options.get("temperature", 1.0)
-        new: list[list[int]] = [[] for _ in contexts]
-        left = list(range(len(contexts)))  # rows without an end
-        while left and (room := most - len(new[left[0]])) > 0:
-            generation = generate(
-                self.model,
-                [prompts[b] + new[b] for b in left],
-                min(ROUND, room),
-                eos_id=self.tok.eos_ids,
-                softcap=self.softcap,
-                speculative=self.model.mtp is not None,
-                seed=self._generations,
-                **sampling,
+    def _continue(self, contexts: Sequence[str], gen_kwargs: dict[str, Any]) -> list[str]:
+        options: dict[str, Any] = dict(normalize_gen_kwargs(gen_kwargs, MAX_NEW_TOKENS))
+        until, most = options.pop("until"), options.pop("max_gen_toks")
+        temperature = float(options.pop("do_sample")) * options.pop("temperature", 0.0)
+        sampling = {
+            "top_k": options.pop("top_k", TOP_K) or None,
+            "top_p": options.pop("top_p", None),
+        }
+        unknown = {k: v for k, v in options.items() if v is not None and v != NEUTRAL.get(k)}
+        if unknown:
+            raise UserError(
+                f"generation_kwargs: {unknown} can't be had here; known are until, max_gen_toks, "
+                "do_sample, temperature, top_k and top_p"
             )
-            self._generations += 1  # equal requests get samples of their own
-            for b, tokens in zip(left, generation.tokens, strict=True):
-                new[b] += tokens
-            left = [b for b in left if not self._ended(new[b], until)]
-        return [cut(self.tok.decode(tokens), until) for tokens in new]
-
-    def _ended(self, tokens: list[int], until: Sequence[str]) -> bool:
-        text = self.tok.decode(tokens)
-        return tokens[-1] in self.tok.eos_ids or any(stop in text for stop in until if stop)
-
-
-def cut(text: str, until: Sequence[str]) -> str:
-    """The text before the first of the stop strings."""
-    for stop in filter(None, until):
-        text = text.split(stop)[0]
-    return text
-
-
-Metrics = dict[str, dict[str, tuple[float, float | None]]]  # task -> metric -> value, stderr
+        if not 0 < most < self.max_length:
+            raise UserError(
+                f"generation_kwargs: max_gen_toks = {most}, expected 1 to {self.max_length - 1}: "
+                f"with the context, the model takes {self.max_length} (training.seq_len)"
+            )
+        prompts = [
+            maybe_truncate(self.tok_encode(context), most, self.max_length)[0]
+            or [self.prefix_token_id]
+            for context in contexts
+        ]
+        generation = generate(
+            self.model,
+            prompts,
+            most,
+            eos_id=self.tok.eos_ids,
+            softcap=self.softcap,
+            speculative=self.model.mtp is not None,
+            seed=self._generations,
+            temperature=temperature,
+            texts=[TextStream(self.tok, until) for _ in contexts],
+            **sampling,
+        )
+        self._generations += 1  # equal requests get samples of their own
+        texts = map(self.tok.decode, generation.tokens)
+        return [postprocess_generated_text(text, until, None) for text in texts]
 
 
 def run_tasks(
-    lm: HarnessModel,
-    names: Sequence[str],
-    include_path: str | None = None,
-    num_fewshot: int | None = None,
-    limit: int | None = None,
-) -> Metrics:
-    """Run the harness's tasks.
+    lm: HarnessModel, names: Sequence[str], include_path: str | None = None, **options: Any
+) -> dict[str, Any]:
+    """What the harness makes of its tasks.
 
     Args:
         names: tasks, groups or patterns as `lm_eval --tasks` takes them.
         include_path: a folder with further YAML files.
-        num_fewshot: examples before each question; None: as the task says.
-        limit: questions of each task.
+        options: further ones of `lm_eval.simple_evaluate`, such as num_fewshot, limit,
+            apply_chat_template, system_instruction.
 
     Raises:
         UserError: an unknown task, or a data set that can't be had.
@@ -228,28 +236,7 @@ def run_tasks(
             "--include_path adds a folder of your own"
         )
     try:
-        results = simple_evaluate(
-            lm,
-            tasks=known,
-            task_manager=manager,
-            num_fewshot=num_fewshot,
-            limit=limit,
-            log_samples=False,
-        )
+        return dict(simple_evaluate(lm, tasks=known, task_manager=manager, **options))
     except (OSError, ConnectionError, ValueError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"--tasks {','.join(names)}: {reason}") from error
-    return {task: _metrics(values) for task, values in results["results"].items()}
-
-
-def _metrics(values: dict[str, Any]) -> dict[str, tuple[float, float | None]]:
-    """The harness's "acc,none": 0.5 and "acc_stderr,none": 0.1 as {"acc": (0.5, 0.1)}."""
-    found = {}
-    for key, value in values.items():
-        name, _, rule = key.partition(",")
-        if not rule or name.endswith("_stderr") or not isinstance(value, (int, float)):
-            continue
-        error = values.get(f"{name}_stderr,{rule}")
-        shown = name if rule == "none" else f"{name} ({rule})"
-        found[shown] = (float(value), float(error) if isinstance(error, (int, float)) else None)
-    return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torchtitan_mtp.data.tokenizer import Tokenizer
 
@@ -12,15 +12,21 @@ UNREADABLE = "\N{REPLACEMENT CHARACTER}"  # what bytes that are no character are
 class TextStream:
     """What a row's new tokens add to the text of its prompt.
 
-    text: what is certain of it. A character whose bytes are not all there waits, and so does what a
-    stop string may begin with. stopped: a stop string was completed, and the text ends before it;
-    of several, the one that was complete first, as if the text came character by character.
+    text: what is certain of it, which `show` is given piece by piece. A character whose bytes are
+    not all there waits, and so does what a stop string may begin with. stopped: a stop string was
+    completed, and the text ends before it; of several, the one that was complete first, as if the
+    text came character by character.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, stop: Sequence[str] = (), prompt: Sequence[int] = ()
+        self,
+        tokenizer: Tokenizer,
+        stop: Sequence[str] = (),
+        prompt: Sequence[int] = (),
+        show: Callable[[str], object] = str,
     ) -> None:
-        self.tokenizer, self.stop = tokenizer, [string for string in stop if string]
+        self.tokenizer, self.show = tokenizer, show
+        self.stop = [string for string in stop if string]
         self.text, self.stopped = "", False
         self._held = ""  # the end of the text that a stop string may begin with
         # Tokens are decoded after some that came before, for the space in front of a word is lost
@@ -43,8 +49,10 @@ class TextStream:
     def finish(self) -> str:
         """The whole text, with what was still waiting."""
         if not self.stopped:
-            self._gain(self.tokenizer.decode(self._before + self._new)[self._told :])
-            self.text, self._held, self._new = self.text + self._held, "", []
+            text = self.tokenizer.decode(self._before + self._new)
+            self._gain(text[self._told :])
+            self._tell(self._held)
+            self._told, self._held = len(text), ""
         return self.text
 
     def _gain(self, new: str) -> None:
@@ -55,5 +63,9 @@ class TextStream:
         else:  # all but the longest end of it that a stop string begins with
             starts = (s[:k] for s in self.stop for k in range(1, len(s)))
             size = len(text) - max((len(s) for s in starts if text.endswith(s)), default=0)
-        self.text += text[:size]
         self._held = "" if self.stopped else text[size:]
+        self._tell(text[:size])
+
+    def _tell(self, text: str) -> None:
+        self.text += text
+        self.show(text)

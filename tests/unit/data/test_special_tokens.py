@@ -12,8 +12,14 @@ from tokenizers import Tokenizer, models, processors
 from small_tokenizers import byte_level, sentencepiece
 from torchtitan_mtp.data.loader import DataLoader
 from torchtitan_mtp.data.sources import build_source
-from torchtitan_mtp.data.tokenizer import LLAMA3_PATTERN, TiktokenTokenizer, build_tokenizer
+from torchtitan_mtp.data.tokenizer import (
+    LLAMA3_PATTERN,
+    ByteTokenizer,
+    TiktokenTokenizer,
+    build_tokenizer,
+)
 from torchtitan_mtp.errors import UserError
+from torchtitan_mtp.formats.tokenizer_files import write_tokenizer_json
 
 TEXTS = ["the cat", "a\n the  theme: 2024!", "naïve 漢字 🙂", "x" * 50]
 
@@ -417,3 +423,22 @@ def test_an_eos_that_is_null_is_a_token_that_was_added_for_it(tmp_path, config, 
     before = ours.fingerprint.removesuffix(":1") + ":4"
     ours.go_on_as(before)
     assert (ours.eos_id, ours.fingerprint) == (4, before)
+
+
+@pytest.mark.parametrize("kind", ["byte", "ranks"])
+def test_special_tokens_in_a_text_are_such_when_asked_for(tmp_path, kind):
+    """As in transformers, which always reads them so; else they are text."""
+    from transformers import AutoTokenizer
+
+    made = ByteTokenizer()
+    if kind == "ranks":
+        (tmp_path / "tokenizer.model").write_bytes(ranks_of(byte_level()))
+        made = TiktokenTokenizer(tmp_path / "tokenizer.model")
+    write_tokenizer_json(made, tmp_path)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    bos, eos = theirs.bos_token, theirs.eos_token
+    for text in ("the cat", f"the{eos} cat", f"{eos}{eos}é\n{bos}", ""):
+        assert made.prompt(text, special=True) == theirs.encode(text)
+        assert made.decode(made.encode(text).tolist()) == text
+    text = f"{bos}the cat"
+    assert made.prompt(text, special=True) == theirs.encode(text, add_special_tokens=False)

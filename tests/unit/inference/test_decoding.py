@@ -20,7 +20,7 @@ from tiny_models import (
 from torchtitan_mtp.data.targets import Window, make_batch
 from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.inference import drafting, generate, next_logits
-from torchtitan_mtp.inference.decoding import Decoder, stream
+from torchtitan_mtp.inference.decoding import Decoder
 from torchtitan_mtp.inference.rows import Rows
 from torchtitan_mtp.inference.sampling import Sampler
 from torchtitan_mtp.inference.stacking import stack
@@ -331,38 +331,8 @@ def test_adapted_drafts_compile_at_most_a_graph_for_each_number(
 
 
 def test_generation_goes_beyond_the_length_of_training() -> None:
-    model = random_model(n=2)
-    model.args = type(model.args)(**{**vars(model.args), "max_seq_len": 8})
+    model = random_model(n=2, max_seq_len=8)
     assert len(generate(model, [PROMPT], 20).tokens[0]) == 20
-
-
-@pytest.mark.parametrize("eos_id", [None, 1])
-@pytest.mark.parametrize("num_draft", [0, 1, 3])
-@pytest.mark.parametrize(("heads", "share"), FAMILIES)
-def test_streamed_tokens_are_those_of_generate(
-    heads: str, share: bool, num_draft: int, eos_id: int | None
-) -> None:
-    model = random_model(heads, 4, share, vocab=3)
-    whole = generate(model, [[0, 2]], 20, eos_id=eos_id).tokens[0]
-    pieces = list(stream(model, [0, 2], 20, Sampler(), num_draft=num_draft, eos_id=eos_id))
-    assert list(itertools.chain(*pieces)) == whole
-    assert len(pieces[0]) == 1 and all(1 <= len(piece) <= num_draft + 1 for piece in pieces[1:])
-    stats = generate(
-        model, [[0, 2]], 20, eos_id=eos_id, speculative=num_draft > 0, num_draft=num_draft or None
-    ).stats
-    assert len(pieces) == 1 + stats.steps
-
-
-def test_streamed_samples_depend_on_the_seed() -> None:
-    model = random_model(vocab=11)
-    for drafts in (0, 3):
-        texts = [
-            list(
-                itertools.chain(*stream(model, [1], 20, Sampler(1.0, seed=seed), num_draft=drafts))
-            )
-            for seed in (1, 1, 2)
-        ]
-        assert texts[0] == texts[1] != texts[2] and len(texts[0]) == 20
 
 
 @pytest.mark.parametrize(

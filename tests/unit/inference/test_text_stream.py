@@ -104,9 +104,12 @@ def test_generation_ends_with_the_token_that_completes_a_stop_string(heads: str)
         stop = [plain[0][at : at + 3], plain[1][at + 1 : at + 3]]
         expected = [min(text[: text.find(s)] for s in stop if s in text) for text in plain]
         for options in ({}, {"speculative": True}):
+            shown: list[str] = []
             texts = [TextStream(BYTES, stop, prompt) for prompt in prompts]
+            texts[0].show = shown.append
             found = generate(model, prompts, 40, texts=texts, **options)  # type: ignore[arg-type]
             assert [text.text for text in texts] == expected
+            assert "".join(shown) == expected[0]
             for text, tokens, whole in zip(expected, found.tokens, plain, strict=True):
                 ends = [len(text) + len(s) for s in stop if whole[len(text) :].startswith(s)]
                 assert len(tokens) == min(ends) < 40  # the last token is the stop string's last

@@ -1,0 +1,46 @@
+"""Conversations as the text that a model was trained on: the tokenizer's chat template, as
+transformers renders it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torchtitan_mtp.errors import UserError
+
+
+def chat_tokenizer(path: str) -> Any:
+    """transformers' tokenizer of `model.hf_assets_path`, for its chat template.
+
+    Raises:
+        UserError: there is no template, no such folder, or no transformers.
+    """
+    try:
+        from transformers import AutoTokenizer
+
+        place = Path(path).parent if Path(path).is_file() else Path(path)
+        if not place.is_dir():  # else taken for a model's name on the hub
+            raise ValueError("not a folder or file")
+        tokenizer = AutoTokenizer.from_pretrained(place)
+        if not tokenizer.chat_template:
+            raise ValueError("the folder has no chat_template.jinja and names none")
+    except (ImportError, OSError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"tokenizer {path}: no chat template to be had: {reason}") from error
+    return tokenizer
+
+
+def render(tokenizer: Any, messages: Sequence[dict[str, str]], answer: bool = True) -> str:
+    """The text of messages, each {"role": ..., "content": ...}, special tokens spelled out.
+
+    answer: with what an answer begins with after them; else the last message is left open.
+
+    Raises:
+        UserError: the template refuses them.
+    """
+    options = {"add_generation_prompt": answer, "continue_final_message": not answer}
+    try:
+        return str(tokenizer.apply_chat_template(list(messages), tokenize=False, **options))
+    except Exception as error:  # a template raises what it likes
+        raise UserError(f"the chat template refuses the messages: {error}") from error
