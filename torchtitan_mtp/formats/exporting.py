@@ -209,6 +209,9 @@ def _write_hf_files(
         copy_tokenizer(path, folder)
         if isinstance(tokenizer, TiktokenTokenizer) and not (folder / "tokenizer.json").exists():
             write_tokenizer_json(tokenizer, folder)
+            (folder / "original").mkdir(exist_ok=True)
+            for file in folder.glob("*.model"):  # llama.cpp takes one here for SentencePiece's
+                file.rename(folder / "original" / "tokenizer.model")
         given = read_json(folder / GENERATION) if (folder / GENERATION).exists() else {}
         generation = {"bos_token_id": tokenizer.bos_id, "pad_token_id": tokenizer.pad_id}
         generation |= {key: value for key, value in given.items() if value is not None}
