@@ -19,7 +19,7 @@ from torchtitan_mtp.distributed.mesh import all_reduce
 from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.models.transformer import Transformer
 from torchtitan_mtp.monitoring.missing_targets import MissingTargets
-from torchtitan_mtp.ops import LossOptions, heads_loss
+from torchtitan_mtp.ops import LossOptions, linear_cross_entropy
 
 logger = logging.getLogger(__name__)
 
@@ -154,7 +154,7 @@ def find_cause(
     The update was skipped, so the weights are still those that the step was computed with. All
     ranks call it together.
     """
-    found, compute = "", functools.partial(heads_loss, options=options)
+    found, compute = "", functools.partial(linear_cross_entropy, options=options)
     with apart_from_training(model):
         for i, batch in enumerate(batches):
             batch = Batch(*(t.to(device) for t in batch))

@@ -21,7 +21,7 @@ from torchtitan_mtp.inference.stats import ratio
 from torchtitan_mtp.models.transformer import Transformer
 from torchtitan_mtp.monitoring.baselines import comparison_table, skip_bigram_entropies
 from torchtitan_mtp.monitoring.step_losses import StepLosses
-from torchtitan_mtp.ops import LossOptions, heads_loss
+from torchtitan_mtp.ops import LossOptions, linear_cross_entropy
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,9 @@ def measure_text(
     model: Transformer, batches: Iterable[Batch], device: torch.device, options: LossOptions
 ) -> TextMeasure:
     """Losses, accuracies and acceptance on batches, over all ranks."""
-    n = 1 if model.mtp is None else model.mtp.num_future_tokens
+    n = model.spec.num_future_tokens
     losses, tokens = StepLosses(n, device), 0
-    compute = functools.partial(heads_loss, options=options)
+    compute = functools.partial(linear_cross_entropy, options=options)
     agreement = torch.zeros(4, n - 1, dtype=torch.int64, device=device)
     for batch in batches:
         batch = Batch(*(t.to(device) for t in batch))
@@ -80,7 +80,7 @@ def measure_windows(
     labels = []
 
     def read() -> Iterator[Batch]:
-        n = 1 if model.mtp is None else model.mtp.num_future_tokens
+        n = model.spec.num_future_tokens
         for window in itertools.islice(windows, batches if batches >= 0 else None):
             batch = make_batch(window, n)
             labels.append(batch.labels[..., 0].flatten())

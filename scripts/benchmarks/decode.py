@@ -107,7 +107,7 @@ def row(
     limit = per_step * trunk / (trunk + drafting) / cost
     return {
         "mode": mode,
-        "heads": model.mtp.family,
+        "heads": model.spec.heads,
         "L": layers,
         "drafts": drafts,
         "tokens/step": per_step,

@@ -95,12 +95,12 @@ def test_every_folder_and_file_has_its_place_in_the_order() -> None:
         ("ops/loss.py", "from torchtitan_mtp.config import JobConfig"),
         ("config/job.py", "import torchtitan_mtp.ops.loss"),
         ("models/layers.py", "from torchtitan_mtp.config import JobConfig"),
-        ("mtp/heads.py", "from torchtitan_mtp import trainer"),
+        ("mtp/engine.py", "from torchtitan_mtp import trainer"),
         ("data/spans.py", "def f():\n    from torchtitan_mtp.models.args import ModelArgs"),
         ("checkpoint/save.py", "from .. import formats"),
         ("trainer.py", "from .train import main"),
         ("__init__.py", "from torchtitan_mtp.ops import linear_cross_entropy"),
-        ("mtp/heads.py", "import torchtitan_mtp.unheard_of"),
+        ("mtp/engine.py", "import torchtitan_mtp.unheard_of"),
     ],
 )
 def test_a_wrong_import_is_found(file: str, source: str) -> None:
@@ -111,7 +111,7 @@ def test_a_wrong_import_is_found(file: str, source: str) -> None:
     ("file", "source"),
     [
         ("ops/loss.py", "import torch\nfrom torchtitan_mtp.errors import UserError"),
-        ("mtp/heads.py", "from torchtitan_mtp.models import Transformer\nfrom . import engine"),
+        ("mtp/engine.py", "from torchtitan_mtp.models import Transformer\nfrom . import families"),
         ("train.py", "from torchtitan_mtp import trainer\nfrom .config import parse_args"),
         ("formats/hf.py", "from torchtitan_mtp.checkpoint.files import write"),
     ],

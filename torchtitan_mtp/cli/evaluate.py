@@ -116,7 +116,7 @@ def measure_on_text(
     seq_len, batch_size = args.seq_len or mine.seq_len, args.batch_size or mine.local_batch_size
     batches = args.batches or (validation.steps if validation.enable else 20)
     check_length(model, seq_len, "--seq_len")
-    n = 1 if model.mtp is None else model.mtp.num_future_tokens
+    n = model.spec.num_future_tokens
     size = 16 * (n + 1) * batch_size * seq_len  # bytes: labels and the like, int64
     check_memory({f"--batch_size {batch_size}, --seq_len {seq_len}": size}, torch.device("cpu"))
     windows = text.windows(tokenizer, n, seq_len, batch_size)

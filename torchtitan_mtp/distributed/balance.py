@@ -24,7 +24,7 @@ def weigh_balance_losses(model: Transformer, head_weights: Sequence[float], sequ
     for name, moe in model.named_mixtures():
         weight = 1.0
         if name.startswith("mtp.heads."):
-            served = head_weights[1 + int(name.split(".")[2]) :: len(model.mtp.heads)]
+            served = head_weights[1 + int(name.split(".")[2]) :: model.spec.modules]
             weight = sum(served) / len(served)
         moe.aux_loss_scale.fill_(weight * moe.args.aux_loss_coeff / sequences)
 

@@ -128,7 +128,7 @@ def measure_continuation(
     Raises:
         UserError: as `generate`.
     """
-    n = model.mtp.num_future_tokens
+    n = model.spec.num_future_tokens
     counts = torch.zeros(4, n - 1, dtype=torch.int64)
     tokens: list[int] = []
     steps: list[list[int]] = []
@@ -163,7 +163,7 @@ def _drafts(
 ) -> tuple[Tensor, Tensor]:
     """Drafts of heads 2..n at every position of prompt and continuation, and head 1's choices for
     their places, UNKNOWN before the prompt's last position and after the end: [B, L, n-1] each."""
-    n = model.mtp.num_future_tokens
+    n = model.spec.num_future_tokens
     length = max(len(p) + len(t) for p, t in zip(prompts, new, strict=True))
     text = torch.zeros(len(prompts), length + n, dtype=torch.int64)
     chosen = torch.full((len(prompts), length), UNKNOWN)

@@ -236,7 +236,7 @@ def most_drafts(model: Transformer, num_draft: int | Literal["auto"] | None) -> 
             "speculative decoding drafts with heads 2..n, but this model has head 1 alone; train "
             'it with "mtp" in model.converters, or decode without'
         )
-    most = model.mtp.num_future_tokens - 1
+    most = model.spec.num_future_tokens - 1
     if num_draft is None or num_draft == "auto":
         return most
     if not 1 <= num_draft <= most:

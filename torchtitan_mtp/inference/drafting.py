@@ -7,8 +7,8 @@ head k at position p proposes t[p+k]. To do so it attends over its own keys and 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -25,7 +25,10 @@ from torchtitan_mtp.inference.cache import (
 )
 from torchtitan_mtp.inference.sampling import Noise, Sampler
 from torchtitan_mtp.inference.stacking import first_heads, stack
+from torchtitan_mtp.models.heads import Heads
 from torchtitan_mtp.models.transformer import Transformer
+from torchtitan_mtp.mtp.parallel import ParallelHeads
+from torchtitan_mtp.mtp.sequential import SequentialHeads
 
 
 class TrunkStates(NamedTuple):
@@ -85,7 +88,8 @@ class ParallelDrafter:
         self.model, self.positions = model, positions
         self.windows = Windows(positions.batch, [0] * num_draft)
         self.z = positions.states(len(model.norm.weight))
-        self._take(model.mtp.head_blocks(model)[1 : num_draft + 1])
+        assert model.mtp is not None
+        self._take(list(model.mtp.heads)[:num_draft])
 
     def _take(self, blocks: Sequence[Any]) -> None:
         # The heads are rows of one batch: head 2's rows, head 3's rows, ...
@@ -152,13 +156,14 @@ class SequentialDrafter:
         depths = range(2, num_draft + 2)
         self.windows = Windows(positions.batch, [k - 1 for k in depths])
         # A cache a depth, not a module: a shared module has one for each time it is applied.
-        self.modules = [model.mtp.module(k) for k in depths]
+        self.heads = cast(SequentialHeads, model.mtp)
+        self.modules: list[Any] = [self.heads.module(k) for k in depths]
         self.caches = [LayerCache(m.block.attention, positions) for m in self.modules]
         self.h = positions.states(len(model.norm.weight))  # what the first module reads
 
     def store(self, states: TrunkStates, span: Span) -> None:
         """As `ParallelDrafter.store`."""
-        self.h[span.where] = states.raw if self.model.mtp.trunk_state == "raw" else states.h
+        self.h[span.where] = states.raw if self.heads.trunk_state == "raw" else states.h
 
     def draft(self, tokens: Tensor, plan: Plan, sampler: Sampler) -> Tensor | None:
         """As `ParallelDrafter.draft`."""
@@ -179,12 +184,20 @@ class SequentialDrafter:
         return torch.cat(drawn_from, dim=1) if drawn_from else None
 
 
+def parallel_drafter(model: Transformer, positions: Positions, num_draft: int) -> ParallelDrafter:
+    """What suits the kind of its blocks."""
+    stackable = model.args.latent is None and model.args.moe is None
+    return (ParallelDrafter if stackable else InTurnDrafter)(model, positions, num_draft)
+
+
 Drafter = ParallelDrafter | SequentialDrafter
+DRAFTERS: dict[type[Heads], Callable[[Transformer, Positions, int], Drafter]] = {
+    ParallelHeads: parallel_drafter,
+    SequentialHeads: SequentialDrafter,
+}
 
 
 def build_drafter(model: Transformer, positions: Positions, num_draft: int) -> Drafter:
-    """What drafts up to `num_draft` tokens a step with the model's family of heads."""
-    if model.mtp.family != "parallel":
-        return SequentialDrafter(model, positions, num_draft)
-    stackable = model.args.latent is None and model.args.moe is None
-    return (ParallelDrafter if stackable else InTurnDrafter)(model, positions, num_draft)
+    """What drafts up to `num_draft` tokens a step with the model's heads."""
+    assert model.mtp is not None
+    return DRAFTERS[type(model.mtp)](model, positions, num_draft)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -18,3 +20,16 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., D] -> [..., D]."""
         return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+
+class Norm(NamedTuple):
+    """An RMSNorm of another module, to be taken within a block's call: what is kept for its
+    backward is then the block's own. scale [D]."""
+
+    scale: Tensor
+    eps: float
+
+
+def rms_norm(x: Tensor, norm: Norm) -> Tensor:
+    """x [..., D] -> [..., D]."""
+    return F.rms_norm(x, norm.scale.shape, norm.scale, norm.eps)

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torchtitan_mtp.data.targets import Batch
 from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.models.args import ModelArgs, ModelSpec
 from torchtitan_mtp.models.attention import Attention, AttentionContext, KVCache, document_mask
+from torchtitan_mtp.models.heads import Heads, TrunkOutput
 from torchtitan_mtp.models.latent_attention import LatentAttention
-from torchtitan_mtp.models.layers import FeedForward
+from torchtitan_mtp.models.layers import FeedForward, Norm, rms_norm
 from torchtitan_mtp.models.moe import MoE
 from torchtitan_mtp.models.rope import rope_tables
 from torchtitan_mtp.ops import LossOutput, chunked_argmax
@@ -29,7 +28,7 @@ class TransformerBlock(nn.Module):
 
     def __init__(self, args: ModelArgs, depth: int) -> None:
         super().__init__()
-        self.depth, self.last_eps = depth, args.final_norm_eps or args.norm_eps
+        self.depth = depth
         self.attention = Attention(args) if args.latent is None else LatentAttention(args)
         self.moe: MoE | None = None
         self.feed_forward: FeedForward | None = None
@@ -45,14 +44,14 @@ class TransformerBlock(nn.Module):
         x: Tensor,
         context: AttentionContext,
         cache: KVCache | None = None,
-        norm: Tensor | None = None,
+        norm: Norm | None = None,
     ) -> Tensor:
-        """x [B, S, D] -> [B, S, D], normalised where the scale [D] of a `norm` is given."""
+        """x [B, S, D] -> [B, S, D], normalised where a `norm` is given."""
         x = x + self.attention(self.attention_norm(x), context, cache)
         feed_forward = self.feed_forward if self.moe is None else self.moe
         assert feed_forward is not None
         x = x + feed_forward(self.ffn_norm(x))
-        return x if norm is None else F.rms_norm(x, norm.shape, norm, self.last_eps)
+        return x if norm is None else rms_norm(x, norm)
 
     def init_std(self, name: str) -> float:
         """Standard deviation of the weight `name` at initialisation."""
@@ -97,8 +96,7 @@ class Unembedding(nn.Linear):
 class Transformer(nn.Module):
     """Llama-style decoder. Its parameters keep TorchTitan's names whatever `mtp` holds.
 
-    `mtp` is the slot of the multi-token-prediction transform: None, or a module that turns the
-    embedded batch into the hidden states of all n heads (see `torchtitan_mtp.mtp`).
+    `mtp` is the slot of the multi-token-prediction transform (`torchtitan_mtp.mtp`).
     """
 
     softcap: float | None = None  # of the logits, as the run has it; whoever takes these applies it
@@ -114,7 +112,7 @@ class Transformer(nn.Module):
         self.norm = nn.RMSNorm(args.dim, eps=args.final_norm_eps or args.norm_eps)
         self.output = Unembedding(args)
         self.tie_weights()
-        self.mtp: Any = None
+        self.mtp: Heads | None = None
         self.rope_cos: Tensor
         self.rope_sin: Tensor
         for name, table in zip(("rope_cos", "rope_sin"), rope_tables(args, "meta"), strict=True):
@@ -169,15 +167,24 @@ class Transformer(nn.Module):
             x = block(x, context)
         return x, context
 
-    def forward(self, batch: Batch, heads: bool = True) -> Any:
-        """The hidden states of the n heads: a list of n tensors [B, S, D], each normalised.
+    def trunk(self, batch: Batch) -> TrunkOutput:
+        """What the heads stand on: `forward` for an engine that runs these itself."""
+        return self._trunk(batch)
 
-        With `heads = False`, what `mtp.trunk` gives: the state on which the heads stand, for an
-        engine that runs them itself.
-        """
-        if self.mtp is None:
-            return [self.norm(self.encode(batch)[0])]
-        return self.mtp(self, batch) if heads else self.mtp.trunk(self, batch)
+    def _trunk(self, batch: Batch) -> TrunkOutput:
+        n_layers = -1 if self.mtp and self.mtp.below_last_layer else None
+        if self.mtp is None or not self.mtp.reads_tokens_ahead:
+            return TrunkOutput(*self.encode(batch, n_layers))
+        # Each token once, although up to n heads read it: the batch is a stretch of one window.
+        tokens = torch.cat((batch.tokens, batch.future_tokens[:, -1]), dim=1)  # [B, S+n-1]
+        embedded = self.tok_embeddings(tokens)
+        x = embedded[:, : batch.tokens.shape[1]].contiguous()
+        return TrunkOutput(*self.encode(batch, n_layers, x), embedded)
+
+    def forward(self, batch: Batch) -> list[Tensor]:
+        """The hidden states of the n heads: n tensors [B, S, D], each normalised."""
+        trunk = self._trunk(batch)
+        return [self.norm(trunk.state)] if self.mtp is None else self.mtp(trunk)
 
     def init_std(self, name: str) -> float:
         """Standard deviation of the parameter `name` at initialisation (TorchTitan's scheme)."""

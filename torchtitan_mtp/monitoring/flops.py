@@ -38,7 +38,7 @@ def forward_backward_flops_per_token(model: Transformer, seq_len: int) -> int:
     """
     heads = [] if model.mtp is None else list(model.mtp.heads)
     # Where heads share weights, their module counts as often as it is applied.
-    times = (model.mtp.num_future_tokens - 1) // len(heads) if heads else 0
+    times = (model.spec.num_future_tokens - 1) // max(len(heads), 1)
     trunk_params, trunk_attention = _count(model.layers.values(), skip=model.output)
     head_params, head_attention = _count(heads, skip=model.output)
     output = model.output.weight.numel()
@@ -46,7 +46,7 @@ def forward_backward_flops_per_token(model: Transformer, seq_len: int) -> int:
         any(p.requires_grad for part in parts for p in part.parameters())
         for parts in (model.layers.values(), heads)
     )
-    detached = not trunk_trained or (heads and model.mtp.detach_trunk)
+    detached = not trunk_trained or (model.mtp is not None and model.mtp.detach_trunk)
     first = 3 if trunk_trained else 1  # head 1: forward; gradients of input and weight
     trunk = first * (trunk_params + output + seq_len * trunk_attention)
     own = (3 if heads_trained else 2) * head_params + 3 * seq_len * head_attention

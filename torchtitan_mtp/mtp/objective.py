@@ -70,7 +70,7 @@ def rest_unweighted(
     """
     heads = [] if model.mtp is None else list(model.mtp.heads)
     weighted = [k for k in range(2, len(weights) + 1) if weights[k - 1] and targets[k - 1]]
-    used = {module for k in weighted for module in model.mtp.reached(k)}
+    used = {module for k in weighted if model.mtp for module in model.mtp.reached(k)}
     resting = {f"mtp.heads.{j}": head for j, head in enumerate(heads) if head not in used}
     for head in resting.values():
         head.zero_grad(set_to_none=True)

@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import replace
 
 import torch
-from torch import nn
 
 from torchtitan_mtp.config import MTP
 from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.models.args import ModelArgs, ModelSpec
+from torchtitan_mtp.models.heads import TrunkEnd
 from torchtitan_mtp.models.transformer import Transformer
-from torchtitan_mtp.mtp.heads import ParallelHeads, SequentialHeads, last_layer
-
-# How the heads of a family are made for a model, by the names in `mtp.heads` and `ModelSpec`.
-FAMILIES: dict[str, Callable[[Transformer, MTP], nn.Module]] = {
-    "parallel": lambda model, mtp: ParallelHeads(model, mtp.num_future_tokens, mtp.detach_trunk),
-    "sequential": lambda model, mtp: SequentialHeads(
-        *(model, mtp.num_future_tokens, mtp.detach_trunk, mtp.share_weights, mtp.trunk_state)
-    ),
-}
+from torchtitan_mtp.mtp.families import family_named
 
 
 def with_heads(args: ModelArgs, mtp: MTP) -> ModelSpec:
@@ -32,8 +24,7 @@ def with_heads(args: ModelArgs, mtp: MTP) -> ModelSpec:
     n = mtp.num_future_tokens
     if n == 1:
         return ModelSpec(args)
-    if mtp.heads not in FAMILIES:
-        raise UserError(f'mtp.heads = "{mtp.heads}": expected one of {", ".join(FAMILIES)}')
+    family_named(mtp.heads)
     if mtp.match_parameters:
         # Gloeckle et al. 2024, section 3: n - 1 layers leave the trunk so that the total stays.
         if n > args.n_layers:
@@ -57,8 +48,9 @@ def add_heads(model: Transformer, mtp: MTP) -> Transformer:
     for i in range(model.args.n_layers, layers):
         del model.layers[str(i)]
     weight = model.norm.weight
+    end = TrunkEnd(model.args, model.layers[str(model.args.n_layers - 1)], model.norm)
     with weight.device:
-        heads = FAMILIES[mtp.heads](model, mtp)
+        heads = family_named(mtp.heads).make(end, mtp)
     model.mtp = heads.to(weight.dtype)
     if mtp.train != "all":
         for name, param in model.named_parameters():
@@ -74,7 +66,8 @@ def copy_last_layer(model: Transformer, names: Collection[str] | None = None) ->
     head's projection and input norms have no counterpart in the trunk and keep their own
     initialisation.
     """
-    last = last_layer(model).state_dict(keep_vars=True)
+    assert model.mtp is not None
+    last = model.mtp.end.last_layer.state_dict(keep_vars=True)
     heads = model.mtp.state_dict(prefix="mtp.", keep_vars=True)
     for name, param in heads.items():
         inner = name.split(".", 3)[3].removeprefix("block.")  # mtp.heads.{i}.[block.]inner

@@ -3,7 +3,7 @@
 from torchtitan_mtp.ops.argmax import chunked_argmax
 from torchtitan_mtp.ops.autograd import HeadByHeadLoss
 from torchtitan_mtp.ops.chunked import LossOutput, accumulation_dtype, head_loss_and_grad
-from torchtitan_mtp.ops.linear_cross_entropy import heads_loss, linear_cross_entropy
+from torchtitan_mtp.ops.linear_cross_entropy import linear_cross_entropy
 from torchtitan_mtp.ops.token_losses import LossOptions
 
 __all__ = [
@@ -13,6 +13,5 @@ __all__ = [
     "accumulation_dtype",
     "chunked_argmax",
     "head_loss_and_grad",
-    "heads_loss",
     "linear_cross_entropy",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,15 +19,10 @@ def linear_cross_entropy(
     weight: Tensor,
     labels: Tensor,
     head_scales: Tensor | None = None,
+    options: LossOptions | None = None,
     *,
     row_weights: Tensor | None = None,
-    ignore_index: int = -100,
-    z_loss: float = 0.0,
-    softcap: float | None = None,
-    label_smoothing: float = 0.0,
-    chunk_rows: int | None = None,
-    compile: bool = False,
-    backend: str = "chunked",
+    **changes: Any,
 ) -> LossOutput:
     """Cross-entropy of n heads that share one unembedding, without their whole logits.
 
@@ -48,35 +44,18 @@ def linear_cross_entropy(
         weight: [V, D], the unembedding.
         labels: [N, n] int64 in 0..V-1, or `ignore_index`.
         head_scales: [n] float32, factors of the heads' losses in `loss`; None: all 1.
+        options: what a token's loss is and how it is computed, and by name (z_loss=1e-4) what is
+            other than in them; `LossOptions` has them all.
         row_weights: [N] or [N, n], factors of the rows' losses, constants to autograd; None: all
             1. Valid and correct labels are counted without them.
-        ignore_index: the label of rows that do not count.
-        z_loss: coefficient of lse**2 (PaLM, arXiv 2204.02311, section 5).
-        softcap: cap of the logits (Gemma 2, arXiv 2408.00118, section 2); None: none.
-        label_smoothing: share of the uniform distribution in the target (arXiv 1512.00567).
-        chunk_rows: rows whose logits are alive at a time; None: chosen from shapes and device.
-        compile: let torch.compile fuse the passes over a chunk's logits; "chunked" alone.
-        backend: "chunked" (this project's), "naive" (whole logits) or "torch".
 
     Raises:
         UserError: shapes, dtypes or devices that do not fit, an unknown or missing backend, or an
             option that the backend does not have; one line that names it.
     """
-    options = LossOptions(
-        ignore_index, z_loss, softcap, label_smoothing, chunk_rows, compile, backend
-    )
-    return heads_loss(hiddens, weight, labels, options, head_scales, row_weights)
-
-
-def heads_loss(
-    hiddens: Sequence[Tensor] | Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    options: LossOptions,
-    head_scales: Tensor | None = None,
-    row_weights: Tensor | None = None,
-) -> LossOutput:
-    """`linear_cross_entropy` with its options in one."""
+    options = options or LossOptions()
+    if changes:
+        options = options._replace(**changes)
     _check_options(options)
     heads = _check_tensors(hiddens, weight, labels, head_scales, row_weights)
     if head_scales is None:
@@ -84,9 +63,8 @@ def heads_loss(
     if row_weights is not None:
         columns = row_weights if row_weights.dim() == 2 else row_weights.unsqueeze(1)
         row_weights = columns.detach().expand(labels.shape)
-    return BACKENDS[options.backend](
-        heads, weight, labels, head_scales.detach(), row_weights, options
-    )
+    compute = BACKENDS[options.backend]
+    return compute(heads, weight, labels, head_scales.detach(), row_weights, options)
 
 
 def _check_options(options: LossOptions) -> None:

@@ -11,16 +11,15 @@ from torch import Tensor
 
 
 class LossOptions(NamedTuple):
-    """What a token's loss is and how it is computed, as `linear_cross_entropy` says; the same for
-    every head."""
+    """What a token's loss is and how it is computed (`linear_cross_entropy`), for all heads."""
 
-    ignore_index: int = -100
-    z_loss: float = 0.0
-    softcap: float | None = None
-    label_smoothing: float = 0.0
-    chunk_rows: int | None = None
-    compile: bool = False
-    backend: str = "chunked"
+    ignore_index: int = -100  # the label of rows that do not count
+    z_loss: float = 0.0  # coefficient of lse**2 (PaLM, arXiv 2204.02311, section 5)
+    softcap: float | None = None  # cap of the logits (Gemma 2, arXiv 2408.00118, section 2)
+    label_smoothing: float = 0.0  # share of the uniform distribution in the target (1512.00567)
+    chunk_rows: int | None = None  # whose logits are alive at a time; None: by shapes and device
+    compile: bool = False  # the passes over a chunk's logits, fused; "chunked" alone
+    backend: str = "chunked"  # this project's; "naive": whole logits; "torch": its own
 
 
 class TokenLosses(NamedTuple):

@@ -1,0 +1,109 @@
+"""Parallel heads (Gloeckle et al. 2024, arXiv 2404.19737, section 2): with z the trunk's state
+under its last layer,
+
+    h_k = norm(block_k(z)),  k = 1..n;          block_1 is the model's own last layer.
+
+Head by head, the paper's figure 2: each head runs forward, through the loss and backward before the
+next one starts, and leaves its gradient in z; then the trunk's backward runs once:
+
+    z = trunk(x)
+    for k in n..1:  backward(loss_k(head_k(z.detach())));  dz += gradient of z
+    z.backward(dz)
+
+Only one head's activations are alive at a time, memory does not grow with n, and nothing is
+computed twice.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from torchtitan_mtp.config import MTP
+from torchtitan_mtp.data.targets import Batch
+from torchtitan_mtp.models.attention import AttentionContext
+from torchtitan_mtp.models.heads import Heads, TrunkEnd, TrunkOutput
+from torchtitan_mtp.models.transformer import Transformer
+from torchtitan_mtp.mtp.schedule import (
+    begin_backwards,
+    head_order,
+    leaf_of,
+    loss_backward,
+    next_backward_is_last,
+    reduce_with_next_backward,
+)
+from torchtitan_mtp.ops import HeadByHeadLoss, LossOutput
+
+
+class IndependentHeads(Heads):
+    """Heads that read the trunk's state and nothing of one another."""
+
+    def block(self, k: int) -> nn.Module | None:
+        """What head k = 1..n alone consists of, if anything."""
+        return self.heads[k - 2] if k > 1 else None
+
+    def hidden(self, k: int, state: Tensor, context: AttentionContext) -> Tensor:
+        """Head k's hidden state [B, S, D] from `TrunkOutput.state`."""
+        raise NotImplementedError
+
+    def reached(self, k: int) -> list[nn.Module]:
+        """As `Heads.reached`: its own."""
+        return [self.heads[k - 2]]
+
+    def forward(self, trunk: TrunkOutput) -> list[Tensor]:
+        """As `Heads.forward`."""
+        heads = range(1, self.num_future_tokens + 1)
+        return [self.hidden(k, trunk.state, trunk.context) for k in heads]
+
+
+class ParallelHeads(IndependentHeads):
+    """Heads 2..n beside the model's last layer, which is head 1."""
+
+    below_last_layer = True
+
+    def __init__(self, end: TrunkEnd, mtp: MTP) -> None:
+        super().__init__(end, mtp.num_future_tokens, mtp.detach_trunk)
+        layers = (copy.deepcopy(end.last_layer) for _ in range(mtp.num_future_tokens - 1))
+        self.heads = nn.ModuleList(layers)
+
+    def block(self, k: int) -> nn.Module:
+        """As `IndependentHeads.block`."""
+        return super().block(k) or self.end.last_layer
+
+    def hidden(self, k: int, state: Tensor, context: AttentionContext) -> Tensor:
+        """As `IndependentHeads.hidden`. The final norm is part of the block's call, so that a
+        checkpointed or compiled block keeps nothing for it."""
+        state, norm = self.of_trunk(state, detach=k > 1)
+        return self.block(k)(state, context, norm=norm)
+
+
+def independent_schedule(
+    model: Transformer, batch: Batch, head_loss: HeadByHeadLoss, reduce: bool
+) -> dict[int, LossOutput]:
+    """As `Family.schedule`."""
+    heads = model.mtp
+    assert isinstance(heads, IndependentHeads)
+    z, context, _ = model.trunk(batch)  # [B, S, D]
+    dz = torch.zeros_like(z, dtype=torch.promote_types(z.dtype, torch.float32))
+    order = head_order(heads.num_future_tokens, z.requires_grad)
+    # The heads' blocks stay as their own last backward left them: nothing has gathered them yet.
+    own = [heads.block(k) for k in order]
+    begin_backwards(model, [layer for layer in model.layers.values() if layer not in own])
+    outputs: dict[int, LossOutput] = {}
+    for k in order:
+        last = k == order[-1]
+        # What no later head uses is reduced as soon as this head's backward is through.
+        reduce_with_next_backward((heads.block(k), model.output if last else None), reduce)
+        if last and not z.requires_grad:
+            next_backward_is_last(model, reduce)
+        leaf = leaf_of(z, z.requires_grad)
+        hidden = heads.hidden(k, leaf, context)
+        outputs[k] = loss_backward(model, batch, head_loss, k, hidden, last)
+        if leaf.grad is not None:
+            dz += leaf.grad
+    if z.requires_grad:
+        next_backward_is_last(model, reduce)
+        z.backward(dz.to(z.dtype))
+    return outputs

@@ -1,0 +1,181 @@
+"""Sequential heads, a chain (DeepSeek-V3, arXiv 2412.19437, section 2.2, equations 21 to 23): h_1
+is the whole ordinary model, after its final norm, and for k = 2..n
+
+    h_k = norm_k(block_k(M_k [enorm_k(emb(t[i+k-1])) ; hnorm_k(h_{k-1})])).
+
+(With `trunk_state = "raw"`, as vLLM runs MiMo, head 2 reads the state before the final norm in
+place of h_1.)
+
+Head by head: a chain can't forget a head's state before the next head has used it. Its heads run
+forward first, each checkpointed (`apply_activation_checkpointing` sees to that), and only the n
+states [N, D] stay. Then from the last head to the first, each loss comes just before its head's
+backward:
+
+    x = trunk(t);  h_2 = head_2(x.detach());  h_k = head_k(h_{k-1}.detach())
+    for k in n..2:  backward(loss_k(h_k));  backward(head_k) into h_{k-1}, into x for k = 2
+    backward(loss_1(norm(x)));  backward(trunk)
+
+A state's gradient takes the place of the state. In one graph both would be needed at once, for h_k
+is what head k + 1 is computed from again.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from torchtitan_mtp.config import MTP
+from torchtitan_mtp.data.targets import Batch
+from torchtitan_mtp.models.attention import AttentionContext, KVCache
+from torchtitan_mtp.models.heads import Heads, TrunkEnd, TrunkOutput
+from torchtitan_mtp.models.layers import Norm, rms_norm
+from torchtitan_mtp.models.transformer import Transformer
+from torchtitan_mtp.mtp.schedule import (
+    begin_backwards,
+    head_order,
+    leaf_of,
+    loss_backward,
+    next_backward_is_last,
+    reduce_with_next_backward,
+    reshard_after_backward,
+)
+from torchtitan_mtp.ops import HeadByHeadLoss, LossOutput
+
+
+class SequentialHead(nn.Module):
+    """One MTP module: the next hidden state from the previous one and the token in between."""
+
+    def __init__(self, end: TrunkEnd) -> None:
+        super().__init__()
+        dim, eps = end.args.dim, end.args.norm_eps
+        self.enorm = nn.RMSNorm(dim, eps=eps)
+        self.hnorm = nn.RMSNorm(dim, eps=eps)
+        self.eh_proj = nn.Linear(2 * dim, dim, bias=False)
+        self.block = copy.deepcopy(end.last_layer)
+        self.norm = nn.RMSNorm(dim, eps=eps)
+
+    def forward(
+        self,
+        h: Tensor,
+        emb: Tensor,
+        context: AttentionContext,
+        cache: KVCache | None = None,
+        trunk_norm: Norm | None = None,
+    ) -> Tensor:
+        """h_k [B, S, D], normalised, from h = h_{k-1} and emb [B, S, D].
+
+        With `trunk_norm`, the trunk's final norm, h is the state before it, which is taken here.
+        """
+        if trunk_norm is not None:
+            h = rms_norm(h, trunk_norm)
+        x = self.eh_proj(torch.cat((self.enorm(emb), self.hnorm(h)), dim=-1))  # [B, S, 2D] -> D
+        return self.norm(self.block(x, context, cache))
+
+    def init_std(self, name: str) -> float:
+        """Standard deviation of the weight `name` at initialisation: its block's, else 0.02."""
+        return self.block.init_std(name.removeprefix("block."))  # type: ignore[operator]
+
+
+class SequentialHeads(Heads):
+    """A chain of modules behind the whole model; with `share_weights` one module, n - 1 times.
+
+    trunk_state: what the first of them reads of the trunk (`mtp.trunk_state`).
+    """
+
+    reads_tokens_ahead = True
+
+    def __init__(self, end: TrunkEnd, mtp: MTP) -> None:
+        super().__init__(end, mtp.num_future_tokens, mtp.detach_trunk)
+        self.trunk_state = mtp.trunk_state
+        modules = 1 if mtp.share_weights else mtp.num_future_tokens - 1
+        self.heads = nn.ModuleList(SequentialHead(end) for _ in range(modules))
+
+    def module(self, k: int) -> nn.Module:
+        """The module that computes h_k, k = 2..n."""
+        return self.heads[min(k - 2, len(self.heads) - 1)]
+
+    def reached(self, k: int) -> list[nn.Module]:
+        """As `Heads.reached`: all up to its own."""
+        return list(self.heads[: k - 1])
+
+    def lookahead(self, embedded: Tensor, k: int) -> Tensor:
+        """What head k reads of `TrunkOutput.embedded`: that of t[i+k-1] [B, S, D], a view."""
+        seq_len = embedded.shape[1] - self.num_future_tokens + 1
+        return embedded[:, k - 1 : k - 1 + seq_len]
+
+    def hidden(self, k: int, h: Tensor, emb: Tensor, context: AttentionContext) -> Tensor:
+        """h_k [B, S, D], k = 2..n, from h_{k-1} and `lookahead` [B, S, D]; h_2 from the trunk's
+        state, whose norm is part of the module's call: what is kept for the backward is that
+        state."""
+        if k > 2:
+            return self.module(k)(h, emb, context)
+        h, norm = self.of_trunk(h)
+        trunk_norm = norm if self.trunk_state == "normalized" else None
+        return self.module(k)(h, emb, context, trunk_norm=trunk_norm)
+
+    def forward(self, trunk: TrunkOutput) -> list[Tensor]:
+        """As `Heads.forward`."""
+        h, context, embedded = trunk
+        assert embedded is not None
+        hiddens = [self.end.norm(h)]
+        if self.detach_trunk:
+            embedded = embedded.detach()
+        for k in range(2, self.num_future_tokens + 1):
+            h = self.hidden(k, h, self.lookahead(embedded, k), context)
+            hiddens.append(h)
+        return hiddens
+
+
+def sequential_schedule(
+    model: Transformer, batch: Batch, head_loss: HeadByHeadLoss, reduce: bool
+) -> dict[int, LossOutput]:
+    """As `Family.schedule`."""
+    heads = model.mtp
+    assert isinstance(heads, SequentialHeads)
+    n = heads.num_future_tokens
+    state, context, embedded = model.trunk(batch)  # [B, S, D], [B, S+n-1, D]
+    assert embedded is not None
+    trained = state.requires_grad
+    into_trunk = trained and not heads.detach_trunk
+    d_embedded: Tensor | None = None
+    # ends[k] is what head k + 1 reads (h_k; of head 1 the state before its norm), with its graph
+    # back to states[k-1] and tokens[k]; states[k] is the same cut from it.
+    ends, states = {1: state}, {1: leaf_of(state, trained)}
+    tokens = {k: leaf_of(heads.lookahead(embedded, k), into_trunk) for k in range(2, n + 1)}
+    for k in range(2, n + 1):
+        ends[k] = heads.hidden(k, states[k - 1], tokens[k], context)
+        states[k] = leaf_of(ends[k], True)
+    begin_backwards(model, (*model.layers.values(), *heads.heads))
+    reshard_after_backward(heads.heads, False)
+    order = head_order(n, trained)
+    outputs: dict[int, LossOutput] = {}
+    for k in order:
+        last, state, end = k == order[-1], states.pop(k), ends.pop(k)
+        if last:
+            reduce_with_next_backward((model.output,), reduce)
+        hidden = state if k > 1 else model.norm(state)
+        outputs[k] = loss_backward(model, batch, head_loss, k, hidden, last)
+        if k > 1:
+            if k == 2 or heads.module(k) is not heads.module(k - 1):
+                reshard_after_backward((heads.module(k),), True)
+                reduce_with_next_backward((heads.module(k),), reduce)
+            if last:
+                next_backward_is_last(model, reduce)
+            end.backward(state.grad)
+            if into_trunk:
+                if d_embedded is None:  # not before head n's loss, beside which it would stand
+                    dtype = torch.promote_types(embedded.dtype, torch.float32)
+                    d_embedded = torch.zeros_like(embedded, dtype=dtype)
+                grad = tokens.pop(k).grad
+                assert grad is not None
+                heads.lookahead(d_embedded, k).add_(grad)
+        elif trained:
+            next_backward_is_last(model, reduce)
+            roots, d_roots = [end], [state.grad]
+            if d_embedded is not None:
+                roots.append(embedded)
+                d_roots.append(d_embedded.to(embedded.dtype))
+            torch.autograd.backward(roots, d_roots)
+    return outputs
