@@ -11,8 +11,8 @@ from torch import Tensor
 
 from small import perturb_norms
 from torchtitan_mtp.checkpoint import load_model_weights
-from torchtitan_mtp.checkpoint.checksums import hash_files
 from torchtitan_mtp.checkpoint.manifest import MODEL_ONLY, Manifest, write_manifest
+from torchtitan_mtp.checkpoint.storage import SummingWriter
 from torchtitan_mtp.config import JobConfig, to_toml
 from torchtitan_mtp.config.setting import options
 from torchtitan_mtp.models.flavors import model_args
@@ -102,14 +102,14 @@ def write_run(
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.toml").write_text(to_toml(config))
     step = folder / "checkpoint" / "step-5"
-    dcp.save(model.state_dict(), checkpoint_id=step, no_dist=True)
-    files = hash_files([step / ".metadata", *sorted(step.glob("*.distcp"))])
-    write_manifest(step, Manifest(5, MODEL_ONLY, 1, files))
+    writer = SummingWriter(step)
+    dcp.save(model.state_dict(), storage_writer=writer, no_dist=True)
+    write_manifest(step, Manifest(5, MODEL_ONLY, 1, writer.entries))
     return model, config
 
 
 def weights(path: Path, config: JobConfig) -> dict[str, Tensor]:
     """The state of a fresh model of `config` after loading `path` strictly."""
     model = make_model(config, seed=1)
-    load_model_weights(path, model, allow_missing_prefixes=(), allow_unexpected_prefixes=())
+    load_model_weights(path, model, other_heads=False)
     return model.state_dict()

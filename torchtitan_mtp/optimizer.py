@@ -8,7 +8,8 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from torchtitan_mtp.config import LRScheduler, Optimizer
@@ -82,3 +83,9 @@ def build_scheduler(optimizer: torch.optim.Optimizer, config: LRScheduler, steps
             steps,
         )
     return Schedule(optimizer, lambda step: lr_factor(config, steps, step))
+
+
+def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
+    """Scale all gradients so that their global norm is at most `max_norm`; the norm before."""
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm, foreach=True)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm

@@ -4,29 +4,25 @@ from __future__ import annotations
 
 import functools
 import logging
-import os
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from torchtitan_mtp.build import model_of_run
 from torchtitan_mtp.checkpoint import Checkpointer
 from torchtitan_mtp.checkpoint.folders import step_folder
 from torchtitan_mtp.checkpoint.lock import lock_folders, written_folders
-from torchtitan_mtp.checkpoint.origin import find_origin
+from torchtitan_mtp.checkpoint.origin import completed, find_origin
 from torchtitan_mtp.checkpoint.ranks import Ranks
 from torchtitan_mtp.checkpoint.resume import LoaderState, TrainState, settings_of
 from torchtitan_mtp.config import JobConfig, to_toml
 from torchtitan_mtp.config.values import further_heads
-from torchtitan_mtp.data.loader import DataLoader
-from torchtitan_mtp.data.mixture import configured_source
+from torchtitan_mtp.data.run import loaders_of_run, micro_batches_per_step
 from torchtitan_mtp.data.targets import IGNORE, Batch, make_batch
 from torchtitan_mtp.data.tokenizer import build_tokenizer
 from torchtitan_mtp.distributed.agreement import agree, shared_settings
@@ -38,11 +34,10 @@ from torchtitan_mtp.distributed.balance import (
 from torchtitan_mtp.distributed.float8 import convert_to_float8, float8_scales_after_step
 from torchtitan_mtp.distributed.heartbeat import Heartbeat
 from torchtitan_mtp.distributed.memory import check_run
-from torchtitan_mtp.distributed.mesh import all_reduce, init_world, set_timeout
+from torchtitan_mtp.distributed.mesh import all_reduce, init_world, set_determinism, set_timeout
 from torchtitan_mtp.distributed.parallelize import parallelize
 from torchtitan_mtp.distributed.shared_cores import SharedCores
 from torchtitan_mtp.distributed.stopping import Stopping
-from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.formats.training import hf_format, load_hf_weights, save_in_hf
 from torchtitan_mtp.models.transformer import Transformer
 from torchtitan_mtp.monitoring.device import peak_flops, resolve_auto_dtype
@@ -62,7 +57,7 @@ from torchtitan_mtp.mtp import (
 )
 from torchtitan_mtp.nonfinite import FiniteGuard, find_cause, send_to_host
 from torchtitan_mtp.ops import LossOptions
-from torchtitan_mtp.optimizer import build_optimizer, build_scheduler
+from torchtitan_mtp.optimizer import build_optimizer, build_scheduler, clip_gradients
 from torchtitan_mtp.validation import compare_with_pairs, measure_text
 from torchtitan_mtp.writing import written_whole
 
@@ -78,7 +73,7 @@ class Trainer:
         self.world = init_world(config.parallelism, config.comm, shared, folder)
         self.ranks, self.lock = Ranks(), ExitStack()
         try:
-            self.ranks.first(lambda: lock_folders(written_folders(config), self.lock))
+            self.ranks.on_rank_0(lambda: lock_folders(written_folders(config), self.lock))
             model = self._build()
             self._prepare(model)
             self._start()
@@ -99,15 +94,17 @@ class Trainer:
         self.device, self.n = self.world.device, config.num_future_tokens
         set_determinism(training.deterministic, self.origin.seed)
         # Files are each rank's own: what fails on one of them ends all.
-        self.tokenizer = self.ranks.together(lambda: build_tokenizer(config.model.hf_assets_path))
+        self.tokenizer = self.ranks.on_all(lambda: build_tokenizer(config.model.hf_assets_path))
         dtype, vocabulary = getattr(torch, training.dtype), self.tokenizer.vocab_size
         model = model_of_run(config, vocabulary, dtype, earlier=self.origin.earlier)
         if config.checkpoint.last_save_in_hf:
             hf_format(model.spec)  # before the training, not after it
         self.accumulation = micro_batches_per_step(config, self.world.size)
         fits = functools.partial(check_run, config, model, self.device, self.world.size)
-        self.ranks.together(lambda: fits(self.accumulation))
-        self.loader, self.validation = self.ranks.together(self._build_data)
+        self.ranks.on_all(lambda: fits(self.accumulation))
+        self.loader, self.validation = self.ranks.on_all(
+            lambda: loaders_of_run(config, self.tokenizer, self.world.rank, self.world.size)
+        )
         loaders = {"training": self.loader, "validation": self.validation}
         for name, loader in loaders.items():
             identity = {} if loader is None else loader.identity
@@ -165,38 +162,6 @@ class Trainer:
         self.heartbeat = Heartbeat(config.comm.train_timeout_seconds)
         self.gc = GarbageCollection(training.gc_freq, debug=training.gc_debug, rank=self.world.rank)
 
-    def _build_data(self) -> tuple[DataLoader, DataLoader | None]:
-        training, validation = self.config.training, self.config.validation
-        source = configured_source(self.config, training)
-        held_out = validation.enable and not validation.dataset and not validation.dataset_path
-        make = functools.partial(
-            DataLoader,
-            tokenizer=self.tokenizer,
-            num_future_tokens=self.n,
-            dp_rank=self.world.rank,
-            dp_world=self.world.size,
-            seed=self.origin.seed,
-            validation_fraction=training.validation_fraction,
-        )
-        loader = make(
-            source,
-            seq_len=training.seq_len,
-            local_batch_size=training.local_batch_size,
-            split="train" if held_out else "all",
-            accept_changed_data=training.accept_changed_data,
-        )
-        if not validation.enable:
-            return loader, None
-        if not held_out:
-            source = configured_source(self.config, validation)
-        return loader, make(
-            source,
-            seq_len=validation.seq_len,
-            local_batch_size=validation.local_batch_size,
-            split="validation" if held_out else "all",
-            infinite=False,
-        )
-
     def _parallelize(self, model: Transformer) -> Transformer:
         config = self.config
         if "quantize.linear.float8" in config.model.converters:
@@ -208,9 +173,7 @@ class Trainer:
         total = sum(p.numel() for p in model.parameters())
         logger.info(
             "%s %s: %s parameters%s; %s compute",
-            config.model.name,
-            config.model.flavor,
-            f"{total:,}",
+            *(config.model.name, config.model.flavor, f"{total:,}"),
             f", of which {heads:,} in {further_heads(self.n)}" if self.n > 1 else "",
             str(self.param_dtype).removeprefix("torch."),
         )
@@ -222,7 +185,7 @@ class Trainer:
         if resumed is None and self.config.mtp.init == "copy_last_layer" and self.model.mtp:
             report = self.checkpointer.load_report
             copy_last_layer(self.model, None if report is None else report.missing)
-        self.ranks.first(self._write_config)
+        self.ranks.on_rank_0(self._write_config)
 
     def _write_config(self) -> None:
         with written_whole(Path(self.config.job.dump_folder) / "config.toml") as file:
@@ -242,9 +205,7 @@ class Trainer:
             logger.info(
                 "nothing left to train: step %d of training.steps = %d is done in %s; raise the "
                 "steps or choose another job.dump_folder",
-                self.state.step,
-                steps,
-                config.job.dump_folder,
+                *(self.state.step, steps, config.job.dump_folder),
             )
         with (
             self.heartbeat,
@@ -433,47 +394,7 @@ class Trainer:
             dist.destroy_process_group()
 
 
-def clip_gradients(model: Transformer, max_norm: float) -> Tensor:
-    """Scale all gradients so that their global norm is at most `max_norm`; the norm before."""
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm, foreach=True)
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
-
-
-def micro_batches_per_step(config: JobConfig, data_ranks: int) -> int:
-    """Gradient accumulation steps. Error: the global batch is not a multiple of one pass."""
-    local, whole = config.training.local_batch_size, config.training.global_batch_size
-    if whole == -1:
-        return 1
-    if whole % (local * data_ranks):
-        nearest = -(-whole // (local * data_ranks)) * local * data_ranks
-        raise UserError(
-            f"training.global_batch_size = {whole} is not a multiple of local_batch_size = {local} "
-            f"times {data_ranks} data ranks; try {nearest}"
-        )
-    return whole // (local * data_ranks)
-
-
-def completed(config: JobConfig, seed: int) -> JobConfig:
-    """The configuration that a run goes by, and its config.toml then says: with its seed, which
-    tells which documents were held out; without the converter "mtp" one future token."""
-    checkpoint = config.checkpoint
-    if checkpoint.initial_load_in_hf and not checkpoint.initial_load_path:
-        checkpoint = replace(checkpoint, initial_load_path=config.model.hf_assets_path)
-    training = replace(config.training, seed=seed)
-    mtp = replace(config.mtp, num_future_tokens=config.num_future_tokens)
-    return replace(config, training=training, mtp=mtp, checkpoint=checkpoint)
-
-
 def loss_options(config: JobConfig) -> LossOptions:
     """The [loss] table, and whether to compile."""
     compiled = config.compile.enable and "loss" in config.compile.components
     return LossOptions(**asdict(config.loss), compile=compiled)
-
-
-def set_determinism(deterministic: bool, seed: int) -> None:
-    """Seed this process, and with `deterministic` refuse operations that vary from run to run."""
-    torch.manual_seed(seed)
-    if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
-        torch.use_deterministic_algorithms(True)
-        torch.backends.cudnn.benchmark = False

@@ -26,8 +26,7 @@ from torchtitan_mtp.models.transformer import Transformer, build_model
 from torchtitan_mtp.monitoring.flops import forward_backward_flops_per_token
 from torchtitan_mtp.mtp import add_heads, engines, head_scales, head_weights
 from torchtitan_mtp.ops import LossOptions, LossOutput
-from torchtitan_mtp.optimizer import build_optimizer
-from torchtitan_mtp.trainer import clip_gradients
+from torchtitan_mtp.optimizer import build_optimizer, clip_gradients
 
 # case -> (heads, engine): ours, and behind them what users have today (head_peers.py).
 CASES = {

@@ -24,8 +24,7 @@ from torchtitan_mtp.models.flavors import flavors
 from torchtitan_mtp.models.transformer import build_model
 from torchtitan_mtp.mtp import engines
 from torchtitan_mtp.ops import LossOptions
-from torchtitan_mtp.optimizer import build_optimizer
-from torchtitan_mtp.trainer import clip_gradients
+from torchtitan_mtp.optimizer import build_optimizer, clip_gradients
 
 
 def run(

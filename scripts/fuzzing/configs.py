@@ -11,11 +11,11 @@ from torchtitan_mtp.build import args_of_run
 from torchtitan_mtp.config import JobConfig, parse_args
 from torchtitan_mtp.config.setting import Option
 from torchtitan_mtp.config.torchtitan import known_options
+from torchtitan_mtp.data.run import micro_batches_per_step
 from torchtitan_mtp.data.targets import IGNORE  # noqa: F401  (imported before the first case)
 from torchtitan_mtp.models.transformer import build_model
 from torchtitan_mtp.mtp import add_heads, head_weights
 from torchtitan_mtp.optimizer import build_optimizer, build_scheduler
-from torchtitan_mtp.trainer import micro_batches_per_step
 
 RECIPES = sorted((Path(__file__).parents[2] / "train_configs").glob("*.toml"))
 NUMBERS = [0, 1, -1, 2, 3, 7, 8, 64, 1000, 2**31, 2**63, -(2**63), 10**30]

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from torchtitan_mtp.config import LRScheduler, Optimizer
-from torchtitan_mtp.optimizer import build_optimizer, build_scheduler, lr_factor
+from torchtitan_mtp.optimizer import build_optimizer, build_scheduler, clip_gradients, lr_factor
 
 
 def torchtitan_factors(config: LRScheduler, steps: int) -> list[float]:
@@ -131,3 +131,14 @@ def test_a_first_step_without_an_update_is_no_mistake():
         rates += scheduler.get_last_lr()
         scheduler.step()
     assert rates == pytest.approx([4e-4, 8e-4, 8e-4])
+
+
+def test_clipping():
+    model = nn.Linear(3, 2, bias=False)
+    gradient = torch.tensor([[3.0, 0.0, 0.0], [0.0, 4.0, 0.0]])
+    model.weight.grad = gradient.clone()
+    assert clip_gradients(model, 10.0) == 5.0
+    torch.testing.assert_close(model.weight.grad, gradient)
+    assert clip_gradients(model, 1.0) == 5.0
+    torch.testing.assert_close(model.weight.grad, gradient / 5, rtol=1e-5, atol=0)
+    assert clip_gradients(model, torch.inf) == pytest.approx(1.0)

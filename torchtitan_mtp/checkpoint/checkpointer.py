@@ -20,7 +20,6 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torchtitan_mtp.checkpoint import folders
 from torchtitan_mtp.checkpoint import state as states_of
 from torchtitan_mtp.checkpoint.load import (
-    HEADS,
     LoadReport,
     Opened,
     excluded,
@@ -32,7 +31,7 @@ from torchtitan_mtp.checkpoint.load import (
 )
 from torchtitan_mtp.checkpoint.manifest import FULL, MODEL_ONLY, Manifest
 from torchtitan_mtp.checkpoint.ranks import Ranks
-from torchtitan_mtp.checkpoint.record import check_record, record_of_model
+from torchtitan_mtp.checkpoint.record import record_of_model
 from torchtitan_mtp.checkpoint.remote import RemotePath
 from torchtitan_mtp.checkpoint.resume import Stateful, restore
 from torchtitan_mtp.checkpoint.state import OPTIMIZER, RNG
@@ -142,12 +141,12 @@ class Checkpointer:
         kind = MODEL_ONLY if export or step == 0 else FULL
         if self._held in ((step, kind), (step, FULL)):
             return True
-        if step == 0 and self._ranks.first(lambda: folders.whole_kind(self.folder / "step-0")):
+        if step == 0 and self._ranks.on_rank_0(lambda: folders.whole_kind(self.folder / "step-0")):
             logger.info("%s is there already: not saved again", self.folder / "step-0")
             return False
         states = self._states(kind, export)
         total = states_of.total_bytes(states)
-        self._ranks.first(lambda: folders.start_writing(self.folder, step, total))
+        self._ranks.on_rank_0(lambda: folders.start_writing(self.folder, step, total))
         if last or force or self.config.async_mode == "disabled":
             self._write(states, step, kind)
         else:
@@ -161,7 +160,7 @@ class Checkpointer:
             dtype = getattr(torch, self.config.export_dtype)
             try:
                 cast = states_of.cast_floating
-                return self._ranks.together(lambda: cast(states, dtype)) if export else states
+                return self._ranks.on_all(lambda: cast(states, dtype)) if export else states
             except UserError as error:  # the last save of a training is not to fail
                 logger.warning("checkpoint.export_dtype: %s; saved as it is trained", error)
                 return states
@@ -207,7 +206,7 @@ class Checkpointer:
             record = record_of_model(self.model, self.optimizer)
             manifest = Manifest(step, kind, ranks.world_size, files, record)
             after = self._came_from
-            final = ranks.first(lambda: folders.finish_writing(folder, manifest, after))
+            final = ranks.on_rank_0(lambda: folders.finish_writing(folder, manifest, after))
             self._came_from, self._held = None, (step, kind)
         except (CheckpointException, UserError, OSError) as error:
             if ranks.rank == 0:
@@ -223,7 +222,7 @@ class Checkpointer:
             manifest.total_bytes / 1e6,
             time.perf_counter() - start,
         )
-        ranks.first(lambda: folders.remove_old(folder, self.config.keep_latest_k, step))
+        ranks.on_rank_0(lambda: folders.remove_old(folder, self.config.keep_latest_k, step))
 
     def wait(self) -> None:
         """Wait for a background save to be in place.
@@ -273,7 +272,7 @@ class Checkpointer:
         self.wait()
         self._came_from, self._held = 0, None
         step = self.config.load_step if step == -1 else step
-        found = self._ranks.first(lambda: self._choose(step))
+        found = self._ranks.on_rank_0(lambda: self._choose(step))
         if found is not None:
             path, kind = found
             if self.config.initial_load_path:
@@ -281,7 +280,7 @@ class Checkpointer:
             if kind == FULL:
                 return self._resume(path)
             logger.warning("%s holds the model only: training starts at step 0 with it", path)
-            self._load_weights(path, ())
+            self._load_weights(path)
             return 0
         given = self.config.initial_load_path
         if not given or self.config.initial_load_in_hf:
@@ -293,15 +292,15 @@ class Checkpointer:
             exclude = self.config.exclude_from_loading
             self.load_report = self._load_hf(Path(given), self.model, self._ranks, exclude)
             return None
-        path = self._ranks.first(lambda: folders.find_checkpoint(given))
+        path = self._ranks.on_rank_0(lambda: folders.find_checkpoint(given))
         if not self.config.initial_load_model_only:
-            if self._ranks.first(lambda: folders.kind_of(path)) != FULL:
+            if self._ranks.on_rank_0(lambda: folders.kind_of(path)) != FULL:
                 raise UserError(
                     f"{path}: holds the model only; name a full step in "
                     "checkpoint.initial_load_path, or set checkpoint.initial_load_model_only = true"
                 )
             return self._resume(path)
-        self._load_weights(path, HEADS)
+        self._load_weights(path, other_heads=True)
         return None
 
     def _choose(self, step: int) -> tuple[Path, str] | None:
@@ -327,26 +326,20 @@ class Checkpointer:
         elif newest > step:
             logger.warning(
                 "step-%d is loaded while later steps (up to step-%d) are in %s: the first save "
-                "puts them aside; then start without checkpoint.load_step to go on",
+                "renames them; then start without checkpoint.load_step to go on",
                 *(step, newest, self.folder),
             )
         path = folders.step_folder(self.folder, chosen)
         return path, folders.kind_of(path)
 
-    def _load_weights(self, path: Path, allowed: Sequence[str], exact: bool = False) -> Opened:
+    def _load_weights(self, path: Path, other_heads: bool = False, resume: bool = False) -> Opened:
         opened = open_checkpoint(path, self._ranks, self.config.verify)
-        exclude = self.config.exclude_from_loading
         self._check_exclude(stored_model_names(opened))
-        ours = record_of_model(self.model, self.optimizer)
-        check_record(opened.path, opened.record, ours, exclude, resuming=exact)
         self.load_report = load_opened_weights(
-            opened,
-            self.model,
-            self._ranks,
-            allow_missing=allowed,
-            allow_unexpected=allowed,
-            exclude=exclude,
-            exact_dtype=exact,
+            *(opened, self.model, self._ranks, self.config.exclude_from_loading),
+            other_heads=other_heads,
+            resuming=resume,
+            optimizer=self.optimizer,
         )
         return opened
 
@@ -363,7 +356,7 @@ class Checkpointer:
 
     def _resume(self, path: Path) -> int:
         """Everything, from a full checkpoint; returns the step that the run counts on from."""
-        opened = self._load_weights(path, (), exact=True)
+        opened = self._load_weights(path, resume=True)
         exclude = self.config.exclude_from_loading
         restore(opened, self.model, self.optimizer, self.extra, self._ranks, exclude)
         step = opened.manifest.step if opened.manifest else int(path.name.rpartition("-")[2])

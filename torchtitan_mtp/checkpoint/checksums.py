@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from torchtitan_mtp.checkpoint.remote import RemotePath, file_size, read_span
+from torchtitan_mtp.checkpoint.remote import RemotePath, read_span
 from torchtitan_mtp.errors import UserError
 
 PIECE = 4 << 20
@@ -28,7 +28,8 @@ _THREADS = min(8, os.cpu_count() or 1)
 class FileEntry:
     """One file of a checkpoint: its size in bytes, and the CRC-32 of its pieces, 8 hex digits each.
 
-    As one string, since a large checkpoint has a hundred thousand pieces.
+    As one string, since a large checkpoint has a hundred thousand pieces. "" where the content has
+    been compared already.
     """
 
     bytes: int
@@ -62,21 +63,6 @@ class Checksum:
         return FileEntry(self._size, "".join([*self._done, *last]))
 
 
-def hash_files(files: Iterable[Path]) -> dict[str, FileEntry]:
-    """The entry of each file, by name; many pieces are read at once."""
-    sizes = {file: file.stat().st_size for file in files}
-    with ThreadPoolExecutor(_THREADS) as pool:
-        crcs = {
-            file: pool.map(lambda start, file=file: _crc_at(file, start), range(0, size, PIECE))
-            for file, size in sizes.items()
-        }
-        return {file.name: FileEntry(sizes[file], "".join(crcs[file])) for file in sizes}
-
-
-def _crc_at(file: Path, start: int) -> str:
-    return f"{zlib.crc32(read_span(file, start, start + PIECE)):08x}"
-
-
 def check_file(file: Path, entry: FileEntry) -> bytes:
     """The content of a small file, which is what was written.
 
@@ -106,7 +92,7 @@ def check_piece(
     size = min(PIECE, entry.bytes - start)
     if len(data) != size:
         raise UserError(f"{file}: ends before byte {start + size}: damaged; {remedy(file)}")
-    if (found := zlib.crc32(data)) != entry.piece(number):
+    if entry.crc32 and (found := zlib.crc32(data)) != entry.piece(number):
         raise UserError(
             f"{file}: bytes {start} to {start + size - 1} have the checksum {found:08x}, expected "
             f"{entry.piece(number):08x}: damaged; {remedy(file)}"
@@ -117,7 +103,7 @@ def check_size(file: Path, entry: FileEntry, listed_in: str) -> None:
     """Raises UserError unless the file is there with its size."""
     if not file.is_file():
         raise UserError(f"{file}: missing, but {listed_in} lists it; {remedy(file)}")
-    if (size := file_size(file)) != entry.bytes:
+    if (size := file.stat().st_size) != entry.bytes:
         raise UserError(f"{file}: {size} bytes, expected {entry.bytes}: damaged; {remedy(file)}")
 
 

@@ -52,7 +52,7 @@ def step_folder(folder: Path, step: int) -> Path:
 
 
 def tmp_folder(folder: Path, step: int) -> Path:
-    """Where step-N is written: aside, or in place where there is no rename."""
+    """Where step-N is written: beside it, or in place where there is no rename."""
     return folder / (f"step-{step}" if isinstance(folder, RemotePath) else f"step-{step}.tmp")
 
 
@@ -130,7 +130,7 @@ def start_writing(folder: Path, step: int, total_bytes: int) -> None:
     tmp = tmp_folder(folder, step)
     try:
         if isinstance(tmp, RemotePath) and _finished(tmp):
-            keep_aside(tmp)
+            back_up(tmp)
         elif tmp.exists():
             logger.warning("%s: left by an interrupted save, removed", tmp)
             _remove(tmp)
@@ -152,33 +152,33 @@ def start_writing(folder: Path, step: int, total_bytes: int) -> None:
 def finish_writing(folder: Path, manifest: Manifest, after: int | None = None) -> Path:
     """Write the manifest into the folder that was written, flush it and rename it to `step-N`.
 
-    What lies at `step-N` already is kept beside it (`keep_aside`).
+    What lies at `step-N` already is kept beside it (`back_up`).
 
     Args:
-        after: the step that the run came from, at its first save: later ones are kept aside, too.
+        after: the step that the run came from, at its first save: later ones are backed up, too.
     """
     tmp, final = tmp_folder(folder, manifest.step), step_folder(folder, manifest.step)
     write_manifest(tmp, manifest)
     later = [] if after is None else [s for s in finished_steps(folder) if s > after]
     for step in sorted({*later} - {manifest.step}):
-        keep_aside(step_folder(folder, step))
+        back_up(step_folder(folder, step))
     if not isinstance(folder, RemotePath):
         sync(tmp)
         if final.exists():
-            keep_aside(final)
+            back_up(final)
         tmp.rename(final)
         sync(folder)
     return final
 
 
-def keep_aside(path: Path, kind: str = "") -> None:
+def back_up(path: Path, kind: str = "") -> None:
     """Rename what is in the place of something new after its kind: step-N.full, step-N.model_only
     or step-N.damaged, with a number where such a name is taken."""
     base = f"{path.name}.{kind or whole_kind(path) or 'damaged'}"
     names = (base if n == 1 else f"{base}.{n}" for n in itertools.count(1))
-    aside = next(place for place in map(path.with_name, names) if not place.exists())
-    path.rename(aside)
-    logger.warning("%s: was there already, kept as %s", path, aside.name)
+    backup = next(place for place in map(path.with_name, names) if not place.exists())
+    path.rename(backup)
+    logger.warning("%s: was there already, kept as %s", path, backup.name)
 
 
 def _remove(path: Path) -> None:

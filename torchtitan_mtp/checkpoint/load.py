@@ -36,7 +36,7 @@ from torchtitan_mtp.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-HEADS = ("mtp.",)
+_HEADS = ("mtp.",)
 # What lies beside the model in a full checkpoint, here and in TorchTitan's.
 _OTHER_STATES = {"optimizer", "lr_scheduler", "dataloader", "train_state", "rng"}
 # Rotary tables that old TorchTitan checkpoints hold; they are computed, not learned.
@@ -97,7 +97,7 @@ def open_checkpoint(path: Path, ranks: Ranks, verify: bool = True) -> Opened:
             raise UserError(f"{path}: .metadata names {unknown[0]}, which the manifest does not")
         return Opened(path, metadata, manifest, verify, manifest.record or record_beside(path))
 
-    opened = ranks.together(read)
+    opened = ranks.on_all(read)
     if opened.manifest is None and verify:
         logger.warning("%s: no manifest.json, so its content can't be verified", path)
     return opened
@@ -122,8 +122,7 @@ def read_states(opened: Opened, states: dict[str, Any], ranks: Ranks) -> None:
                 no_dist=not ranks.distributed,
             )
     except CheckpointException as error:
-        failure = first_failure(error)
-        what = str(failure) if isinstance(failure, UserError) else one_line(failure)
+        what = one_line(first_failure(error))
         if what.startswith(str(opened.path)):  # it names the file itself
             raise UserError(what) from error
         raise UserError(f"{opened.path}: can't be read: {what}") from error
@@ -136,8 +135,9 @@ def first_failure(error: CheckpointException) -> BaseException:
 
 
 def one_line(failure: BaseException) -> str:
-    """Kind and message of an exception."""
-    return f"{type(failure).__name__}: {failure}".splitlines()[0]
+    """Kind and message of an exception; the message alone of one that is written for users."""
+    kind = "" if isinstance(failure, UserError) else f"{type(failure).__name__}: "
+    return f"{kind}{failure}".splitlines()[0]
 
 
 def excluded(name: str, exclude: Iterable[str]) -> bool:
@@ -169,41 +169,28 @@ def load_model_weights(
     path: str | os.PathLike[str],
     model: nn.Module,
     *,
-    allow_missing_prefixes: Sequence[str] = HEADS,
-    allow_unexpected_prefixes: Sequence[str] = HEADS,
+    other_heads: bool = True,
     exclude: Sequence[str] = (),
     allow_cast: bool = False,
-    verify: bool = True,
-    ranks: Ranks | None = None,
 ) -> LoadReport:
     """Load a checkpoint's weights into `model`, in place, from any number of ranks into any other.
 
     Args:
         path: what `find_checkpoint` understands: a step, a folder of steps, a run.
         model: materialized; sharded (DTensors) where a process group exists, or plain.
-        allow_missing_prefixes: parameters of the model that the checkpoint may lack.
-        allow_unexpected_prefixes: parameters of the checkpoint that the model may lack.
+        other_heads: heads may be missing (they keep their init) or too many (they are dropped).
         exclude: names, or parents of names, not to load ("model" is all of them).
         allow_cast: round to a narrower dtype where the model has one; widening is always allowed.
-        verify: compare what is read with the manifest's checksums.
-        ranks: the ranks that load together; all of the default group when left out.
 
     Raises:
         UserError: damaged files; a parameter missing or unexpected beyond what is allowed; a
             head that is there in part; another shape or a dtype that would lose precision; a
             model that computes something else with the same shapes.
     """
-    ranks = ranks or Ranks()
-    opened = open_checkpoint(ranks.first(lambda: find_checkpoint(path)), ranks, verify)
-    check_record(opened.path, opened.record, record_of_model(model), exclude)
+    ranks = Ranks()
+    opened = open_checkpoint(ranks.on_rank_0(lambda: find_checkpoint(path)), ranks)
     return load_opened_weights(
-        opened,
-        model,
-        ranks,
-        allow_missing=allow_missing_prefixes,
-        allow_unexpected=allow_unexpected_prefixes,
-        exclude=exclude,
-        allow_cast=allow_cast,
+        opened, model, ranks, exclude, other_heads=other_heads, allow_cast=allow_cast
     )
 
 
@@ -211,36 +198,40 @@ def load_opened_weights(
     opened: Opened,
     model: nn.Module,
     ranks: Ranks,
-    *,
-    allow_missing: Sequence[str] = (),
-    allow_unexpected: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    *,
+    other_heads: bool = False,
     allow_cast: bool = False,
-    exact_dtype: bool = False,
+    resuming: bool = False,
+    optimizer: torch.optim.Optimizer | None = None,
 ) -> LoadReport:
-    """`load_model_weights` of a checkpoint that is open; strict where nothing is allowed."""
+    """`load_model_weights` of a checkpoint that is open.
+
+    resuming: a run with this optimizer goes on from it: exactly the same dtypes, and the same in
+        all that no tensor tells.
+    """
+    ours = record_of_model(model, optimizer)
+    check_record(opened.path, opened.record, ours, exclude, resuming)
     if "model" in exclude:
         return LoadReport()
-    _check_program(opened, model)
-    current = states_of.model_state(model)
+    if ours is not None:
+        _check_program(opened, ours)
     stored = stored_model_names(opened)
-    wanted = {name: t for name, t in current.items() if not excluded(name, exclude)}
+    wanted = {n: t for n, t in states_of.model_state(model).items() if not excluded(n, exclude)}
     offered = {name for name in stored if not excluded(name, exclude)}
-    aliases = _aliases(wanted)
-    missing = [n for n in wanted if n not in offered and aliases[n].isdisjoint(offered)]
+    aliases = {name: {name} for name in wanted} | _aliases(model)
+    missing = [name for name in wanted if aliases[name].isdisjoint(offered)]
     unexpected = sorted(offered - wanted.keys())
-    check_names(opened.path, missing, unexpected, offered, allow_missing, allow_unexpected)
-    names = [name for name in wanted if name in offered]
+    check_names(opened.path, missing, unexpected, offered, other_heads)
+    targets = {name: tensor for name, tensor in wanted.items() if name in offered}
     cast = [
         name
-        for name in names
-        if check_entry(
-            opened, stored[name], wanted[name], allow_cast=allow_cast, exact_dtype=exact_dtype
-        )
+        for name, tensor in targets.items()
+        if check_entry(opened, stored[name], tensor, allow_cast, resuming)
     ]
-    _read_tensors(opened, {stored[name]: wanted[name] for name in names}, aliases, stored, ranks)
-    checked = {stored[name]: wanted[name] for name in (names if allow_cast else cast)}
-    ranks.together(lambda: _check_finite(opened, checked))
+    _read_tensors(opened, targets, aliases, stored, ranks)
+    checked = {stored[n]: t for n, t in targets.items() if allow_cast or n in cast}
+    ranks.on_all(lambda: _check_finite(opened, checked))
     report = LoadReport(tuple(missing), tuple(unexpected), tuple(cast))
     log_report(opened.path, report)
     return report
@@ -256,12 +247,9 @@ def _check_finite(opened: Opened, loaded: dict[str, torch.Tensor]) -> None:
             states_of.cast_weights(whole, tensor.dtype, f"{opened.path}: {key}")
 
 
-def _check_program(opened: Opened, model: nn.Module) -> None:
+def _check_program(opened: Opened, record: Record) -> None:
     """Refuse TorchTitan's Qwen3, whose heads turn other pairs; say what is taken for granted of
-    weights that come without a word about their model."""
-    record = record_of_model(model)
-    if record is None:
-        return
+    weights that come without a word about their model. record: of the model here."""
     ours = opened.manifest is not None and "format" not in (opened.record or {"format": ""})
     if record["args"]["qk_norm"] and not ours:
         raise UserError(
@@ -275,18 +263,12 @@ def _check_program(opened: Opened, model: nn.Module) -> None:
         )
 
 
-def _aliases(state: dict[str, torch.Tensor]) -> dict[str, set[str]]:
-    """Name -> all names of the same storage (tied weights have several)."""
-    by_storage: dict[tuple[int, torch.Size], set[str]] = {}
-    place = {name: (_address(tensor), tensor.shape) for name, tensor in state.items()}
-    for name, where in place.items():
-        by_storage.setdefault(where, set()).add(name)
-    return {n: by_storage[where] if where[0] else {n} for n, where in place.items()}
-
-
-def _address(tensor: torch.Tensor) -> int:
-    local = states_of.local_part(tensor)
-    return local.data_ptr() if local.numel() else 0
+def _aliases(model: nn.Module) -> dict[str, set[str]]:
+    """Name -> all names of the same parameter (a tied weight has several)."""
+    names: dict[nn.Parameter, set[str]] = {}
+    for name, param in model.named_parameters(remove_duplicate=False):
+        names.setdefault(param, set()).add(states_of.plain_name(name))
+    return {name: group for group in names.values() for name in group}
 
 
 def _unit(name: str) -> str:
@@ -300,17 +282,17 @@ def check_names(
     missing: Sequence[str],
     unexpected: Sequence[str],
     offered: set[str],
-    allow_missing: Sequence[str],
-    allow_unexpected: Sequence[str],
+    other_heads: bool,
 ) -> None:
     """Refuse what is missing or unexpected beyond what is allowed, and a head there in part."""
-    absent = [name for name in missing if not name.startswith(tuple(allow_missing))]
+    free = _HEADS if other_heads else ()
+    absent = [name for name in missing if not name.startswith(free)]
     if absent:
         raise UserError(
             f"{path}: lacks {names_line(absent)} of the model; choose the model that it was saved "
             "from, or name them in checkpoint.exclude_from_loading"
         )
-    extra = [name for name in unexpected if not name.startswith(tuple(allow_unexpected))]
+    extra = [name for name in unexpected if not name.startswith(free)]
     if extra:
         raise UserError(
             f"{path}: holds {names_line(extra)}, which the model has not; choose the model that it "
@@ -329,7 +311,6 @@ def check_entry(
     opened: Opened,
     key: str,
     expected: torch.Tensor,
-    *,
     allow_cast: bool = False,
     exact_dtype: bool = False,
 ) -> bool:
@@ -366,22 +347,18 @@ def _read_tensors(
     stored: dict[str, str],
     ranks: Ranks,
 ) -> None:
-    """Fill the targets (by key in the checkpoint); tied names that differ there are an error."""
-    second: dict[str, str] = {}  # key of a tied name -> key that fills the shared tensor
-    for name, key in stored.items():
-        tied = [stored[n] for n in aliases.get(name, ()) if stored.get(n) in targets]
-        if key in targets and key != (first := min(tied)):
-            second[key] = first
+    """Fill the targets (by parameter); tied names that differ in the checkpoint are an error."""
+    first = {name: min(aliases[name] & targets.keys()) for name in targets}  # it fills the tensor
     states: dict[str, Any] = {
-        key: torch.empty_like(tensor) if key in second else tensor
-        for key, tensor in targets.items()
+        stored[name]: tensor if first[name] == name else torch.empty_like(tensor)
+        for name, tensor in targets.items()
     }
     read_states(opened, states, ranks)
-    for key, first in second.items():
-        same = torch.equal(states_of.local_part(states[key]), states_of.local_part(states[first]))
+    for key, other in ((stored[name], stored[n]) for name, n in first.items() if name != n):
+        same = torch.equal(*map(states_of.local_part, (states[key], states[other])))
         if not all(ranks.gather(same)):
             raise UserError(
-                f"{opened.path}: {key} and {first} differ, but the model ties them; choose a model "
+                f"{opened.path}: {key} and {other} differ, but the model ties them; choose a model "
                 "without tied embeddings"
             )
 

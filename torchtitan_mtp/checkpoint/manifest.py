@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from torchtitan_mtp.checkpoint.checksums import PIECE, FileEntry, check_size, hash_files, remedy
+from torchtitan_mtp.checkpoint.checksums import PIECE, FileEntry, check_size, remedy
 from torchtitan_mtp.checkpoint.metadata import bare_name
 from torchtitan_mtp.checkpoint.remote import RemotePath
 from torchtitan_mtp.errors import UserError
@@ -80,13 +80,14 @@ def read_manifest(path: Path) -> Manifest | None:
 
 
 def _entries_of_format_1(path: Path, listed: dict[str, Any]) -> dict[str, FileEntry]:
-    """Entries for files that are listed with the SHA-256 of their whole content, checked here.
+    """Entries for files that are listed with the SHA-256 of their whole content, compared here.
 
     Raises:
         UserError: naming the first file that is not what was written.
     """
+    entries = {name: FileEntry(entry["bytes"], "") for name, entry in listed.items()}
     for name, entry in listed.items():
-        check_size(path / name, FileEntry(entry["bytes"], ""), NAME)
+        check_size(path / name, entries[name], NAME)
         digest = hashlib.sha256()
         with (path / name).open("rb") as stream:
             while block := stream.read(PIECE):
@@ -95,7 +96,7 @@ def _entries_of_format_1(path: Path, listed: dict[str, Any]) -> dict[str, FileEn
             raise UserError(
                 f"{path / name}: its SHA-256 is not the manifest's; {remedy(path / name)}"
             )
-    return hash_files(path / name for name in listed)
+    return entries
 
 
 def check_sizes(path: Path, manifest: Manifest) -> None:

@@ -22,7 +22,6 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from torchtitan_mtp.checkpoint.checksums import FileEntry, check_file, remedy
-from torchtitan_mtp.checkpoint.remote import file_size
 from torchtitan_mtp.errors import UserError
 
 _DCP_METADATA = {
@@ -129,7 +128,7 @@ def _check_files(path: Path, metadata: Metadata) -> None:
         file = path / name
         if not file.is_file():
             raise UserError(f"{file}: missing, but .metadata names it; {remedy(file)}")
-        if (size := file_size(file)) < length:
+        if (size := file.stat().st_size) < length:
             raise UserError(
                 f"{file}: {size} bytes, expected at least {length}: truncated; {remedy(file)}"
             )

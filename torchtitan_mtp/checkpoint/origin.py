@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,7 +35,7 @@ def find_origin(config: JobConfig) -> Origin:
         UserError: on every rank: the newest checkpoint, or config.toml, is damaged; a seed is to be
             made where there is more.
     """
-    return Ranks().first(lambda: _find(config))
+    return Ranks().on_rank_0(lambda: _find(config))
 
 
 def _find(config: JobConfig) -> Origin:
@@ -57,3 +58,14 @@ def _find(config: JobConfig) -> Origin:
             seed = load_toml(written).training.seed
     seed = torch.seed() % 2**31 if seed is None else seed
     return Origin(seed, path, keeps_earlier(config, path))
+
+
+def completed(config: JobConfig, seed: int) -> JobConfig:
+    """The configuration that a run goes by, and its config.toml then says: with its seed, which
+    tells which documents were held out; without the converter "mtp" one future token."""
+    checkpoint = config.checkpoint
+    if checkpoint.initial_load_in_hf and not checkpoint.initial_load_path:
+        checkpoint = replace(checkpoint, initial_load_path=config.model.hf_assets_path)
+    training = replace(config.training, seed=seed)
+    mtp = replace(config.mtp, num_future_tokens=config.num_future_tokens)
+    return replace(config, training=training, mtp=mtp, checkpoint=checkpoint)

@@ -39,7 +39,7 @@ class Ranks:
         dist.all_gather_object(values, value, group=self.group)
         return cast("list[T]", values)
 
-    def first(self, action: Callable[[], T]) -> T:
+    def on_rank_0(self, action: Callable[[], T]) -> T:
         """Run `action` on rank 0 and return its result everywhere.
 
         Raises:
@@ -52,7 +52,7 @@ class Ranks:
         _raise(failure, outcome[0][1])
         return cast(T, outcome[0][0])
 
-    def together(self, action: Callable[[], T]) -> T:
+    def on_all(self, action: Callable[[], T]) -> T:
         """Run `action` on every rank; when it fails on one, fail on all of them.
 
         Raises:

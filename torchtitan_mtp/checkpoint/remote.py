@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import IO, Any, cast
 
 from torchtitan_mtp.errors import UserError
@@ -64,8 +65,8 @@ class RemotePath:
     def is_file(self) -> bool:
         return bool(self.fs.isfile(self.path))
 
-    def size(self) -> int:
-        return int(self.fs.size(self.path))
+    def stat(self) -> SimpleNamespace:
+        return SimpleNamespace(st_size=int(self.fs.size(self.path)))
 
     def iterdir(self) -> Iterator[RemotePath]:
         self.fs.invalidate_cache()  # other ranks and other jobs write here too
@@ -81,9 +82,6 @@ class RemotePath:
     def read_span(self, start: int, stop: int) -> bytes:
         """Bytes start..stop-1, fewer at the file's end."""
         return cast("bytes", self.fs.cat_file(self.path, start, stop))
-
-    def mkdir(self, parents: bool = False, exist_ok: bool = False) -> None:
-        self.fs.makedirs(self.path, exist_ok=exist_ok)
 
     def rename(self, target: RemotePath) -> None:
         """A copy and a removal, in most stores."""
@@ -102,10 +100,6 @@ def place(path: str | os.PathLike[str]) -> Path:
     """A Path; for a URL, the RemotePath that goes for one."""
     text = os.fspath(path)
     return cast(Path, RemotePath(text)) if "://" in text else Path(text)
-
-
-def file_size(file: Path) -> int:
-    return file.size() if isinstance(file, RemotePath) else file.stat().st_size
 
 
 def read_span(file: Path, start: int, stop: int) -> bytes:

@@ -180,3 +180,12 @@ def all_reduce(
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(tensor, op=op)
     return tensor
+
+
+def set_determinism(deterministic: bool, seed: int) -> None:
+    """Seed this process, and with `deterministic` refuse operations that vary from run to run."""
+    torch.manual_seed(seed)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False

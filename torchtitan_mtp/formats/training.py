@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 
 from torchtitan_mtp.build import describe_run, differing_sizes
-from torchtitan_mtp.checkpoint.folders import keep_aside
-from torchtitan_mtp.checkpoint.load import HEADS, LoadReport, check_names, excluded, log_report
+from torchtitan_mtp.checkpoint.folders import back_up
+from torchtitan_mtp.checkpoint.load import LoadReport, check_names, excluded, log_report
 from torchtitan_mtp.checkpoint.ranks import Ranks
 from torchtitan_mtp.checkpoint.record import check_record, record_of, record_of_model
 from torchtitan_mtp.checkpoint.state import model_state
@@ -37,7 +37,7 @@ def load_hf_weights(
     Raises:
         UserError: on every rank: a damaged folder, another architecture, or another shape.
     """
-    return ranks.together(lambda: _load(path, model, exclude))
+    return ranks.on_all(lambda: _load(path, model, exclude))
 
 
 def config_of_hf(path: Path) -> JobConfig:
@@ -67,7 +67,7 @@ def _load(path: Path, model: Transformer, exclude: Sequence[str]) -> LoadReport:
         check_record(path, record_of(spec), record_of_model(model), exclude)
     missing = [key for key in wanted if key not in outputs]
     unexpected = sorted(outputs.keys() - wanted.keys())
-    check_names(path, missing, unexpected, set(outputs), HEADS, HEADS)
+    check_names(path, missing, unexpected, set(outputs), other_heads=True)
     for key in wanted.keys() & outputs.keys():
         assign(wanted[key], outputs[key].read().to(wanted[key].device))
     report = LoadReport(tuple(missing), tuple(unexpected))
@@ -99,7 +99,7 @@ def save_in_hf(step: Path, model: Transformer, dtype: torch.dtype | None) -> Pat
     name = hf_format(model.spec)
     out = step.with_name(f"{step.name}.hf")
     if out.exists():
-        keep_aside(out, "before")
+        back_up(out, "before")
     export_checkpoint(step, out, name, dtype=dtype)
     logger.info("saved %s (%s)", out, name)
     return out

@@ -71,11 +71,5 @@ def load_for_inference(
     if is_hf:
         load_hf_weights(folder, model, Ranks(alone=True))
     else:
-        load_model_weights(
-            checkpoint,
-            model,
-            allow_missing_prefixes=(),
-            allow_unexpected_prefixes=() if model.mtp is not None else ("mtp.",),
-            allow_cast=True,
-        )
+        load_model_weights(checkpoint, model, other_heads=model.mtp is None, allow_cast=True)
     return model.eval().requires_grad_(False), tokenizer, config

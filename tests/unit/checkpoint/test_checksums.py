@@ -8,7 +8,7 @@ import torch
 from checkpoint_run import Run, equal, snapshot
 
 from torchtitan_mtp.checkpoint import checksums
-from torchtitan_mtp.checkpoint.checksums import Checksum, FileEntry, Verifier, hash_files
+from torchtitan_mtp.checkpoint.checksums import Checksum, FileEntry, Verifier
 from torchtitan_mtp.checkpoint.storage import SummingWriter
 from torchtitan_mtp.errors import UserError
 
@@ -27,10 +27,8 @@ def naive(content: bytes) -> FileEntry:
 
 
 @pytest.mark.parametrize("size", [0, 1, 99, 100, 101, 250, 1000])
-def test_any_way_of_writing_gives_the_same_entry(size, tmp_path):
+def test_any_way_of_writing_gives_the_same_entry(size):
     content = random.Random(size).randbytes(size)
-    (tmp_path / "file").write_bytes(content)
-    assert hash_files([tmp_path / "file"]) == {"file": naive(content)}
     for step in (1, 7, 100, 1000):
         running = Checksum()
         for start in range(0, size, step):
