@@ -40,7 +40,7 @@ _HEADS = ("mtp.",)
 # What lies beside the model in a full checkpoint, here and in TorchTitan's.
 _OTHER_STATES = {"optimizer", "lr_scheduler", "dataloader", "train_state", "rng"}
 # Rotary tables that old TorchTitan checkpoints hold; they are computed, not learned.
-_COMPUTED = {"freqs_cis"}
+COMPUTED = {"freqs_cis"}
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ def stored_model_names(opened: Opened) -> dict[str, str]:
         for key, entry in opened.stored.items()
         if isinstance(entry, TensorStorageMetadata)
         and key.split(".")[0] not in _OTHER_STATES
-        and key not in _COMPUTED
+        and key not in COMPUTED
     ]
     # TorchTitan before v0.1 nested the model under "model."
     nested = bool(keys) and all(key.startswith("model.") for key in keys)

@@ -20,6 +20,7 @@ from torchtitan_mtp.checkpoint.state import cast_weights
 from torchtitan_mtp.config import JobConfig, load_toml
 from torchtitan_mtp.data.tokenizer import TiktokenTokenizer, build_tokenizer
 from torchtitan_mtp.errors import UserError, memory_told
+from torchtitan_mtp.formats import names
 from torchtitan_mtp.formats.formats import (
     FORMATS,
     Format,
@@ -75,8 +76,8 @@ def export_checkpoint(
     config = load_toml(find_config(checkpoint))
     source = dcp_tensors(find_checkpoint(checkpoint))
     spec = spec_of_run(config, vocabulary_of(source), keeps_earlier(config, source.where))
-    tied = {"output.weight": "tok_embeddings.weight"} if spec.args.tied_embeddings else {}
-    check_tensors(source, shapes_of(spec), tied, spec.args)
+    repeats = names.torchtitan(spec)
+    check_tensors(source, shapes_of(spec), {**repeats.repeats, **repeats.copies}, spec.args)
     kept = _fitting(form, format_name, _first(spec, modules), drop_heads)
     for k in range(kept.modules, spec.modules):
         part = [key for key in source.kinds if key.startswith(f"mtp.heads.{k}.")]

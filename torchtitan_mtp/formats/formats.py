@@ -170,6 +170,8 @@ def differing(source: Tensors, name: str, of: str, args: ModelArgs) -> str:
     if name not in source.kinds or of not in {FREQUENCIES, *source.kinds}:
         return ""
     found = source.read(name)
+    if found.is_complex():  # TorchTitan's table of them, [positions, rope_dim / 2]
+        found = found[1:2].angle().flatten()
     if of == FREQUENCIES:
         cos, sin = rope_tables(replace(args, max_seq_len=2), "cpu")
         angles = torch.atan2(sin[1], cos[1])  # of position 1

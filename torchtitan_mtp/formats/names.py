@@ -189,7 +189,7 @@ def torchtitan(spec: ModelSpec) -> Names:
     entries = [Entry(name, (name,), name.split(".", 2)[-1] in rotary) for name in shapes_of(spec)]
     # It ties nothing.
     copies = {"output.weight": "tok_embeddings.weight"} if spec.args.tied_embeddings else {}
-    return Names(entries, copies=copies)
+    return Names(entries, repeats={"freqs_cis": FREQUENCIES}, copies=copies)
 
 
 def meta(spec: ModelSpec) -> Names:

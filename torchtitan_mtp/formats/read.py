@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Size, Tensor
 
 from torchtitan_mtp.checkpoint.load import (
+    COMPUTED,
     one_line,
     open_checkpoint,
     read_states,
@@ -52,7 +53,8 @@ def dcp_tensors(path: Path) -> Tensors:
     """The model of a DCP folder, written by any number of ranks; its files are verified first."""
     ranks = Ranks(alone=True)
     opened = open_checkpoint(path, ranks)
-    keys, stored = stored_model_names(opened), opened.stored
+    stored = opened.stored
+    keys = stored_model_names(opened) | {key: key for key in COMPUTED & stored.keys()}
     kinds = {n: Kind(stored[k].size, stored[k].properties.dtype) for n, k in keys.items()}
 
     def read(name: str) -> Tensor:

@@ -150,6 +150,28 @@ def test_a_tied_run_with_two_matrices(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_torchtitans_table_of_rotations(tmp_path: Path) -> None:
+    """Its early checkpoints hold exp(i * position * frequency); it tells of another rope_theta."""
+    model, _ = write_run(tmp_path / "run", **SMALL)
+    toml = tmp_path / "run" / "config.toml"
+    for base in (10000.0, 500000.0):
+        angles = torch.outer(torch.arange(64), base ** (-torch.arange(0, 8, 2) / 8))
+        state = model.state_dict() | {"freqs_cis": torch.polar(torch.ones_like(angles), angles)}
+        step = tmp_path / f"{base:g}" / "checkpoint" / "step-5"
+        dcp.save(state, checkpoint_id=step, no_dist=True)
+        shutil.copy(toml, step.parent.parent / "config.toml")
+        for action in (
+            lambda: import_checkpoint(step, step / "in", "torchtitan", config_file=toml),  # noqa: B023
+            lambda: export_checkpoint(step, step / "out", "llama_hf"),  # noqa: B023
+        ):
+            if base == 10000.0:
+                action()
+            else:
+                message = refusal(action)
+                assert "freqs_cis differs from the rotary frequencies" in message
+                assert message.endswith("by rope_theta = 10000")
+
+
 # ---- what is not finite ----
 
 
