@@ -51,7 +51,7 @@ def write_rope(args: ModelArgs, **older: Any) -> dict[str, Any]:
 
 
 def dense_config(architecture: str, model_type: str, spec: ModelSpec) -> dict[str, Any]:
-    """LlamaConfig, Qwen2Config or Qwen3Config.
+    """LlamaConfig, Qwen2Config, Qwen3Config, or MiMo's: Qwen2's and the number of modules.
 
     Raises:
         UserError: YaRN; for Qwen2 heads of another width than dim / n_heads, which engines ignore.
@@ -68,22 +68,13 @@ def dense_config(architecture: str, model_type: str, spec: ModelSpec) -> dict[st
             "--drop_heads"
         )
     config = write_shape(args, architecture, model_type) | {"head_dim": args.head_dim}
+    config |= {"num_nextn_predict_layers": spec.modules} if spec.modules else {}
     if model_type == "llama":
         return config | {"mlp_bias": False}
     if model_type.startswith("qwen"):
         config |= {"use_sliding_window": False, "sliding_window": None}
         config["max_window_layers"] = args.n_layers
     return config
-
-
-def mimo_config(spec: ModelSpec) -> dict[str, Any]:
-    """MiMo's config: Qwen2's and the number of modules. Error: as `dense_config`.
-
-    Its model_type is Qwen2's, which transformers knows: it would read "mimo" with the code of
-    XiaomiMiMo's repository alone, and vLLM goes by the architecture.
-    """
-    config = dense_config("MiMoForCausalLM", "qwen2", spec)
-    return config | {"num_nextn_predict_layers": spec.modules}
 
 
 def glm4_moe_config(spec: ModelSpec) -> dict[str, Any]:
@@ -220,14 +211,8 @@ def read_shape(reader: Reader, longest: int) -> dict[str, Any]:
 
 
 # What transformers takes where a config does not say it.
-_DEFAULTS: dict[str, dict[str, int]] = {
-    "MistralForCausalLM": {
-        "num_key_value_heads": 8,
-        "max_position_embeddings": 2**17,
-        "sliding_window": 4096,
-    },
-    "Qwen3ForCausalLM": {"head_dim": 128},
-}
+_MISTRAL = {"num_key_value_heads": 8, "max_position_embeddings": 2**17, "sliding_window": 4096}
+_DEFAULTS = {"MistralForCausalLM": _MISTRAL, "Qwen3ForCausalLM": {"head_dim": 128}}
 
 
 def read_dense(

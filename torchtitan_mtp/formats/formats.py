@@ -82,13 +82,13 @@ FORMATS: dict[str, Format] = {
         heads="sequential",
         qkv_bias=None,
     ),
-    "mimo_hf": Format(
-        *(names.mimo_hf, "MiMoForCausalLM", configs.mimo_config),
-        partial(configs.read_dense, qkv_bias=True),
+    # transformers knows Qwen2 but would read "mimo" with the code of XiaomiMiMo's repository alone;
+    # vLLM goes by the architecture.
+    "mimo_hf": replace(
+        _dense("MiMoForCausalLM", "qwen2", qkv_bias=True),
+        names=names.mimo_hf,
         heads="sequential",
         trunk_state="raw",
-        qk_norm=False,
-        qkv_bias=True,
     ),
     "mellum_hf": Format(
         *(names.mellum_hf, "MellumForCausalLM", configs.mellum_config, configs.read_mellum),
