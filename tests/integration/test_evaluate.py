@@ -161,7 +161,7 @@ def tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     import datasets
     from lm_eval.tasks import TaskManager
 
-    adapter = "torchtitan_mtp.inference.lm_eval_adapter.TaskManager"
+    adapter = "torchtitan_mtp.cli.tasks.TaskManager"
     monkeypatch.setattr(adapter, functools.partial(TaskManager, include_defaults=False))
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     folder = tmp_path / "tasks"
@@ -227,7 +227,8 @@ def test_without_the_harness_it_is_named(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.delitem(sys.modules, "torchtitan_mtp.inference.lm_eval_adapter", raising=False)
+    for name in ("cli.tasks", "inference.lm_eval_adapter"):
+        monkeypatch.delitem(sys.modules, f"torchtitan_mtp.{name}", raising=False)
     monkeypatch.setitem(sys.modules, "lm_eval", None)  # import fails
     assert script.main([str(trained_run), "--tasks", "piqa"]) == 1
     assert "pip install lm-eval" in capsys.readouterr().err

@@ -249,9 +249,8 @@ def evaluate_tasks(
 ) -> dict[str, Any]:
     """Run tasks of lm-evaluation-harness, print their metrics, and return them as plain data."""
     try:
-        from lm_eval.utils import make_table
-
-        from torchtitan_mtp.inference.lm_eval_adapter import HarnessModel, run_tasks
+        from torchtitan_mtp.cli.tasks import run_tasks, show
+        from torchtitan_mtp.inference.lm_eval_adapter import HarnessModel
     except ImportError as error:
         raise UserError(
             f"--tasks needs lm-evaluation-harness: pip install lm-eval ({error})"
@@ -259,19 +258,7 @@ def evaluate_tasks(
     lm = HarnessModel(model, tokenizer, run, batch_size=args.batch_size or 8)
     names = [name.strip() for name in args.tasks.split(",") if name.strip()]
     options = {key: getattr(args, key) for key in ("num_fewshot", "limit", *CHAT)}
-    found = run_tasks(lm, names, args.include_path, log_samples=False, **options)
-    print(make_table(found))
-    return {"tasks": {task: _metrics(values) for task, values in found["results"].items()}}
-
-
-def _metrics(values: dict[str, Any]) -> dict[str, float]:
-    """The harness's "acc,none": 0.5 as {"acc": 0.5}, without standard errors."""
-    found = {}
-    for key, value in values.items():
-        name, _, rule = key.partition(",")
-        if rule and not name.endswith("_stderr") and isinstance(value, (int, float)):
-            found[name if rule == "none" else f"{name} ({rule})"] = float(value)
-    return found
+    return {"tasks": show(run_tasks(lm, names, args.include_path, log_samples=False, **options))}
 
 
 def draw(results: dict[str, Any], out: Path) -> None:

@@ -141,10 +141,8 @@ def read_records(file: os.PathLike[str], text: str, chat: bool) -> list[Prompt]:
 
 def are_messages(value: Any) -> bool:
     return isinstance(value, list) and all(
-        isinstance(message, dict)
-        and isinstance(message.get("role"), str)
-        and isinstance(message.get("content"), str)
-        for message in value
+        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
+        for m in value
     )
 
 

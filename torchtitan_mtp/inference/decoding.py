@@ -10,15 +10,11 @@ known from head 1, one step is
     accept    the longest run of drafts that are what head 1 chose there, and head 1's choice
               after them, which comes for free
 
-so that a step yields 1 to n tokens, all of them head 1's own choices: the text is that of plain
-decoding, in fewer forwards. (When tokens are sampled, "choice" is what `sampling.py` makes of it,
-and the distribution is that of plain sampling.) Verification leaves the trunk's states at the
-accepted positions, from which the heads draft again: the trunk runs over no position of the text
-twice. Plain decoding is the case without drafts, and runs through the same lines.
-
-Exactness. A forward over m tokens and m forwards over one token add in another order, so logits
-differ in their last bits. Where head 1's two best tokens are closer than that, a tie as far as the
-dtype can tell, plain and speculative decoding may choose differently; else they are equal.
+so that a step yields 1 to n tokens, all of them head 1's own choices. (When tokens are sampled,
+"choice" is what `sampling.py` makes of it, and the distribution is that of plain sampling.) The
+trunk runs over no position of the text twice: verification leaves its states at the accepted
+positions, from which the heads draft again. Plain decoding is the case without drafts.
+docs/decoding.md says when rounding lets the two differ.
 """
 
 from __future__ import annotations
@@ -222,11 +218,17 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @torch.inference_mode()
+def states_of(model: Transformer, texts: Sequence[Sequence[int]]) -> Tensor:
+    """Head 1's states [B, S, D] at the tokens of B texts, of which the longest has S."""
+    check(model, texts, 1)
+    decoder = Decoder(model, texts, 1, 0, Sampler())
+    return decoder.trunk(decoder.positions.span([0] * len(texts), max(map(len, texts))))
+
+
+@torch.inference_mode()
 def next_logits(model: Transformer, text: Sequence[int]) -> Tensor:
     """Head 1's logits [V] for the token after `text`."""
-    check(model, [text], 1)
-    decoder = Decoder(model, [text], 1, 0, Sampler())
-    return model.output(decoder.trunk(decoder.positions.span([0], len(text)))[0, -1])
+    return model.output(states_of(model, [text])[0, -1])
 
 
 def most_drafts(model: Transformer, num_draft: int | Literal["auto"] | None) -> int:

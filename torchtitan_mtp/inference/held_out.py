@@ -19,6 +19,8 @@ from torchtitan_mtp.data.targets import Window
 from torchtitan_mtp.data.tokenizer import Tokenizer
 from torchtitan_mtp.errors import UserError
 
+WHOLE = {"split": "all", "seed": 0, "validation_fraction": 0.0}
+
 
 @dataclass(frozen=True)
 class Text:
@@ -99,11 +101,10 @@ def find_text(config: JobConfig, name: str | None) -> Text:
     if name is not None and (training.seed is None or name not in own):
         options = {"text_field": training.text_field, "bad_records": training.bad_records}
         options["key"] = "--source"
-        return Text(find_source(name, split="all", **options), _split("all"), name)
-    if name is None and (validation.dataset or validation.dataset_path):
-        about = validation.dataset_path or validation.dataset
-        source = configured_source(config, validation)
-        return Text(source, _split("all"), about)
+        return Text(find_source(name, split="all", **options), WHOLE, name)
+    other = validation.dataset_path or validation.dataset
+    if name is None and other:
+        return Text(configured_source(config, validation), WHOLE, other)
     if training.seed is None:
         raise UserError(
             "--source: config.toml has no training.seed, as of an imported model, so which text it "
@@ -113,11 +114,7 @@ def find_text(config: JobConfig, name: str | None) -> Text:
     about = " and ".join(mixed) or training.dataset_path or training.dataset
     if isinstance(source, Mixture) and name is not None:
         source, about = source.sources[mixed.index(name)], name
-    if not validation.enable or validation.dataset or validation.dataset_path:
-        return Text(source, _split("all"), f"{about}, which the run trained on")
-    split = _split("validation", training.seed, training.validation_fraction)
-    return Text(source, split, f"what the run held out of {about}")
-
-
-def _split(split: str, seed: int = 0, fraction: float = 0.0) -> dict[str, Any]:
-    return {"split": split, "seed": seed, "validation_fraction": fraction}
+    if not validation.enable or other:
+        return Text(source, WHOLE, f"{about}, which the run trained on")
+    split = {"seed": training.seed, "validation_fraction": training.validation_fraction}
+    return Text(source, split | {"split": "validation"}, f"what the run held out of {about}")

@@ -1,10 +1,8 @@
 """A model as lm-evaluation-harness (EleutherAI, `pip install lm-eval`) asks for it.
 
-The harness asks for text and gets text or likelihoods: how likely a continuation is after a context
-and whether greedy decoding would write it, how likely a whole document is, and what comes after a
-context up to a stop string. Answers are those of the harness's own adapter for transformers (HFLM)
-to the model's export. Likelihoods are head 1's. Generation drafts with heads 2..n where there are
-any, which changes what it costs and nothing else.
+Answers are those of the harness's own adapter for transformers (HFLM) to the model's export.
+Likelihoods are head 1's. Generation drafts with heads 2..n where there are any, which changes what
+it costs and nothing else.
 """
 
 from __future__ import annotations
@@ -16,7 +14,6 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import (
@@ -25,15 +22,13 @@ from lm_eval.models.utils import (
     normalize_gen_kwargs,
     postprocess_generated_text,
 )
-from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from torchtitan_mtp.config import JobConfig
-from torchtitan_mtp.data.targets import Batch, Window, make_batch
 from torchtitan_mtp.data.tokenizer import Tokenizer
 from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.inference.chat import chat_tokenizer, render
-from torchtitan_mtp.inference.decoding import generate
+from torchtitan_mtp.inference.decoding import generate, states_of
 from torchtitan_mtp.inference.text_stream import TextStream
 from torchtitan_mtp.models.transformer import Transformer
 
@@ -41,8 +36,6 @@ logger = logging.getLogger(__name__)
 
 # What a task that says nothing gets, from the harness and from transformers.
 MAX_NEW_TOKENS, TOP_K = 256, 50
-# `generation_kwargs` that are not for us, with what changes nothing.
-NEUTRAL = {"num_beams": 1, "repetition_penalty": 1, "num_return_sequences": 1, "use_cache": True}
 
 # Its texts, if it is a request of its own; tokens of the context and of the continuation.
 Scored = tuple[tuple[str, str] | None, list[int], list[int]]
@@ -121,9 +114,12 @@ class HarnessModel(TemplateLM):
         )
         results = []
         for chunk in order.get_batched(n=self.batch_size):
-            states = self._states([c + continuation for _, c, continuation in chunk])
-            for (texts, context, continuation), h in zip(chunk, states, strict=True):
-                logits = self.model.output(h[-len(continuation) :]).float()  # [C, V]
+            inputs = [(c + cont)[-self.max_length - 1 : -1] for _, c, cont in chunk]
+            states = states_of(self.model, inputs)  # [B, S, D]
+            for row, (texts, context, continuation) in enumerate(chunk):
+                end = len(inputs[row])
+                h = states[row, end - len(continuation) : end]  # [C, D]
+                logits = self.model.output(h).float()  # [C, V]
                 if self.softcap is not None:
                     logits = self.softcap * torch.tanh(logits / self.softcap)
                 log_probs = logits.log_softmax(-1).unsqueeze(0)
@@ -133,18 +129,6 @@ class HarnessModel(TemplateLM):
                     total = float(found.gather(1, target).double().sum())
                     results.append((total, bool((found.argmax(-1, True) == target).all())))
         return list(order.get_original(results))
-
-    def _states(self, texts: Sequence[list[int]]) -> list[torch.Tensor]:
-        """One forward: of each text's last S + 1 tokens, head 1's states [S, D] at the first S."""
-        texts = [text[-self.max_length - 1 :] for text in texts]
-        tokens = torch.zeros(len(texts), max(map(len, texts)), dtype=torch.int64)
-        for row, text in zip(tokens, texts, strict=True):
-            row[: len(text)] = torch.tensor(text)
-        # Padding comes after what it could disturb.
-        batch = make_batch(Window(tokens, torch.zeros_like(tokens)), 1)
-        batch = Batch(*(t.to(self._device) for t in batch))
-        h = self.model.norm(self.model.encode(batch)[0])  # [B, S, D]
-        return [row[: len(text) - 1] for row, text in zip(h, texts, strict=True)]
 
     def loglikelihood_rolling(
         self, requests: Sequence[Instance], disable_tqdm: bool = False
@@ -176,14 +160,11 @@ class HarnessModel(TemplateLM):
         options: dict[str, Any] = dict(normalize_gen_kwargs(gen_kwargs, MAX_NEW_TOKENS))
         until, most = options.pop("until"), options.pop("max_gen_toks")
         temperature = float(options.pop("do_sample")) * options.pop("temperature", 0.0)
-        sampling = {
-            "top_k": options.pop("top_k", TOP_K) or None,
-            "top_p": options.pop("top_p", None),
-        }
-        unknown = {k: v for k, v in options.items() if v is not None and v != NEUTRAL.get(k)}
-        if unknown:
+        top_k, top_p = options.pop("top_k", TOP_K) or None, options.pop("top_p", None)
+        unknown = {key: value for key, value in options.items() if value is not None}
+        if unknown.pop("num_beams", 1) != 1 or unknown:
             raise UserError(
-                f"generation_kwargs: {unknown} can't be had here; known are until, max_gen_toks, "
+                f"generation_kwargs: {options} can't be had here; known are until, max_gen_toks, "
                 "do_sample, temperature, top_k and top_p"
             )
         if not 0 < most < self.max_length:
@@ -191,11 +172,8 @@ class HarnessModel(TemplateLM):
                 f"generation_kwargs: max_gen_toks = {most}, expected 1 to {self.max_length - 1}: "
                 f"with the context, the model takes {self.max_length} (training.seq_len)"
             )
-        prompts = [
-            maybe_truncate(self.tok_encode(context), most, self.max_length)[0]
-            or [self.prefix_token_id]
-            for context in contexts
-        ]
+        whole = [self.tok_encode(context) or [self.prefix_token_id] for context in contexts]
+        prompts = [maybe_truncate(ids, most, self.max_length)[0] for ids in whole]
         generation = generate(
             self.model,
             prompts,
@@ -205,38 +183,10 @@ class HarnessModel(TemplateLM):
             speculative=self.model.mtp is not None,
             seed=self._generations,
             temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
             texts=[TextStream(self.tok, until) for _ in contexts],
-            **sampling,
         )
         self._generations += 1  # equal requests get samples of their own
         texts = map(self.tok.decode, generation.tokens)
         return [postprocess_generated_text(text, until, None) for text in texts]
-
-
-def run_tasks(
-    lm: HarnessModel, names: Sequence[str], include_path: str | None = None, **options: Any
-) -> dict[str, Any]:
-    """What the harness makes of its tasks.
-
-    Args:
-        names: tasks, groups or patterns as `lm_eval --tasks` takes them.
-        include_path: a folder with further YAML files.
-        options: further ones of `lm_eval.simple_evaluate`, such as num_fewshot, limit,
-            apply_chat_template, system_instruction.
-
-    Raises:
-        UserError: an unknown task, or a data set that can't be had.
-    """
-    manager = TaskManager(include_path=include_path)
-    known = manager.match_tasks(list(names))
-    missing = [name for name in names if "*" not in name and name not in known]
-    if missing or not known:
-        raise UserError(
-            f"--tasks: no task {', '.join(missing or names)}; `lm_eval ls tasks` lists the names, "
-            "--include_path adds a folder of your own"
-        )
-    try:
-        return dict(simple_evaluate(lm, tasks=known, task_manager=manager, **options))
-    except (OSError, ConnectionError, ValueError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"--tasks {','.join(names)}: {reason}") from error

@@ -22,13 +22,14 @@ from transformers.utils import is_accelerate_available
 
 import formats_run
 from small_tokenizers import byte_level, sentencepiece
+from torchtitan_mtp.cli.tasks import run_tasks
 from torchtitan_mtp.config import JobConfig
 from torchtitan_mtp.data.tokenizer import ByteTokenizer
 from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.formats import export_checkpoint
 from torchtitan_mtp.formats.write import write_json
 from torchtitan_mtp.inference import load_for_inference
-from torchtitan_mtp.inference.lm_eval_adapter import HarnessModel, run_tasks
+from torchtitan_mtp.inference.lm_eval_adapter import HarnessModel
 
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'system' and strict %}"
@@ -261,7 +262,7 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         (folder / f"{name}.yaml").write_text(head + data + task)
     with pytest.MonkeyPatch.context() as patch:
         own = functools.partial(TaskManager, include_defaults=False)
-        patch.setattr("torchtitan_mtp.inference.lm_eval_adapter.TaskManager", own)
+        patch.setattr("torchtitan_mtp.cli.tasks.TaskManager", own)
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
         patch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)  # takes seconds
         yield folder
