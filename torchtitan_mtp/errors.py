@@ -27,6 +27,15 @@ def import_optional(module: str, otherwise: str) -> Any:
         raise UserError(otherwise) from error
 
 
+@contextlib.contextmanager
+def reading(what: str) -> Iterator[None]:
+    """While entered, an OSError is a UserError: `what` can't be read."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{what}: can't be read: {error.strerror}") from error
+
+
 def out_of_memory(error: BaseException | None) -> str:
     """What an error, or one below it, says of memory that there is not, a GPU's or this machine's;
     "" for any other error."""

@@ -102,6 +102,7 @@ def test_a_hugging_face_folder_and_a_model_without_heads(
     ("arguments", "message"),
     [
         (["--batches", "0"], "--batches 0"),
+        (["--batches", str(10**30)], f"--batches {10**30}: expected 1 or more"),
         (["--prompts", "-1"], "--prompts -1"),
         (["--seq_len", "999999"], "--seq_len: 999999 tokens, but the model takes"),
         (["--max_new_tokens", "999999", "--batches", "1"], "--prompt_tokens and --max_new_tokens"),

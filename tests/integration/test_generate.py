@@ -308,6 +308,7 @@ def test_samples_are_not_judged_by_the_margin(
         (["--prompt", "a", "--max_new_tokens", str(10**18)], f"{10**18} for 1 prompt(s): needs "),
         (["--interactive", "--max_new_tokens", str(10**12)], f"{10**12}: needs "),
         (["--prompt", "a", "--temperature", "-1"], "temperature = -1.0"),
+        (["--prompt", "a", "--temperature", "1", "--seed", str(10**30)], f"seed = {10**30}: "),
         (["--prompt", "a", "--speculative", "--num_draft", "9"], "num_draft = 9"),
         (["--prompt", "a", "--prompt", ""], "the prompt is empty"),
         (["--prompt", "a", "--device", "teapot"], "--device teapot"),

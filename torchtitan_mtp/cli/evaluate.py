@@ -95,7 +95,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 
 def check_arguments(args: argparse.Namespace) -> None:
     """Numbers that make no sense are refused before anything is loaded."""
-    if args.batches is not None and args.batches < 1 and args.batches != -1:
+    if args.batches is not None and not 1 <= args.batches < 2**31 and args.batches != -1:
         raise UserError(f"--batches {args.batches}: expected 1 or more, or -1 for all")
     lowest = {"seq_len": 1, "batch_size": 1, "prompts": 0, "prompt_tokens": 1}
     lowest |= {"max_new_tokens": 2, "num_fewshot": 0, "limit": 1}

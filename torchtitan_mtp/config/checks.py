@@ -138,18 +138,21 @@ def _check_mtp_is_meant(config: JobConfig, given: Collection[str]) -> None:
         )
 
 
+# Keys and values that one family of heads has, and why.
+_FAMILY = [
+    ("share_weights", True, "sequential", "parallel heads with one module would say one token"),
+    ("trunk_state", "raw", "sequential", "parallel heads read the state under the last layer"),
+    ("match_parameters", True, "parallel", "its heads have the size of the layers they replace"),
+]
+
+
 def _check_mtp(config: JobConfig) -> None:
     mtp, n = config.mtp, config.mtp.num_future_tokens
-    if n > config.training.seq_len:
-        raise UserError(
-            f"mtp.num_future_tokens = {n}: expected at most training.seq_len = "
-            f"{config.training.seq_len}"
-        )
-    if config.validation.enable and n > config.validation.seq_len:
-        raise UserError(
-            f"mtp.num_future_tokens = {n}: expected at most validation.seq_len = "
-            f"{config.validation.seq_len}"
-        )
+    lengths = {"training.seq_len": config.training.seq_len}
+    lengths |= {"validation.seq_len": config.validation.seq_len} if config.validation.enable else {}
+    for key, length in lengths.items():
+        if n > length:
+            raise UserError(f"mtp.num_future_tokens = {n}: expected at most {key} = {length}")
     if mtp.engine == "head_by_head" and n > 1 and config.loss.backend != "chunked":
         raise UserError(
             f'mtp.engine = "head_by_head": has a loss of its own, found loss.backend = '
@@ -161,21 +164,10 @@ def _check_mtp(config: JobConfig) -> None:
             'mtp.engine = "joint": a chain (mtp.heads = "sequential") has one way with '
             'loss.backend = "chunked"; set mtp.engine = "head_by_head"'
         )
-    if mtp.share_weights and mtp.heads != "sequential":
-        raise UserError(
-            'mtp.share_weights = true: needs mtp.heads = "sequential", since parallel heads with '
-            "the same weights on the same input would predict the same token"
-        )
-    if mtp.trunk_state == "raw" and mtp.heads != "sequential":
-        raise UserError(
-            'mtp.trunk_state = "raw": needs mtp.heads = "sequential"; parallel heads read the '
-            "state under the last layer; set that, or leave trunk_state unset"
-        )
-    if mtp.match_parameters and mtp.heads != "parallel":
-        raise UserError(
-            'mtp.match_parameters = true: needs mtp.heads = "parallel", whose heads have the size '
-            "of the layers that they replace"
-        )
+    for key, value, heads, why in _FAMILY:
+        if getattr(mtp, key) == value and mtp.heads != heads:
+            needs = f'mtp.{key} = {show(value)}: needs mtp.heads = "{heads}"'
+            raise UserError(f"{needs}: {why}; set it, or leave mtp.{key} unset")
     if mtp.loss_weights and len(mtp.loss_weights) != n - 1:
         several = (
             f", or num_future_tokens - 1 = {n - 1}, one each for {further_heads(n)}"

@@ -5,7 +5,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from torchtitan_mtp.errors import UserError
+from torchtitan_mtp.errors import UserError, reading
 
 WHOLE_HASH_BYTES = 1 << 30  # corpora up to this size are hashed in full
 SAMPLE_BYTES = 64 << 10  # of each file of a larger corpus: this much at both ends
@@ -27,22 +27,16 @@ class DataFile:
     def __init__(self, path: Path, shown: Path | None = None) -> None:
         self.path = path
         self.shown = shown or path
-        try:
-            with open(path, "rb") as f:
-                now = os.fstat(f.fileno())
-        except OSError as e:
-            raise self._unreadable(e) from e
+        with reading(f"data {self.shown}"), open(path, "rb") as f:
+            now = os.fstat(f.fileno())
         self.size, self._written = now.st_size, now.st_mtime_ns
 
     def read(self, start: int, stop: int) -> bytes:
         """Bytes start..stop-1. Raises UserError if they can't be read, or were written to since."""
-        try:
-            with open(self.path, "rb") as f:
-                now = os.fstat(f.fileno())
-                f.seek(start)
-                data = f.read(stop - start)
-        except OSError as e:
-            raise self._unreadable(e) from e
+        with reading(f"data {self.shown}"), open(self.path, "rb") as f:
+            now = os.fstat(f.fileno())
+            f.seek(start)
+            data = f.read(stop - start)
         if now.st_mtime_ns != self._written or len(data) != stop - start:
             raise UserError(
                 f"data {self.shown}: {self.size} bytes when the run began, {now.st_size} now, and"
@@ -56,9 +50,6 @@ class DataFile:
         file up to there)."""
         steps = range(0, offset, _STEP)
         return 1 + sum(self.read(i, min(i + _STEP, offset)).count(b"\n") for i in steps)
-
-    def _unreadable(self, error: OSError) -> UserError:
-        return UserError(f"data {self.shown}: can't be read: {error.strerror}")
 
 
 class BadRecords:

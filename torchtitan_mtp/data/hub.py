@@ -25,7 +25,6 @@ class HubStream:
         name: of DATASETS, or "org/name" (its default configuration, split "train").
         text_field: of a record, what holds its text.
         dataset: an object like datasets.IterableDataset to read instead of the hub's.
-        key: what takes local files instead, for messages.
         bad_records: "stop" at the first record without text, or "skip" them.
 
     Raises:
@@ -33,18 +32,13 @@ class HubStream:
     """
 
     def __init__(
-        self,
-        name: str,
-        text_field: str = "text",
-        dataset: Any = None,
-        bad_records: str = "stop",
-        key: str = "training.dataset_path",
+        self, name: str, text_field: str = "text", dataset: Any = None, bad_records: str = "stop"
     ) -> None:
-        self.name, self.key = name, key
+        self.name = name
         self.text_field = text_field
         self.bad = BadRecords(bad_records)
         wanted = path, config, split = DATASETS.get(name, (name, None, "train"))
-        self._dataset = _load(key, name, *wanted) if dataset is None else dataset
+        self._dataset = _load(name, *wanted) if dataset is None else dataset
         self.num_shards = int(self._dataset.num_shards)
         logger.info("dataset %s: a stream in %d part(s), %s", name, self.num_shards, wanted)
         self.fingerprint = f"hub:{path}:{config}:{split}:{text_field}"
@@ -107,26 +101,25 @@ class HubLane:
         except Exception as e:  # whatever the dataset's reader and the network raise
             raise UserError(
                 f"dataset {self._source.name}: reading record {self._number} failed: {_told(e)};"
-                " resume from the last checkpoint, or download the files and give"
-                f" {self._source.key}"
+                " resume from the last checkpoint, or download the files and give dataset_path"
             ) from e
         self._number += 1
         self._loaded = None
         return record
 
 
-def _load(key: str, name: str, path: str, config: str | None, split: str) -> Any:
+def _load(name: str, path: str, config: str | None, split: str) -> Any:
     hub = import_optional(
         "datasets",
         f"dataset {name}: streaming it needs the datasets package: pip install datasets; or give"
-        f" {key} local files",
+        " dataset_path local files",
     )
     try:
         return hub.load_dataset(path, name=config, split=split, streaming=True)
     except Exception as e:  # its errors have no common type
         raise UserError(
             f"dataset {name}: can't open {path} on the hub: {_told(e)}; check the name and the"
-            f" network, or give {key} local files"
+            " network, or give dataset_path local files"
         ) from e
 
 

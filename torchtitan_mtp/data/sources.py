@@ -135,7 +135,7 @@ def build_source(
         root = Path(sysconfig.get_path("stdlib"))
         return FilesSource(dataset, root, _stdlib_files(root), bad_records=bad_records)
     if dataset in DATASETS or dataset.count("/") == 1:
-        return HubStream(dataset, text_field, bad_records=bad_records, key=key)
+        return HubStream(dataset, text_field, bad_records=bad_records)
     raise UserError(
         f"dataset {dataset!r} is not a dataset here; give the path of a file, folder or glob as"
         f" {key}, or name one of {', '.join([STDLIB, *DATASETS])} or org/name on the hub"

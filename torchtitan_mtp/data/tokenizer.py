@@ -16,7 +16,7 @@ import tokenizers
 from tokenizers import AddedToken
 
 from torchtitan_mtp.data.special_tokens import SpecialIds, read_special_tokens
-from torchtitan_mtp.errors import UserError
+from torchtitan_mtp.errors import UserError, reading
 
 logger = logging.getLogger(__name__)
 
@@ -310,10 +310,8 @@ def _parts(text: str) -> Iterator[str]:
 
 
 def _read(path: Path) -> bytes:
-    try:
+    with reading(f"tokenizer {path}"):
         return path.read_bytes()
-    except OSError as e:
-        raise UserError(f"tokenizer {path}: can't be read: {e.strerror}") from e
 
 
 _RANK_LINE = re.compile(rb"([A-Za-z0-9+/]+={0,2}) ([0-9]+)\s*")

@@ -8,7 +8,6 @@ import re
 import socket
 import threading
 import time
-from types import TracebackType
 from typing import Any
 
 import torch.distributed as dist
@@ -55,9 +54,7 @@ class Heartbeat:
             threading.Thread(target=self._run, name="heartbeat", daemon=True).start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         try:
             if self._world > 1 and error is not None and lost_contact(error):
                 reason = re.sub(r"^\[.*?\] ", "", str(error).splitlines()[0]).split(". ")[0]

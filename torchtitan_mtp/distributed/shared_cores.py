@@ -18,7 +18,6 @@ import os
 import threading
 import time
 from pathlib import Path
-from types import TracebackType
 
 import torch
 
@@ -50,9 +49,7 @@ class SharedCores:
             threading.Thread(target=self._run, name="shared-cores", daemon=True).start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._end.set()
         self._calm.set()
 

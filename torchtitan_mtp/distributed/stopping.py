@@ -7,7 +7,6 @@ import os
 import signal
 import threading
 import time
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -91,9 +90,7 @@ class Stopping:
             threading.Thread(target=self._watch_launcher, name="launcher", daemon=True).start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._left.set()
         if self._before:
             for number, handler in self._before.items():

@@ -65,6 +65,8 @@ class Sampler:
             raise UserError(f"top_k = {self.top_k}: expected 1 or more")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise UserError(f"top_p = {self.top_p}: expected more than 0, at most 1")
+        if not -(2**63) <= self.seed < 2**64:  # torch's
+            raise UserError(f"seed = {self.seed}: expected at most {2**64 - 1}")
 
     def noise(self, batch: int, drafts: int, vocab: int, device: torch.device) -> Noise | None:
         """For a step of `batch` rows with `drafts` drafts each; None when greedy."""

@@ -5,12 +5,8 @@ such pause holds up every collective. So automatic collection is off during trai
 """
 
 import gc
-import logging
-import time
 
 import torch
-
-logger = logging.getLogger(__name__)
 
 
 class GarbageCollection:
@@ -23,7 +19,7 @@ class GarbageCollection:
         self.gc_freq = gc_freq
         self.debug = debug
         gc.disable()
-        self._collect("at start", generation=1)
+        gc.collect(1)
         if debug and rank == 0 and torch.cuda.is_available():  # it reads CUDA's allocator
             from torch.utils.viz._cycles import warn_tensor_cycles
 
@@ -32,16 +28,10 @@ class GarbageCollection:
     def run(self, step: int) -> None:
         """Called once a step."""
         if self.debug:
-            self._collect("for gc_debug", generation=2)
+            gc.collect(2)
         elif step > 1 and step % self.gc_freq == 0:
-            self._collect("periodic", generation=1)
+            gc.collect(1)
 
     def close(self) -> None:
         """Give collection back to Python."""
         gc.enable()
-
-    @staticmethod
-    def _collect(reason: str, generation: int) -> None:
-        begin = time.monotonic()
-        gc.collect(generation)
-        logger.debug("garbage collection (%s): %.2f s", reason, time.monotonic() - begin)
