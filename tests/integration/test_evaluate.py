@@ -110,6 +110,9 @@ def test_a_hugging_face_folder_and_a_model_without_heads(
         (["--source", "nowhere"], "'nowhere' is not a dataset"),
         (["--source", "./nowhere"], "'./nowhere'"),
         (["--device", "teapot"], "--device teapot"),
+        (["--tasks", "piqa", "--source", "x"], "--source: goes without --tasks"),
+        (["--limit", "2"], "--limit: goes with --tasks"),
+        (["--apply_chat_template"], "--apply_chat_template: goes with --tasks"),
         (["--plot", "x.png", "--prompts", "0"], "--plot"),
         (["--prompts", "0", "--batches", "1", "--json", "no/where.json"], "--json no/where.json"),
     ],
@@ -216,6 +219,18 @@ def test_tasks_of_the_harness(
         "my_writing": {"exact_match": 2 / 5},
     }
     assert "my_rolling" in capsys.readouterr().out
+    # Windows of 8 tokens: the second and later of a document begin with one token of it.
+    short = evaluate(
+        script, tmp_path / "a.json", *arguments[:2], "my_rolling", *arguments[3:], "--seq_len", "8"
+    )
+    nats = 0.0
+    for question in QUESTIONS:
+        text = [tokenizer.bos_id, tokenizer.bos_id, *str(question["question"]).encode()]
+        for start in range(0, len(text) - 1, 8):
+            begin = start if start + 9 <= len(text) else len(text) - 9  # the last one is full, too
+            nats -= log_likelihood(model, text[begin : start + 1], text[start + 1 : start + 9])
+    expected = pytest.approx(nats / math.log(2) / count, rel=1e-4)
+    assert short["tasks"]["my_rolling"] == {"bits_per_byte": expected}
     limited = evaluate(script, tmp_path / "a.json", *arguments, "--limit", "2")
     assert limited["tasks"]["my_writing"] == {"exact_match": 1.0}
     assert script.main([str(trained_run), "--tasks", "nothing", "--include_path", str(tasks)]) == 1

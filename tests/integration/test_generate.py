@@ -315,6 +315,7 @@ def test_samples_are_not_judged_by_the_margin(
         (["--interactive", "--compare"], "--interactive goes without --compare"),
         (["--interactive", "--speculative", "--num_draft", "9"], "num_draft = 9"),
         (["--interactive", "--max_new_tokens", "-5"], "max_new_tokens = -5"),
+        (["--prompt", "a", "--stop", ""], "--stop: the text is empty"),
         (["--prompt", "a", "--num_draft", "1"], "--num_draft: needs --speculative"),
     ],
 )

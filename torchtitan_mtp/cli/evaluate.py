@@ -37,7 +37,7 @@ from torchtitan_mtp.models.transformer import Transformer
 from torchtitan_mtp.validation import TextMeasure, measure_windows
 from torchtitan_mtp.writing import written_whole
 
-CHAT = ("apply_chat_template", "system_instruction", "fewshot_as_multiturn")
+CHAT = ("apply_chat_template", "system_instruction")
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
@@ -103,6 +103,12 @@ def check_arguments(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and value < least:
             raise UserError(f"--{name} {value}: expected {least} or more")
+    others = (
+        ("source", "batches") if args.tasks else ("include_path", "num_fewshot", "limit", *CHAT)
+    )
+    for name in others:
+        if getattr(args, name) not in (None, False):
+            raise UserError(f"--{name}: goes {'without' if args.tasks else 'with'} --tasks")
     if args.plot and (args.tasks or not args.prompts):
         raise UserError("--plot: draws what is measured on the own continuation: leave out --tasks")
 
@@ -257,7 +263,11 @@ def evaluate_tasks(
         ) from None
     lm = HarnessModel(model, tokenizer, run, batch_size=args.batch_size or 8)
     names = [name.strip() for name in args.tasks.split(",") if name.strip()]
-    options = {key: getattr(args, key) for key in ("num_fewshot", "limit", *CHAT)}
+    if args.seq_len:
+        check_length(model, args.seq_len, "--seq_len")
+        lm.max_length = args.seq_len
+    keys = "num_fewshot", "limit", "fewshot_as_multiturn", *CHAT
+    options = {key: getattr(args, key) for key in keys}
     return {"tasks": show(run_tasks(lm, names, args.include_path, log_samples=False, **options))}
 
 
@@ -314,7 +324,9 @@ def run(args: argparse.Namespace) -> None:
         args.checkpoint, find_device(args.device), DTYPES[args.dtype]
     )
     console = Console()
-    if is_hf and args.seq_len is None:  # the file has the longest that the model takes
+    if (
+        is_hf and args.seq_len is None and not args.tasks
+    ):  # the file has the longest that the model takes
         args.seq_len = min(config.training.seq_len, 2048)
     measure = evaluate_tasks if args.tasks else evaluate_heads
     results = {"checkpoint": args.checkpoint, **measure(args, model, tokenizer, config, console)}

@@ -351,6 +351,8 @@ def answer(
 def run(args: argparse.Namespace) -> None:
     if args.num_draft is not None and not (args.speculative or args.compare):
         raise UserError("--num_draft: needs --speculative or --compare")
+    if "" in args.stop:
+        raise UserError("--stop: the text is empty: give one that ends the answer")
     # What can't be read is said before a model is loaded.
     prompts = None if args.interactive else read_prompts(args)
     model, tokenizer, config = load_for_inference(
