@@ -135,9 +135,11 @@ def first_failure(error: CheckpointException) -> BaseException:
 
 
 def one_line(failure: BaseException) -> str:
-    """Kind and message of an exception; the message alone of one that is written for users."""
+    """Kind and message of an exception; the message alone of one that is written for users. What
+    torch adds to one, to run what is in the file, is left out."""
     kind = "" if isinstance(failure, UserError) else f"{type(failure).__name__}: "
-    return f"{kind}{failure}".splitlines()[0]
+    message = str(failure).rpartition("WeightsUnpickler error: ")[2].strip()
+    return f"{kind}{message}".splitlines()[0]
 
 
 def excluded(name: str, exclude: Iterable[str]) -> bool:
@@ -287,16 +289,13 @@ def check_names(
     """Refuse what is missing or unexpected beyond what is allowed, and a head there in part."""
     free = _HEADS if other_heads else ()
     absent = [name for name in missing if not name.startswith(free)]
-    if absent:
-        raise UserError(
-            f"{path}: lacks {names_line(absent)} of the model; choose the model that it was saved "
-            "from, or name them in checkpoint.exclude_from_loading"
-        )
     extra = [name for name in unexpected if not name.startswith(free)]
-    if extra:
+    if absent or extra:
+        found = f"lacks {names_line(absent)} of the model"
+        found = found if absent else f"holds {names_line(extra)}, which the model has not"
         raise UserError(
-            f"{path}: holds {names_line(extra)}, which the model has not; choose the model that it "
-            "was saved from, or name them in checkpoint.exclude_from_loading"
+            f"{path}: {found}; choose the model that it was saved from, or name them in "
+            "checkpoint.exclude_from_loading"
         )
     loaded_units = {_unit(name) for name in offered - set(unexpected)}
     partial = [name for name in (*missing, *unexpected) if _unit(name) in loaded_units]

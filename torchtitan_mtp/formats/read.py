@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import pickle
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -168,9 +167,7 @@ def _load_pickled(file: Path) -> dict[str, Tensor]:
     try:
         state = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
     except Exception as error:  # a crafted file makes torch raise nearly anything
-        reason = str(error).rpartition("WeightsUnpickler error: ")[2].strip().partition("\n")[0]
-        reason = reason if isinstance(error, pickle.UnpicklingError) else one_line(error)
-        raise UserError(f"{file}: can't be read as plain tensors: {reason}") from error
+        raise UserError(f"{file}: can't be read as plain tensors: {one_line(error)}") from error
     if not isinstance(state, dict):
         found = type(state).__name__
         raise UserError(f"{file}: expected a dict of tensors, found {found}")

@@ -6,6 +6,7 @@ import os
 import threading
 from collections.abc import Mapping
 from datetime import datetime
+from typing import Any
 
 import torch.distributed as dist
 
@@ -16,15 +17,16 @@ from torchtitan_mtp.monitoring.observer import Observer
 logger = logging.getLogger(__name__)
 
 
+def _import(package: str, module: str) -> Any:
+    missing = f"metrics.enable_{package} = true: the package {package} is not installed"
+    return import_optional(module, f"{missing}; pip install {package}, or set it to false")
+
+
 class TensorBoard:
     """Scalars in event files under `folder`."""
 
     def __init__(self, folder: str) -> None:
-        tensorboard = import_optional(  # slow
-            "torch.utils.tensorboard",
-            "metrics.enable_tensorboard = true: the package tensorboard is not installed; "
-            "pip install tensorboard, or set it to false",
-        )
+        tensorboard = _import("tensorboard", "torch.utils.tensorboard")  # slow
         # What its thread dies of, the next call raises.
         hook = threading.excepthook
         threading.excepthook = lambda args: (
@@ -45,11 +47,7 @@ class WandB:
     """A Weights & Biases run; project and team from WANDB_PROJECT and WANDB_TEAM."""
 
     def __init__(self, folder: str, config: JobConfig) -> None:
-        wandb = import_optional(
-            "wandb",
-            "metrics.enable_wandb = true: the package wandb is not installed; "
-            "pip install wandb, or set it to false",
-        )
+        wandb = _import("wandb", "wandb")
         os.makedirs(folder, exist_ok=True)
         self.run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", "torchtitan_mtp"),

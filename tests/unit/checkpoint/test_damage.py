@@ -106,6 +106,15 @@ def test_earlier_checkpoints_load_and_are_checked(tmp_path, saved):
     assert_refused(tmp_path, r"__0_0\.distcp: its SHA-256 is not the manifest's")
 
 
+def test_torchs_advice_to_run_what_is_in_a_file_is_not_passed_on(tmp_path, saved):
+    step_4(tmp_path, "manifest.json").unlink()
+    shard = step_4(tmp_path, "__0_0.distcp")
+    shard.write_bytes(b"x" * shard.stat().st_size)
+    with pytest.raises(UserError, match=r"can't be read: ") as error:
+        Run(tmp_path).checkpointer.load()
+    assert "weights_only" not in str(error.value)
+
+
 def test_a_manifest_that_is_nested_too_deeply(tmp_path, saved):
     step_4(tmp_path, "manifest.json").write_text("[" * 100_000)
     assert_refused(tmp_path, r"manifest\.json: not a manifest \(maximum recursion depth exceeded")
