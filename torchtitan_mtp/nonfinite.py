@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from torchtitan_mtp.data.targets import PADDING, Batch
-from torchtitan_mtp.distributed.agreement import gather
 from torchtitan_mtp.distributed.balance import apart_from_training
 from torchtitan_mtp.distributed.mesh import all_reduce
+from torchtitan_mtp.distributed.ranks import Ranks
 from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.models.transformer import Transformer
 from torchtitan_mtp.monitoring.missing_targets import MissingTargets
@@ -174,7 +174,7 @@ def find_cause(
                     elif not found and not out.loss_sum.isfinite().all():
                         found = f"{place}: loss {out.loss_sum.item()}"
     name = _first_bad_weight(model)
-    everyone = gather((found, name))
+    everyone = Ranks().gather((found, name))
     weight = next((f"; {name} itself is not finite" for _, name in everyone if name), "")
     for rank, (found, _) in enumerate(everyone):
         if found:

@@ -18,7 +18,6 @@ from torchtitan_mtp.checkpoint import Checkpointer
 from torchtitan_mtp.checkpoint.folders import step_folder
 from torchtitan_mtp.checkpoint.lock import lock_folders, written_folders
 from torchtitan_mtp.checkpoint.origin import completed, find_origin
-from torchtitan_mtp.checkpoint.ranks import Ranks
 from torchtitan_mtp.checkpoint.resume import LoaderState, TrainState, settings_of
 from torchtitan_mtp.config import JobConfig, to_toml
 from torchtitan_mtp.config.values import further_heads
@@ -36,6 +35,7 @@ from torchtitan_mtp.distributed.heartbeat import Heartbeat
 from torchtitan_mtp.distributed.memory import check_run
 from torchtitan_mtp.distributed.mesh import all_reduce, init_world, set_determinism, set_timeout
 from torchtitan_mtp.distributed.parallelize import parallelize
+from torchtitan_mtp.distributed.ranks import Ranks
 from torchtitan_mtp.distributed.shared_cores import SharedCores
 from torchtitan_mtp.distributed.stopping import Stopping
 from torchtitan_mtp.formats.training import hf_format, load_hf_weights, save_in_hf

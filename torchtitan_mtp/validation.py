@@ -13,8 +13,8 @@ from torch import Tensor
 
 from torchtitan_mtp.data.targets import IGNORE, PADDING, Batch, Window, make_batch
 from torchtitan_mtp.data.tokenizer import Tokenizer
-from torchtitan_mtp.distributed.agreement import gather
 from torchtitan_mtp.distributed.mesh import all_reduce
+from torchtitan_mtp.distributed.ranks import Ranks
 from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.inference.acceptance import Acceptance, text_agreement
 from torchtitan_mtp.inference.stats import ratio
@@ -111,7 +111,7 @@ def compare_with_pairs(found: TextMeasure, batches: Sequence[Batch], vocab_size:
     rank's, which all ranks put together."""
     real = [batch.doc_ids != PADDING for batch in batches]
     own = [(b.tokens[r], b.labels[r]) for b, r in zip(batches, real, strict=True)]
-    pairs = zip(*itertools.chain.from_iterable(gather(own)), strict=True)
+    pairs = zip(*itertools.chain.from_iterable(Ranks().gather(own)), strict=True)
     tokens, labels = (torch.cat(part).numpy() for part in pairs)
     entropies = skip_bigram_entropies(tokens, labels, vocab_size)
     return comparison_table(found.losses, found.accuracies, entropies)

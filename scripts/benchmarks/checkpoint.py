@@ -21,8 +21,8 @@ from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter
 from benchmarks.report import report
 from torchtitan_mtp.checkpoint.load import open_checkpoint, read_states
 from torchtitan_mtp.checkpoint.manifest import FULL, Manifest, write_manifest
-from torchtitan_mtp.checkpoint.ranks import Ranks
 from torchtitan_mtp.checkpoint.storage import SummingWriter
+from torchtitan_mtp.distributed.ranks import Ranks
 
 TENSOR = 8 << 20  # values in each; 32 MiB
 

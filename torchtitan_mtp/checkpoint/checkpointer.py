@@ -30,12 +30,12 @@ from torchtitan_mtp.checkpoint.load import (
     stored_model_names,
 )
 from torchtitan_mtp.checkpoint.manifest import FULL, MODEL_ONLY, Manifest
-from torchtitan_mtp.checkpoint.ranks import Ranks
 from torchtitan_mtp.checkpoint.record import record_of_model
 from torchtitan_mtp.checkpoint.remote import RemotePath
 from torchtitan_mtp.checkpoint.resume import Stateful, restore
 from torchtitan_mtp.checkpoint.state import OPTIMIZER, RNG
 from torchtitan_mtp.checkpoint.storage import SummingWriter
+from torchtitan_mtp.distributed.ranks import Ranks
 from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.models.transformer import Transformer
 
@@ -250,12 +250,11 @@ class Checkpointer:
 
     # ---- loading ----
 
-    def load(self, step: int = -1) -> int | None:
+    def load(self) -> int | None:
         """Resume the run, or start it from `initial_load_path`; all ranks call it together.
 
-        Args:
-            step: the step to load; -1 means `config.load_step`, and where that is -1 too, the
-                newest full checkpoint. Model-only ones are never resumed from by themselves.
+        Without `config.load_step` the newest full checkpoint; model-only ones are never resumed
+        from by themselves.
 
         Returns:
             The step resumed at; 0 when only weights were loaded from this run's own folder (a
@@ -271,8 +270,7 @@ class Checkpointer:
             return None
         self.wait()
         self._came_from, self._held = 0, None
-        step = self.config.load_step if step == -1 else step
-        found = self._ranks.on_rank_0(lambda: self._choose(step))
+        found = self._ranks.on_rank_0(lambda: self._choose(self.config.load_step))
         if found is not None:
             path, kind = found
             if self.config.initial_load_path:

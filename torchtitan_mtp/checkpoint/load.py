@@ -23,7 +23,6 @@ from torchtitan_mtp.checkpoint import state as states_of
 from torchtitan_mtp.checkpoint.folders import find_checkpoint
 from torchtitan_mtp.checkpoint.manifest import Manifest, check_sizes, read_manifest
 from torchtitan_mtp.checkpoint.metadata import read_metadata
-from torchtitan_mtp.checkpoint.ranks import Ranks
 from torchtitan_mtp.checkpoint.record import (
     Record,
     check_record,
@@ -32,6 +31,7 @@ from torchtitan_mtp.checkpoint.record import (
     untold,
 )
 from torchtitan_mtp.checkpoint.storage import SafeLoadPlanner, SafeReader
+from torchtitan_mtp.distributed.ranks import Ranks
 from torchtitan_mtp.errors import UserError
 
 logger = logging.getLogger(__name__)

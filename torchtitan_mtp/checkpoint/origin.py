@@ -9,9 +9,9 @@ from typing import NamedTuple
 import torch
 
 from torchtitan_mtp.checkpoint import folders
-from torchtitan_mtp.checkpoint.ranks import Ranks
 from torchtitan_mtp.checkpoint.record import keeps_earlier
 from torchtitan_mtp.config import JobConfig, load_toml
+from torchtitan_mtp.distributed.ranks import Ranks
 from torchtitan_mtp.errors import UserError
 
 

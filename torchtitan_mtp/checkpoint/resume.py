@@ -12,12 +12,11 @@ import torch.nn as nn
 
 from torchtitan_mtp.checkpoint import state as states_of
 from torchtitan_mtp.checkpoint.load import Opened, check_entry, excluded, names_line, read_states
-from torchtitan_mtp.checkpoint.ranks import Ranks
 from torchtitan_mtp.checkpoint.state import OPTIMIZER, RNG, is_moment, parameter_of, plain_name
 from torchtitan_mtp.config import JobConfig
 from torchtitan_mtp.config.setting import options
 from torchtitan_mtp.data.loader import DataLoader, merge_states
-from torchtitan_mtp.distributed.agreement import gather
+from torchtitan_mtp.distributed.ranks import Ranks
 from torchtitan_mtp.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -69,7 +68,7 @@ class LoaderState:
 
     def state_dict(self) -> dict[str, Any]:
         """Every rank's lanes; all ranks call it together."""
-        return merge_states(gather(self.loader.state_dict()))
+        return merge_states(Ranks().gather(self.loader.state_dict()))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from `state_dict`, on any number of ranks that divides the lanes."""
@@ -88,9 +87,9 @@ def restore(
 
     What `exclude` (checkpoint.exclude_from_loading) names starts anew, and so does what belongs to
     it: the moments of its parameters, the schedule of a run that counts from 0. A log line says so.
-    The optimizer's hyperparameters stay as they are; one log line says what differs, also in what
-    the `load_state_dict` of `extra` returns. Generators are per rank: with another number of ranks
-    they start anew, and a log line says so.
+    The optimizer's hyperparameters stay as they are; one log line says what differs, by what the
+    `load_state_dict` of `extra` returns. Generators are per rank: with another number of ranks they
+    start anew, and a log line says so.
 
     Raises:
         UserError: a state is absent, or the optimizers differ.
@@ -106,28 +105,20 @@ def restore(
         )
     states: dict[str, Any] = dict.fromkeys(extra)
     fresh = set() if optimizer is None else _fresh(opened, model, exclude)
-    targets = {} if optimizer is None else _optimizer_targets(opened, model, optimizer, fresh)
+    moments = {} if optimizer is None else _moments(opened, model, optimizer, fresh)
     if without:
-        moments = f"; the optimizer's state of {names_line(sorted(fresh))}" if fresh else ""
-        logger.info("not loaded, as excluded: %s%s", ", ".join(sorted(without)), moments)
+        told = f"; the optimizer's state of {names_line(sorted(fresh))}" if fresh else ""
+        logger.info("not loaded, as excluded: %s%s", ", ".join(sorted(without)), told)
     rng_key = f"{RNG}.rank{ranks.rank}"
     if rng and opened.manifest is not None and opened.manifest.world_size == ranks.world_size:
         states[rng_key] = None
     elif rng:
         logger.info("random number generators start anew: saved by another number of ranks")
-    states |= {key: value for key, value in targets.items() if key in opened.stored}
+    states |= moments
     read_states(opened, states, ranks)
-    changed: dict[str, tuple[Any, Any]] = {}
     if optimizer is not None:
-        for key in (key for key in targets if key in states and not is_moment(key)):
-            changed[f"{OPTIMIZER}.{key.rpartition('.')[2]}"] = (states[key], targets[key])
-        loaded = {key: states[key] for key in targets if is_moment(key)}
-        states_of.set_optimizer_state(model, optimizer, loaded)
-    # The rate of a step is the schedule's; who set it is `initial_lr`.
-    if (initial := changed.pop(f"{OPTIMIZER}.initial_lr", None)) is not None:
-        changed[f"{OPTIMIZER}.lr"] = initial
-    if (betas := changed.pop(f"{OPTIMIZER}.betas", None)) is not None:
-        changed |= {f"{OPTIMIZER}.beta{i + 1}": (betas[0][i], betas[1][i]) for i in (0, 1)}
+        states_of.set_optimizer_state(model, optimizer, {key: states[key] for key in moments})
+    changed: dict[str, tuple[Any, Any]] = {}
     for name, item in extra.items():
         changed |= item.load_state_dict(states[name]) or {}
     differing = [f"{key} {old} -> {new}" for key, (old, new) in changed.items() if old != new]
@@ -146,14 +137,10 @@ def _fresh(opened: Opened, model: nn.Module, exclude: Sequence[str]) -> set[str]
     return {n for n in left if excluded(n, exclude)}
 
 
-def _optimizer_targets(
+def _moments(
     opened: Opened, model: nn.Module, optimizer: torch.optim.Optimizer, fresh: Set[str]
 ) -> dict[str, Any]:
-    """What to read the stored optimizer state into.
-
-    Parameters that are `fresh` or were never stepped have no moments in it. Hyperparameters that
-    only one side knows (another version of torch) keep their present value.
-    """
+    """What to read stored moments into; none of parameters that are `fresh` or never stepped."""
     stored = {key for key in opened.stored if key.startswith(f"{OPTIMIZER}.")}
     current = states_of.empty_optimizer_state(model, optimizer)
     ours, theirs = set(map(parameter_of, current)), set(map(parameter_of, stored))
@@ -174,4 +161,4 @@ def _optimizer_targets(
     for key in expected:
         if isinstance(current[key], torch.Tensor):
             check_entry(opened, key, current[key], exact_dtype=True)
-    return {key: current[key] for key in sorted(current) if not is_moment(key) or key in expected}
+    return {key: current[key] for key in sorted(expected)}

@@ -5,15 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import Any, TypeVar
-
-import torch.distributed as dist
+from typing import Any
 
 from torchtitan_mtp.config import JobConfig
 from torchtitan_mtp.config.setting import options
+from torchtitan_mtp.distributed.ranks import Ranks
 from torchtitan_mtp.errors import UserError
-
-T = TypeVar("T")
 
 
 def agree(values: Mapping[str, Any]) -> None:
@@ -24,9 +21,9 @@ def agree(values: Mapping[str, Any]) -> None:
     """
     shown = {key: json.dumps(value, default=str) for key, value in values.items()}
     digest = hashlib.sha256(json.dumps(shown, sort_keys=True).encode()).hexdigest()
-    if len(set(gather(digest))) == 1:
+    if len(set(Ranks().gather(digest))) == 1:
         return
-    everyone = gather(shown)
+    everyone = Ranks().gather(shown)
     for key in dict.fromkeys(key for rank in everyone for key in rank):
         ranks: dict[str, list[str]] = {}
         for rank, found in enumerate(everyone):
@@ -47,10 +44,3 @@ def shared_settings(config: JobConfig) -> dict[str, Any]:
     own |= {f"job.{key}" for key in ("config_file", "description", "print_config", "debug")}
     keys = options(JobConfig)
     return {k: o.get(config) for k, o in keys.items() if not o.is_table and k not in own}
-
-
-def gather(value: T) -> list[T]:
-    """Every rank's plain data, in rank order, on every rank."""
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values

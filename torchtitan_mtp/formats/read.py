@@ -22,7 +22,7 @@ from torchtitan_mtp.checkpoint.load import (
     stored_model_names,
 )
 from torchtitan_mtp.checkpoint.metadata import bare_name
-from torchtitan_mtp.checkpoint.ranks import Ranks
+from torchtitan_mtp.distributed.ranks import Ranks
 from torchtitan_mtp.errors import UserError
 
 logger = logging.getLogger(__name__)

@@ -11,10 +11,10 @@ import torch
 from torchtitan_mtp.build import describe_run, differing_sizes
 from torchtitan_mtp.checkpoint.folders import back_up
 from torchtitan_mtp.checkpoint.load import LoadReport, check_names, excluded, log_report
-from torchtitan_mtp.checkpoint.ranks import Ranks
 from torchtitan_mtp.checkpoint.record import check_record, record_of, record_of_model
 from torchtitan_mtp.checkpoint.state import model_state
 from torchtitan_mtp.config import JobConfig
+from torchtitan_mtp.distributed.ranks import Ranks
 from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.formats.exporting import export_checkpoint, fits, holds
 from torchtitan_mtp.formats.formats import FORMATS

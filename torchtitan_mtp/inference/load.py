@@ -10,11 +10,11 @@ import torch
 
 from torchtitan_mtp.build import model_of_run
 from torchtitan_mtp.checkpoint import find_checkpoint, find_config, load_model_weights
-from torchtitan_mtp.checkpoint.ranks import Ranks
 from torchtitan_mtp.checkpoint.record import keeps_earlier
 from torchtitan_mtp.config import JobConfig, load_toml
 from torchtitan_mtp.data.tokenizer import NoTokenizer, Tokenizer, build_tokenizer
 from torchtitan_mtp.distributed.mesh import local_device
+from torchtitan_mtp.distributed.ranks import Ranks
 from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.formats.tokenizer_files import check_rows
 from torchtitan_mtp.formats.training import config_of_hf, load_hf_weights

@@ -44,12 +44,8 @@ SCALINGS: dict[str, type[RoPEScaling] | type[YaRN]] = {"llama3": RoPEScaling, "y
 
 @dataclass(frozen=True)
 class LatentArgs:
-    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1).
-
-    Queries and keys of a head have `qk_nope_head_dim` dimensions without positions and
-    `qk_rope_head_dim` rotated ones, the latter shared by all heads' keys. `q_lora_rank = 0`:
-    queries are not compressed.
-    """
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1). What each size is:
+    docs/config.md, `[model.args.latent]`."""
 
     q_lora_rank: int = 0
     kv_lora_rank: int = 512
@@ -65,17 +61,10 @@ class LatentArgs:
 
 @dataclass(frozen=True)
 class MoEArgs:
-    """DeepSeek's mixture of experts (DeepSeek-V3, arXiv 2412.19437, section 2.1.2).
-
-    The first `n_dense_layers` blocks keep a dense feed-forward. The others have `num_experts`
-    routed experts of width `hidden_dim`, `top_k` of them for each token, out of the
-    `num_limited_groups` best of `num_expert_groups` groups; and shared experts, all of them for
-    every token, which are one feed-forward of width `num_shared_experts * hidden_dim`.
-
-    route_norm: the weights of the chosen experts sum to one, before `route_scale`.
-    load_balance_coeff: gamma, what an expert's bias moves by after a step. aux_loss_coeff: alpha
-    of the sequence-wise balance loss (equations 17 to 20).
-    """
+    """DeepSeek's mixture of experts (DeepSeek-V3, arXiv 2412.19437, section 2.1.2). What each size
+    is: docs/config.md, `[model.args.moe]`. The shared experts are one feed-forward of width
+    `num_shared_experts * hidden_dim`; `load_balance_coeff` is the paper's gamma, `aux_loss_coeff`
+    its alpha (equations 17 to 20)."""
 
     num_experts: int = 8
     hidden_dim: int = 256
@@ -93,15 +82,10 @@ class MoEArgs:
 
 @dataclass(frozen=True)
 class ModelArgs:
-    """Shapes and constants of a `Transformer`; field names are TorchTitan's.
-
-    `vocab_size = None` leaves the vocabulary to the tokenizer. `hidden_dim` and `head_size` are
-    None where they follow from `dim`. `qk_norm`: RMSNorm of each query's and key's head, before it
-    is rotated (Qwen3, arXiv 2505.09388). `final_norm_eps`: of the trunk's last norm, where it is
-    not `norm_eps`. `qkv_bias`: biases of the projections to queries, keys and values (Qwen2, arXiv
-    2407.10671). `latent`: its attention in place of heads of keys and values. `moe`: mixtures in
-    place of dense feed-forwards.
-    """
+    """Shapes and constants of a `Transformer`; field names are TorchTitan's. What each is:
+    docs/config.md, `[model.args]`; and beside it, `vocab_size = None` leaves the vocabulary to the
+    tokenizer, `hidden_dim` and `head_size` are None where they follow from `dim`, `final_norm_eps`
+    is of the trunk's last norm where it is not `norm_eps`."""
 
     dim: int = 4096
     n_layers: int = 32

@@ -1,4 +1,4 @@
-"""The ranks that save and load together: one decides, and an error is everyone's."""
+"""All ranks as one: one decides, and an error is everyone's."""
 
 from __future__ import annotations
 
