@@ -11,11 +11,8 @@ from torchtitan_mtp.errors import UserError
 
 
 def chat_tokenizer(path: str) -> Any:
-    """transformers' tokenizer of `model.hf_assets_path`, for its chat template.
-
-    Raises:
-        UserError: there is no template, no such folder, or no transformers.
-    """
+    """transformers' tokenizer of `model.hf_assets_path`. Error: no chat template, no folder, or no
+    transformers."""
     try:
         from transformers import AutoTokenizer
 
@@ -31,13 +28,12 @@ def chat_tokenizer(path: str) -> Any:
 def render(tokenizer: Any, messages: Sequence[dict[str, str]], answer: bool = True) -> str:
     """The text of messages, each {"role": ..., "content": ...}, special tokens spelled out.
 
-    answer: with what an answer begins with after them; else the last message is left open.
-
-    Raises:
-        UserError: the template refuses them.
+    answer: with what an answer begins with after them; else the last message is left open. Error:
+        the template refuses them.
     """
     options = {"add_generation_prompt": answer, "continue_final_message": not answer}
     try:
         return str(tokenizer.apply_chat_template(list(messages), tokenize=False, **options))
     except Exception as error:  # a template raises what it likes
-        raise UserError(f"the chat template refuses the messages: {error}") from error
+        reason = " ".join(str(error).split())
+        raise UserError(f"the chat template refuses the messages: {reason}") from error

@@ -252,11 +252,9 @@ def check(model: Transformer, prompts: Sequence[Sequence[int]], max_new_tokens: 
         raise UserError("the prompt is empty: give at least one token to go on from")
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens = {max_new_tokens}: expected 1 or more")
-    lowest, highest = min(map(min, prompts)), max(map(max, prompts))
     vocab = model.tok_embeddings.num_embeddings
-    if lowest < 0 or highest >= vocab:
-        wrong = lowest if lowest < 0 else highest
+    if wrong := [t for prompt in prompts for t in prompt if not 0 <= t < vocab]:
         raise UserError(
-            f"the prompt has token {wrong}, but the model's vocabulary is 0 to {vocab - 1}; "
+            f"the prompt has token {wrong[0]}, but the model's vocabulary is 0 to {vocab - 1}; "
             "use the tokenizer that it was trained with"
         )

@@ -19,14 +19,6 @@ class Generation:
     stats: Stats
 
 
-def accepted_drafts(drafts: Sequence[int], target: Sequence[int]) -> int:
-    """How many of the drafts, from the first on, are what head 1 chose in their place."""
-    for a, (draft, token) in enumerate(zip(drafts, target, strict=False)):
-        if draft != token:
-            return a
-    return len(drafts)
-
-
 class Rows:
     """The new tokens of every row, at most `max_new_tokens` each, up to and with the first that is
     `eos_id`, or one of them, or completes a stop string of the row's text, where there is one."""
@@ -67,23 +59,23 @@ class Rows:
         grown = [0] * len(self.tokens)
         for row, ((_, *drafts), choices) in enumerate(zip(fed, target, strict=True)):
             if self.room[row]:
-                accepted = accepted_drafts(drafts, choices)
+                pairs = enumerate(zip(drafts, choices, strict=False))
+                accepted = next((a for a, (draft, t) in pairs if draft != t), len(drafts))
                 self.stats.count_step(len(drafts), accepted)
-                self._drafts.append((row, len(self.tokens[row]), drafts))
-                grown[row] = self._take(row, choices[: accepted + 1])
+                place = len(self.tokens[row])
+                self._drafts.append((row, place, drafts))
+                self._take(row, choices[: accepted + 1])
+                grown[row] = len(self.tokens[row]) - place
         return grown
 
-    def _take(self, row: int, tokens: list[int]) -> int:
-        """Give a row those of the tokens that it has room for, up to what ends it: how many."""
-        count = 0
+    def _take(self, row: int, tokens: list[int]) -> None:
+        """Give a row those of the tokens that it has room for, up to what ends it."""
         for token in tokens[: self.room[row]]:
             self.tokens[row].append(token)
-            count += 1
             self.room[row] -= 1
             if token in self.ends or (self.texts and self.texts[row].add(token)):
                 self.room[row] = 0
                 break
-        return count
 
     def finish(self, prompt_seconds: float, seconds: float) -> Generation:
         """The texts and the counts, with the seconds to the first tokens and in all."""

@@ -6,15 +6,26 @@ import math
 
 import pytest
 
-from torchtitan_mtp.inference.rows import Rows, accepted_drafts
+from torchtitan_mtp.inference.rows import Rows
 from torchtitan_mtp.inference.stats import Stats, expected_tokens_per_step
 
 
-def test_the_longest_right_prefix_is_accepted() -> None:
-    assert accepted_drafts([], [7]) == 0
-    assert accepted_drafts([7, 8, 9], [7, 8, 9, 1]) == 3
-    assert accepted_drafts([7, 8, 9], [7, 1, 9, 1]) == 1
-    assert accepted_drafts([7, 8, 9], [1, 8, 9, 1]) == 0
+@pytest.mark.parametrize(
+    ("drafts", "target", "accepted"),
+    [
+        ([], [7], 0),
+        ([7, 8, 9], [7, 8, 9, 1], 3),
+        ([7, 8, 9], [7, 1, 9, 1], 1),
+        ([7, 8, 9], [1, 8, 9, 1], 0),
+    ],
+)
+def test_the_longest_right_prefix_is_accepted(
+    drafts: list[int], target: list[int], accepted: int
+) -> None:
+    rows = Rows(1, 9, None, 3)
+    rows.start([[5]])
+    assert rows.accept([[5, *drafts]], [target]) == [accepted + 1]
+    assert rows.tokens == [[5, *target[: accepted + 1]]]
 
 
 def test_conditional_counts_only_what_was_reached() -> None:
