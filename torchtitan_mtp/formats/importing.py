@@ -111,14 +111,14 @@ def find_folder(source: str | os.PathLike[str]) -> Path:
         from huggingface_hub.constants import HF_HUB_CACHE
 
         folder = Path(HF_HUB_CACHE, "models--" + name.replace("/", "--"))
-        hint = f" {name}; for a model of the hub: hf download {name}"
+        hint = f", nor a model in {HF_HUB_CACHE}; for one of the hub: hf download {name}"
     main, there = folder / "refs" / "main", [*folder.glob("snapshots/*")]
     there = [folder / "snapshots" / main.read_text().strip()] if main.is_file() else there
     if len(there) > 1:
         raise UserError(f"{folder}: no refs/main in it; name one of its {len(there)} snapshots")
     folder = there[0] if there else folder
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder{hint}")
+        raise UserError(f"{name if hint else folder}: no such folder{hint}")
     return folder
 
 
