@@ -147,6 +147,10 @@ def head_logits(p: Parameters, tokens: Tensor, documents: Tensor, args, mtp) -> 
             z = x.detach() if mtp.detach_trunk else x
             scale = p["norm.weight"].detach() if mtp.detach_trunk else p["norm.weight"]
             h = rms_norm(block(p, f"mtp.heads.{k - 2}.", z, docs, args), scale)
+        elif mtp.heads == "medusa":
+            z = rms_norm(last, p["norm.weight"])
+            z = z.detach() if mtp.detach_trunk else z
+            h = z + F.silu(z @ p[f"mtp.heads.{k - 2}.linear.weight"].T)
         else:
             m = f"mtp.heads.{0 if mtp.share_weights else k - 2}."
             emb = p["tok_embeddings.weight"][tokens[k - 1 : k - 1 + seq]]

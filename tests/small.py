@@ -86,6 +86,9 @@ def perturb_norms(model: Transformer) -> None:
             assign(param, value.to(param.dtype))
         elif name.endswith("router.gate.weight"):
             param.mul_(50)
+        elif name.startswith("mtp.") and name.endswith(".linear.weight"):  # zeros to begin with
+            generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+            assign(param, 0.3 * torch.randn(param.shape, generator=generator).to(param.dtype))
     for name, moe in model.named_mixtures():
         generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
         moe.expert_bias.copy_(0.1 * torch.randn(moe.expert_bias.shape, generator=generator))

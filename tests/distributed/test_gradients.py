@@ -144,6 +144,8 @@ MESHES = {  # (shard, replicate) -> cases of (mtp, activation checkpointing, sha
         (sequential(share_weights=True), "full", DEEPSEEK),
         (parallel(), "selective", DEEPSEEK),
         (sequential(train="heads"), "none", DEEPSEEK),
+        (parallel(heads="medusa"), "none", QWEN2),
+        (parallel(heads="medusa", engine="joint", detach_trunk=True), "full", ARGS),
     ],
     (4, 1): [
         (parallel(), "none", ARGS),

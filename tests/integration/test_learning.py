@@ -19,8 +19,9 @@ TEXT = "the quick brown fox jumps over the lazy dog while five wizards box "
         SEQUENTIAL,
         {**SEQUENTIAL, "mtp.share_weights": True},
         DEEPSEEK,
+        {"mtp.heads": "medusa"},
     ],
-    ids=["joint", "head_by_head", "chain", "shared chain", "experts"],
+    ids=["joint", "head_by_head", "chain", "shared chain", "experts", "medusa"],
 )
 def test_every_head_learns_a_text_by_heart(keys, tmp_path):
     path = tmp_path / "text.jsonl"

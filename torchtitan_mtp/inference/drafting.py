@@ -27,6 +27,7 @@ from torchtitan_mtp.inference.sampling import Noise, Sampler
 from torchtitan_mtp.inference.stacking import first_heads, stack
 from torchtitan_mtp.models.heads import Heads
 from torchtitan_mtp.models.transformer import Transformer
+from torchtitan_mtp.mtp.medusa import MedusaHeads
 from torchtitan_mtp.mtp.parallel import ParallelHeads
 from torchtitan_mtp.mtp.sequential import SequentialHeads
 
@@ -110,19 +111,19 @@ class ParallelDrafter:
         """
         window = self.positions.span(later(plan.last, 1 - plan.window), plan.window)
         h = self.hidden(window, plan)  # [B, drafts, D]
-        drafts, q = sampler.draft(self.model.output(self.model.norm(h)), plan.noise)
+        drafts, q = sampler.draft(self.model.output(h), plan.noise)
         tokens[self.positions.index(later(plan.last, 2), plan.drafts)] = drafts
         return q
 
     def hidden(self, window: Span, plan: Plan) -> Tensor:
-        """Run as many heads over a window; their states at p: [B, drafts, D]."""
+        """Run as many heads over a window; h_2, h_3, ... at p: [B, drafts, D]."""
         count = plan.drafts
         block, positions = self.heads[count]
         z = self.z[window.where].repeat(count, 1, 1)  # [H * B, size, D], H = count
         rows = positions.span(repeat(window.starts, count), window.size)
         h = block(z, rows.context, self.cache.at(rows))
         h = take(h, repeat(window.columns(plan.last), count))  # [H * B, 1, D]
-        return h.view(count, -1, h.shape[-1]).transpose(0, 1)
+        return self.model.norm(h.view(count, -1, h.shape[-1]).transpose(0, 1))
 
 
 class InTurnDrafter(ParallelDrafter):
@@ -137,7 +138,23 @@ class InTurnDrafter(ParallelDrafter):
         z, columns = self.z[window.where], window.columns(plan.last)
         heads = zip(self.blocks[: plan.drafts], self.caches, strict=False)
         states = [block(z, window.context, cache.at(window)) for block, cache in heads]
-        return torch.cat([take(h, columns) for h in states], dim=1)
+        return self.model.norm(torch.cat([take(h, columns) for h in states], dim=1))
+
+
+class MedusaDrafter(ParallelDrafter):
+    """Light heads (Medusa): all drafts at once from head 1's state at p, without caches."""
+
+    def _take(self, blocks: Sequence[Any]) -> None:
+        self.blocks = blocks
+
+    def store(self, states: TrunkStates, span: Span) -> None:
+        """As `ParallelDrafter.store`."""
+        self.z[span.where] = states.h
+
+    def hidden(self, window: Span, plan: Plan) -> Tensor:
+        """As `ParallelDrafter.hidden`."""
+        h = take(self.z[window.where], window.columns(plan.last))  # [B, 1, D]
+        return torch.cat([block(h) for block in self.blocks[: plan.drafts]], dim=1)
 
 
 class SequentialDrafter:
@@ -194,6 +211,7 @@ Drafter = ParallelDrafter | SequentialDrafter
 DRAFTERS: dict[type[Heads], Callable[[Transformer, Positions, int], Drafter]] = {
     ParallelHeads: parallel_drafter,
     SequentialHeads: SequentialDrafter,
+    MedusaHeads: MedusaDrafter,
 }
 
 

@@ -39,12 +39,12 @@ def init_weights(model: Transformer, seed: int) -> None:
     model.init_buffers()
     for name, param in model.named_parameters():
         value = torch.empty(param.shape, dtype=torch.float32, device=param.device)
-        if name.endswith(".bias"):
-            nn.init.zeros_(value)
-        elif param.ndim == 1:
+        std = 0.0 if name.endswith(".bias") else model.init_std(name)
+        if param.ndim == 1 and std:
             nn.init.ones_(value)
+        elif not std:
+            nn.init.zeros_(value)
         else:
-            std = model.init_std(name)
             generator = torch.Generator(param.device).manual_seed(_seed_of(seed, name))
             cut = 100.0 if name == "tok_embeddings.weight" else 3.0
             nn.init.trunc_normal_(value, 0.0, std, -cut * std, cut * std, generator=generator)

@@ -14,6 +14,7 @@ from torchtitan_mtp.data.targets import Batch
 from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.models.heads import Heads, TrunkEnd
 from torchtitan_mtp.models.transformer import Transformer
+from torchtitan_mtp.mtp.medusa import MedusaHeads
 from torchtitan_mtp.mtp.parallel import ParallelHeads, independent_schedule
 from torchtitan_mtp.mtp.sequential import SequentialHeads, sequential_schedule
 from torchtitan_mtp.ops import HeadByHeadLoss, LossOutput
@@ -39,6 +40,7 @@ class Family(NamedTuple):
 FAMILIES = {  # by `mtp.heads` and `ModelSpec.heads`
     "parallel": Family(ParallelHeads, independent_schedule, independent=True),
     "sequential": Family(SequentialHeads, sequential_schedule, independent=False),
+    "medusa": Family(MedusaHeads, independent_schedule, independent=True),
 }
 
 

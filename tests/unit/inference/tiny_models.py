@@ -15,6 +15,7 @@ from torchtitan_mtp.models.transformer import Transformer, build_model
 from torchtitan_mtp.mtp import add_heads
 
 FAMILIES = [("parallel", False), ("sequential", False), ("sequential", True)]  # share_weights
+FAMILIES += [("medusa", False)]
 RAW = ("raw", False)  # a chain on the state before the final norm
 
 
@@ -31,7 +32,7 @@ def random_model(
     shape = ModelArgs(dim=32, n_layers=3, n_heads=4, n_kv_heads=2, multiple_of=16)
     model = build_model(replace(shape, vocab_size=vocab, **args), dtype)
     mtp = MTP(num_future_tokens=n, share_weights=share_weights)
-    mtp.heads = "parallel" if heads == "parallel" else "sequential"
+    mtp.heads = heads if heads in ("parallel", "medusa") else "sequential"
     mtp.trunk_state = "raw" if heads == "raw" else "normalized"
     add_heads(model, mtp)
     model.to_empty(device="cpu")

@@ -18,6 +18,7 @@ from torchtitan_mtp.config import MTP
 from torchtitan_mtp.data.targets import IGNORE, Batch, make_batch
 from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.mtp import engines, forward_loss, head_scales, head_weights
+from torchtitan_mtp.mtp.families import FAMILIES
 from torchtitan_mtp.ops import LossOptions
 
 CASES = [
@@ -32,6 +33,8 @@ CASES = [
     MTP(heads="sequential", num_future_tokens=3, detach_trunk=True),
     MTP(heads="sequential", num_future_tokens=3, trunk_state="raw"),
     MTP(heads="sequential", num_future_tokens=3, trunk_state="raw", detach_trunk=True),
+    MTP(heads="medusa", num_future_tokens=4, loss_weights=[0.5, 2.0, 1.0]),
+    MTP(heads="medusa", num_future_tokens=3, detach_trunk=True),
     MTP(num_future_tokens=3, train="trunk"),
     MTP(heads="sequential", num_future_tokens=3, train="trunk"),
 ]
@@ -68,6 +71,7 @@ RUNS = {
     "joint": ("joint", LossOptions(chunk_rows=5)),  # not of a chain
 }
 WAYS = [("parallel", "head_by_head"), ("parallel", "joint"), ("sequential", "head_by_head")]
+WAYS += [("medusa", "head_by_head"), ("medusa", "joint")]
 ways = pytest.mark.parametrize(("heads", "engine"), WAYS)
 
 
@@ -167,7 +171,7 @@ def test_a_chain_in_one_graph_is_refused():
         engines["joint"](small_model(mtp), batch, scales_of(mtp, batch), LossOptions(), True)
 
 
-@pytest.mark.parametrize("heads", ["parallel", "sequential"])
+@pytest.mark.parametrize("heads", FAMILIES)
 def test_no_loss_term_sees_a_token_that_it_may_not_see(heads):
     """Changing t[j] leaves head k's hidden states at i < j - k + 1 as they were: parallel heads see
     t[..i], sequential ones t[..i+k-1]; and other documents see nothing."""
@@ -182,14 +186,14 @@ def test_no_loss_term_sees_a_token_that_it_may_not_see(heads):
     window = small_window(1, seq + n)._replace(tokens=other, doc_ids=doc_ids)
     after = model(make_batch(window, n))
     for k in range(1, n + 1):
-        first = change if heads == "parallel" else change - k + 1
+        first = change if heads != "sequential" else change - k + 1
         changed = (before[k - 1] - after[k - 1]).abs().amax(-1)[0] > 0
         expected = [first <= i < change + 3 for i in range(seq)]
         # A module at the end of document 0 embeds the next document's tokens; nobody learns there.
         assert changed.tolist() == expected, k
 
 
-@pytest.mark.parametrize("heads", ["parallel", "sequential"])
+@pytest.mark.parametrize("heads", FAMILIES)
 def test_packed_documents_are_the_same_documents_apart(heads):
     """Loss sums and gradients of two documents in one window = each in a window of its own."""
     n, lengths = 3, (8, 9)

@@ -12,9 +12,10 @@ TrunkState = Literal["normalized", "raw"]
 class MTP:
     """The heads that predict further tokens; in effect when model.converters contains "mtp"."""
 
-    heads: Literal["parallel", "sequential"] = "parallel"
+    heads: Literal["parallel", "sequential", "medusa"] = "parallel"
     """"parallel": one block a head on the shared trunk (Gloeckle et al. 2024, arXiv 2404.19737);
-    "sequential": a causal chain of modules after the model (DeepSeek-V3, arXiv 2412.19437)."""
+    "sequential": a causal chain of modules after the model (DeepSeek-V3, arXiv 2412.19437);
+    "medusa": one residual linear layer a head on the model's state (arXiv 2401.10774)."""
 
     num_future_tokens: int = setting(4, at_least=1, at_most=1000)
     """Future tokens that each position predicts (n); head 1 is the next-token head, so 1 is plain

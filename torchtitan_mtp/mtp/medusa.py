@@ -1,0 +1,53 @@
+"""Light heads (Medusa; Cai et al. 2024, arXiv 2401.10774, section 2.1.1): head 1 is the ordinary
+model, and each further head one residual block on its state, under the shared `output`:
+
+    h_1 = norm(x);      h_k = h_1 + silu(W_k h_1),  k = 2..n
+
+W_k starts as zeros, so that every head starts as head 1. (The paper gives each head an `output` of
+its own, a copy of the model's to begin with.)
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from torchtitan_mtp.config import MTP
+from torchtitan_mtp.models.attention import AttentionContext
+from torchtitan_mtp.models.heads import TrunkEnd
+from torchtitan_mtp.models.layers import Norm, rms_norm
+from torchtitan_mtp.mtp.parallel import IndependentHeads
+
+
+class MedusaHead(nn.Module):
+    """A residual block of one linear layer."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(dim, dim, bias=False)
+
+    def forward(self, h: Tensor, trunk_norm: Norm | None = None) -> Tensor:
+        """h_k [B, S, D] from h_1; with the trunk's final norm, from the state before it."""
+        if trunk_norm is not None:
+            h = rms_norm(h, trunk_norm)
+        return h + F.silu(self.linear(h))
+
+    def init_std(self, name: str) -> float:
+        """Standard deviation of the weight at initialisation."""
+        return 0.0
+
+
+class MedusaHeads(IndependentHeads):
+    """Heads 2..n on the state of the whole model."""
+
+    def __init__(self, end: TrunkEnd, mtp: MTP) -> None:
+        super().__init__(end, mtp.num_future_tokens, mtp.detach_trunk)
+        heads = (MedusaHead(end.args.dim) for _ in range(mtp.num_future_tokens - 1))
+        self.heads = nn.ModuleList(heads)
+
+    def hidden(self, k: int, state: Tensor, context: AttentionContext) -> Tensor:
+        """As `IndependentHeads.hidden`. The norm of the trunk is part of a head's call: what is
+        kept for its backward is the trunk's state."""
+        if k == 1:
+            return self.end.norm(state)
+        return self.heads[k - 2](*self.of_trunk(state))
