@@ -10,7 +10,7 @@ is not the model's, and where the model is unsure its heads agree less often.
 On the model's own continuation of prompts: greedy decoding writes the continuation, and one forward
 over it gives every head's draft at every position. Sequential heads get the continuation itself as
 input there; so they do in decoding whenever the drafts before were right, and after a wrong one
-nothing depends on them. So the drafts to keep are known at every position, and `count_steps` walks
+nothing depends on them. So the drafts to keep are known at every position, and `count_steps` goes
 over them as decoding does, from where one step ended to where the next one begins. That is exact
 (ties apart) where a mean over all positions is not: steps begin where a draft was wrong more often
 than elsewhere, and what follows there is harder, or easier, to draft.
@@ -104,12 +104,12 @@ def own_choices(choices: Tensor, labels: Tensor) -> Tensor:
     choices: [B, S, n], every head's most likely token. labels: [B, S, n] (`Batch`): no draft counts
     where there is no target, beyond its document or in padding; nor beyond the window.
     """
-    return _ahead(choices[..., 0], choices.shape[-1]).masked_fill_(
+    return _next_choices(choices[..., 0], choices.shape[-1]).masked_fill_(
         labels[..., 1:] == IGNORE, UNKNOWN
     )
 
 
-def _ahead(chosen: Tensor, n: int) -> Tensor:
+def _next_choices(chosen: Tensor, n: int) -> Tensor:
     """[B, S] -> [B, S, n-1]: chosen[i+k-1] at [i, k-2], UNKNOWN beyond the end."""
     return F.pad(chosen, (0, n - 1), value=UNKNOWN).unfold(1, n, 1)[..., 1:].clone()
 
@@ -171,7 +171,7 @@ def _drafts(
         end = len(prompt) + len(tokens)
         text[b, :end] = torch.tensor([*prompt, *tokens])
         chosen[b, len(prompt) - 1 : end - 1] = torch.tensor(tokens)
-    own = _ahead(chosen, n)
+    own = _next_choices(chosen, n)
     own[chosen == UNKNOWN] = UNKNOWN  # no step begins there
     batch = make_batch(Window(text, torch.zeros_like(text)), n)
     hiddens = model(Batch(*(t.to(model.norm.weight.device) for t in batch)))

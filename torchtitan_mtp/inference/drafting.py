@@ -126,7 +126,7 @@ class ParallelDrafter:
         return self.model.norm(h.view(count, -1, h.shape[-1]).transpose(0, 1))
 
 
-class InTurnDrafter(ParallelDrafter):
+class UnstackedDrafter(ParallelDrafter):
     """The same for blocks that can't be stacked (experts, latent attention): head by head."""
 
     def _take(self, blocks: Sequence[Any]) -> None:
@@ -204,7 +204,7 @@ class SequentialDrafter:
 def parallel_drafter(model: Transformer, positions: Positions, num_draft: int) -> ParallelDrafter:
     """What suits the kind of its blocks."""
     stackable = model.args.latent is None and model.args.moe is None
-    return (ParallelDrafter if stackable else InTurnDrafter)(model, positions, num_draft)
+    return (ParallelDrafter if stackable else UnstackedDrafter)(model, positions, num_draft)
 
 
 Drafter = ParallelDrafter | SequentialDrafter

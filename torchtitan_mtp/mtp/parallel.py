@@ -31,8 +31,8 @@ from torchtitan_mtp.mtp.schedule import (
     head_order,
     leaf_of,
     loss_backward,
+    next_backward_completes,
     next_backward_is_last,
-    reduce_with_next_backward,
 )
 from torchtitan_mtp.ops import HeadByHeadLoss, LossOutput
 
@@ -91,19 +91,19 @@ def independent_schedule(
     # The heads' blocks stay as their own last backward left them: nothing has gathered them yet.
     own = [heads.block(k) for k in order]
     begin_backwards(model, [layer for layer in model.layers.values() if layer not in own])
-    outputs: dict[int, LossOutput] = {}
+    losses: dict[int, LossOutput] = {}
     for k in order:
         last = k == order[-1]
         # What no later head uses is reduced as soon as this head's backward is through.
-        reduce_with_next_backward((heads.block(k), model.output if last else None), reduce)
+        next_backward_completes(reduce, heads.block(k), model.output if last else None)
         if last and not z.requires_grad:
             next_backward_is_last(model, reduce)
         leaf = leaf_of(z, z.requires_grad)
         hidden = heads.hidden(k, leaf, context)
-        outputs[k] = loss_backward(model, batch, head_loss, k, hidden, last)
+        losses[k] = loss_backward(model, batch, head_loss, k, hidden, last)
         if leaf.grad is not None:
             dz += leaf.grad
     if z.requires_grad:
         next_backward_is_last(model, reduce)
         z.backward(dz.to(z.dtype))
-    return outputs
+    return losses

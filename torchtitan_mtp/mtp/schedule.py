@@ -52,6 +52,11 @@ def without_graph(out: LossOutput) -> LossOutput:
     return out._replace(loss=out.loss.detach())
 
 
+def fsdp_units(*modules: object) -> list[FSDPModule]:
+    """Those of the modules that FSDP2 shards as units; none without FSDP2."""
+    return [module for module in modules if isinstance(module, FSDPModule)]
+
+
 def begin_backwards(model: Transformer, blocks: Iterable[nn.Module]) -> None:
     """From now on no gradient of `blocks` and of what the heads share (`output`, the embedding, the
     root's own parameters) is reduced, and what they share stays unsharded.
@@ -59,49 +64,35 @@ def begin_backwards(model: Transformer, blocks: Iterable[nn.Module]) -> None:
     blocks: those whose parameters a forward has gathered before: FSDP2 can't be told to keep the
     gradients of any other.
     """
-    if not isinstance(model, FSDPModule):
-        return
-    model.set_is_last_backward(False)
-    for part in (model, model.tok_embeddings, model.output, *blocks):
-        if isinstance(part, FSDPModule):
-            part.set_requires_gradient_sync(False, recurse=False)
-    for unit in _shared(model):
+    for unit in fsdp_units(model):
+        unit.set_is_last_backward(False)
+    for unit in fsdp_units(model, model.tok_embeddings, model.output, *blocks):
+        unit.set_requires_gradient_sync(False, recurse=False)
+    for unit in fsdp_units(model.output, model):
         unit.set_reshard_after_backward(False, recurse=False)
 
 
-def reshard_after_backward(units: Iterable[nn.Module], reshard: bool) -> None:
-    """Whether the units give up their gathered parameters at the end of a backward.
-
-    A unit that FSDP2 has prefetched for the next backward would be freed before it.
-    """
-    for unit in units:
-        if isinstance(unit, FSDPModule):
-            unit.set_reshard_after_backward(reshard)
-
-
-def reduce_with_next_backward(units: Iterable[nn.Module | None], reduce: bool) -> None:
-    """The units' gradients are complete with the next backward. `reduce`: whether this micro-batch
-    reduces any.
+def next_backward_completes(reduce: bool, *units: nn.Module | None) -> None:
+    """The gradients of `units` are complete with the next backward. `reduce`: whether this
+    micro-batch reduces any.
 
     `output` stays unsharded all the same: FSDP2 prefetches in the reverse of the forwards' order,
     and before the last head's block comes another head's `output`, which would be gathered once
     more.
     """
-    for unit in units:
-        if isinstance(unit, FSDPModule):
-            unit.set_requires_gradient_sync(reduce)
+    for unit in fsdp_units(*units):
+        unit.set_requires_gradient_sync(reduce)
 
 
 def next_backward_is_last(model: Transformer, reduce: bool) -> None:
-    """The next backward is the step's last.
+    """The next backward is the micro-batch's last.
 
     FSDP2 reduces a unit's gradients in one piece, of one type. Those that earlier backwards left it
     has in float32: the root's others join them once the last one, of tied embeddings, is complete.
     """
-    if not isinstance(model, FSDPModule):
-        return
-    model.set_requires_gradient_sync(reduce)
-    model.set_is_last_backward(reduce)
+    for unit in fsdp_units(model):
+        unit.set_requires_gradient_sync(reduce)
+        unit.set_is_last_backward(reduce)
 
     def join(tied: Tensor) -> None:
         hook.remove()
@@ -109,16 +100,13 @@ def next_backward_is_last(model: Transformer, reduce: bool) -> None:
             if gradient is not None:
                 gradient.data = gradient.to(accumulation_dtype(gradient.dtype))
 
-    if reduce and model.args.tied_embeddings and model.output.weight.requires_grad:
+    tied = model.args.tied_embeddings and model.output.weight.requires_grad
+    if reduce and tied and fsdp_units(model):
         hook = model.output.weight.register_post_accumulate_grad_hook(join)
 
 
 def end_backwards(model: Transformer) -> None:
     """The end of `begin_backwards`."""
-    for unit in _shared(model):
+    for unit in fsdp_units(model.output, model):
         unit.set_reshard_after_backward(True, recurse=False)
         unit.reshard()
-
-
-def _shared(model: Transformer) -> list[FSDPModule]:
-    return [unit for unit in (model.output, model) if isinstance(unit, FSDPModule)]

@@ -34,12 +34,12 @@ from torchtitan_mtp.models.layers import Norm, rms_norm
 from torchtitan_mtp.models.transformer import Transformer
 from torchtitan_mtp.mtp.schedule import (
     begin_backwards,
+    fsdp_units,
     head_order,
     leaf_of,
     loss_backward,
+    next_backward_completes,
     next_backward_is_last,
-    reduce_with_next_backward,
-    reshard_after_backward,
 )
 from torchtitan_mtp.ops import HeadByHeadLoss, LossOutput
 
@@ -140,30 +140,33 @@ def sequential_schedule(
     trained = state.requires_grad
     into_trunk = trained and not heads.detach_trunk
     d_embedded: Tensor | None = None
-    # ends[k] is what head k + 1 reads (h_k; of head 1 the state before its norm), with its graph
+    # outputs[k] is what head k + 1 reads (h_k; of head 1 the state before its norm), with its graph
     # back to states[k-1] and tokens[k]; states[k] is the same cut from it.
-    ends, states = {1: state}, {1: leaf_of(state, trained)}
+    outputs, states = {1: state}, {1: leaf_of(state, trained)}
     tokens = {k: leaf_of(heads.lookahead(embedded, k), into_trunk) for k in range(2, n + 1)}
     for k in range(2, n + 1):
-        ends[k] = heads.hidden(k, states[k - 1], tokens[k], context)
-        states[k] = leaf_of(ends[k], True)
+        outputs[k] = heads.hidden(k, states[k - 1], tokens[k], context)
+        states[k] = leaf_of(outputs[k], True)
     begin_backwards(model, (*model.layers.values(), *heads.heads))
-    reshard_after_backward(heads.heads, False)
+    for unit in fsdp_units(*heads.heads):
+        # What FSDP2 prefetches for the next backward would be freed before it.
+        unit.set_reshard_after_backward(False)
     order = head_order(n, trained)
-    outputs: dict[int, LossOutput] = {}
+    losses: dict[int, LossOutput] = {}
     for k in order:
-        last, state, end = k == order[-1], states.pop(k), ends.pop(k)
+        last, state, output = k == order[-1], states.pop(k), outputs.pop(k)
         if last:
-            reduce_with_next_backward((model.output,), reduce)
+            next_backward_completes(reduce, model.output)
         hidden = state if k > 1 else model.norm(state)
-        outputs[k] = loss_backward(model, batch, head_loss, k, hidden, last)
+        losses[k] = loss_backward(model, batch, head_loss, k, hidden, last)
         if k > 1:
             if k == 2 or heads.module(k) is not heads.module(k - 1):
-                reshard_after_backward((heads.module(k),), True)
-                reduce_with_next_backward((heads.module(k),), reduce)
+                for unit in fsdp_units(heads.module(k)):
+                    unit.set_reshard_after_backward(True)
+                next_backward_completes(reduce, heads.module(k))
             if last:
                 next_backward_is_last(model, reduce)
-            end.backward(state.grad)
+            output.backward(state.grad)
             if into_trunk:
                 if d_embedded is None:  # not before head n's loss, beside which it would stand
                     dtype = torch.promote_types(embedded.dtype, torch.float32)
@@ -173,9 +176,9 @@ def sequential_schedule(
                 heads.lookahead(d_embedded, k).add_(grad)
         elif trained:
             next_backward_is_last(model, reduce)
-            roots, d_roots = [end], [state.grad]
+            roots, d_roots = [output], [state.grad]
             if d_embedded is not None:
                 roots.append(embedded)
                 d_roots.append(d_embedded.to(embedded.dtype))
             torch.autograd.backward(roots, d_roots)
-    return outputs
+    return losses

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from torchtitan_mtp.ops.chunked import (
+    LossInput,
     LossOutput,
     accumulation_dtype,
     gradient_unit,
@@ -18,22 +19,13 @@ from torchtitan_mtp.ops.chunked import (
 from torchtitan_mtp.ops.token_losses import LossOptions
 
 
-def chunked_linear_cross_entropy(
-    hiddens: tuple[Tensor, ...],
-    weight: Tensor,
-    labels: Tensor,
-    head_scales: Tensor,
-    row_weights: Tensor | None,
-    options: LossOptions,
-) -> LossOutput:
-    """All heads in one pass, with one buffer for the weight's gradient.
-
-    Arguments and results are those of `linear_cross_entropy`.
-    """
-    unit = gradient_unit(head_scales, hiddens[0])
-    needs_grad = [_needs_grad(t) for t in (weight, *hiddens)]
-    how = (options, unit, needs_grad, None, False)
-    return LossOutput(*_Heads.apply(weight, labels, head_scales, row_weights, *how, *hiddens))
+def chunked_linear_cross_entropy(x: LossInput) -> LossOutput:
+    """All heads in one pass, with one buffer for the weight's gradient."""
+    unit = gradient_unit(x.head_scales, x.hiddens[0])
+    needs_grad = [_needs_grad(t) for t in (x.weight, *x.hiddens)]
+    how = (x.options, unit, needs_grad, None, False)
+    tensors = (x.weight, x.labels, x.head_scales, x.row_weights)
+    return LossOutput(*_Heads.apply(*tensors, *how, *x.hiddens))
 
 
 class HeadByHeadLoss:

@@ -1,8 +1,6 @@
 """The backends of `linear_cross_entropy` by name: ours, plain torch, torch's own.
 
-Each takes (hiddens, weight [V, D], labels [N, n], head_scales [n], row_weights [N, n] or None,
-options) and returns a LossOutput. Only "chunked" and "naive" have
-every option.
+Only "chunked" and "naive" have every option.
 """
 
 from __future__ import annotations
@@ -15,28 +13,18 @@ from torch import Tensor
 
 from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.ops.autograd import chunked_linear_cross_entropy
-from torchtitan_mtp.ops.chunked import LossOutput, accumulation_dtype
-from torchtitan_mtp.ops.token_losses import LossOptions
-
-Heads = tuple[Tensor, ...]
+from torchtitan_mtp.ops.chunked import LossInput, LossOutput, accumulation_dtype
 
 
-def naive(
-    hiddens: Heads,
-    weight: Tensor,
-    labels: Tensor,
-    head_scales: Tensor,
-    row_weights: Tensor | None,
-    options: LossOptions,
-) -> LossOutput:
+def naive(x: LossInput) -> LossOutput:
     """Whole logits in float32 and plain autograd: the reference."""
-    sums, correct = [], []
-    for k, hidden in enumerate(hiddens):
-        logits = F.linear(hidden, weight)  # [N, V]
+    sums, correct, options = [], [], x.options
+    for k, hidden in enumerate(x.hiddens):
+        logits = F.linear(hidden, x.weight)  # [N, V]
         logits = logits.to(accumulation_dtype(hidden.dtype))
         if options.softcap is not None:
             logits = options.softcap * torch.tanh(logits / options.softcap)
-        y = labels[:, k]
+        y = x.labels[:, k]
         losses = F.cross_entropy(
             logits,
             y,
@@ -47,11 +35,11 @@ def naive(
         if options.z_loss:
             lse = torch.logsumexp(logits, -1).masked_fill(y == options.ignore_index, 0)
             losses = losses + options.z_loss * lse.square()
-        if row_weights is not None:
-            losses = losses * row_weights[:, k]
+        if x.row_weights is not None:
+            losses = losses * x.row_weights[:, k]
         sums.append(losses.sum())
         correct.append(_count_correct(logits.detach(), y, options.ignore_index))
-    return _result(sums, labels, head_scales, options, torch.stack(correct))
+    return _result(sums, x, torch.stack(correct))
 
 
 def _count_correct(logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
@@ -62,25 +50,18 @@ def _count_correct(logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
     return ((logits.gather(1, y).squeeze(1) > others) & is_valid).sum()
 
 
-def torch_chunked(
-    hiddens: Heads,
-    weight: Tensor,
-    labels: Tensor,
-    head_scales: Tensor,
-    row_weights: Tensor | None,
-    options: LossOptions,
-) -> LossOutput:
+def torch_chunked(x: LossInput) -> LossOutput:
     """`torch.nn.functional.linear_cross_entropy` (torch 2.13 on), chunked."""
     if not hasattr(F, "linear_cross_entropy"):
         raise UserError(
             "linear_cross_entropy: backend 'torch' needs torch >= 2.13, found "
             f"{torch.__version__}; use 'chunked'"
         )
-    names = ("z_loss", "softcap", "label_smoothing")
+    names, options = ("z_loss", "softcap", "label_smoothing"), x.options
     missing = [
         f"{name} (it is {getattr(options, name)})" for name in names if getattr(options, name)
     ]
-    if row_weights is not None:
+    if x.row_weights is not None:
         missing.insert(0, "row_weights")
     if missing:
         raise UserError(f"linear_cross_entropy: backend 'torch' has no {missing[0]}; use 'chunked'")
@@ -88,36 +69,28 @@ def torch_chunked(
     sums = [
         F.linear_cross_entropy(
             hidden,
-            weight,
-            labels[:, k],
+            x.weight,
+            x.labels[:, k],
             reduction="sum",
             ignore_index=options.ignore_index,
             options=chunking,
         )
-        for k, hidden in enumerate(hiddens)
+        for k, hidden in enumerate(x.hiddens)
     ]
-    return _result(sums, labels, head_scales, options)
+    return _result(sums, x)
 
 
-def _result(
-    sums: list[Tensor],
-    labels: Tensor,
-    head_scales: Tensor,
-    options: LossOptions,
-    correct: Tensor | None = None,
-) -> LossOutput:
+def _result(sums: list[Tensor], x: LossInput, correct: Tensor | None = None) -> LossOutput:
     """LossOutput from the heads' loss sums; `correct` is -1 where a backend does not count it."""
     loss_sum = torch.stack(sums).to(accumulation_dtype(sums[0].dtype))  # [n]
-    loss = (loss_sum * head_scales).sum()
-    valid = (labels != options.ignore_index).sum(0)  # [n]
+    loss = (loss_sum * x.head_scales).sum()
+    valid = (x.labels != x.options.ignore_index).sum(0)  # [n]
     if correct is None:
         correct = torch.full_like(valid, -1)
     return LossOutput(loss, loss_sum.detach(), valid, correct)
 
 
-BACKENDS: dict[
-    str, Callable[[Heads, Tensor, Tensor, Tensor, Tensor | None, LossOptions], LossOutput]
-] = {
+BACKENDS: dict[str, Callable[[LossInput], LossOutput]] = {
     "chunked": chunked_linear_cross_entropy,
     "naive": naive,
     "torch": torch_chunked,

@@ -5,7 +5,7 @@ n * 4 GiB in fp32, and autograd would keep them (or their softmax) until the bac
 needed for nothing but three numbers a row and two matrix products.
 
 The idea. Cross-entropy's gradient in its logits, ``softmax(logits) - onehot(label)``, needs no
-more than the logits. So walk over heads and, in each head, over chunks of rows; for each chunk
+more than the logits. So take one head after another and, of each, chunks of rows; for each chunk
 
     logits = h @ W.T                        [C, V]    2 C D V FLOPs
     loss, and G = d loss / d logits         [C, V]    in place, a few passes over the chunk
@@ -52,6 +52,17 @@ _LOW_PRECISION = (torch.bfloat16, torch.float16)
 _TILE_ROWS = 4096  # rows of the weight that are upcast at a time
 _CPU_CHUNK_ROWS = 512
 _GPU_MIN_CHUNK_ROWS = 1024
+
+
+class LossInput(NamedTuple):
+    """What a backend of `linear_cross_entropy` gets, checked and of the shapes said there."""
+
+    hiddens: tuple[Tensor, ...]  # n of [N, D]
+    weight: Tensor  # [V, D]
+    labels: Tensor  # [N, n]
+    head_scales: Tensor  # [n]
+    row_weights: Tensor | None  # [N, n]
+    options: LossOptions
 
 
 class LossOutput(NamedTuple):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.ops.backends import BACKENDS
-from torchtitan_mtp.ops.chunked import LossOutput
+from torchtitan_mtp.ops.chunked import LossInput, LossOutput
 from torchtitan_mtp.ops.token_losses import LossOptions
 
 
@@ -63,8 +63,10 @@ def linear_cross_entropy(
     if row_weights is not None:
         columns = row_weights if row_weights.dim() == 2 else row_weights.unsqueeze(1)
         row_weights = columns.detach().expand(labels.shape)
-    compute = BACKENDS[options.backend]
-    return compute(heads, weight, labels, head_scales.detach(), row_weights, options)
+    head_scales = head_scales.detach()
+    return BACKENDS[options.backend](
+        LossInput(heads, weight, labels, head_scales, row_weights, options)
+    )
 
 
 def _check_options(options: LossOptions) -> None:

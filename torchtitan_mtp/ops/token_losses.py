@@ -58,7 +58,7 @@ def token_losses(
         logits.mul_(options.softcap)
     target = logits.gather(1, y)  # [C, 1]
     mean = logits.mean(1, keepdim=True) if smoothing else None
-    # The label's logit is put aside while the maximum is taken: so `correct` needs no argmax.
+    # The label's logit is masked while the maximum is taken: so `correct` needs no argmax.
     others = logits.scatter_(1, y, -torch.inf).amax(1, keepdim=True)  # [C, 1]
     logits.scatter_(1, y, target)
     maximum = torch.maximum(others, target)
