@@ -33,6 +33,7 @@ CASES = {
     "parallel, joint": ("parallel", "joint"),
     "parallel, head by head": ("parallel", "head_by_head"),
     "chain": ("sequential", "head_by_head"),
+    "medusa": ("medusa", "head_by_head"),
 } | {name: ("parallel", name) for name in PEERS}
 
 

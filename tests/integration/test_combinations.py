@@ -1,8 +1,8 @@
 """Every two values of the keys below train together: two steps of a whole run against the naive
 second implementation, its gradients and its own optimizer.
 
-What many train is crossed in full: family, engine, tied embeddings and precision, all else at its
-default (of a chain in one graph, with the naive loss). To these come cases until every pair of
+What many train is crossed in full: two families, engine, tied embeddings and precision, all else at
+its default (of a chain in one graph, with the naive loss). To these come cases until every pair of
 values that the configuration allows is in one.
 """
 
@@ -29,7 +29,7 @@ from torchtitan_mtp.trainer import Trainer
 STEPS, LR = 2, 1e-2
 RANKS = "ranks"
 FACTORS: dict[str, tuple[Any, ...]] = {
-    "mtp.heads": ("parallel", "sequential"),
+    "mtp.heads": ("parallel", "sequential", "medusa"),
     "mtp.engine": ("head_by_head", "joint"),
     "model.args.tied_embeddings": (False, True),
     "training.mixed_precision_param": ("float32", "bfloat16"),
@@ -45,11 +45,11 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "training.global_batch_size": (2, 4),  # sequences: one or two micro-batches a step
     RANKS: (1, 2),
 }
-IN_FULL = list(FACTORS)[:4]
+IN_FULL = {name: FACTORS[name][:2] for name in list(FACTORS)[:4]}
 # Pairs that the configuration refuses.
 REFUSED = {
-    (("mtp.heads", "parallel"), ("mtp.share_weights", True)),
-    (("mtp.heads", "parallel"), ("mtp.trunk_state", "raw")),
+    *((("mtp.heads", heads), ("mtp.share_weights", True)) for heads in ("parallel", "medusa")),
+    *((("mtp.heads", heads), ("mtp.trunk_state", "raw")) for heads in ("parallel", "medusa")),
     (("mtp.engine", "head_by_head"), ("loss.backend", "naive")),
     (("mtp.train", "trunk"), ("mtp.detach_trunk", True)),
 }
@@ -87,7 +87,7 @@ def covering_cases() -> list[Case]:
     """Greedy: take a pair that is missing, then of every other key the value that brings most of
     the missing pairs along."""
     default = {name: values[0] for name, values in FACTORS.items()}
-    full = itertools.product(*(FACTORS[name] for name in IN_FULL))
+    full = itertools.product(*IN_FULL.values())
     cases = [default | dict(zip(IN_FULL, values, strict=True)) for values in full]
     cases = [c if is_legal(c) else c | {"loss.backend": "naive"} for c in cases]
     crossed = {pair for case in cases for pair in pairs_of(case)} | REFUSED
