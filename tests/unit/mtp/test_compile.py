@@ -34,6 +34,7 @@ CASES = {  # name -> ([mtp] table, activation checkpointing, graphs to train wit
     "parallel, detached": ({**PARALLEL, "engine": "joint", "detach_trunk": True}, "none", 3, 3),
     # Every second block of the trunk is checkpointed, every head.
     "sequential, checkpointed": ({"heads": "sequential"}, "selective", 4, 4),
+    "medusa": ({"heads": "medusa"}, "none", 2, 2),
     "sequential, shared": ({"heads": "sequential", "share_weights": True}, "none", 3, 3),
     # The first block is dense.
     "experts": ({"heads": "sequential"}, "none", 4, 4),
