@@ -68,8 +68,8 @@ def test_without_the_converter_there_is_one_future_token():
 
 
 def test_a_family_that_is_not_there_is_refused():
-    with pytest.raises(UserError, match=r'mtp.heads = "medusa": expected one of parallel, seq'):
-        build.shapes_of(ModelSpec(ARGS, "medusa", 3))
+    with pytest.raises(UserError, match=r'mtp.heads = "eagle": expected one of parallel, seq'):
+        build.shapes_of(ModelSpec(ARGS, "eagle", 3))
 
 
 def test_every_key_of_model_args_is_a_size():

@@ -56,8 +56,8 @@ class Heads(nn.Module):
         self.detach_trunk = detach_trunk
 
     def reached(self, k: int) -> list[nn.Module]:
-        """Those of `heads` under head k's loss, k = 2..n."""
-        raise NotImplementedError
+        """Those of `heads` under head k's loss, k = 2..n: its own, where none reads another's."""
+        return [self.heads[k - 2]]
 
     def forward(self, trunk: TrunkOutput) -> list[Tensor]:
         """The hidden states [B, S, D] of heads 1..n, normalised, in one graph."""

@@ -154,32 +154,21 @@ class Transformer(nn.Module):
             document_mask(batch.doc_ids) if packed else None,
         )
 
-    def encode(
-        self, batch: Batch, n_layers: int | None = None, embedded: Tensor | None = None
-    ) -> tuple[Tensor, AttentionContext]:
-        """Embed a batch and run its first `n_layers` blocks (all by default): [B, S, D].
-
-        embedded: the tokens' embeddings [B, S, D] where the caller has them.
-        """
-        context = self.context(batch)
-        x = self.tok_embeddings(batch.tokens) if embedded is None else embedded
-        for block in list(self.layers.values())[:n_layers]:
-            x = block(x, context)
-        return x, context
-
     def trunk(self, batch: Batch) -> TrunkOutput:
         """What the heads stand on: `forward` for an engine that runs these itself."""
         return self._trunk(batch)
 
     def _trunk(self, batch: Batch) -> TrunkOutput:
-        n_layers = -1 if self.mtp and self.mtp.below_last_layer else None
-        if self.mtp is None or not self.mtp.reads_tokens_ahead:
-            return TrunkOutput(*self.encode(batch, n_layers))
-        # Each token once, although up to n heads read it: the batch is a stretch of one window.
-        tokens = torch.cat((batch.tokens, batch.future_tokens[:, -1]), dim=1)  # [B, S+n-1]
-        embedded = self.tok_embeddings(tokens)
-        x = embedded[:, : batch.tokens.shape[1]].contiguous()
-        return TrunkOutput(*self.encode(batch, n_layers, x), embedded)
+        context, heads, tokens = self.context(batch), self.mtp, batch.tokens
+        ahead = heads is not None and heads.reads_tokens_ahead
+        if ahead:  # each token once, although up to n heads read it: a batch is of one stretch
+            tokens = torch.cat((tokens, batch.future_tokens[:, -1]), dim=1)  # [B, S+n-1]
+        x = embedded = self.tok_embeddings(tokens)
+        if ahead:
+            x = embedded[:, : batch.tokens.shape[1]].contiguous()
+        for block in list(self.layers.values())[: -1 if heads and heads.below_last_layer else None]:
+            x = block(x, context)
+        return TrunkOutput(x, context, embedded if ahead else None)
 
     def forward(self, batch: Batch) -> list[Tensor]:
         """The hidden states of the n heads: n tensors [B, S, D], each normalised."""

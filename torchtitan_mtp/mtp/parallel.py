@@ -48,10 +48,6 @@ class IndependentHeads(Heads):
         """Head k's hidden state [B, S, D] from `TrunkOutput.state`."""
         raise NotImplementedError
 
-    def reached(self, k: int) -> list[nn.Module]:
-        """As `Heads.reached`: its own."""
-        return [self.heads[k - 2]]
-
     def forward(self, trunk: TrunkOutput) -> list[Tensor]:
         """As `Heads.forward`."""
         heads = range(1, self.num_future_tokens + 1)
