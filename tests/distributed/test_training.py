@@ -236,7 +236,7 @@ def test_gradients_are_reduced_in_the_last_micro_batch_only(name, ranks):
 
 @pytest.mark.parametrize("option", OPTIONS)
 def test_options_do_not_change_the_result(option, ranks):
-    assert_close_runs(ranks[0][option], ranks[0]["one_by_one whole"])
+    assert_close_runs(ranks[0][option], ranks[0]["head_by_head whole"])
 
 
 @pytest.mark.parametrize("option", FLOAT8_OPTIONS)
