@@ -97,7 +97,7 @@ class Checkpointer:
         self._pending: Future[None] | None = None
         self._pinned: DefaultStager | None = None
         self._came_from: int | None = None  # where this run began to count, until its first save
-        self._held: tuple[int, str] | None = None  # the step and kind saved last
+        self._last_saved: tuple[int, str] | None = None  # the step and kind saved last
 
     # ---- saving ----
 
@@ -139,7 +139,7 @@ class Checkpointer:
         self.wait()
         export = last and step > 0 and self.config.last_save_model_only and not force
         kind = MODEL_ONLY if export or step == 0 else FULL
-        if self._held in ((step, kind), (step, FULL)):
+        if self._last_saved in ((step, kind), (step, FULL)):
             return True
         if step == 0 and self._ranks.on_rank_0(lambda: folders.whole_kind(self.folder / "step-0")):
             logger.info("%s is there already: not saved again", self.folder / "step-0")
@@ -175,13 +175,13 @@ class Checkpointer:
 
     def _stage(self, states: dict[str, Any]) -> dict[str, Any]:
         """A copy of `states` in CPU memory that training does not touch."""
-        if self.config.async_mode == "async_with_pinned_mem" and torch.cuda.is_available():
-            if self._pinned is None:  # its buffers are kept from save to save
-                self._pinned = DefaultStager(StagingOptions(True, False, False, True))
-            return cast("dict[str, Any]", self._pinned.stage(states))
-        stager = DefaultStager(StagingOptions(False, False, False, False))
+        pin = self.config.async_mode == "async_with_pinned_mem" and torch.cuda.is_available()
+        stager = self._pinned or DefaultStager(StagingOptions(pin, False, False, pin))
         staged = cast("dict[str, Any]", stager.stage(states))
-        stager.close()
+        if pin:
+            self._pinned = stager  # its buffers are kept from save to save
+        else:
+            stager.close()
         return staged
 
     def _write(self, states: dict[str, Any], step: int, kind: str) -> None:
@@ -191,23 +191,21 @@ class Checkpointer:
         tmp = folders.tmp_folder(folder, step)
         writer = SummingWriter(tmp)
         try:
-            with states_of.quiet(alone=not ranks.distributed):
-                dcp.save(
-                    states,
-                    storage_writer=writer,
-                    planner=DefaultSavePlanner(
-                        flatten_state_dict=False, flatten_sharded_tensors=False
-                    ),
-                    process_group=ranks.group,
-                    no_dist=not ranks.distributed,
-                )
+            states_of.quiet()
+            dcp.save(
+                states,
+                storage_writer=writer,
+                planner=DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
+                process_group=ranks.group,
+                no_dist=not ranks.distributed,
+            )
             written = ranks.gather(writer.entries)
             files = {name: entry for part in written for name, entry in part.items()}
             record = record_of_model(self.model, self.optimizer)
             manifest = Manifest(step, kind, ranks.world_size, files, record)
             after = self._came_from
             final = ranks.on_rank_0(lambda: folders.finish_writing(folder, manifest, after))
-            self._came_from, self._held = None, (step, kind)
+            self._came_from, self._last_saved = None, (step, kind)
         except (CheckpointException, UserError, OSError) as error:
             if ranks.rank == 0:
                 folders.discard_writing(folder, step)
@@ -269,7 +267,7 @@ class Checkpointer:
                 logger.warning("checkpoint.initial_load_path is ignored: checkpoint.enable = false")
             return None
         self.wait()
-        self._came_from, self._held = 0, None
+        self._came_from, self._last_saved = 0, None
         found = self._ranks.on_rank_0(lambda: self._choose(self.config.load_step))
         if found is not None:
             path, kind = found

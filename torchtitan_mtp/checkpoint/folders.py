@@ -30,7 +30,7 @@ from torchtitan_mtp.checkpoint.manifest import (
     write_manifest,
 )
 from torchtitan_mtp.checkpoint.metadata import read_metadata
-from torchtitan_mtp.checkpoint.remote import RemotePath, place
+from torchtitan_mtp.checkpoint.remote import RemotePath, as_path
 from torchtitan_mtp.config import load_toml
 from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.writing import sync
@@ -44,7 +44,7 @@ _FREE_SPACE_MARGIN = 1.02  # file headers and metadata beside the tensors
 
 def checkpoint_folder(dump_folder: str | os.PathLike[str], folder: str) -> Path:
     """Where a run's checkpoints lie: below its dump folder, or at a URL of their own."""
-    return place(folder) if "://" in folder else place(dump_folder) / folder
+    return as_path(folder) if "://" in folder else as_path(dump_folder) / folder
 
 
 def step_folder(folder: Path, step: int) -> Path:
@@ -240,7 +240,7 @@ def find_checkpoint(path: str | os.PathLike[str]) -> Path:
     Raises:
         UserError: there is none, or a dump folder holds several folders of checkpoints.
     """
-    given = place(path)
+    given = as_path(path)
     if not given.is_dir():
         raise UserError(f"{given}: no such folder; expected a checkpoint or a run's folder")
     if _finished(given):
@@ -279,7 +279,7 @@ def find_config(path: str | os.PathLike[str]) -> Path:
         UserError: no checkpoint, or no config.toml near it.
     """
     checkpoint = find_checkpoint(path)
-    for folder in (place(path), checkpoint, *checkpoint.resolve().parents[:3]):
+    for folder in (as_path(path), checkpoint, *checkpoint.resolve().parents[:3]):
         if (file := folder / "config.toml").is_file():
             return _local(file)
     raise UserError(

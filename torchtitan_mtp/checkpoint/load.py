@@ -111,16 +111,16 @@ def read_states(opened: Opened, states: dict[str, Any], ranks: Ranks) -> None:
             part new.
     """
     try:
-        with states_of.quiet(alone=not ranks.distributed):
-            dcp.load(
-                states,
-                storage_reader=SafeReader(
-                    opened.path, opened.metadata, opened.manifest if opened.verify else None
-                ),
-                planner=SafeLoadPlanner(),
-                process_group=ranks.group,
-                no_dist=not ranks.distributed,
-            )
+        states_of.quiet()
+        dcp.load(
+            states,
+            storage_reader=SafeReader(
+                opened.path, opened.metadata, opened.manifest if opened.verify else None
+            ),
+            planner=SafeLoadPlanner(),
+            process_group=ranks.group,
+            no_dist=not ranks.distributed,
+        )
     except CheckpointException as error:
         what = one_line(first_failure(error))
         if what.startswith(str(opened.path)):  # it names the file itself
@@ -147,10 +147,10 @@ def excluded(name: str, exclude: Iterable[str]) -> bool:
     return any(entry in ("model", name) or name.startswith(f"{entry}.") for entry in exclude)
 
 
-def names_line(names: Sequence[str], most: int = 3) -> str:
+def names_line(names: Sequence[str]) -> str:
     """The count and the first few names, for one log line."""
-    more = ", ..." if len(names) > most else ""
-    return f"{len(names)} ({', '.join(names[:most])}{more})"
+    more = ", ..." if len(names) > 3 else ""
+    return f"{len(names)} ({', '.join(names[:3])}{more})"
 
 
 def stored_model_names(opened: Opened) -> dict[str, str]:

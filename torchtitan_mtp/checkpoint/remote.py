@@ -96,7 +96,7 @@ class RemotePath:
             self.fs.rm(self.path, recursive=True)
 
 
-def place(path: str | os.PathLike[str]) -> Path:
+def as_path(path: str | os.PathLike[str]) -> Path:
     """A Path; for a URL, the RemotePath that goes for one."""
     text = os.fspath(path)
     return cast(Path, RemotePath(text)) if "://" in text else Path(text)

@@ -10,8 +10,6 @@ import logging
 import math
 import random
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -156,18 +154,9 @@ def cast_floating(state: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[st
     return {k: v if k in kept else cast_weights(v, dtype, k) for k, v in state.items()}
 
 
-@contextmanager
-def quiet(alone: bool) -> Iterator[None]:
-    """Without DCP's warning that one process alone is one process alone.
-
-    Nothing else is touched where there are several: warning filters are no thread's own.
-    """
-    if not alone:
-        yield
-        return
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*single process.*")
-        yield
+def quiet() -> None:
+    """From here on, without DCP's warning that one process alone is one process alone."""
+    warnings.filterwarnings("ignore", message=".*single process.*")
 
 
 def check_plain(name: str, value: Any) -> None:

@@ -172,9 +172,9 @@ def write_dcp(
     writer = SummingWriter(
         folder, single_file_per_rank=False, sync_files=False, per_thread_copy_ahead=0
     )
-    with quiet(alone=True):
-        try:
-            dcp.save(shapes, storage_writer=writer, planner=_Planner(outputs), no_dist=True)
-        except CheckpointException as error:
-            raise first_failure(error) from None
+    quiet()
+    try:
+        dcp.save(shapes, storage_writer=writer, planner=_Planner(outputs), no_dist=True)
+    except CheckpointException as error:
+        raise first_failure(error) from None
     write_manifest(folder, Manifest(0, MODEL_ONLY, 1, writer.entries, record))
