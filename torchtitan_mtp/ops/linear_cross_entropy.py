@@ -22,7 +22,7 @@ def linear_cross_entropy(
     options: LossOptions | None = None,
     *,
     row_weights: Tensor | None = None,
-    **changes: Any,
+    **fields: Any,
 ) -> LossOutput:
     """Cross-entropy of n heads that share one unembedding, without their whole logits.
 
@@ -44,8 +44,8 @@ def linear_cross_entropy(
         weight: [V, D], the unembedding.
         labels: [N, n] int64 in 0..V-1, or `ignore_index`.
         head_scales: [n] float32, factors of the heads' losses in `loss`; None: all 1.
-        options: what a token's loss is and how it is computed, and by name (z_loss=1e-4) what is
-            other than in them; `LossOptions` has them all.
+        options: what a token's loss is and how it is computed; or instead its `fields` by name
+            (z_loss=1e-4), with `LossOptions`' defaults.
         row_weights: [N] or [N, n], factors of the rows' losses, constants to autograd; None: all
             1. Valid and correct labels are counted without them.
 
@@ -53,9 +53,10 @@ def linear_cross_entropy(
         UserError: shapes, dtypes or devices that do not fit, an unknown or missing backend, or an
             option that the backend does not have; one line that names it.
     """
-    options = options or LossOptions()
-    if changes:
-        options = options._replace(**changes)
+    if options is None:
+        options = LossOptions(**fields)
+    elif fields:
+        raise _error(f"options and {', '.join(fields)} are given", "one of them")
     _check_options(options)
     heads = _check_tensors(hiddens, weight, labels, head_scales, row_weights)
     if head_scales is None:

@@ -470,6 +470,10 @@ def test_torch_backend():
         ({"label_smoothing": 1.5}, "label_smoothing is 1.5"),
         ({"z_loss": -1.0}, "z_loss is -1.0"),
         ({"chunk_rows": 0}, "chunk_rows is 0"),
+        (
+            {"options": LossOptions(), "z_loss": 1e-4},
+            "options and z_loss are given; expected one of them",
+        ),
     ],
 )
 def test_errors_name_what_is_wrong(change, message):
