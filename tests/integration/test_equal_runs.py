@@ -77,9 +77,9 @@ def test_scale_zero_trains_the_trunk_as_without_heads(keys, tmp_path):
 
 
 def test_engines_train_alike(plain):
-    joint, one_by_one = plain(JOINT), plain(HEAD_BY_HEAD)
-    assert largest_difference(joint.weights, one_by_one.weights) < 2e-5
-    torch.testing.assert_close(joint.losses, one_by_one.losses, rtol=1e-5, atol=0)
+    joint, head_by_head = plain(JOINT), plain(HEAD_BY_HEAD)
+    assert largest_difference(joint.weights, head_by_head.weights) < 2e-5
+    torch.testing.assert_close(joint.losses, head_by_head.losses, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("local", [1, 2, 3])
