@@ -97,8 +97,10 @@ def apply_fsdp(
     register_fsdp_forward_method(model, "trunk")
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            # The loss is normalised by global counts: gradients are summed, not averaged.
-            module.set_gradient_divide_factor(1.0)
+            # The loss is normalised by global counts: gradients are summed, not averaged. One rank
+            # has nothing to sum, and with a factor it would divide by 1 in a pass of its own.
+            if world.size > 1:
+                module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
 
 

@@ -14,6 +14,8 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 from torchtitan_mtp.models.args import ModelArgs
 from torchtitan_mtp.models.rope import apply_rope
 
+FLEX_MIN_WIDTH = 16  # of FlexAttention's kernels on GPUs
+
 
 class AttentionContext(NamedTuple):
     """What every block of one forward shares, made once from the batch.
@@ -42,10 +44,13 @@ def _compiled_flex_attention() -> Callable[..., Any]:
     return torch.compile(flex_attention, dynamic=False)
 
 
-def document_mask(doc_ids: Tensor) -> Tensor | BlockMask:
-    """Causal attention within documents, from doc_ids [B, S]."""
+def document_mask(doc_ids: Tensor, narrowest: int) -> Tensor | BlockMask:
+    """Causal attention within documents, from doc_ids [B, S].
+
+    narrowest: the least width of a head's queries, keys and values.
+    """
     batch, seq = doc_ids.shape
-    if doc_ids.is_cuda:
+    if doc_ids.is_cuda and narrowest >= FLEX_MIN_WIDTH:
 
         def visible(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
             return (q >= kv) & (doc_ids[b, q] == doc_ids[b, kv])

@@ -148,10 +148,12 @@ class Transformer(nn.Module):
     def context(self, batch: Batch) -> AttentionContext:
         """Rotary angles and attention mask of a batch."""
         packed = self.args.attn_mask_type == "block_causal"
+        latent = self.args.latent
+        narrowest = min(latent.qk_head_dim, latent.v_head_dim) if latent else self.args.head_dim
         return AttentionContext(
             self.rope_cos[batch.positions].unsqueeze(2),  # [B, S, 1, hd/2]
             self.rope_sin[batch.positions].unsqueeze(2),
-            document_mask(batch.doc_ids) if packed else None,
+            document_mask(batch.doc_ids, narrowest) if packed else None,
         )
 
     def trunk(self, batch: Batch) -> TrunkOutput:
