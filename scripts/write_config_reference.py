@@ -7,6 +7,7 @@ python scripts/write_config_reference.py --check    exit with 1 if it is out of 
 import argparse
 import ast
 import inspect
+import itertools
 import sys
 import textwrap
 from pathlib import Path
@@ -50,26 +51,24 @@ Read, so that its files run unchanged, and dropped.
 
 
 def field_docs(config_class: Any) -> dict[str, str]:
-    """The docstring under each field of a dataclass, on one line.
+    """The docstring under each key of a dataclass, on one line.
 
     Raises:
-        ValueError: a field has no docstring.
+        ValueError: a key has no docstring; tables have their class's.
     """
-    tree = ast.parse(textwrap.dedent(inspect.getsource(config_class)))
-    (definition,) = tree.body
+    (definition,) = ast.parse(textwrap.dedent(inspect.getsource(config_class))).body
     assert isinstance(definition, ast.ClassDef)
     docs = {}
-    for statement, following in zip(definition.body, [*definition.body[1:], None], strict=True):
-        if not (isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name)):
-            continue
-        name = statement.target.id
-        if not (
-            isinstance(following, ast.Expr)
-            and isinstance(following.value, ast.Constant)
-            and isinstance(following.value.value, str)
-        ):
-            raise ValueError(f"{config_class.__name__}.{name} has no docstring under it")
-        docs[name] = " ".join(following.value.value.split())
+    for statement, following in itertools.pairwise(definition.body):
+        match statement, following:
+            case (
+                ast.AnnAssign(target=ast.Name(id=name)),
+                ast.Expr(value=ast.Constant(value=str(text))),
+            ):
+                docs[name] = " ".join(text.split())
+    for option in options(config_class).values():
+        if not option.is_table and len(option.path) == 1 and option.name not in docs:
+            raise ValueError(f"{config_class.__name__}.{option.name} has no docstring under it")
     return docs
 
 

@@ -16,52 +16,21 @@ class JobConfig:
     """Every table. Names, types and defaults are TorchTitan v0.2's where it has the key."""
 
     job: Job = field(default_factory=Job)
-    """The run as a whole."""
-
     model: Model = field(default_factory=Model)
-    """The model and what is done to it."""
-
     mtp: MTP = field(default_factory=MTP)
-    """Multi-token prediction."""
-
     loss: Loss = field(default_factory=Loss)
-    """The linear cross-entropy."""
-
     training: Training = field(default_factory=Training)
-    """Data, batch, length and precision."""
-
     optimizer: Optimizer = field(default_factory=Optimizer)
-    """How a gradient changes the weights."""
-
     lr_scheduler: LRScheduler = field(default_factory=LRScheduler)
-    """Learning rate over the run."""
-
     validation: Validation = field(default_factory=Validation)
-    """Loss on held-out documents."""
-
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
-    """Saving and loading."""
-
     metrics: Metrics = field(default_factory=Metrics)
-    """What is logged."""
-
     parallelism: Parallelism = field(default_factory=Parallelism)
-    """How ranks share the work."""
-
     activation_checkpoint: ActivationCheckpoint = field(default_factory=ActivationCheckpoint)
-    """What is recomputed in the backward."""
-
     compile: Compile = field(default_factory=Compile)
-    """torch.compile."""
-
     quantize: Quantize = field(default_factory=Quantize)
-    """Training in 8 bits."""
-
     profiling: Profiling = field(default_factory=Profiling)
-    """Traces and memory snapshots."""
-
     comm: Comm = field(default_factory=Comm)
-    """Communication between processes."""
 
     @property
     def num_future_tokens(self) -> int:

@@ -144,13 +144,8 @@ class ModelArgs:
     """Whether the projections to queries, keys and values have biases (Qwen2)."""
 
     rope_scaling: RoPEScalingArgs = field(default_factory=RoPEScalingArgs)
-    """Rotary scaling."""
-
     latent: LatentArgs = field(default_factory=LatentArgs)
-    """Multi-head latent attention."""
-
     moe: MoEArgs = field(default_factory=MoEArgs)
-    """Mixtures of experts."""
 
     def given(self) -> dict[str, Any]:
         """What is set, by name; of a table a dict of the keys that are set, if any."""
@@ -202,4 +197,3 @@ class Model:
     """Print the model after its converters were applied."""
 
     args: ModelArgs = field(default_factory=ModelArgs)
-    """Sizes over the flavor's."""

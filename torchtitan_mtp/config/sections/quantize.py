@@ -38,7 +38,6 @@ class QuantizedLinear:
     float8: Float8Linear = field(
         default_factory=Float8Linear, metadata=rule(renamed_from=("float8",))
     )
-    """Linear layers in float8."""
 
 
 @dataclass
@@ -46,4 +45,3 @@ class Quantize:
     """Training in 8 bits."""
 
     linear: QuantizedLinear = field(default_factory=QuantizedLinear)
-    """Linear layers."""
