@@ -6,12 +6,14 @@ from torchtitan_mtp.config.setting import Option
 from torchtitan_mtp.config.values import printable
 from torchtitan_mtp.errors import UserError
 
-# What others call a key: Hugging Face's TrainingArguments and config.json, Megatron, nanoGPT.
+# What others call a key: Hugging Face's TrainingArguments and config.json, Megatron, nanoGPT; and
+# TorchTitan v0.1, where neither the key nor its spelling leads from there to today's.
 ELSEWHERE = {
     "optimizer.lr": "learning_rate max_lr peak_lr",
     "lr_scheduler.warmup_steps": "warmup_ratio warmup_iters num_warmup_steps lr_warmup_iters",
     "lr_scheduler.decay_type": "lr_scheduler_type lr_decay_style",
-    "lr_scheduler.min_lr_factor": "min_lr",
+    "lr_scheduler.min_lr_factor": "min_lr lr_min",
+    "optimizer.implementation": "fused",
     "training.local_batch_size": "per_device_train_batch_size train_batch_size micro_batch_size",
     "training.global_batch_size": "gradient_accumulation_steps total_batch_size",
     "training.seq_len": "max_seq_length max_length block_size context_length seq_length",
@@ -21,9 +23,13 @@ ELSEWHERE = {
     "training.dataset_path": "train_file data_path data_dir",
     "validation.local_batch_size": "per_device_eval_batch_size eval_batch_size",
     "validation.freq": "eval_steps eval_interval",
+    "checkpoint.enable": "enable_checkpoint",
+    "checkpoint.last_save_model_only": "model_weights_only",
     "checkpoint.interval": "save_steps save_interval checkpoint_interval",
     "checkpoint.keep_latest_k": "save_total_limit",
     "checkpoint.load_step": "resume_from_checkpoint resume",
+    "compile.enable": "compile",
+    "job.print_config": "print_args",
     "job.dump_folder": "output_dir out_dir save_dir",
     "metrics.log_freq": "logging_steps log_interval",
     "activation_checkpoint.mode": "gradient_checkpointing recompute_granularity",
@@ -45,7 +51,7 @@ def find(name: str, options: dict[str, Option], where: str, kind: str, prefix: s
     "" in a file, "option" and "--" on the command line).
 
     Raises:
-        UserError: there is no such name; with its new name or the nearest one.
+        UserError: there is no such name; with the nearest one.
     """
     if name in options:
         return options[name]
@@ -53,20 +59,9 @@ def find(name: str, options: dict[str, Option], where: str, kind: str, prefix: s
         if name in option.rule.also_named:
             return option
     found = f"{where}unknown {kind} {prefix}{printable(name)}"
-    if new_name := _new_name(name, options):
-        raise UserError(f"{found}; TorchTitan v0.2 renamed it to {prefix}{new_name}")
     if nearest := _nearest(name, options, tables=kind == "table"):
         raise UserError(f"{found}; did you mean {prefix}{nearest}?")
     raise UserError(f"{found}; docs/config.md lists all {kind}s")
-
-
-def _new_name(name: str, options: dict[str, Option]) -> str:
-    """The present name of a TorchTitan v0.1 key, or an empty string."""
-    for option in options.values():
-        for old in option.rule.renamed_from:
-            if name == old or name.startswith(old + "."):
-                return option.name + name[len(old) :]
-    return ""
 
 
 def _nearest(name: str, options: dict[str, Option], tables: bool) -> str:

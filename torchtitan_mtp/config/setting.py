@@ -47,9 +47,6 @@ class Rule:
     also_named: tuple[str, ...] = ()
     """Dotted names of the same key in other TorchTitan v0.2 releases; accepted."""
 
-    renamed_from: tuple[str, ...] = ()
-    """Dotted names of the key (or table) in TorchTitan v0.1; refused, naming the new place."""
-
     def range_error(self, value: object) -> str:
         """The range as text if a number lies outside of it, else an empty string."""
         if isinstance(value, bool) or not isinstance(value, (int, float)):

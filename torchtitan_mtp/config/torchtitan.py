@@ -6,7 +6,7 @@ They are accepted, so that its files run unchanged, and dropped.
 from typing import Any
 
 from torchtitan_mtp.config.job_config import JobConfig
-from torchtitan_mtp.config.setting import Option, Rule, options
+from torchtitan_mtp.config.setting import NO_RULE, Option, Rule, options
 from torchtitan_mtp.config.values import show
 from torchtitan_mtp.errors import UserError
 
@@ -53,6 +53,7 @@ HELD: dict[str, tuple[Any, str]] = {
     ),
     "activation_checkpoint.determinism_check": ("default", "leave it unset"),
     "activation_checkpoint.debug": (False, "leave it unset"),
+    "debug.moe_force_load_balance": (False, "model.args.moe.load_balance_coeff balances experts"),
     "debug.deterministic_warn_only": (False, "set training.deterministic or leave it unset"),
     "memory_estimation.enable": (False, "run a few steps and read the memory metrics"),
     "fault_tolerance.enable": (False, "resume from a checkpoint after a failure"),
@@ -79,37 +80,18 @@ WITHOUT_EFFECT: dict[str, str] = {
     "fragment_update_alpha module_fqns_per_model_fragment num_fragments",
 }
 
-# Where TorchTitan v0.1 had some of them.
-_V0_1 = {
-    "training": ["tensor_parallel_degree"],
-    "experimental": [
-        *("enable_async_tensor_parallel", "enable_compiled_autograd", "context_parallel_degree"),
-        *("context_parallel_rotate_method", "pipeline_parallel_degree"),
-        "pipeline_parallel_schedule",
-    ],
-}
-_MOVED = {f"parallelism.{key}": (f"{old}.{key}",) for old, keys in _V0_1.items() for key in keys}
-_ALSO = {"training.debug_moe_force_load_balance": ("debug.moe_force_load_balance",)}
-
 
 def known_options() -> dict[str, Option]:
     """`options(JobConfig)`, and TorchTitan's tables and keys above with their `Rule`s."""
     found = options(JobConfig)
-    defaults = {name: default for name, (default, _) in HELD.items()}
+    others = {name: (default, Rule(held=instead)) for name, (default, instead) in HELD.items()}
     for table, keys in WITHOUT_EFFECT.items():
-        defaults |= {f"{table}.{key}": None for key in keys.split()}
-    for name, default in defaults.items():
+        others |= {f"{table}.{key}": (None, Rule(without_effect=True)) for key in keys.split()}
+    for name, (default, rule) in others.items():
         path = tuple(name.split("."))
         for end in range(1, len(path)):
-            table = ".".join(path[:end])
-            old_table = Rule(renamed_from=("mx",) if table == "quantize.linear.mx" else ())
-            found.setdefault(table, Option(path[:end], None, None, old_table, is_table=True))
-        rule = Rule(
-            held=HELD[name][1] if name in HELD else "",
-            without_effect=name not in HELD,
-            renamed_from=_MOVED.get(name, ()),
-            also_named=_ALSO.get(name, ()),
-        )
+            parent = Option(path[:end], None, None, NO_RULE, is_table=True)
+            found.setdefault(parent.name, parent)
         kind = type(default) if isinstance(default, (bool, int)) else str
         found[name] = Option(path, kind, default, rule)
     return found

@@ -10,7 +10,7 @@ from torchtitan_mtp.config.setting import setting
 class Checkpoint:
     """Checkpoints of torch.distributed.checkpoint in {job.dump_folder}/{folder}/step-N."""
 
-    enable: bool = setting(False, renamed_from=("checkpoint.enable_checkpoint",))
+    enable: bool = False
     """Save checkpoints, and resume from the latest one at the start."""
 
     folder: str = setting("checkpoint", path=True)
@@ -23,9 +23,7 @@ class Checkpoint:
     initial_load_path: str | None = setting(None, path=True)
     """step-N folder to start from while this run has no checkpoint of its own."""
 
-    initial_load_model_only: bool = setting(
-        True, renamed_from=("checkpoint.initial_load_model_weights_only",)
-    )
+    initial_load_model_only: bool = True
     """Load only the weights from initial_load_path; if false, also optimizer, schedule and data
     position."""
 
@@ -33,10 +31,7 @@ class Checkpoint:
     """Read initial_load_path, or without one model.hf_assets_path, as a Hugging Face folder:
     config.json and safetensors files of the run's model."""
 
-    last_save_model_only: bool = setting(
-        True,
-        renamed_from=("checkpoint.last_save_model_weights_only", "checkpoint.model_weights_only"),
-    )
+    last_save_model_only: bool = True
     """Save only the weights at the last step; if false, a checkpoint to resume from."""
 
     last_save_in_hf: bool = False

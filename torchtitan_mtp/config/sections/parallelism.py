@@ -10,14 +10,10 @@ from torchtitan_mtp.config.setting import rule, setting
 class Parallelism:
     """How ranks share the work. Degrees multiply to the number of processes."""
 
-    data_parallel_replicate_degree: int = setting(
-        1, at_least=1, renamed_from=("training.data_parallel_replicate_degree",)
-    )
+    data_parallel_replicate_degree: int = setting(1, at_least=1)
     """Replicas of the (sharded) model."""
 
-    data_parallel_shard_degree: int = setting(
-        -1, at_least=1, special=(-1,), renamed_from=("training.data_parallel_shard_degree",)
-    )
+    data_parallel_shard_degree: int = setting(-1, at_least=1, special=(-1,))
     """Ranks over which FSDP2 shards parameters; -1: all that remain."""
 
     fsdp_reshard_after_forward: Literal["default", "always", "never"] = "default"
@@ -48,7 +44,7 @@ class ActivationCheckpoint:
 class Compile:
     """torch.compile."""
 
-    enable: bool = setting(False, renamed_from=("training.compile",))
+    enable: bool = False
     """Compile the components."""
 
     components: list[Literal["model", "loss"]] = field(

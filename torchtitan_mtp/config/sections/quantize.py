@@ -3,8 +3,6 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from torchtitan_mtp.config.setting import rule
-
 AUTO_FILTER = "auto_filter_small_kn"
 
 
@@ -35,9 +33,7 @@ class Float8Linear:
 class QuantizedLinear:
     """Linear layers."""
 
-    float8: Float8Linear = field(
-        default_factory=Float8Linear, metadata=rule(renamed_from=("float8",))
-    )
+    float8: Float8Linear = field(default_factory=Float8Linear)
 
 
 @dataclass

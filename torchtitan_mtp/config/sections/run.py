@@ -19,7 +19,7 @@ class Job:
     description: str = "default job"
     """What this run is for; printed at the start."""
 
-    print_config: bool = setting(False, renamed_from=("job.print_args",))
+    print_config: bool = False
     """Print the resolved configuration before training."""
 
     debug: bool = False

@@ -29,9 +29,7 @@ class Optimizer:
     weight_decay: float = setting(0.1, at_least=0)
     """Weight decay."""
 
-    implementation: Literal["for-loop", "foreach", "fused"] = setting(
-        "fused", renamed_from=("optimizer.fused",)
-    )
+    implementation: Literal["for-loop", "foreach", "fused"] = "fused"
     """torch's implementation of the step: "fused" is the fastest, "for-loop" the plainest."""
 
 
@@ -39,7 +37,7 @@ class Optimizer:
 class LRScheduler:
     """Learning rate over the run: warmup, plateau, decay."""
 
-    warmup_steps: int = setting(200, at_least=0, renamed_from=("training.warmup_steps",))
+    warmup_steps: int = setting(200, at_least=0)
     """Steps over which the learning rate rises linearly from 0 to optimizer.lr."""
 
     decay_ratio: float | None = setting(None, at_least=0, at_most=1)
@@ -49,9 +47,7 @@ class LRScheduler:
     decay_type: Literal["linear", "sqrt", "cosine"] = "linear"
     """Curve of the decay."""
 
-    min_lr_factor: float = setting(
-        0.0, at_least=0, at_most=1, renamed_from=("lr_scheduler.lr_min",)
-    )
+    min_lr_factor: float = setting(0.0, at_least=0, at_most=1)
     """Learning rate at the end, as a fraction of optimizer.lr."""
 
 
@@ -83,7 +79,7 @@ class Training:
     validation_fraction: float = setting(0.05, above=0, below=1)
     """Fraction of the documents held out for validation where validation.dataset is empty."""
 
-    local_batch_size: int = setting(8, at_least=1, renamed_from=("training.batch_size",))
+    local_batch_size: int = setting(8, at_least=1)
     """Sequences of one micro-batch on one rank."""
 
     global_batch_size: int = setting(-1, at_least=1, special=(-1,))
