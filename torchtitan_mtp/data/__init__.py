@@ -1,8 +1,9 @@
 """Documents to tokens, tokens to windows, windows to the targets of every head."""
 
-from torchtitan_mtp.data.document import Document, Source, StreamSource
+from torchtitan_mtp.data.document import Document
+from torchtitan_mtp.data.hub import StreamSource
 from torchtitan_mtp.data.loader import DataLoader, merge_states
-from torchtitan_mtp.data.sources import build_source
+from torchtitan_mtp.data.sources import Source, build_source
 from torchtitan_mtp.data.targets import IGNORE, PADDING, Batch, Window, make_batch
 from torchtitan_mtp.data.tokenizer import ByteTokenizer, Tokenizer, build_tokenizer
 

@@ -16,9 +16,10 @@ from weakref import WeakValueDictionary
 
 import numpy as np
 
-from torchtitan_mtp.data.document import SKIPPED, Document, Source
+from torchtitan_mtp.data.document import SKIPPED, Document
 from torchtitan_mtp.data.order import shuffled
 from torchtitan_mtp.data.parquet import CACHED_ROW_GROUPS
+from torchtitan_mtp.data.sources import Source
 from torchtitan_mtp.data.tokenizer import ByteTokenizer, Tokenizer
 from torchtitan_mtp.errors import UserError
 

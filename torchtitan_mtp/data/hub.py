@@ -1,6 +1,8 @@
 """Datasets of the Hugging Face hub, streamed."""
 
+import itertools
 import logging
+from collections.abc import Iterator
 from typing import Any
 
 from torchtitan_mtp.data.document import Document, document_of
@@ -18,7 +20,7 @@ DATASETS: dict[str, tuple[str, str | None, str]] = {
 }
 
 
-class HubStream:
+class StreamSource:
     """A `datasets.IterableDataset` as a source: sequential, in the order it is published.
 
     Args:
@@ -35,77 +37,54 @@ class HubStream:
         self, name: str, text_field: str = "text", dataset: Any = None, bad_records: str = "stop"
     ) -> None:
         self.name = name
-        self.text_field = text_field
-        self.bad = BadRecords(bad_records)
+        self._text_field = text_field
+        self._bad = BadRecords(bad_records)
         wanted = path, config, split = DATASETS.get(name, (name, None, "train"))
         self._dataset = _load(name, *wanted) if dataset is None else dataset
         self.num_shards = int(self._dataset.num_shards)
         logger.info("dataset %s: a stream in %d part(s), %s", name, self.num_shards, wanted)
         self.fingerprint = f"hub:{path}:{config}:{split}:{text_field}"
 
-    def open_lane(self, lane: int, num_lanes: int, state: Any = None) -> "HubLane":
-        """Whole files where there is one for each lane; else every `num_lanes`-th record."""
-        if num_lanes <= self.num_shards:
-            return HubLane(self, self._dataset.shard(num_lanes, lane), 0, 1, state)
-        # A copy of its own: it keeps its place.
-        return HubLane(self, self._dataset.shard(1, 0), lane, num_lanes, state)
-
-
-class HubLane:
-    """Records number first, first + step, ... of an IterableDataset."""
-
-    def __init__(self, source: HubStream, records: Any, first: int, step: int, state: Any) -> None:
-        self._source = source
-        self._records = records
-        self._first = first
-        self._step = step
-        self._number = 0  # of the next record
+    def read(
+        self, lane: int = 0, num_lanes: int = 1, state: Any = None
+    ) -> Iterator[tuple[Any, Document, str]]:
+        """A lane's documents, once: of whole files where there is one for each lane, else of every
+        `num_lanes`-th record. With each the state before it, plain data with which a later call
+        goes on there, and its place, for messages."""
+        by_file = num_lanes <= self.num_shards
+        # A copy in either case: it keeps its place.
+        records = self._dataset.shard(num_lanes, lane) if by_file else self._dataset.shard(1, 0)
+        first, step = (0, 1) if by_file else (lane, num_lanes)
         # Until a record is drawn, an IterableDataset's own state is not the one it was given.
-        self._loaded: Any = None
-        if state is not None:
-            self._number, self._loaded = state["number"], state["records"]
-            records.load_state_dict(self._loaded)
-        self._iterator = iter(records)
-
-    def state(self) -> Any:
-        place = self._records.state_dict() if self._loaded is None else self._loaded
-        return {"number": self._number, "records": place}
-
-    def where(self) -> str:
-        return f"{self._source.name}: record {self._number - 1}"
-
-    def __iter__(self) -> "HubLane":
-        return self
-
-    def __next__(self) -> Document:
-        source = self._source
-        while True:
-            record = self._next_record()
-            if (self._number - 1) % self._step != self._first:
+        if state is None:
+            state = {"number": 0, "records": records.state_dict()}
+        else:
+            records.load_state_dict(state["records"])
+        iterator = iter(records)
+        for number in itertools.count(state["number"]):
+            where = f"{self.name}: record {number}"
+            try:
+                record = next(iterator, None)
+            except Exception as e:  # whatever the dataset's reader and the network raise
+                raise UserError(
+                    f"dataset {self.name}: reading record {number} failed: {_told(e)}; resume from"
+                    " the last checkpoint, or download the files and give dataset_path"
+                ) from e
+            if record is None:
+                return
+            if number % step != first:
                 continue
-            if document := document_of(record, source.text_field):
-                return document
-            source.bad.add(
-                self.where(),
-                f"expected records with a string {source.text_field!r}, or strings 'prompt' and"
+            if document := document_of(record, self._text_field):
+                yield state, document, where
+                state = {"number": number + 1, "records": records.state_dict()}
+                continue
+            self._bad.add(
+                where,
+                f"expected records with a string {self._text_field!r}, or strings 'prompt' and"
                 f" 'completion'; found {sorted(record)}",
             )
-            if source.bad.count == 1:
-                logger.warning("bad records are left out, the first: %s", source.bad.first)
-
-    def _next_record(self) -> Any:
-        try:
-            record = next(self._iterator)
-        except StopIteration:
-            raise
-        except Exception as e:  # whatever the dataset's reader and the network raise
-            raise UserError(
-                f"dataset {self._source.name}: reading record {self._number} failed: {_told(e)};"
-                " resume from the last checkpoint, or download the files and give dataset_path"
-            ) from e
-        self._number += 1
-        self._loaded = None
-        return record
+            if self._bad.count == 1:
+                logger.warning("bad records are left out, the first: %s", self._bad.first)
 
 
 def _load(name: str, path: str, config: str | None, split: str) -> Any:

@@ -20,11 +20,12 @@ import numpy as np
 import torch
 
 from torchtitan_mtp.data.corpus import Corpus
-from torchtitan_mtp.data.document import Source, StreamSource
+from torchtitan_mtp.data.hub import StreamSource
 from torchtitan_mtp.data.lanes import Lane, LaneWindow
 from torchtitan_mtp.data.mixture import Mixture
 from torchtitan_mtp.data.order import split_documents
 from torchtitan_mtp.data.prefetch import Prefetcher
+from torchtitan_mtp.data.sources import Source
 from torchtitan_mtp.data.targets import PADDING, Window
 from torchtitan_mtp.data.tokenizer import Tokenizer
 from torchtitan_mtp.data.walks import DealtDocuments, Position, Stretches, once, stream_share

@@ -11,8 +11,8 @@ from typing import Any
 
 from torchtitan_mtp.config import JobConfig
 from torchtitan_mtp.config.sections.training import Training, Validation
-from torchtitan_mtp.data.document import Source, StreamSource
-from torchtitan_mtp.data.sources import build_source, find_source
+from torchtitan_mtp.data.hub import StreamSource
+from torchtitan_mtp.data.sources import Source, build_source, find_source
 from torchtitan_mtp.errors import UserError
 
 logger = logging.getLogger(__name__)

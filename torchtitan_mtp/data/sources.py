@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 
 from torchtitan_mtp.data import compressed
-from torchtitan_mtp.data.document import SKIPPED, Document, Source, StreamSource
+from torchtitan_mtp.data.document import SKIPPED, Document
 from torchtitan_mtp.data.files import BadRecords, DataFile, fingerprint_files
 from torchtitan_mtp.data.folders import RECORDS, find_files
-from torchtitan_mtp.data.hub import DATASETS, HubStream
+from torchtitan_mtp.data.hub import DATASETS, StreamSource
 from torchtitan_mtp.data.parquet import ParquetFile
 from torchtitan_mtp.data.spans import Spans, find_records, find_texts
 from torchtitan_mtp.errors import UserError
@@ -28,33 +28,26 @@ SKIPPED_OF_STDLIB = frozenset(
 )
 
 
-class FilesSource:
-    """The documents of a list of files, file after file, all of which are read once to check them.
+class Source:
+    """The documents of a list of files, file after file, all of which are read once to check them;
+    in any order, the same at every run. A bad record that is skipped keeps its number, without
+    text.
 
-    Args:
+    Attributes:
         name: for messages.
-        root: folder that the fingerprint's file names are relative to.
-        paths: the files, in order.
-        text_field: of a record, what holds its text.
-        bad_records: "stop", or "skip" and count them: each keeps its number, without text.
-        left_out: what of a folder is not read, to be told.
+        fingerprint: equal for two sources with the same documents in the same order.
 
     Raises:
         UserError: a file or record that can't be read, or no document in any.
     """
 
     def __init__(
-        self,
-        name: str,
-        root: Path,
-        paths: Sequence[Path],
-        text_field: str = "text",
-        bad_records: str = "stop",
-        left_out: str = "",
+        self, name: str, root: Path, paths: Sequence[Path], field: str, bad_records: str, also: str
     ) -> None:
+        """`paths` in order, named in the fingerprint from the folder `root` on; `also` is told."""
         self.name = name
         bad = BadRecords(bad_records)
-        self._files = [_open_file(path, text_field, bad) for path in paths]
+        self._files = [_open_file(path, field, bad) for path in paths]
         self._starts = list(itertools.accumulate((len(f.sizes) for f in self._files), initial=0))
         if bad.count:
             logger.warning(
@@ -66,12 +59,12 @@ class FilesSource:
                 " expected at least one that is not empty"
             )
         rest = f":{bad.count} skipped" if bad.count else ""
-        self.fingerprint = f"{fingerprint_files(root, paths)}:{text_field}{rest}"
+        self.fingerprint = f"{fingerprint_files(root, paths)}:{field}{rest}"
         sizes = self.sizes()
         sizes = sizes[sizes != SKIPPED]
         logger.info(
             "dataset %s: %s file(s), %s documents, %s bytes of text%s",
-            *(name, f"{len(paths):,}", f"{len(sizes):,}", f"{sizes.sum():,}", left_out),
+            *(name, f"{len(paths):,}", f"{len(sizes):,}", f"{sizes.sum():,}", also),
         )
 
     def __len__(self) -> int:
@@ -82,7 +75,7 @@ class FilesSource:
         return Document("") if file.sizes[number] == SKIPPED else file[number]
 
     def where(self, index: int) -> str:
-        """The document's file and line, or row."""
+        """The document's file and line, or row, for messages."""
         file, number = self._place(index)
         return file.where(number)
 
@@ -93,7 +86,7 @@ class FilesSource:
         return self._files[file], index - self._starts[file]
 
     def sizes(self) -> np.ndarray:
-        """Bytes of each document's text and prompt as UTF-8, or SKIPPED, int64 [documents]."""
+        """UTF-8 bytes of each document's text and prompt, or SKIPPED, int64 [documents]."""
         return np.concatenate([file.sizes for file in self._files])
 
 
@@ -130,12 +123,12 @@ def build_source(
             root, paths, left_out = find_files(dataset_path, split, written, key)
         except OSError as e:
             raise UserError(f"data {e.filename}: can't be read: {e.strerror}") from e
-        return FilesSource(dataset, root, paths, text_field, bad_records, left_out)
+        return Source(dataset, root, paths, text_field, bad_records, left_out)
     if dataset == STDLIB:
         root = Path(sysconfig.get_path("stdlib"))
-        return FilesSource(dataset, root, _stdlib_files(root), bad_records=bad_records)
+        return Source(dataset, root, _stdlib_files(root), "text", bad_records, "")
     if dataset in DATASETS or dataset.count("/") == 1:
-        return HubStream(dataset, text_field, bad_records=bad_records)
+        return StreamSource(dataset, text_field, bad_records=bad_records)
     raise UserError(
         f"dataset {dataset!r} is not a dataset here; give the path of a file, folder or glob as"
         f" {key}, or name one of {', '.join([STDLIB, *DATASETS])} or org/name on the hub"

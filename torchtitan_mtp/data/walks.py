@@ -1,12 +1,13 @@
 """The pieces of documents that a lane reads, in reading order."""
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from torchtitan_mtp.data.corpus import Corpus, Encoded, Epoch, encode_document
-from torchtitan_mtp.data.document import StreamSource
+from torchtitan_mtp.data.hub import StreamSource
 from torchtitan_mtp.data.order import shuffled
 from torchtitan_mtp.data.tokenizer import Tokenizer
 from torchtitan_mtp.errors import UserError
@@ -88,12 +89,11 @@ def stream_share(
     epoch, place = int(position["epoch"]), position["stream"]
     empty = False
     while not empty:
-        stream = source.open_lane(lane, num_lanes, place)
-        empty, place = place is None, stream.state()
-        for document in stream:
-            tokens = encode_document(tokenizer, document, stream.where)
-            yield Piece(tokens, 0, len(tokens.tokens), {"epoch": epoch, "stream": place})
-            empty, place = False, stream.state()
+        empty = place is None
+        for at, document, where in source.read(lane, num_lanes, place):
+            empty = False
+            tokens = encode_document(tokenizer, document, partial(str, where))
+            yield Piece(tokens, 0, len(tokens.tokens), {"epoch": epoch, "stream": at})
         epoch, place = epoch + 1, None
     raise UserError(
         f"dataset {source.name}: lane {lane} of {num_lanes} has no documents; use fewer data ranks,"
@@ -120,5 +120,4 @@ def once(
 def _once(part: Corpus | StreamSource, tokenizer: Tokenizer) -> Iterator[Encoded]:
     if isinstance(part, Corpus):
         return map(part.encode, map(int, part.documents[~part.skipped[part.documents]]))
-    stream = part.open_lane(0, 1)
-    return (encode_document(tokenizer, x, stream.where) for x in stream)
+    return (encode_document(tokenizer, x, partial(str, where)) for _, x, where in part.read())

@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 
 from torchtitan_mtp.config import JobConfig
-from torchtitan_mtp.data.document import SKIPPED, Document, Source, StreamSource
+from torchtitan_mtp.data.document import SKIPPED, Document
+from torchtitan_mtp.data.hub import StreamSource
 from torchtitan_mtp.data.loader import DataLoader
 from torchtitan_mtp.data.mixture import Mixture, configured_source, parse_entry
 from torchtitan_mtp.data.order import split_documents
-from torchtitan_mtp.data.sources import find_source
+from torchtitan_mtp.data.sources import Source, find_source
 from torchtitan_mtp.data.targets import Window
 from torchtitan_mtp.data.tokenizer import Tokenizer
 from torchtitan_mtp.errors import UserError
@@ -71,7 +72,7 @@ class Text:
 
     def _spread_over(self, source: Source | StreamSource, count: int) -> Iterator[Document]:
         if isinstance(source, StreamSource):
-            yield from itertools.islice(source.open_lane(0, 1), count)
+            yield from (x for _, x, _ in itertools.islice(source.read(), count))
             return
         numbers = split_documents(
             len(source),

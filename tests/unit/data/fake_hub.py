@@ -1,4 +1,4 @@
-"""A stand-in for datasets.IterableDataset: the four things that HubStream uses of it."""
+"""A stand-in for datasets.IterableDataset: the four things that StreamSource uses of it."""
 
 
 class FakeIterableDataset:

@@ -5,8 +5,8 @@ import types
 import pytest
 from fake_hub import FakeIterableDataset
 
-from torchtitan_mtp.data.document import Document, StreamSource
-from torchtitan_mtp.data.hub import HubStream
+from torchtitan_mtp.data.document import Document
+from torchtitan_mtp.data.hub import StreamSource
 from torchtitan_mtp.data.sources import build_source
 from torchtitan_mtp.errors import UserError
 
@@ -28,14 +28,17 @@ def real(tmp_path):
 
 @pytest.fixture(params=[fake, real])
 def stream(request, tmp_path):
-    return HubStream("org/name", dataset=request.param(tmp_path))
+    return StreamSource("org/name", dataset=request.param(tmp_path))
+
+
+def documents(stream, *lane):
+    return [document for _, document, _ in stream.read(*lane)]
 
 
 @pytest.mark.parametrize("num_lanes", [1, 2, 4, 6, 7, 10])
 def test_lanes_share_out_every_document(stream, num_lanes):
-    assert isinstance(stream, StreamSource)
     assert stream.num_shards == 6
-    lanes = [[d.text for d in stream.open_lane(i, num_lanes)] for i in range(num_lanes)]
+    lanes = [[d.text for d in documents(stream, i, num_lanes)] for i in range(num_lanes)]
     everything = [record["text"] for records in RECORDS for record in records]
     assert sorted(text for lane in lanes for text in lane) == everything
     assert all(lanes)
@@ -45,34 +48,32 @@ def test_lanes_share_out_every_document(stream, num_lanes):
 
 @pytest.mark.parametrize("num_lanes", [2, 7])
 def test_a_state_goes_on_at_the_next_document(stream, num_lanes):
-    texts = [document.text for document in stream.open_lane(1, num_lanes)]
-    lane = stream.open_lane(1, num_lanes)
-    for done in range(len(texts) + 1):
-        state = json.loads(json.dumps(lane.state()))
-        resumed = stream.open_lane(1, num_lanes, state)
-        assert json.loads(json.dumps(resumed.state())) == state
-        assert [document.text for document in resumed] == texts[done:]
-        if done < len(texts):
-            assert next(lane).text == texts[done]
+    texts = [document.text for document in documents(stream, 1, num_lanes)]
+    assert len(texts) > 3
+    for done, (state, document, _) in enumerate(stream.read(1, num_lanes)):
+        assert document.text == texts[done]
+        resumed = list(stream.read(1, num_lanes, json.loads(json.dumps(state))))
+        assert [document.text for _, document, _ in resumed] == texts[done:]
+        assert resumed[0][0] == state
 
 
 def test_prompts():
     records = [[{"prompt": "a", "completion": "b"}]]
-    lane = HubStream("org/name", dataset=FakeIterableDataset(records)).open_lane(0, 1)
-    assert list(lane) == [Document("b", prompt="a")]
+    stream = StreamSource("org/name", dataset=FakeIterableDataset(records))
+    assert documents(stream) == [Document("b", prompt="a")]
 
 
 def test_wrong_records():
-    stream = HubStream("org/name", dataset=FakeIterableDataset([[{"body": "x"}]]))
+    stream = StreamSource("org/name", dataset=FakeIterableDataset([[{"body": "x"}]]))
     with pytest.raises(UserError, match=r"expected records with a string 'text'.*\['body'\]"):
-        next(stream.open_lane(0, 1))
+        next(stream.read())
 
 
 def test_wrong_records_are_left_out_when_asked_and_told_once(caplog):
     shard = [{"text": "a"}, {"body": "x"}, {"text": None}, {"text": "b"}]
     data = FakeIterableDataset([shard])
-    stream = HubStream("org/name", dataset=data, bad_records="skip")
-    assert list(stream.open_lane(0, 1)) == [Document("a"), Document("b")]
+    stream = StreamSource("org/name", dataset=data, bad_records="skip")
+    assert documents(stream) == [Document("a"), Document("b")]
     assert [x.getMessage() for x in caplog.records] == [
         "bad records are left out, the first: org/name: record 1: expected records with a string"
         " 'text', or strings 'prompt' and 'completion'; found ['body']"
@@ -81,7 +82,7 @@ def test_wrong_records_are_left_out_when_asked_and_told_once(caplog):
 
 def test_a_failing_network_is_one_line():
     shards = [[{"text": "x"}, ConnectionError("reset\nby peer")]]
-    lane = HubStream("org/name", dataset=FakeIterableDataset(shards)).open_lane(0, 1)
+    lane = StreamSource("org/name", dataset=FakeIterableDataset(shards)).read()
     next(lane)
     message = r"reading record 1 failed: ConnectionError: reset by peer; resume"
     with pytest.raises(UserError, match=message):

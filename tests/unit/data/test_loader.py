@@ -10,7 +10,7 @@ import pytest
 import torch
 from fake_hub import FakeIterableDataset
 
-from torchtitan_mtp.data.hub import HubStream
+from torchtitan_mtp.data.hub import StreamSource
 from torchtitan_mtp.data.loader import DataLoader, default_num_lanes, merge_states
 from torchtitan_mtp.data.mixture import Mixture
 from torchtitan_mtp.data.order import shuffled, split_documents
@@ -62,7 +62,7 @@ def parquet(folder, texts=TEXTS, **kwargs):
 
 def hub(folder, shards=16):
     records = [{"text": t} for t in TEXTS]
-    return HubStream(
+    return StreamSource(
         "org/name", dataset=FakeIterableDataset([records[i::shards] for i in range(shards)])
     )
 
