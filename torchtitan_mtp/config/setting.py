@@ -77,14 +77,12 @@ class Rule:
 NO_RULE = Rule()
 
 
-def rule(**rules: Any) -> dict[str, Rule]:
-    """Metadata for `dataclasses.field`: the `Rule` of the key."""
-    return {"rule": Rule(**rules)}
-
-
 def setting(default: Any, **rules: Any) -> Any:
-    """A dataclass field with an immutable default and a `Rule`."""
-    return field(default=default, metadata=rule(**rules))
+    """A dataclass field with a default, of a list what makes it, and a `Rule`."""
+    metadata = {"rule": Rule(**rules)}
+    if callable(default):
+        return field(default_factory=default, metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)

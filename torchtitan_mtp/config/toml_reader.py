@@ -53,18 +53,12 @@ def _load(path: str | Path) -> dict[str, Any]:
     try:
         with open(path, "rb") as file:
             return tomllib.loads(file.read().decode("utf-8-sig"))
-    except tomllib.TOMLDecodeError as error:
-        raise UserError(f"{where}: not valid TOML: {error}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{where}: not UTF-8 text (byte {error.start})") from None
-    except RecursionError:
-        raise UserError(f"{where}: not valid TOML: nested too deeply") from None
     except FileNotFoundError:
         raise UserError(f"{where}: no such file; check the path of the config file") from None
-    except (OSError, ValueError) as error:
-        # ValueError: a path with a NUL byte, or an integer of thousands of digits.
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{where}: can't be read: {reason}") from None
+    except OSError as error:
+        raise UserError(f"{where}: can't be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:  # no UTF-8, no TOML, numbers or nesting too long
+        raise UserError(f"{where}: not valid TOML: {error}") from None
 
 
 def _keys(
@@ -74,11 +68,10 @@ def _keys(
     for key, value in table.items():
         name = ".".join((*path, key))
         option = options.get(name)
-        yields_keys = isinstance(value, dict) and (option is None or option.is_table)
-        if yields_keys and option is None:
+        if isinstance(value, dict) and option is None:
             find(name, options, where, "table")
-        if option is not None and option.is_table and not yields_keys:
-            raise UserError(f"{where}[{name}] is a table, found a value; write [{name}]")
         yield name, value
-        if yields_keys:
+        if option is not None and option.is_table:
+            if not isinstance(value, dict):
+                raise UserError(f"{where}[{name}] is a table, found a value; write [{name}]")
             yield from _keys(value, (*path, key), options, where)

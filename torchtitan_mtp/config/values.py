@@ -1,11 +1,13 @@
 """Values against types: what a key may hold, and how a word of the command line becomes it."""
 
+import functools
 import json
 import os
 import types
+from contextlib import suppress
 from typing import Any, Literal, Union, get_args, get_origin
 
-from torchtitan_mtp.config.setting import Option
+from torchtitan_mtp.config.setting import Option, Rule
 from torchtitan_mtp.errors import UserError
 
 # At the beginning of a path in a file: the folder of that file, wherever it is moved.
@@ -23,11 +25,8 @@ def accept(option: Option, value: Any, where: str) -> Any:
     """
     if option.rule.held or option.rule.without_effect:
         return value
-    value = _respell(option, value)
-    for item in value if isinstance(value, list) else [value]:
-        if isinstance(item, str) and item in option.rule.unsupported_values:
-            instead = option.rule.unsupported_values[item]
-            raise UserError(f"{where}: {show(item)} is not supported here; {instead}")
+    spelled = functools.partial(_spelled, option.rule, where)
+    value = [spelled(item) for item in value] if isinstance(value, list) else spelled(value)
     try:
         value = _convert(value, option.type)
         return os.path.expanduser(value) if value and option.rule.path else value
@@ -62,8 +61,6 @@ def type_text(expected: Any) -> str:
         (item,) = get_args(expected)
         if get_origin(item) is Literal:
             return "a list with any of " + ", ".join(show(choice) for choice in get_args(item))
-        if get_origin(item) is list:
-            return "a list of lists of strings"
         return {str: "a list of strings", float: "a list of numbers"}[item]
     return {bool: "true or false", int: "an integer", float: "a number", str: "a string"}[expected]
 
@@ -85,11 +82,13 @@ def printable(name: object) -> str:
     return text if text.isprintable() else ascii(text)
 
 
-def _respell(option: Option, value: Any) -> Any:
-    spellings = option.rule.also_spelled
-    if isinstance(value, list):
-        return [spellings.get(item, item) if isinstance(item, str) else item for item in value]
-    return spellings.get(value, value) if isinstance(value, str) else value
+def _spelled(rule: Rule, where: str, value: Any) -> Any:
+    """A word in the spelling that the program sees."""
+    if not isinstance(value, str):
+        return value
+    if instead := rule.unsupported_values.get(value):
+        raise UserError(f"{where}: {show(value)} is not supported here; {instead}")
+    return rule.also_spelled.get(value, value)
 
 
 def _convert(value: Any, expected: Any) -> Any:
@@ -102,17 +101,12 @@ def _convert(value: Any, expected: Any) -> Any:
             return [_convert(item, get_args(bare)[0]) for item in value]
         except TypeError:
             raise TypeError(type_text(bare)) from None
-    if get_origin(bare) is Literal:
-        if isinstance(value, str) and value in get_args(bare):
-            return value
     # `type(...) is` and not isinstance: Python's bool is an int.
-    elif bare is float and type(value) in (int, float):
-        try:
-            return float(value)
-        except OverflowError:
-            pass
-    elif type(value) is bare:
+    if value in get_args(bare) or type(value) is bare:
         return value
+    if bare is float and type(value) is int:
+        with suppress(OverflowError):
+            return float(value)
     raise TypeError(type_text(bare))
 
 

@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from torchtitan_mtp.config.setting import rule, setting
+from torchtitan_mtp.config.setting import setting
 
 
 @dataclass
@@ -177,18 +177,16 @@ class Model:
     """Whether a token sees all earlier tokens, or only those of its own document; None: the
     flavor's ("causal" but for deepseek_v3's 16B and 671B)."""
 
-    converters: list[Literal["mtp", "quantize.linear.float8"]] = field(
-        default_factory=list,
-        metadata=rule(
-            distinct=True,
-            also_spelled={"float8": "quantize.linear.float8"},
-            unsupported_values={
-                "mx": "use quantize.linear.float8",
-                "quantize.linear.mx": "use quantize.linear.float8",
-                "quantize.grouped_mm.float8": "experts compute in training.mixed_precision_param",
-                "quantize.grouped_mm.mx": "experts compute in training.mixed_precision_param",
-            },
-        ),
+    converters: list[Literal["mtp", "quantize.linear.float8"]] = setting(
+        list,
+        distinct=True,
+        also_spelled={"float8": "quantize.linear.float8"},
+        unsupported_values={
+            "mx": "use quantize.linear.float8",
+            "quantize.linear.mx": "use quantize.linear.float8",
+            "quantize.grouped_mm.float8": "experts compute in training.mixed_precision_param",
+            "quantize.grouped_mm.mx": "experts compute in training.mixed_precision_param",
+        },
     )
     """Changes applied to the model, in order: "mtp" adds the heads of [mtp],
     "quantize.linear.float8" (or "float8") trains its linear layers in float8."""

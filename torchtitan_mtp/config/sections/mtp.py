@@ -1,9 +1,9 @@
 """Tables about multi-token prediction and its loss."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
-from torchtitan_mtp.config.setting import rule, setting
+from torchtitan_mtp.config.setting import setting
 
 TrunkState = Literal["normalized", "raw"]
 
@@ -27,7 +27,7 @@ class MTP:
     loss_reduction: Literal["sum", "mean"] = "sum"
     """How the losses of heads 2..n are combined: their sum (Meta) or their mean (DeepSeek)."""
 
-    loss_weights: list[float] = field(default_factory=list, metadata=rule(at_least=0))
+    loss_weights: list[float] = setting(list, at_least=0)
     """Weight of each of heads 2..n within the reduction; empty: all 1."""
 
     loss_scale_schedule: Literal["constant", "linear", "step"] = "constant"

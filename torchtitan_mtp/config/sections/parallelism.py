@@ -1,9 +1,9 @@
 """Tables about how the model is spread over ranks and what its blocks keep or recompute."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
-from torchtitan_mtp.config.setting import rule, setting
+from torchtitan_mtp.config.setting import setting
 
 
 @dataclass
@@ -47,9 +47,7 @@ class Compile:
     enable: bool = False
     """Compile the components."""
 
-    components: list[Literal["model", "loss"]] = field(
-        default_factory=lambda: ["model", "loss"], metadata=rule(distinct=True)
-    )
+    components: list[Literal["model", "loss"]] = setting(lambda: ["model", "loss"], distinct=True)
     """What is compiled: "model" is each transformer block, "loss" the passes of the default loss
     backend over a chunk's logits (not worth it on CPUs)."""
 
