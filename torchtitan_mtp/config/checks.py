@@ -3,10 +3,11 @@
 from collections.abc import Collection
 
 from torchtitan_mtp.config.job_config import JobConfig
+from torchtitan_mtp.config.sections.parallelism import ActivationCheckpoint
 from torchtitan_mtp.config.sections.quantize import AUTO_FILTER
 from torchtitan_mtp.config.sections.training import Training
 from torchtitan_mtp.config.setting import Option, options
-from torchtitan_mtp.config.values import further_heads, show
+from torchtitan_mtp.config.values import show
 from torchtitan_mtp.errors import UserError
 
 
@@ -18,10 +19,9 @@ def check(config: JobConfig, given: Collection[str] = ()) -> None:
     for option in options(JobConfig).values():
         if not option.is_table:
             _check_key(option, option.get(config))
-    _check_batch(config)
-    _check_mixture(config.training)
-    _check_profiling(config)
-    _check_checkpointing(config)
+    _check_training(config)
+    _check_checkpoint(config)
+    _check_recomputation(config.activation_checkpoint)
     _check_float8(config)
     if "mtp" in config.model.converters:
         _check_mtp(config)
@@ -39,26 +39,20 @@ def _check_key(option: Option, value: object) -> None:
         raise UserError(f"{option.name} = {show(value)}: an entry is there twice; remove one")
 
 
-def _check_batch(config: JobConfig) -> None:
-    local, total = config.training.local_batch_size, config.training.global_batch_size
+def _check_training(config: JobConfig) -> None:
+    training, profiling = config.training, config.profiling
+    local, total = training.local_batch_size, training.global_batch_size
     if total != -1 and total % local:
         raise UserError(
             f"training.global_batch_size = {total}: expected -1 or a multiple of "
             f"training.local_batch_size = {local}"
         )
-
-
-def _check_mixture(training: Training) -> None:
     for key in ("dataset", "dataset_path"):
         if training.mixture and getattr(training, key) != getattr(Training, key):
             raise UserError(
                 f"training.mixture and training.{key} = {show(getattr(training, key))}: both say"
                 " what to train on; keep one of them"
             )
-
-
-def _check_profiling(config: JobConfig) -> None:
-    profiling = config.profiling
     cycle = profiling.profiler_warmup + profiling.profiler_active
     if profiling.enable_profiling and profiling.profile_freq < cycle:
         raise UserError(
@@ -67,22 +61,10 @@ def _check_profiling(config: JobConfig) -> None:
         )
 
 
-def _check_checkpointing(config: JobConfig) -> None:
-    if config.checkpoint.create_seed_checkpoint and not config.checkpoint.enable:
-        raise UserError(
-            "checkpoint.create_seed_checkpoint = true: needs checkpoint.enable = true to save"
-        )
-    _check_hugging_face(config)
-    every = config.activation_checkpoint.selective_ac_option
-    if every != "op" and not (every.isdecimal() and int(every) >= 1):
-        raise UserError(
-            f'activation_checkpoint.selective_ac_option = {show(every)}: expected "op" or a '
-            'positive number in quotes, such as "2"'
-        )
-
-
-def _check_hugging_face(config: JobConfig) -> None:
+def _check_checkpoint(config: JobConfig) -> None:
     checkpoint = config.checkpoint
+    if checkpoint.create_seed_checkpoint and not checkpoint.enable:
+        raise UserError("checkpoint.create_seed_checkpoint = true: needs checkpoint.enable = true")
     if checkpoint.initial_load_in_hf and not checkpoint.initial_load_model_only:
         raise UserError(
             "checkpoint.initial_load_in_hf = true: such a folder holds the weights only; set "
@@ -97,10 +79,19 @@ def _check_hugging_face(config: JobConfig) -> None:
         )
 
 
+def _check_recomputation(recomputation: ActivationCheckpoint) -> None:
+    every = recomputation.selective_ac_option
+    if every != "op" and not (every.isdecimal() and int(every) >= 1):
+        raise UserError(
+            f'activation_checkpoint.selective_ac_option = {show(every)}: expected "op" or a '
+            'positive number in quotes, such as "2"'
+        )
+
+
 def _check_float8(config: JobConfig) -> None:
+    float8 = config.quantize.linear.float8
     if "quantize.linear.float8" not in config.model.converters:
         return
-    float8 = config.quantize.linear.float8
     if float8.enable_fsdp_float8_all_gather and float8.recipe_name not in (None, "tensorwise"):
         raise UserError(
             "quantize.linear.float8.enable_fsdp_float8_all_gather = true: needs recipe_name = "
@@ -111,30 +102,18 @@ def _check_float8(config: JobConfig) -> None:
             f'quantize.linear.float8.filter_fqns has "{AUTO_FILTER}": torchao knows no sizes for '
             'recipe_name = "rowwise_with_gw_hp"; take it out, or take "tensorwise" or "rowwise"'
         )
-    if float8.emulate and config.compile.enable:
-        raise UserError(
-            "quantize.linear.float8.emulate = true: torch.compile can't compile the emulation; "
-            "set compile.enable = false"
-        )
 
 
 def _check_mtp_is_meant(config: JobConfig, given: Collection[str]) -> None:
     """Keys of [mtp] without the converter would silently train without heads."""
-    written = [name for name in given if name.startswith("mtp.")]
-    written += [
-        option.name
-        for option in options(type(config.mtp), ("mtp",)).values()
-        if option.get(config) != option.default
-    ]
-    if "mtp" in given:
-        written.append("[mtp]")
-    if config.mtp.train == "heads":
-        written.insert(0, "mtp.train")
-    elif config.mtp.num_future_tokens == 1:
+    if config.mtp.num_future_tokens == 1 and config.mtp.train != "heads":
         return  # plain next-token prediction either way
+    written = sorted(name for name in given if name.split(".")[0] == "mtp")
+    own = options(type(config.mtp), ("mtp",)).values()
+    written += [option.name for option in own if option.get(config) != option.default]
     if written:
         raise UserError(
-            f"{written[0]} is set but model.converters = {show(config.model.converters)} lacks "
+            f"{written[-1]} is set but model.converters = {show(config.model.converters)} lacks "
             '"mtp"; add it, or remove [mtp]'
         )
 
@@ -170,20 +149,14 @@ def _check_mtp(config: JobConfig) -> None:
             needs = f'mtp.{key} = {show(value)}: needs mtp.heads = "{heads}"'
             raise UserError(f"{needs}: {why}; set it, or leave mtp.{key} unset")
     if mtp.loss_weights and len(mtp.loss_weights) != n - 1:
-        several = (
-            f", or num_future_tokens - 1 = {n - 1}, one each for {further_heads(n)}"
-            if n > 1
-            else ""
+        raise UserError(
+            f"mtp.loss_weights has {len(mtp.loss_weights)} entries: expected none, or one for each "
+            f"of heads 2..n, num_future_tokens - 1 = {n - 1}"
         )
-        entries = len(mtp.loss_weights)
-        raise UserError(f"mtp.loss_weights has {entries} entries: expected none{several}")
     if mtp.train == "trunk" and mtp.detach_trunk:
         raise UserError(
             "mtp.detach_trunk = true: nothing would learn from heads 2..n, which are frozen by "
             'mtp.train = "trunk"; unset one of them, or set mtp.loss_scale = 0 for the first'
         )
     if mtp.train == "heads" and n == 1:
-        raise UserError(
-            'mtp.train = "heads": needs mtp.num_future_tokens of at least 2, found 1, which has no '
-            "heads beside the frozen model"
-        )
+        raise UserError('mtp.train = "heads": needs mtp.num_future_tokens of at least 2, found 1')

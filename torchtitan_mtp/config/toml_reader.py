@@ -10,7 +10,7 @@ from torchtitan_mtp.config.earlier import use_todays_words
 from torchtitan_mtp.config.names import find
 from torchtitan_mtp.config.setting import Option
 from torchtitan_mtp.config.values import HERE, accept, printable
-from torchtitan_mtp.errors import UserError
+from torchtitan_mtp.errors import UserError, reading
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -51,12 +51,8 @@ def read_toml(path: str | Path, options: dict[str, Option]) -> dict[str, Any]:
 def _load(path: str | Path) -> dict[str, Any]:
     where = printable(path)
     try:
-        with open(path, "rb") as file:
-            return tomllib.loads(file.read().decode("utf-8-sig"))
-    except FileNotFoundError:
-        raise UserError(f"{where}: no such file; check the path of the config file") from None
-    except OSError as error:
-        raise UserError(f"{where}: can't be read: {error.strerror}") from None
+        with reading(where):
+            return tomllib.loads(Path(path).read_bytes().decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:  # no UTF-8, no TOML, numbers or nesting too long
         raise UserError(f"{where}: not valid TOML: {error}") from None
 

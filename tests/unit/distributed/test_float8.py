@@ -48,6 +48,12 @@ def test_every_layer_but_output_is_converted(heads, recipe):
         assert found["mtp.heads.0.eh_proj"]
 
 
+def test_an_emulation_is_not_compiled():
+    for float8 in (Float8Linear(), Float8Linear(emulate=True)):  # a CPU emulates in any case
+        with pytest.raises(UserError, match=r"torch\.compile can't .*; set compile.enable = false"):
+            convert_to_float8(build_model(ARGS), float8, compiled=True)
+
+
 def test_biases_stay_as_they_are():
     args = replace(ARGS, dim=64, qkv_bias=True)
     x = torch.randn(2, 8, 64, generator=torch.Generator().manual_seed(0))
