@@ -12,8 +12,6 @@ from torchtitan_mtp.config.setting import Option
 from torchtitan_mtp.config.values import accept, from_text, is_boolean, type_text
 from torchtitan_mtp.errors import UserError
 
-BOOLEAN_WORDS = ("true", "false")
-
 
 def read_command_line(argv: list[str], options: dict[str, Option]) -> dict[str, object]:
     """The values that a command line gives, checked for name and type, by dotted name of the key.
@@ -74,13 +72,13 @@ def _find(name: str, options: dict[str, Option]) -> tuple[Option, bool]:
 
 def _next_value(option: Option, words: list[str], where: str) -> str:
     if is_boolean(option.type):
-        stated = words and words[0].lower() in BOOLEAN_WORDS
+        stated = words and words[0].lower() in ("true", "false")
         return words.pop(0) if stated else "true"
+    if words and not words[0].startswith("--"):
+        return words.pop(0)
     if option.rule.without_effect:  # it may be a flag
-        return "" if not words or words[0].startswith("--") else words.pop(0)
-    if not words or words[0].startswith("--"):
-        raise UserError(f"{where}: expected {type_text(option.type)} after it, found nothing")
-    return words.pop(0)
+        return ""
+    raise UserError(f"{where}: expected {type_text(option.type)} after it, found nothing")
 
 
 def _comma_separated(

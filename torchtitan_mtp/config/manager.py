@@ -9,8 +9,8 @@ from torchtitan_mtp.config.checks import check
 from torchtitan_mtp.config.command_line import print_help, read_command_line
 from torchtitan_mtp.config.job_config import JobConfig
 from torchtitan_mtp.config.toml_reader import read_toml
-from torchtitan_mtp.config.torchtitan import check_held, known_options
-from torchtitan_mtp.config.values import printable
+from torchtitan_mtp.config.torchtitan import known_options
+from torchtitan_mtp.config.values import printable, show
 from torchtitan_mtp.errors import UserError
 
 RECIPES = Path(__file__).parents[1] / "train_configs"
@@ -68,9 +68,12 @@ def _build(config: JobConfig, given: dict[str, Any], file: object) -> JobConfig:
     try:
         for name, value in given.items():
             option = known[name]
-            if option.rule.held:
-                check_held(option, value)
-            elif not option.is_table and not option.rule.without_effect:
+            if option.rule.held and value != option.default:
+                raise UserError(
+                    f"{name} = {show(value)}: this TorchTitan key is not supported here yet and "
+                    f"has to stay at its default {show(option.default)}; {option.rule.held}"
+                )
+            if not (option.is_table or option.rule.held or option.rule.without_effect):
                 option.set(config, value)
         check(config, given.keys())
     except UserError as error:

@@ -49,9 +49,7 @@ class Rule:
 
     def range_error(self, value: object) -> str:
         """The range as text if a number lies outside of it, else an empty string."""
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            return ""
-        if value in self.special:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or value in self.special:
             return ""
         if isinstance(value, int) and self.at_most is None and value > LARGEST:
             return f"at most {LARGEST}"

@@ -7,8 +7,6 @@ from typing import Any
 
 from torchtitan_mtp.config.job_config import JobConfig
 from torchtitan_mtp.config.setting import NO_RULE, Option, Rule, options
-from torchtitan_mtp.config.values import show
-from torchtitan_mtp.errors import UserError
 
 _DEGREE = "use data_parallel_shard_degree"
 _EXPERTS = "experts are sharded like all parameters, by data_parallel_shard_degree"
@@ -95,12 +93,3 @@ def known_options() -> dict[str, Option]:
         kind = type(default) if isinstance(default, (bool, int)) else str
         found[name] = Option(path, kind, default, rule)
     return found
-
-
-def check_held(option: Option, value: object) -> None:
-    """Raises a UserError unless a key of `HELD` has its default."""
-    if value != option.default:
-        raise UserError(
-            f"{option.name} = {show(value)}: this TorchTitan key is not supported here yet and has "
-            f"to stay at its default {show(option.default)}; {option.rule.held}"
-        )

@@ -98,7 +98,7 @@ def resolve_auto_dtype(device: torch.device) -> torch.dtype:
     if device.type != "cpu":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if native else torch.float32
-    choice: list[torch.dtype | None] = [None]
+    choice = [torch.float32]
     if not dist.is_initialized() or dist.get_rank() == 0:
         bf16, fp32 = (
             statistics.harmonic_mean(measure_linear_rates(dtype))
@@ -108,7 +108,6 @@ def resolve_auto_dtype(device: torch.device) -> torch.dtype:
         logger.info("auto precision: bfloat16 %.1f, float32 %.1f GFLOP/s", bf16 / 1e9, fp32 / 1e9)
     if dist.is_initialized():
         dist.broadcast_object_list(choice, src=0)
-    assert choice[0] is not None
     return choice[0]
 
 

@@ -24,20 +24,17 @@ class LineFormatter(logging.Formatter):
     """`12:34:56 [rank 1] WARNING: message`; the rank with several ranks, the level above INFO."""
 
     def __init__(self, rank: int, world_size: int, color: bool) -> None:
-        super().__init__(datefmt="%Y-%m-%d %H:%M:%S")
+        super().__init__("%(asctime)s", "%Y-%m-%d %H:%M:%S")
         self.rank = f"[rank {rank}] " if world_size > 1 else ""
         self.color = color
 
-    def format(self, record: logging.LogRecord) -> str:
+    def formatMessage(self, record: logging.LogRecord) -> str:
         level = ""
         if record.levelno != logging.INFO:
             level = f"{record.levelname}: "
             if self.color and record.levelno >= logging.WARNING:
                 level = (RED if record.levelno >= logging.ERROR else YELLOW) + level + RESET
-        line = f"{self.formatTime(record, self.datefmt)} {self.rank}{level}{record.getMessage()}"
-        if record.exc_info:
-            line += "\n" + self.formatException(record.exc_info)
-        return line
+        return f"{record.asctime} {self.rank}{level}{record.message}"
 
 
 def use_color(disable_color_printing: bool = False) -> bool:

@@ -13,7 +13,7 @@ from torchtitan_mtp.config.values import further_heads
 from torchtitan_mtp.inference.acceptance import Acceptance
 from torchtitan_mtp.monitoring.backends import build_backends
 from torchtitan_mtp.monitoring.device import MemoryMonitor
-from torchtitan_mtp.monitoring.logging import use_color
+from torchtitan_mtp.monitoring.logging import RESET, use_color
 from torchtitan_mtp.monitoring.observer import Observer
 from torchtitan_mtp.monitoring.progress import Pace, ProgressBar
 
@@ -30,9 +30,6 @@ COLORS = {
     "acceptance": "\033[33m",
     "mfu": "\033[35m",
 }
-RESET = "\033[39m"
-
-Heads = list[tuple[float, float]]  # losses and accuracies of heads 1..n
 
 
 class MetricsProcessor:
@@ -42,11 +39,8 @@ class MetricsProcessor:
     every rank; losses arrive already reduced over ranks. Only rank 0 prints.
 
     Args:
-        config: of which [metrics], job.dump_folder and training.steps are read.
-        device: of this rank, for its peak memory.
-        flops_per_token: forward and backward FLOPs (flops.py); assign it again if that changes.
+        flops_per_token: forward and backward FLOPs (flops.py).
         peak_flops: FLOP/s of one device that count as 100% MFU, or None: MFU is left out.
-        rank, world_size: of the whole run.
         start_step: the last step that was done before (on resume).
         clock: seconds, monotonic.
     """
@@ -123,6 +117,7 @@ class MetricsProcessor:
         elapsed = max(self.clock() - self.interval_start, 1e-9)
         steps = max(self.steps, 1)
         tps = self.tokens / elapsed / self.world_size
+        rate = self.flops_per_token * tps
         heads = head_metrics(head_losses, head_accuracies)
         metrics = {
             "loss_metrics/global_avg_loss": head_losses[0],
@@ -133,7 +128,9 @@ class MetricsProcessor:
             "grad_norm": grad_norm,
             "lr": lr,
             "n_tokens_seen": n_tokens_seen,
-            **self._throughput(tps),
+            "throughput(tps)": tps,
+            "tflops": rate / 1e12,
+            **({"mfu(%)": 100 * rate / self.peak_flops} if self.peak_flops else {}),
             "time_metrics/end_to_end(s)": elapsed / steps,
             "time_metrics/data_loading(s)": self.data_seconds / steps,
             "time_metrics/data_loading(%)": 100 * self.data_seconds / elapsed,
@@ -142,7 +139,7 @@ class MetricsProcessor:
         }
         self._write(metrics, step)
         self.pace.add(elapsed, steps)
-        self._print_step(step, metrics, list(zip(head_losses, head_accuracies, strict=True)))
+        self._print_step(step, metrics, format_losses(head_losses, head_accuracies))
         self._start_interval()
         self.memory.reset()
 
@@ -172,10 +169,9 @@ class MetricsProcessor:
             **acceptance_metrics(acceptance),
         }
         self._write({f"validation_metrics/{tag}": value for tag, value in metrics.items()}, step)
-        heads = list(zip(head_losses, head_accuracies, strict=True))
         parts = {
             "step": f"validate step: {step:2}",
-            **format_losses(heads),
+            **format_losses(head_losses, head_accuracies),
             "accuracy": "accuracy: " + " ".join(figure(a, ".1%", a) for a in head_accuracies),
             "acceptance": format_acceptance(acceptance),
             "tps": f"tps: {round(tps):,}",
@@ -191,36 +187,26 @@ class MetricsProcessor:
             backend.close()
         self.backends, self.progress = [], None
 
-    def _throughput(self, tps: float) -> dict[str, float]:
-        """Per device: tokens/s, model TFLOP/s and, where a peak is known, their share of it."""
-        rate = self.flops_per_token * tps
-        metrics = {"throughput(tps)": tps, "tflops": rate / 1e12}
-        if self.peak_flops:
-            metrics["mfu(%)"] = 100 * rate / self.peak_flops
-        return metrics
-
     def _write(self, metrics: Mapping[str, float], step: int) -> None:
         for backend in self.backends:
             backend.log(metrics, step)
 
-    def _print_step(self, step: int, metrics: Mapping[str, float], heads: Heads) -> None:
-        tps, tflops, mfu = metrics["throughput(tps)"], metrics["tflops"], metrics.get("mfu(%)")
-        eta = self.pace.time_left(self.total_steps - step)
+    def _print_step(self, step: int, metrics: Mapping[str, float], losses: dict[str, str]) -> None:
+        mfu = metrics.get("mfu(%)")
         parts = {
             "step": f"step: {step:2}",
-            **format_losses(heads),
+            **losses,
             "grad_norm": f"grad_norm: {metrics['grad_norm']:7.4f}",
             "memory": f"memory: {metrics['memory/max_reserved(GiB)']:5.2f}GiB"
             f"({metrics['memory/max_reserved(%)']:.2f}%)",
-            "tps": f"tps: {round(tps):,}",
-            "mfu": f"tflops: {tflops:,.2f}" if mfu is None else f"mfu: {mfu:.2f}%",
+            "tps": f"tps: {round(metrics['throughput(tps)']):,}",
+            "mfu": f"tflops: {metrics['tflops']:,.2f}" if mfu is None else f"mfu: {mfu:.2f}%",
             "data": f"data: {metrics['time_metrics/data_loading(%)']:.1f}%",
-            "eta": f"eta: {eta}",
+            "eta": f"eta: {self.pace.time_left(self.total_steps - step)}",
         }
         logger.info(self._paint(parts))
         if self.progress:
-            loss = figure(heads[0][0], ".4f", heads[0][1])
-            self.progress.update(step, f"loss {loss}  {round(tps):,} tok/s  eta {eta}")
+            self.progress.update(step, "  ".join(parts[name] for name in ("loss", "tps", "eta")))
 
     def _paint(self, parts: Mapping[str, str]) -> str:
         """The non-empty parts on one line, each in its colour."""
@@ -250,10 +236,10 @@ def figure(value: float, form: str, of: float) -> str:
     return "-" if math.isnan(of) else format(value, form)
 
 
-def format_losses(heads: Heads) -> dict[str, str]:
+def format_losses(losses: Sequence[float], accuracies: Sequence[float]) -> dict[str, str]:
     """Head 1's loss, and those of heads 2..n if there are any, of losses and accuracies of all."""
-    first, *others = (figure(loss, ".4f", of) for loss, of in heads)
-    further = f"{further_heads(len(heads))}: {' '.join(others)}" if others else ""
+    first, *others = (figure(loss, ".4f", of) for loss, of in zip(losses, accuracies, strict=True))
+    further = f"{further_heads(len(losses))}: {' '.join(others)}" if others else ""
     return {"loss": f"loss: {first:>7}", "heads": further}
 
 
