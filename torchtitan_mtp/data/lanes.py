@@ -2,20 +2,12 @@
 
 from collections import deque
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import numpy as np
+import torch
 
-from torchtitan_mtp.data.targets import PADDING
+from torchtitan_mtp.data.targets import PADDING, Window
 from torchtitan_mtp.data.walks import Piece, Position
-
-
-class LaneWindow(NamedTuple):
-    """One row of a `Window`: tokens, doc_ids int64 and may_be_target bool, each [S+n]."""
-
-    tokens: np.ndarray
-    doc_ids: np.ndarray
-    may_be_target: np.ndarray
 
 
 class Lane:
@@ -39,22 +31,23 @@ class Lane:
         piece = self._open[0].position if self._open else self._first
         return {**piece, "offset": self._offset}
 
-    def next_window(self, seq_len: int, lookahead: int) -> LaneWindow | None:
-        """The next window; at the end of the pieces padded, then None."""
+    def next_window(self, seq_len: int, lookahead: int) -> Window | None:
+        """The next window, of one row [S+n]; at the end of the pieces padded, then None."""
         width = seq_len + lookahead
         while self._held < width and (piece := next(self._pieces, None)) is not None:
             self._open.append(piece)
             self._held += piece.stop - piece.start
         if self._held < 2:  # a token without a next one: nothing to predict
             return None
-        window = self._cut(width)
+        window = self.cut(width)
         self._advance(seq_len)
         return window
 
-    def _cut(self, width: int) -> LaneWindow:
+    def cut(self, width: int) -> Window:
+        """The next tokens as far as they are there, [width], padded; `loss_mask` is of all."""
         tokens = np.zeros(width, np.int64)
         doc_ids = np.full(width, PADDING, np.int64)
-        may_be_target = np.zeros(width, np.bool_)
+        loss_mask = np.zeros(width, np.bool_)
         filled, skipped = 0, self._offset
         for doc_id, (document, start, stop, _) in enumerate(self._open):
             if filled == width:
@@ -64,9 +57,9 @@ class Lane:
             end = filled + len(part)
             tokens[filled:end] = part
             doc_ids[filled:end] = doc_id
-            may_be_target[filled + max(0, document.first_target - start) : end] = True
+            loss_mask[filled + max(0, document.first_target - start) : end] = True
             filled, skipped = end, 0
-        return LaneWindow(tokens, doc_ids, may_be_target)
+        return Window(*map(torch.from_numpy, (tokens, doc_ids, loss_mask)))
 
     def _advance(self, count: int) -> None:
         self._offset += count

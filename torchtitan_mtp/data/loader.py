@@ -12,19 +12,22 @@ and token: a few hundred bytes, exact at any window, and the same whatever R was
 on any R that divides V with the same global batches.
 """
 
+import itertools
 import logging
+from collections import deque
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import KW_ONLY, dataclass
+from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 
 from torchtitan_mtp.data.corpus import Corpus
 from torchtitan_mtp.data.hub import StreamSource
-from torchtitan_mtp.data.lanes import Lane, LaneWindow
+from torchtitan_mtp.data.lanes import Lane
 from torchtitan_mtp.data.mixture import Mixture
 from torchtitan_mtp.data.order import split_documents
-from torchtitan_mtp.data.prefetch import Prefetcher
 from torchtitan_mtp.data.sources import Source
 from torchtitan_mtp.data.targets import PADDING, Window
 from torchtitan_mtp.data.tokenizer import Tokenizer
@@ -49,83 +52,58 @@ _CAUSES = {
 State = dict[str, Any]
 
 
+@dataclass(eq=False, repr=False)
 class DataLoader:
     """Windows [local_batch_size, S+n] for one data rank.
 
-    Args:
-        source: the documents, or a mixture of several sources of them.
-        tokenizer: makes their tokens.
-        seq_len: S, tokens of input in a window.
-        num_future_tokens: n, tokens of lookahead.
-        local_batch_size: windows in a micro-batch of this rank.
-        dp_rank: this data rank; ranks that share their data (tensor, context) pass the same.
-        dp_world: number of data ranks.
-        seed: of the order of documents and of the split.
-        split: "train", "validation" (the documents held out) or "all"; see `split_documents`.
-        validation_fraction: share of documents held out, in [0, 1).
-        infinite: True: epoch after epoch. False: iterating makes one pass over the split in its
-            own order, the same windows whatever the world size; every rank yields the same number
-            of micro-batches, the last filled with padding.
-        prefetch: windows kept ready by a background thread (infinite only); 0 for no thread.
-        accept_changed_data: a state of other files is taken, where there are as many documents.
+    An infinite loader goes on epoch after epoch. Of a finite one, iterating makes one pass over the
+    split in its own order, the same windows whatever the world size; every rank yields the same
+    number of micro-batches, the last filled with padding.
 
     Raises:
         UserError: no document to hold out.
     """
 
-    def __init__(
-        self,
-        source: Source | StreamSource | Mixture,
-        tokenizer: Tokenizer,
-        seq_len: int,
-        num_future_tokens: int,
-        local_batch_size: int,
-        dp_rank: int = 0,
-        dp_world: int = 1,
-        *,
-        seed: int = 0,
-        split: str = "train",
-        validation_fraction: float = 0.05,
-        infinite: bool = True,
-        prefetch: int = 2,
-        accept_changed_data: bool = False,
-    ) -> None:
-        if seq_len < 1 or num_future_tokens < 1 or local_batch_size < 1:
+    source: Source | StreamSource | Mixture
+    tokenizer: Tokenizer
+    seq_len: int  # S, tokens of input in a window
+    num_future_tokens: int  # n, tokens of lookahead
+    local_batch_size: int  # windows in a micro-batch of this rank
+    dp_rank: int = 0  # ranks that share their data (tensor, context) have the same
+    dp_world: int = 1
+    _: KW_ONLY
+    seed: int = 0  # of the order of documents and of the split
+    split: str = "train"  # or "validation" (the documents held out), "all"; `split_documents`
+    validation_fraction: float = 0.05  # share of documents held out, in [0, 1)
+    infinite: bool = True
+    prefetch: int = 2  # micro-batches that a background thread makes ahead (infinite only)
+    accept_changed_data: bool = False  # take a state of other files, of as many documents
+
+    def __post_init__(self) -> None:
+        if self.seq_len < 1 or self.num_future_tokens < 1 or self.local_batch_size < 1:
             raise ValueError("seq_len, num_future_tokens and local_batch_size must be positive")
-        if not 0 <= dp_rank < dp_world:
-            raise ValueError(f"data rank {dp_rank} of {dp_world}")
-        self._mixture = source if isinstance(source, Mixture) else Mixture([source])
-        self._tokenizer = tokenizer
-        self._seq_len = seq_len
-        self._lookahead = num_future_tokens
-        self._batch_size = local_batch_size
-        self._rank = dp_rank
-        self._world = dp_world
-        self._seed = seed
-        self._depth = prefetch
-        self._accept_changed_data = accept_changed_data
-        self._prefetcher: Prefetcher[tuple[Window, State]] | None = None
-        self._parts = [self._part(x, split, validation_fraction) for x in self._mixture.sources]
-        held_out = split == "train" and any(isinstance(part, Corpus) for part in self._parts)
+        if not 0 <= self.dp_rank < self.dp_world:
+            raise ValueError(f"data rank {self.dp_rank} of {self.dp_world}")
+        self._mixture = self.source if isinstance(self.source, Mixture) else Mixture([self.source])
+        self._parts = [self._part(source) for source in self._mixture.sources]
+        held_out = self.split == "train" and any(isinstance(x, Corpus) for x in self._parts)
         # What a state must agree with for its positions to mean the same documents and tokens.
         self._identity: State = {
             "source": self._mixture.fingerprint,
-            "tokenizer": tokenizer.fingerprint,
+            "tokenizer": self.tokenizer.fingerprint,
             "documents": sum(len(x.source) for x in self._parts if isinstance(x, Corpus)),
-            "seed": seed,
-            "held_out": validation_fraction if held_out else 0.0,
+            "seed": self.seed,
+            "held_out": self.validation_fraction if held_out else 0.0,
         }
         self._version = STATE_VERSION
-        self._infinite = infinite
-        if infinite:
-            width = seq_len + num_future_tokens
+        if self.infinite:
+            width = self.seq_len + self.num_future_tokens
             # Stretches of a window at least; a lane of a stream reads whole files.
             most = min(
                 int(x.sizes[x.documents].sum()) // width if isinstance(x, Corpus) else x.num_shards
                 for x in self._parts
             )
-            self._begin(default_num_lanes(most, dp_world), dp_rank, {})
-            self._state = self._snapshot()
+            self._begin(default_num_lanes(most, self.dp_world), self.dp_rank, {})
 
     @property
     def identity(self) -> State:
@@ -133,20 +111,19 @@ class DataLoader:
         return {**self._identity, "shares": self._mixture.shares}
 
     def next_window(self) -> Window:
-        """The next micro-batch of this rank (infinite loaders)."""
+        """The next micro-batch of this rank (infinite loaders). Whatever making it raised is raised
+        here, and by every later call."""
         self._check_infinite()
-        if self._depth == 0:
-            window, self._state = self._produce()
-            return window
-        if self._prefetcher is None:
-            self._prefetcher = Prefetcher(self._produce, self._depth)
-        window, self._state = self._prefetcher.get()
+        while len(self._ahead) <= self.prefetch:
+            self._ahead.append(self._thread.submit(self._produce))
+        window, self._state = self._ahead[0].result()
+        self._ahead.popleft()
         return window
 
     def __iter__(self) -> Iterator[Window]:
-        if not self._infinite:
+        if not self.infinite:
             yield from self._one_pass()
-        while self._infinite:
+        while self.infinite:
             yield self.next_window()
 
     @property
@@ -169,36 +146,34 @@ class DataLoader:
         """
         self._check_infinite()
         self._check_state(state)
-        self.close()
+        following = state["next_window"]
         if state.get("shares", [1.0]) != (shares := self._mixture.shares):
             logger.warning(
                 "dataset %s: from window %d on the sources' shares are %s, before they were %s",
-                *(self._mixture.name, state["next_window"], shares, state["shares"]),
+                *(self._mixture.name, following, shares, state["shares"]),
             )
+        self._thread.shutdown(cancel_futures=True)
         self._version = state["version"]
-        self._restore(state)
-        # this rank's first window from there
-        self._next_window += (self._rank - self._next_window) % self._world
-        self._state = self._snapshot()
+        following += (self.dp_rank - following) % self.dp_world  # this rank's first one
+        self._begin(state["num_lanes"], following, state["lanes"])
 
     def close(self) -> None:
         """Stop the background thread. The loader can go on: it starts again where it was."""
-        if self._prefetcher is not None:
-            self._prefetcher.close()
-            self._prefetcher = None
-            self._restore(self._state)
+        if self.infinite:
+            self._thread.shutdown(cancel_futures=True)
+            self._begin(*(self._state[key] for key in ("num_lanes", "next_window", "lanes")))
 
     def _check_infinite(self) -> None:
-        if not self._infinite:
+        if not self.infinite:
             raise RuntimeError("a finite loader is only iterated: it has no position")
 
-    def _part(
-        self, source: Source | StreamSource, split: str, fraction: float
-    ) -> Corpus | StreamSource:
+    def _part(self, source: Source | StreamSource) -> Corpus | StreamSource:
         if not isinstance(source, StreamSource):
-            documents = split_documents(len(source), split, fraction, self._seed, source.name)
-            return Corpus(source, documents, self._tokenizer, self._seed)
-        if split == "validation":
+            documents = split_documents(
+                len(source), self.split, self.validation_fraction, self.seed, source.name
+            )
+            return Corpus(source, documents, self.tokenizer, self.seed)
+        if self.split == "validation":
             raise UserError(
                 f"dataset {source.name}: nothing can be held out of a stream; give"
                 " validation.dataset another one (c4_validation for c4), or turn validation.enable"
@@ -206,22 +181,23 @@ class DataLoader:
             )
         return source
 
-    def _restore(self, state: State) -> None:
-        self._begin(state["num_lanes"], state["next_window"], state["lanes"])
-
     def _begin(self, num_lanes: int, next_window: int, places: State) -> None:
         self._num_lanes, self._next_window = num_lanes, next_window
-        self._lanes = {}
-        for lane in range(self._rank, num_lanes, self._world):
+        self._thread = ThreadPoolExecutor(1, "data-prefetch")
+        self._ahead: deque[Future[tuple[Window, State]]] = deque()
+        lanes = {}
+        for lane in range(self.dp_rank, num_lanes, self.dp_world):
             at = places.get(str(lane), [None] * len(self._parts))
             at = at if isinstance(at, list) else [at]  # as older states have it
             parts = zip(self._parts, at, strict=True)
-            self._lanes[lane] = [self._lane(part, lane, place) for part, place in parts]
+            lanes[lane] = [self._lane(part, lane, place) for part, place in parts]
+        self._lanes = lanes
+        self._state = self._snapshot()
 
     def _lane(self, part: Corpus | StreamSource, lane: int, place: Position | None) -> Lane:
         if not isinstance(part, Corpus):
             place = place or {"epoch": 0, "stream": None}
-            return Lane(stream_share(part, self._tokenizer, lane, self._num_lanes, place), place)
+            return Lane(stream_share(part, self.tokenizer, lane, self._num_lanes, place), place)
         kind = DealtDocuments if self._version == DEALT_DOCUMENTS else Stretches
         pieces = kind(part, lane, self._num_lanes, place)
         return Lane(pieces, place or pieces.position())
@@ -229,8 +205,7 @@ class DataLoader:
     def _snapshot(self) -> State:
         return {
             "version": self._version,
-            **self._identity,
-            "shares": self._mixture.shares,
+            **self.identity,
             "num_lanes": self._num_lanes,
             "next_window": self._next_window,
             "lanes": {
@@ -241,34 +216,25 @@ class DataLoader:
 
     def _produce(self) -> tuple[Window, State]:
         rows = []
-        for _ in range(self._batch_size):
+        for _ in range(self.local_batch_size):
             turn, lane = divmod(self._next_window, self._num_lanes)
             source = self._mixture.pick(lane, turn)
-            row = self._lanes[lane][source].next_window(self._seq_len, self._lookahead)
+            row = self._lanes[lane][source].next_window(self.seq_len, self.num_future_tokens)
             assert row is not None, "an endless lane has ended"
             rows.append(row)
-            self._next_window += self._world
+            self._next_window += self.dp_world
         return _stack(rows), self._snapshot()
 
     def _one_pass(self) -> Iterator[Window]:
         # Every rank reads and encodes the whole split, as one lane, and keeps its share: how many
         # windows there are is known to all of them at the same point, without communication.
-        lane = Lane(once(self._parts, self._mixture.shares, self._tokenizer), {})
-        rows: list[LaneWindow] = []
-        number = 0
-        while (row := lane.next_window(self._seq_len, self._lookahead)) is not None:
-            if number % self._world == self._rank:
-                rows.append(row)
-            number += 1
-            if number % (self._world * self._batch_size) == 0:
-                yield _stack(rows)
-                rows = []
-        if number % (self._world * self._batch_size):
-            width = self._seq_len + self._lookahead
-            padding = LaneWindow(
-                np.zeros(width, np.int64), np.full(width, PADDING), np.zeros(width, np.bool_)
-            )
-            yield _stack(rows + [padding] * (self._batch_size - len(rows)))
+        lane = Lane(once(self._parts, self._mixture.shares, self.tokenizer), {})
+        windows = iter(partial(lane.next_window, self.seq_len, self.num_future_tokens), None)
+        padding = Lane(iter(()), {}).cut(self.seq_len + self.num_future_tokens)
+        together = self.dp_world * self.local_batch_size
+        for _, batch in itertools.groupby(enumerate(windows), lambda x: x[0] // together):
+            rows = [row for number, row in batch if number % self.dp_world == self.dp_rank]
+            yield _stack(rows + [padding] * (self.local_batch_size - len(rows)))
 
     def _check_state(self, state: State) -> None:
         name = self._mixture.name
@@ -278,11 +244,11 @@ class DataLoader:
                 f"dataset {name}: the checkpoint's data position has version {version}, this"
                 f" package reads {DEALT_DOCUMENTS} and {STATE_VERSION}: update it{anew}"
             )
-        self._tokenizer.go_on_as(str(state.get("tokenizer")))
-        self._identity["tokenizer"] = self._tokenizer.fingerprint
+        self.tokenizer.go_on_as(str(state.get("tokenizer")))
+        self._identity["tokenizer"] = self.tokenizer.fingerprint
         for key, mine in self._identity.items():
             found = state.get(key, mine if key == "documents" else None)  # older states lack it
-            if found != mine and key == "source" and self._accept_changed_data:
+            if found != mine and key == "source" and self.accept_changed_data:
                 told = "dataset %s: not the files of the checkpoint; going on at its place in these"
                 logger.warning(told, name)
             elif found != mine:
@@ -291,13 +257,13 @@ class DataLoader:
                     f" {found!r}, this run has {mine!r}: put back {_CAUSES[key]}{anew}"
                 )
         lanes = state["num_lanes"]
-        if lanes % self._world:
+        if lanes % self.dp_world:
             allowed = [r for r in range(1, lanes + 1) if lanes % r == 0]
             raise UserError(
                 f"dataset {name}: the checkpoint's data is in {lanes} lanes, which"
-                f" can't be dealt to {self._world} data ranks; resume on one of {allowed}"
+                f" can't be dealt to {self.dp_world} data ranks; resume on one of {allowed}"
             )
-        for lane in range(self._rank, lanes, self._world):
+        for lane in range(self.dp_rank, lanes, self.dp_world):
             if str(lane) not in state["lanes"]:
                 raise UserError(
                     f"dataset {name}: the checkpoint's data position lacks lane {lane} of {lanes},"
@@ -336,12 +302,7 @@ def merge_states(states: Iterable[State]) -> State:
     }
 
 
-def _stack(rows: list[LaneWindow]) -> Window:
+def _stack(rows: list[Window]) -> Window:
     """Rows [S+n] to a window [B, S+n]; the mask only where something is masked."""
-    tokens, doc_ids, may_be_target = (np.stack(x) for x in zip(*rows, strict=True))
-    masked = not (may_be_target | (doc_ids == PADDING)).all()
-    return Window(
-        torch.from_numpy(tokens),
-        torch.from_numpy(doc_ids),
-        torch.from_numpy(may_be_target) if masked else None,
-    )
+    tokens, doc_ids, mask = (torch.stack(parts) for parts in zip(*rows, strict=True))
+    return Window(tokens, doc_ids, None if (mask | (doc_ids == PADDING)).all() else mask)
