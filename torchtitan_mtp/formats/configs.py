@@ -15,8 +15,16 @@ from torchtitan_mtp.models.args import ModelArgs, ModelSpec, RoPEScaling, YaRN
 # ---- Hugging Face ----
 
 
-def write_shape(args: ModelArgs, architecture: str, model_type: str, **rope: Any) -> dict[str, Any]:
-    """What all families' configs name alike. rope: see `write_rope`."""
+def write_shape(
+    args: ModelArgs, architecture: str, model_type: str, **older: Any
+) -> dict[str, Any]:
+    """What all families' configs name alike. older: what earlier readers of a rotary scaling look
+    for beside its type."""
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": args.rope_theta}
+    if (scaling := args.rope_scaling) is not None:
+        values = asdict(scaling)
+        values["original_max_position_embeddings"] = values.pop("original_max_seq_len")
+        rope |= {"rope_type": scaling.rope_type, **older, **values}
     config: dict[str, Any] = {
         "architectures": [architecture],
         "model_type": model_type,
@@ -35,19 +43,9 @@ def write_shape(args: ModelArgs, architecture: str, model_type: str, **rope: Any
         "attention_dropout": 0.0,
         "use_cache": True,
         "rope_theta": args.rope_theta,  # for readers older than rope_parameters
-        "rope_parameters": (written := write_rope(args, **rope)),
+        "rope_parameters": rope,
     }
-    return config if args.rope_scaling is None else config | {"rope_scaling": written}
-
-
-def write_rope(args: ModelArgs, **older: Any) -> dict[str, Any]:
-    """`rope_parameters`. older: what earlier readers of a scaling look for beside its type."""
-    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": args.rope_theta}
-    if (scaling := args.rope_scaling) is not None:
-        values = asdict(scaling)
-        values["original_max_position_embeddings"] = values.pop("original_max_seq_len")
-        rope |= {"rope_type": scaling.rope_type, **older, **values}
-    return rope
+    return config if scaling is None else config | {"rope_scaling": rope}
 
 
 def dense_config(architecture: str, model_type: str, spec: ModelSpec) -> dict[str, Any]:
@@ -58,14 +56,11 @@ def dense_config(architecture: str, model_type: str, spec: ModelSpec) -> dict[st
     """
     args = spec.args
     if isinstance(args.rope_scaling, YaRN):
-        raise UserError(
-            f"{architecture}: YaRN is written for DeepSeek's models only; try torchtitan"
-        )
+        raise UserError("YaRN is written for DeepSeek's models only")
     if model_type == "qwen2" and args.head_dim * args.n_heads != args.dim:
         raise UserError(
-            f"{architecture}: model.args.head_size = {args.head_dim}, and Qwen2's heads are "
-            f"{args.dim} / {args.n_heads} wide; glm4_moe_hf takes any, with normalized modules or "
-            "--drop_heads"
+            f"model.args.head_size = {args.head_dim}, and Qwen2's heads are {args.dim} / "
+            f"{args.n_heads} wide"
         )
     config = write_shape(args, architecture, model_type) | {"head_dim": args.head_dim}
     config |= {"num_nextn_predict_layers": spec.modules} if spec.modules else {}
@@ -173,28 +168,21 @@ class Reader:
     def expect(self, key: str, *allowed: Any) -> None:
         """The value is one of `allowed` (the first where it is absent)."""
         if (value := self.values.get(key, allowed[0])) not in allowed:
-            raise UserError(
-                f"{self.file}: {key} = {value!r} is not supported here, only {allowed[0]!r}"
-            )
+            only = " and ".join(repr(other) for other in allowed if other is not None)
+            raise UserError(f"{self.file}: {key} = {value!r} is not supported here, only {only}")
 
 
-def read_rope(
-    reader: Reader, scaled: str, nested: str | None = None
-) -> tuple[float, Reader | None]:
+def read_rope(reader: Reader, scaled: str, nested: str = "") -> tuple[float, Reader | None]:
     """Base, and the scaling of the kind `scaled` if there is any, wherever this version of
     transformers wrote them."""
     values = reader.mapping("rope_parameters", "rope_scaling")
-    if nested is not None and nested in values:
+    if nested in values:
         values = Reader(reader.file, values).mapping(nested)
-    inner = Reader(reader.file, {"rope_theta": reader.values.get("rope_theta"), **values})
+    older = {"rope_theta": reader.values.get("rope_theta"), "rope_type": values.get("type")}
+    inner = Reader(reader.file, {**older, **values})
+    inner.expect("rope_type", "default", scaled, None)
     theta = float(inner.number("rope_theta", 10000.0))
-    kind = inner.values.get("rope_type", inner.values.get("type", "default"))
-    if kind not in ("default", scaled):
-        raise UserError(
-            f"{reader.file}: rope_type = {kind!r} is not supported here, only 'default' and "
-            f"'{scaled}'"
-        )
-    return theta, inner if kind == scaled else None
+    return theta, inner if inner.values["rope_type"] == scaled else None
 
 
 def read_shape(reader: Reader, longest: int) -> dict[str, Any]:
@@ -216,11 +204,7 @@ _DEFAULTS = {"MistralForCausalLM": _MISTRAL, "Qwen3ForCausalLM": {"head_dim": 12
 
 
 def read_dense(
-    reader: Reader,
-    *,
-    qk_norm: bool = False,
-    qkv_bias: bool = False,
-    rope: str | None = None,
+    reader: Reader, *, qk_norm: bool = False, qkv_bias: bool = False, rope: str = ""
 ) -> ModelArgs:
     """The trunk of a config of Llama's family. rope: where in rope_parameters it is."""
     for name in reader.architectures():
@@ -306,7 +290,7 @@ def meta_params(spec: ModelSpec) -> dict[str, Any]:
     """
     args = spec.args
     if args.head_dim * args.n_heads != args.dim or args.rope_scaling is not None:
-        raise UserError("meta: its model has no head_size and no rotary scaling")
+        raise UserError("its model has no head_size and no rotary scaling")
     params: dict[str, Any] = {
         "dim": args.dim,
         "n_layers": args.n_layers + spec.modules,

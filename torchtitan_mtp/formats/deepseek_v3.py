@@ -98,7 +98,8 @@ def write_config(spec: ModelSpec) -> dict[str, Any]:
     """
     args, moe, latent = spec.args, _moe(spec), spec.args.latent
     assert latent is not None
-    _check(spec)
+    if misfit := _misfit(spec):
+        raise UserError(f"the model has {misfit}")
     return write_shape(args, "DeepseekV3ForCausalLM", "deepseek_v3", type="yarn") | {
         "num_nextn_predict_layers": spec.modules,
         "num_key_value_heads": args.n_heads,
@@ -111,23 +112,21 @@ def write_config(spec: ModelSpec) -> dict[str, Any]:
     }
 
 
-def _check(spec: ModelSpec) -> None:
+def _misfit(spec: ModelSpec) -> str:
     args, moe = spec.args, _moe(spec)
-    wrong = ""
     if moe.score_func != "sigmoid":
-        wrong = f'score_func = "{moe.score_func}", and its router takes sigmoids'
-    elif not moe.num_shared_experts:
-        wrong = "no shared expert, and it has one at least"
-    elif moe.num_experts < 2 * moe.num_expert_groups:
-        wrong = "groups of one expert, and its router looks at the two best of each"
-    elif args.norm_eps != _EPS:
-        wrong = f"norm_eps = {args.norm_eps}, and the norms within its attention have {_EPS}"
-    elif args.rope_scaling is not None and not isinstance(args.rope_scaling, YaRN):
-        wrong = "Llama 3.1's rotary scaling, and it has YaRN's"
-    elif spec.modules and moe.n_dense_layers >= args.n_layers:
-        wrong = "dense layers alone, and its modules are mixtures"
-    if wrong:
-        raise UserError(f"deepseek_v3_hf: the model has {wrong}; try torchtitan")
+        return f'score_func = "{moe.score_func}", and its router takes sigmoids'
+    if not moe.num_shared_experts:
+        return "no shared expert, and it has one at least"
+    if moe.num_experts < 2 * moe.num_expert_groups:
+        return "groups of one expert, and its router looks at the two best of each"
+    if args.norm_eps != _EPS:
+        return f"norm_eps = {args.norm_eps}, and the norms within its attention have {_EPS}"
+    if args.rope_scaling is not None and not isinstance(args.rope_scaling, YaRN):
+        return "Llama 3.1's rotary scaling, and it has YaRN's"
+    if spec.modules and moe.n_dense_layers >= args.n_layers:
+        return "dense layers alone, and its modules are mixtures"
+    return ""
 
 
 def read_config(reader: Reader) -> ModelArgs:

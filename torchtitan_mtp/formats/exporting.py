@@ -83,15 +83,14 @@ def export_checkpoint(
         part = [key for key in source.kinds if key.startswith(f"mtp.heads.{k}.")]
         logger.warning("dropped mtp.heads.%d: %s", k, names_line(part))
     spec = kept
-    settings = {} if form.write_config is None else form.write_config(spec)
     outputs = _outward(source, form.names(spec), spec, dtype)
     with written_aside(Path(out), sum(output.bytes for output in outputs)) as folder:
         if form.container == "safetensors":
             write_safetensors(folder, outputs, max_shard_size)
-            _write_hf_files(folder, config, settings, outputs[0].dtype)
+            _write_hf_files(folder, config, form.write_config(spec), outputs[0].dtype)
         elif form.container == "pth":
             write_pth(folder / "consolidated.pth", outputs)
-            write_json(folder / "params.json", settings)
+            write_json(folder / "params.json", form.write_config(spec))
             if config.model.hf_assets_path:
                 copy_tokenizer(config.model.hf_assets_path, folder)
         else:
@@ -114,26 +113,25 @@ def _first(spec: ModelSpec, modules: int | None) -> ModelSpec:
 
 def _fitting(form: Format, name: str, spec: ModelSpec, drop_heads: bool) -> ModelSpec:
     """`spec`, or its trunk where its heads are to be dropped. Error: the format can't hold it."""
-    if misfit := _misfit(form, spec):
-        raise UserError(f"--format {name}: {misfit}; {_advice(spec)}")
-    if fits(form, spec):
+    if not (why := refusal(form, spec)):
         return spec
-    if drop_heads:
-        return ModelSpec(spec.args)
-    fit = [key for key, f in FORMATS.items() if holds(f, spec)]
-    use = f"use {' or '.join(fit)}, or " if fit else ""
-    if fits(form, _first(spec, 1)):
-        use += "write the first with --modules 1, or "
-    what = f"can't hold the {spec.modules} {spec.heads} heads beside the trunk"
-    what += f" ({names_line([key for key in shapes_of(spec) if key.startswith('mtp.')])})"
-    if spec.heads == form.heads and spec.trunk_state != form.trunk_state:
-        what = f"its modules read the trunk's {form.trunk_state} state, this model's the "
-        what += f"{spec.trunk_state} one (mtp.trunk_state)"
-    raise UserError(f"--format {name}: {what}; {use}leave them out with --drop_heads")
+    trunk = ModelSpec(spec.args)
+    bare = [key for key, other in FORMATS.items() if not refusal(other, trunk)]
+    if drop_heads and name in bare:
+        return trunk
+    fit = [key for key, other in FORMATS.items() if not refusal(other, spec)]
+    ways = [f"try {', '.join(fit)}"] if fit else []
+    if spec.modules > 1 and not refusal(form, _first(spec, 1)):
+        ways.append("write the first with --modules 1")
+    if spec.heads and name in bare:
+        ways.append("leave them out with --drop_heads")
+    elif bare and not fit:
+        ways.append(f"try {', '.join(bare)} with --drop_heads")
+    raise UserError(f"--format {name}: {why}; {', or '.join(ways) or 'no format here holds it'}")
 
 
-def _misfit(form: Format, spec: ModelSpec) -> str:
-    """What of the trunk has no place in the format; "" where all has."""
+def refusal(form: Format, spec: ModelSpec) -> str:
+    """What of the model has no place in the format or its config; "" where all has."""
     if form.kind not in (None, spec.kind):
         return "is for models of another kind"
     for key, what in (
@@ -143,33 +141,18 @@ def _misfit(form: Format, spec: ModelSpec) -> str:
         if getattr(form, key) not in (None, has := getattr(spec.args, key)):
             other = "no " if has else ""
             return f"takes models with {other}{what} (model.args.{key}), this one is another"
+    if spec.heads == form.heads and spec.trunk_state != form.trunk_state:
+        return (
+            f"its modules read the trunk's {form.trunk_state} state, this model's the "
+            f"{spec.trunk_state} one (mtp.trunk_state)"
+        )
+    if spec.heads and (spec.heads != form.heads or spec.modules > form.most_modules):
+        return f"can't hold the {spec.modules} {spec.heads} heads beside the trunk"
+    try:
+        form.write_config(spec)
+    except UserError as error:
+        return str(error)
     return ""
-
-
-def fits(form: Format, spec: ModelSpec) -> bool:
-    """Whether the format has a place for each tensor of the model, whatever its config can say."""
-    few = form.most_modules is None or spec.modules <= form.most_modules
-    joined = spec.heads == form.heads and few and spec.trunk_state == form.trunk_state
-    return not _misfit(form, spec) and (joined or not spec.heads)
-
-
-def holds(form: Format, spec: ModelSpec) -> bool:
-    """Whether an export in the format, with the heads, would not be refused."""
-    if form.write_config is not None and fits(form, spec):
-        try:
-            form.write_config(spec)
-        except UserError:
-            return False
-    return fits(form, spec)
-
-
-def _advice(spec: ModelSpec) -> str:
-    """The formats that hold the model, or its trunk where none does."""
-    if fit := [key for key, form in FORMATS.items() if holds(form, spec)]:
-        return f"try {', '.join(fit)}"
-    if fit := [key for key, form in FORMATS.items() if holds(form, ModelSpec(spec.args))]:
-        return f"try {', '.join(fit)} with --drop_heads"
-    return "no format here holds it"
 
 
 def _outward(

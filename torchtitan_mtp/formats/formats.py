@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -46,13 +47,13 @@ class Format:
     """
 
     names: Callable[[ModelSpec], Names]
-    architecture: str = ""
-    write_config: Callable[[ModelSpec], dict[str, Any]] | None = None
+    architecture: str
+    write_config: Callable[[ModelSpec], dict[str, Any]]
     read_config: Callable[[Reader], ModelArgs] | None = None
     container: str = "safetensors"
     kind: str | None = "llama"
     heads: str = ""
-    most_modules: int | None = None
+    most_modules: float = math.inf
     trunk_state: Literal["normalized", "raw"] = "normalized"
     qk_norm: bool | None = None
     qkv_bias: bool | None = False
@@ -107,7 +108,7 @@ FORMATS: dict[str, Format] = {
         kind="deepseek_v3",
         heads="sequential",
     ),
-    "torchtitan": Format(names.torchtitan, container="dcp", kind=None),
+    "torchtitan": Format(names.torchtitan, "", lambda _: {}, container="dcp", kind=None),
 }
 
 

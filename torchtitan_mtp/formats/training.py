@@ -16,7 +16,7 @@ from torchtitan_mtp.checkpoint.state import model_state
 from torchtitan_mtp.config import JobConfig
 from torchtitan_mtp.distributed.ranks import Ranks
 from torchtitan_mtp.errors import UserError
-from torchtitan_mtp.formats.exporting import export_checkpoint, fits, holds
+from torchtitan_mtp.formats.exporting import export_checkpoint, refusal
 from torchtitan_mtp.formats.formats import FORMATS
 from torchtitan_mtp.formats.importing import format_of, inward, open_model
 from torchtitan_mtp.models.args import ModelSpec
@@ -76,22 +76,18 @@ def _load(path: Path, model: Transformer, exclude: Sequence[str]) -> LoadReport:
 
 
 def hf_format(spec: ModelSpec) -> str:
-    """The HF format for a model, the first in the order of `FORMATS`. Error: there is none, or one
-    that can't say all of the model."""
+    """The HF format for a model, the first in the order of `FORMATS`. Error: there is none."""
     forms = {name: form for name, form in FORMATS.items() if form.container == "safetensors"}
-    for name, form in forms.items():
-        if holds(form, spec):
+    refusals = {name: refusal(form, spec) for name, form in forms.items()}
+    for name, why in refusals.items():
+        if not why:
             return name
-    for form in forms.values():  # what its config.json can't say
-        if form.write_config is not None and fits(form, spec):
-            form.write_config(spec)
-    why = "no Hugging Face format here holds this model; unset it"
-    if spec.trunk_state == "raw":
-        why = (
-            'mtp.trunk_state = "raw" leaves as mimo_hf alone; set model.args.qkv_bias = true and '
-            'qk_norm = false, or trunk_state = "normalized", or unset last_save_in_hf'
-        )
-    raise UserError(f"checkpoint.last_save_in_hf = true: {why}")
+    nearest = "mimo_hf" if spec.trunk_state == "raw" else "glm4_moe_hf"  # which takes any trunk
+    nearest = "deepseek_v3_hf" if spec.kind == "deepseek_v3" else nearest
+    raise UserError(
+        "checkpoint.last_save_in_hf = true: no Hugging Face format holds this model; unset it "
+        f"({nearest}: {refusals[nearest]})"
+    )
 
 
 def save_in_hf(step: Path, model: Transformer, dtype: torch.dtype | None) -> Path:

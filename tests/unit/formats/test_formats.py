@@ -137,7 +137,9 @@ def test_what_a_training_leaves() -> None:
     assert hf_format(ModelSpec(biased, "sequential", 3)) == "glm4_moe_hf"
     assert hf_format(ModelSpec(replace(shape, qk_norm=True), "sequential", 2)) == "glm4_moe_hf"
     assert hf_format(raw) == "mimo_hf"
-    with pytest.raises(UserError, match=r"mimo_hf alone; set model\.args\.qkv_bias = true"):
+    with pytest.raises(
+        UserError, match=r"mimo_hf: takes models with biases .*model\.args\.qkv_bias"
+    ):
         hf_format(replace(raw, args=shape))
     with pytest.raises(UserError, match="YaRN is written for DeepSeek's models only"):
         hf_format(ModelSpec(replace(shape, rope_scaling=YaRN())))
