@@ -40,7 +40,11 @@ class Lane:
         if self._held < 2:  # a token without a next one: nothing to predict
             return None
         window = self.cut(width)
-        self._advance(seq_len)
+        self._offset += seq_len
+        self._held -= seq_len
+        while self._open and self._offset >= self._open[0].stop - self._open[0].start:
+            piece = self._open.popleft()
+            self._offset -= piece.stop - piece.start
         return window
 
     def cut(self, width: int) -> Window:
@@ -60,10 +64,3 @@ class Lane:
             loss_mask[filled + max(0, document.first_target - start) : end] = True
             filled, skipped = end, 0
         return Window(*map(torch.from_numpy, (tokens, doc_ids, loss_mask)))
-
-    def _advance(self, count: int) -> None:
-        self._offset += count
-        self._held -= count
-        while self._open and self._offset >= self._open[0].stop - self._open[0].start:
-            piece = self._open.popleft()
-            self._offset -= piece.stop - piece.start

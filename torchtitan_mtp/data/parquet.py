@@ -2,11 +2,11 @@
 
 import bisect
 import contextlib
+import functools
 import itertools
 import re
 import threading
 from array import array
-from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -31,7 +31,7 @@ class ParquetFile:
         self._parquet = import_optional("pyarrow.parquet", missing)
         self._file = file
         self._text_field = text_field
-        self._groups: OrderedDict[int, Any] = OrderedDict()  # row group -> pyarrow.Table
+        self._group = functools.lru_cache(CACHED_ROW_GROUPS)(self._read_group)
         self._lock = threading.Lock()  # two loaders' threads may read one source
         self.sizes = array("q")  # of the rows
         with self._opened() as parquet:
@@ -46,7 +46,8 @@ class ParquetFile:
 
     def __getitem__(self, index: int) -> Document:
         group = bisect.bisect_right(self._starts, index) - 1
-        table = self._group(group)
+        with self._lock:
+            table = self._group(group)
         cells = {x: table.column(x)[index - self._starts[group]].as_py() for x in self._columns}
         if document := document_of(cells, self._text_field):
             return document
@@ -78,16 +79,10 @@ class ParquetFile:
             )
         return wanted
 
-    def _group(self, group: int) -> Any:
-        with self._lock:
-            if group not in self._groups:
-                self._file.read(0, 0)  # says so if it has changed
-                with self._opened() as parquet:
-                    self._groups[group] = parquet.read_row_group(group, columns=self._columns)
-                if len(self._groups) > CACHED_ROW_GROUPS:
-                    self._groups.popitem(last=False)
-            self._groups.move_to_end(group)
-            return self._groups[group]
+    def _read_group(self, group: int) -> Any:
+        self._file.read(0, 0)  # says so if it has changed
+        with self._opened() as parquet:
+            return parquet.read_row_group(group, columns=self._columns)  # a pyarrow.Table
 
     @contextlib.contextmanager
     def _opened(self) -> Iterator[Any]:

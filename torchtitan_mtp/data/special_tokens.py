@@ -95,10 +95,8 @@ def read_special_tokens(
     names: dict[str, Any] = {f"{key}_token": t for key, t in zip(_IDS, default, strict=False)}
     names |= config | older
     pads = "pad_token" not in names
-    if pads and padding:
-        names["pad_token"] = (
-            padding if name != "GPT2Tokenizer" else None
-        )  # it says that it has none
+    if pads and padding:  # GPT2Tokenizer says that it has none
+        names["pad_token"] = None if name == "GPT2Tokenizer" else padding
     file = folder / "tokenizer_config.json"
     named = {
         k: _text(file, f"{k}_token", names[f"{k}_token"]) for k in KINDS if f"{k}_token" in names

@@ -101,9 +101,7 @@ class ByteTokenizer(Tokenizer):
             ids = [[self.specials[p]] if p in self.specials else self.encode(p) for p in parts]
             return np.concatenate(ids).astype(np.int32)
         # A lone surrogate (JSON can spell one) has no UTF-8; "?" stands for it.
-        return np.frombuffer(text.encode("utf-8", errors="replace"), dtype=np.uint8).astype(
-            np.int32
-        )
+        return np.frombuffer(text.encode("utf-8", errors="replace"), np.uint8).astype(np.int32)
 
     def decode(self, ids: Sequence[int]) -> str:
         return bytes(i for i in map(int, ids) if 0 <= i < 256).decode("utf-8", errors="replace")
