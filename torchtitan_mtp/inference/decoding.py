@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -76,26 +76,17 @@ def generate(
     decoder = Decoder(model, prompts, max_new_tokens, most, sampler, compile)
     rows = Rows(len(prompts), max_new_tokens, eos_id, most, texts)
     length = DraftLength(most, len(model.layers), adapt=num_draft == "auto")
-    steps = decode(decoder, rows, length)
-    next(steps)
-    prompt_seconds = time.perf_counter() - begin
-    for _ in steps:
-        pass
-    return rows.finish(prompt_seconds, time.perf_counter() - begin)
-
-
-def decode(decoder: Decoder, rows: Rows, length: DraftLength) -> Iterator[None]:
-    """The steps of a generation, the prompt's first: after each one, `rows` has what it gave."""
     rows.start(decoder.prefill())
-    yield
+    prompt_seconds = time.perf_counter() - begin
     while (left := rows.left()) > 0:
         count = length.next()
         if not decoder.compiled_window:
             # The last token needs no draft; compiled, a shape of its own would cost more.
             count = min(count, left - 1)
-        decoder.accept(rows.accept(*decoder.step(count)))
+        fed, target = decoder.run(decoder.plan(count)).tolist()  # the one wait for the device
+        decoder.accept(rows.accept(fed, target))
         length.learn(rows.stats)
-        yield
+    return rows.finish(prompt_seconds, time.perf_counter() - begin)
 
 
 class Decoder:
@@ -143,13 +134,8 @@ class Decoder:
         self.tokens[self.positions.index(later(self.last, 1), 1)] = target
         return target.tolist()
 
-    def step(self, count: int) -> tuple[list[list[int]], list[list[int]]]:
-        """t[p+1] and the drafts after it, and what head 1 chooses after each: [B][1 + count]."""
-        seen, chosen = self.run(self.plan(count)).tolist()  # the one wait for the device
-        return seen, chosen
-
     def run(self, plan: Plan) -> Tensor:
-        """`predict_and_verify`, compiled where it can be: [2, B, 1 + drafts]."""
+        """A step: `predict_and_verify`, compiled where it can be."""
         if not self.compiled_window or plan.window > self.compiled_window:
             return predict_and_verify(self, plan)
         last = self.positions.on_device(self.last)
@@ -199,7 +185,7 @@ class Decoder:
 
 
 def predict_and_verify(decoder: Decoder, plan: Plan) -> Tensor:
-    """One step up to the host's part in it, [2, B, 1 + drafts]: see `Decoder.verify`."""
+    """One step up to the host's part in it: as `Decoder.verify`."""
     return decoder.verify(plan, decoder.predict(plan))
 
 
