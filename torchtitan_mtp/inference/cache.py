@@ -9,6 +9,7 @@ every query until it is overwritten. The padding after a short prompt is left in
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from torchtitan_mtp.models.args import ModelArgs
-from torchtitan_mtp.models.attention import AttentionContext
+from torchtitan_mtp.models.attention import AttentionContext, KVCache
 from torchtitan_mtp.models.rope import rope_tables
 
 # Picks positions from a tensor [B, max_len, ...] as [B, size, ...], to read or to write.
@@ -141,25 +142,16 @@ class LayerCache:
             like.new_zeros(positions.batch, heads, positions.max_len, width) for width in widths
         )
 
-    def at(self, span: Span) -> CacheView:
+    def at(self, span: Span) -> KVCache:
         """This cache for one forward over `span`: what `Attention.forward` takes."""
-        rows = len(span.starts)  # the cache may have room for more
-        return CacheView(self.k[:rows], self.v[:rows], span.where, span.end)
+        return functools.partial(self.update, span)
 
-
-class CacheView(NamedTuple):
-    """A `LayerCache` at the positions of one forward."""
-
-    k: Tensor
-    v: Tensor
-    where: Index
-    end: int
-
-    def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def update(self, span: Span, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store k, v [B, KV, size, hd] at the span; all up to its end, [B, KV, end, hd] each."""
-        self.k.transpose(1, 2)[self.where] = k.transpose(1, 2)
-        self.v.transpose(1, 2)[self.where] = v.transpose(1, 2)
-        return self.k[:, :, : self.end], self.v[:, :, : self.end]
+        stored = self.k[: len(k)], self.v[: len(k)]  # there may be room for more rows
+        for all_of, new in zip(stored, (k, v), strict=True):
+            all_of.transpose(1, 2)[span.where] = new.transpose(1, 2)
+        return stored[0][:, :, : span.end], stored[1][:, :, : span.end]
 
 
 def take(x: Tensor, columns: Places) -> Tensor:

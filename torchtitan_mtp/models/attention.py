@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -30,12 +30,9 @@ class AttentionContext(NamedTuple):
     mask: Tensor | BlockMask | None
 
 
-class KVCache(Protocol):
-    """Where one attention layer keeps the keys and values of earlier positions."""
-
-    def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store new k, v [B, KV, S, hd]; return those to attend to [B, KV, K, hd]."""
-        ...
+# Where one attention layer keeps the keys and values of earlier positions: stores new k, v
+# [B, KV, S, hd] and returns those to attend to, [B, KV, K, hd] each.
+KVCache = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 @functools.cache
@@ -110,7 +107,7 @@ class Attention(nn.Module):
         k = apply_rope(k, context.cos, context.sin).transpose(1, 2)
         v = v.transpose(1, 2)
         if cache is not None:
-            k, v = cache.update(k, v)
+            k, v = cache(k, v)
         out = attend(q, k, v, context.mask)
         return self.wo(out.transpose(1, 2).flatten(-2))
 

@@ -57,7 +57,7 @@ class LatentAttention(nn.Module):
         k_rope = apply_rope(k_rope.unsqueeze(2), context.cos, context.sin)
         c, k_rope = self.kv_norm(c).unsqueeze(1), k_rope.transpose(1, 2)  # [B, 1, S, rank or rope]
         if cache is not None:
-            k_rope, c = cache.update(k_rope, c)  # [B, 1, K, rope], [B, 1, K, rank]
+            k_rope, c = cache(k_rope, c)  # [B, 1, K, rope], [B, 1, K, rank]
         if c.shape[2] > x.shape[1]:
             out = self._over_latents(q_nope, q_rope, c, k_rope, context)
         else:  # no earlier positions: to expand each once costs less than wider products

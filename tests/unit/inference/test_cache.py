@@ -51,11 +51,11 @@ def test_a_cache_returns_what_was_stored_and_overwrites(starts: list[int]) -> No
     positions = positions_of(2)
     cache = LayerCache(random_model().layers["0"].attention, positions)
     k, v = torch.randn(2, 2, 2, 4, 8, dtype=torch.float64).unbind(0)  # [B, KV, 4, hd]
-    cache.at(positions.span(starts, 4)).update(k, v)
+    cache.at(positions.span(starts, 4))(k, v)
     # Two of the four were rejected: the next forward starts two positions later, not four.
     newer = torch.randn(2, 2, 3, 8, dtype=torch.float64)
     span = positions.span([s + 2 for s in starts], 3)
-    keys, values = cache.at(span).update(newer, -newer)
+    keys, values = cache.at(span)(newer, -newer)
     for b, s in enumerate(starts):
         assert torch.equal(keys[b, :, s : s + 2], k[b, :, :2])
         assert torch.equal(keys[b, :, s + 2 : s + 5], newer[b])

@@ -29,7 +29,7 @@ class Kept:
     def __init__(self) -> None:
         self.k = self.v = None
 
-    def update(self, k, v):
+    def __call__(self, k, v):
         self.k = k if self.k is None else torch.cat((self.k, k), 2)
         self.v = v if self.v is None else torch.cat((self.v, v), 2)
         return self.k, self.v
