@@ -81,35 +81,25 @@ class Experts(nn.Module):
         return grouped_linear(hidden, self.w2, ends)
 
 
-class _Dispatch(torch.autograd.Function):
-    """tokens [N, D] -> rows [N * K, D]: row r is token order[r] // K, and place is order's inverse.
+class _SumRows(torch.autograd.Function):
+    """x [R, D], index [M, J], back [R, I] -> [M, D]: the sum of the rows index[m] of x.
 
-    In the backward each token sums its rows; nothing is scattered, so the bits are always the same.
+    Rows back[r] are those that x's row r is summed into, and their gradients' sum is its own:
+    nothing is scattered, so the bits are always the same.
     """
 
     @staticmethod
-    def forward(ctx: Any, tokens: Tensor, order: Tensor, place: Tensor, top_k: int) -> Tensor:
-        ctx.save_for_backward(place)
-        ctx.top_k = top_k
-        return tokens[order // top_k]
+    def forward(ctx: Any, x: Tensor, index: Tensor, back: Tensor) -> Tensor:
+        ctx.save_for_backward(back)
+        return _sum_rows(x, index)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        return grad[ctx.saved_tensors[0]].unflatten(0, (-1, ctx.top_k)).sum(1), None, None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return _sum_rows(grad, *ctx.saved_tensors), None, None
 
 
-class _Combine(torch.autograd.Function):
-    """rows [N * K, D] -> tokens [N, D], each the sum of its rows: the transpose of `_Dispatch`."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, order: Tensor, place: Tensor, top_k: int) -> Tensor:
-        ctx.save_for_backward(order)
-        ctx.top_k = top_k
-        return rows[place].unflatten(0, (-1, top_k)).sum(1)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        return grad[ctx.saved_tensors[0] // ctx.top_k], None, None, None
+def _sum_rows(x: Tensor, index: Tensor) -> Tensor:
+    return x[index.squeeze(1)] if index.shape[1] == 1 else x[index].sum(1)
 
 
 class _AddLoss(torch.autograd.Function):
@@ -171,14 +161,15 @@ class MoE(nn.Module):
             loss = self.aux_loss_scale * sequence_balance_loss(*by_sequence)
             weights = _AddLoss.apply(weights, loss)
         expert, order = chosen.flatten().sort(stable=True)  # [N * K]
-        place = order.argsort()  # where each (token, choice) went
+        token = order.unsqueeze(1) // top_k  # [N * K, 1], of each row
+        place = order.argsort().unflatten(0, (-1, top_k))  # [N, K], the rows of each token
         experts = torch.arange(self.args.num_experts, device=x.device)
         ends = torch.searchsorted(expert, experts, right=True, out_int32=True)  # [E]
         if self.training and torch.is_grad_enabled():
             self._count(ends)
-        rows = _Dispatch.apply(tokens, order, place, top_k)
+        rows = _SumRows.apply(tokens, token, place)
         rows = self.experts(rows, weights.flatten()[order], ends)
-        out = _Combine.apply(rows, order, place, top_k)
+        out = _SumRows.apply(rows, place, token)
         if self.shared_experts is not None:
             out = out + self.shared_experts(tokens)
         return out.view(x.shape)
