@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -22,31 +22,19 @@ _qwen = partial(ModelArgs, norm_eps=1e-6, rope_theta=1e6)
 _qwen2 = partial(_qwen, qkv_bias=True, vocab_size=151936)
 _qwen3 = partial(_qwen, qk_norm=True, vocab_size=151936, n_kv_heads=8, head_size=128)
 
-# TorchTitan's: 1e-5, and torch's own of float32 for the last norm, which names none.
-_EPS: dict[str, Any] = {"norm_eps": 1e-5, "final_norm_eps": 2.0**-23}
+# Experts: how many, their width, shared ones, chosen ones, dense layers, groups, chosen groups.
+_v2_moe = partial(MoEArgs, score_func="softmax", route_norm=False)
+_v3_moe = partial(MoEArgs, route_scale=2.5)
 
-
-def _v2_lite(experts: int, width: int, top_k: int) -> dict[str, Any]:
-    softmax: dict[str, Any] = {"score_func": "softmax", "route_norm": False}
-    routed: dict[str, Any] = {"num_experts": experts, "hidden_dim": width, "top_k": top_k}
-    moe = MoEArgs(num_shared_experts=2, **softmax, **routed)
-    yarn = YaRN(mscale=0.70, mscale_all_dim=0.70)  # DeepSeek-V2-Lite has 0.707
-    return _EPS | {"latent": LatentArgs(), "moe": moe, "rope_scaling": yarn}
-
-
-def _v3_moe(experts: int, width: int, top_k: int, groups: int, dense: int = 1) -> MoEArgs:
-    routed: dict[str, Any] = {"num_experts": experts, "hidden_dim": width, "top_k": top_k}
-    limited: dict[str, Any] = {"num_expert_groups": groups, "num_limited_groups": groups // 2}
-    return MoEArgs(n_dense_layers=dense, route_scale=2.5, **routed, **limited)
-
-
-_PACKED: dict[str, Any] = {"attn_mask_type": "block_causal"}
-_LITE = _v2_lite(64, 1408, 6) | _PACKED
-_V3 = _EPS | _PACKED | {"latent": LatentArgs(q_lora_rank=1536), "rope_scaling": YaRN()}
-_V3["moe"] = _v3_moe(256, 2048, 8, groups=8, dense=3)
-_TINY: dict[str, Any] = {"norm_eps": 1e-6, "moe": _v3_moe(16, 64, 4, groups=4)}
-_TINY["latent"] = LatentArgs(
-    q_lora_rank=64, kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=16, v_head_dim=32
+# TorchTitan's eps: 1e-5, and torch's own of float32 for the last norm, which names none. Latent
+# attention: ranks of queries and of keys and values, widths unrotated, rotated and of values.
+_deepseek = partial(ModelArgs, norm_eps=1e-5, final_norm_eps=2.0**-23)
+_tiny = partial(ModelArgs, norm_eps=1e-6, latent=LatentArgs(64, 32, 16, 16, 32))
+_YARN_LITE = YaRN(mscale=0.70, mscale_all_dim=0.70)  # DeepSeek-V2-Lite has 0.707
+_v2_lite = partial(_deepseek, latent=LatentArgs(), rope_scaling=_YARN_LITE)
+_MASK: dict[str, Any] = {"attn_mask_type": "block_causal"}
+_v3 = partial(
+    _deepseek, latent=LatentArgs(1536), moe=_v3_moe(256, 2048, 1, 8, 3, 8, 4), rope_scaling=YaRN()
 )
 
 # Sizes that TorchTitan v0.2.2 has under the same name mean the same numbers (docs/torchtitan.md).
@@ -84,13 +72,15 @@ flavors: dict[str, dict[str, ModelArgs]] = {
     },
     "deepseek_v3": {
         # 1.5 M parameters over bytes, 0.9 M of them active: trains on two CPU cores in minutes.
-        "quickstart": ModelArgs(128, 4, 4, hidden_dim=384, **_TINY),
-        "debugmodel": ModelArgs(
-            256, 6, 16, vocab_size=2048, hidden_dim=1024, **_v2_lite(8, 256, 3)
+        "quickstart": _tiny(128, 4, 4, hidden_dim=384, moe=_v3_moe(16, 64, 1, 4, 1, 4, 2)),
+        "debugmodel": _v2_lite(
+            256, 6, 16, vocab_size=2048, hidden_dim=1024, moe=_v2_moe(8, 256, 2, 3)
         ),
         # DeepSeek-V2-Lite's shape, as TorchTitan has it under this name.
-        "16B": ModelArgs(2048, 27, 16, vocab_size=102400, hidden_dim=10944, **_LITE),
-        "671B": ModelArgs(7168, 61, 128, vocab_size=129280, hidden_dim=18432, **_V3),
+        "16B": _v2_lite(
+            2048, 27, 16, vocab_size=102400, hidden_dim=10944, moe=_v2_moe(64, 1408, 2, 6), **_MASK
+        ),
+        "671B": _v3(7168, 61, 128, vocab_size=129280, hidden_dim=18432, **_MASK),
         "custom": ModelArgs(latent=LatentArgs(), moe=MoEArgs(), norm_eps=1e-6),
     },
 }
@@ -178,33 +168,33 @@ def _scaling(
     """
     default = RoPEScaling if flavors is None else type(flavors)
     kind = SCALINGS.get(changes.pop("rope_type", ""), default)
-    of_kind = flavors if isinstance(flavors, kind) else None
-    if of_kind is None and "factor" not in changes:
-        defaults = {field.name: field.default for field in fields(kind)}
-        if changes.items() <= defaults.items():  # as a written config has them: nothing is asked
+    scaling = flavors if isinstance(flavors, kind) else kind()
+    if scaling is not flavors and "factor" not in changes:
+        if (
+            changes.items() <= vars(scaling).items()
+        ):  # as a written config has them: nothing is asked
             return flavors
         raise UserError(
             "model.args.rope_scaling: the flavor has no scaling of this kind to change; set "
             "model.args.rope_scaling.factor too, or none of its keys"
         )
-    known = [field.name for field in fields(kind)]
     for key in changes:
-        if key not in known:
+        if key not in vars(scaling):
             raise UserError(
                 f"model.args.rope_scaling.{key}: is not of this kind of scaling, which has "
-                f"{', '.join(known)}; set model.args.rope_scaling.rope_type"
+                f"{', '.join(vars(scaling))}; set model.args.rope_scaling.rope_type"
             )
-    scaling = replace(of_kind, **changes) if of_kind else kind(**changes)
+    scaling = replace(scaling, **changes)
     return None if scaling.factor == 1 else scaling
 
 
 def check_shape(args: ModelArgs) -> None:
     """Errors: attention heads or experts that don't fit."""
-    for misfit in (*_misfits_of_heads(args), *_misfits_of_experts(args.moe)):
+    for misfit in _misfits(args):
         raise UserError(f"model.args.{misfit}")
 
 
-def _misfits_of_heads(args: ModelArgs) -> Iterator[str]:
+def _misfits(args: ModelArgs) -> Iterator[str]:
     even = "expected an even number, for rotary pairs"
     if args.latent is not None:
         if args.qkv_bias:
@@ -214,35 +204,31 @@ def _misfits_of_heads(args: ModelArgs) -> Iterator[str]:
             )
         if args.rope_dim % 2:
             yield f"latent.qk_rope_head_dim = {args.rope_dim}: {even}"
-        return
-    if args.head_size is None and args.dim % args.n_heads:
-        yield (
-            f"n_heads = {args.n_heads}: dim = {args.dim} is not a multiple of it; set "
-            "model.args.head_size, or another number"
-        )
-    if args.n_heads % args.kv_heads:
-        yield f"n_kv_heads = {args.kv_heads}: expected a divisor of n_heads = {args.n_heads}"
-    if args.head_dim % 2:
-        yield f"head_size = {args.head_dim}: {even}"
-
-
-def _misfits_of_experts(moe: MoEArgs | None) -> Iterator[str]:
-    if moe is None:
-        return
-    groups, limited = moe.num_expert_groups, moe.num_limited_groups
-    if moe.num_experts % groups or limited > groups:
-        yield (
-            f"moe.num_expert_groups = {groups}: expected a divisor of num_experts = "
-            f"{moe.num_experts}, and at least num_limited_groups = {limited}"
-        )
-    size = moe.num_experts // groups
-    if limited < groups and size < 2:
-        yield (
-            f"moe.num_expert_groups = {groups}: groups of one expert; a group is chosen by its two "
-            f"best, so expected at most {moe.num_experts // 2}"
-        )
-    if moe.top_k > limited * size:
-        yield (
-            f"moe.top_k = {moe.top_k}: expected at most {limited * size}, the experts of "
-            f"num_limited_groups = {limited} groups"
-        )
+    else:
+        if args.head_size is None and args.dim % args.n_heads:
+            yield (
+                f"n_heads = {args.n_heads}: dim = {args.dim} is not a multiple of it; set "
+                "model.args.head_size, or another number"
+            )
+        if args.n_heads % args.kv_heads:
+            yield f"n_kv_heads = {args.kv_heads}: expected a divisor of n_heads = {args.n_heads}"
+        if args.head_dim % 2:
+            yield f"head_size = {args.head_dim}: {even}"
+    if (moe := args.moe) is not None:
+        groups, limited = moe.num_expert_groups, moe.num_limited_groups
+        if moe.num_experts % groups or limited > groups:
+            yield (
+                f"moe.num_expert_groups = {groups}: expected a divisor of num_experts = "
+                f"{moe.num_experts}, and at least num_limited_groups = {limited}"
+            )
+        size = moe.num_experts // groups
+        if limited < groups and size < 2:
+            yield (
+                f"moe.num_expert_groups = {groups}: groups of one expert; a group is chosen by its "
+                f"two best, so expected at most {moe.num_experts // 2}"
+            )
+        if moe.top_k > limited * size:
+            yield (
+                f"moe.top_k = {moe.top_k}: expected at most {limited * size}, the experts of "
+                f"num_limited_groups = {limited} groups"
+            )
