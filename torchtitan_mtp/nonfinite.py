@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -24,15 +24,6 @@ from torchtitan_mtp.ops import LossOptions, linear_cross_entropy
 logger = logging.getLogger(__name__)
 
 
-class Verdict(NamedTuple):
-    """What the host has not looked at yet: a step's [is bad, gradient norm], on its way here."""
-
-    step: int
-    arrive: Callable[[], list[float]]
-    targets: list[float]
-    batches: Sequence[Batch]
-
-
 class FiniteGuard:
     """Leaves out, on all ranks, an update whose loss or gradient norm is not finite on one of them,
     and one for which no head has a target: decay and moments alone would move the weights.
@@ -43,12 +34,9 @@ class FiniteGuard:
     earlier where something is logged or saved (`settle`). The other implementations of the
     optimizer wait at every step.
 
-    Args:
-        optimizer: whose updates are guarded.
-        allowed: updates in a row that may be skipped; one more stops the run.
-        counts: its `skipped`, over the whole run, goes up by one with each.
-        find_cause: from a step's micro-batches to where in them it began, for the message; called
-            by all ranks together.
+    allowed: updates in a row that may be skipped; one more stops the run. counts: its `skipped`,
+    over the whole run, goes up by one with each. find_cause: from a step's micro-batches to where
+    in them it began, for the message; called by all ranks together.
     """
 
     def __init__(
@@ -58,44 +46,35 @@ class FiniteGuard:
         counts: Any,
         find_cause: Callable[[Sequence[Batch]], str],
     ) -> None:
-        self.optimizer = optimizer
-        self.allowed = allowed
-        self.counts = counts
+        self.optimizer, self.allowed, self.counts = optimizer, allowed, counts
         self.find_cause = find_cause
         self._in_a_row = 0
         self._missing = MissingTargets()
-        self._pending: Verdict | None = None
+        self._pending: Callable[[], bool] | None = None  # reads the verdict that is under way
 
     def admits(
         self, step: int, loss: Tensor, norm: Tensor, targets: list[float], batches: Sequence[Batch]
     ) -> bool:
         """Whether to call `optimizer.step()` now: unless this step is known to be left out.
 
-        Args:
-            step: the number of this step, for messages.
-            loss: this rank's, a scalar on its device.
-            norm: of the gradient over all ranks, a scalar.
-            targets: how many heads 1..n have over all ranks.
-            batches: the micro-batches of this rank, on the CPU.
+        loss, norm: scalars, this rank's loss and the gradient's norm over all ranks. targets: how
+        many heads 1..n have over all ranks. batches: the micro-batches of this rank, on the CPU.
 
         Raises:
-            UserError: on every rank: more than `allowed` bad steps in a row.
+            UserError: as `settle`.
         """
         self.settle()
         norm = norm.to(loss.device, non_blocking=True)
         bad = (~(loss.isfinite() & norm.isfinite())).float()
         bad = all_reduce(bad, dist.ReduceOp.MAX)
         arrive = send_to_host(torch.stack((bad, norm.float())))
-        self._pending = Verdict(step, arrive, targets, batches)
-        if self._skips_on_device(loss.device):
+        self._pending = lambda: self._judge(step, arrive(), targets, batches)
+        group = self.optimizer.param_groups[0]
+        # Offloaded parameters are updated on the CPU, which has to have the verdict by then.
+        if group.get("fused") and group["params"][0].device.type == loss.device.type:
             self.optimizer.found_inf = bad  # type: ignore[attr-defined]
             return any(targets)
         return self.settle()
-
-    def _skips_on_device(self, device: torch.device) -> bool:
-        group = self.optimizer.param_groups[0]
-        # Offloaded parameters are updated on the CPU, which has to have the verdict by then.
-        return bool(group.get("fused")) and group["params"][0].device.type == device.type
 
     def settle(self) -> bool:
         """Read the verdict that is under way, if any; whether it was for the update.
@@ -104,19 +83,19 @@ class FiniteGuard:
             UserError: on every rank: more than `allowed` bad steps in a row.
         """
         pending, self._pending = self._pending, None
-        if pending is None:
-            return True
-        bad, norm = pending.arrive()
+        return pending is None or pending()
+
+    def _judge(
+        self, step: int, verdict: list[float], targets: list[float], batches: Sequence[Batch]
+    ) -> bool:
+        bad, norm = verdict
         if not bad:
-            self._in_a_row, some = 0, any(pending.targets)
-            what = f"step {pending.step}{'' if some else ' updates nothing'}"
-            self._missing.check(what, pending.targets, pending.batches)
+            self._in_a_row, some = 0, any(targets)
+            what = f"step {step}{'' if some else ' updates nothing'}"
+            self._missing.check(what, targets, batches)
             return some
         self._in_a_row += 1
-        what = (
-            f"step {pending.step}: loss or gradient not finite (norm {norm}): "
-            f"{self.find_cause(pending.batches)}"
-        )
+        what = f"step {step}: loss or gradient not finite (norm {norm}): {self.find_cause(batches)}"
         if self._in_a_row > self.allowed:
             raise UserError(
                 f"{what}; stopped before the update, with nothing saved of it: resume from the "
@@ -173,18 +152,14 @@ def find_cause(
                         found = f"{place}: hidden state not finite"
                     elif not found and not out.loss_sum.isfinite().all():
                         found = f"{place}: loss {out.loss_sum.item()}"
-    name = _first_bad_weight(model)
+    weights = (
+        (name, p.to_local() if isinstance(p, DTensor) else p)
+        for name, p in model.named_parameters()
+    )
+    name = next((name for name, local in weights if not local.isfinite().all()), "")
     everyone = Ranks().gather((found, name))
     weight = next((f"; {name} itself is not finite" for _, name in everyone if name), "")
     for rank, (found, _) in enumerate(everyone):
         if found:
             return f"it began on rank {rank} with {found}{weight}"
     return f"all losses are finite when computed anew, so it was the backward{weight}"
-
-
-def _first_bad_weight(model: Transformer) -> str:
-    for name, parameter in model.named_parameters():
-        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-        if not local.isfinite().all():
-            return name
-    return ""

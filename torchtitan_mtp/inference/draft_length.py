@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from torchtitan_mtp.inference.stats import Stats, expected_tokens_per_step
 
 MEMORY = 0.97  # a step counts half as much 23 steps later
@@ -18,15 +20,15 @@ class DraftLength:
 
     def __init__(self, most: int, trunk_blocks: int, adapt: bool) -> None:
         self.most, self.trunk_blocks, self.adapt = most, trunk_blocks, adapt
-        self.checked, self.right = [0.0] * most, [0.0] * most
-        self._seen = [0] * most, [0] * most  # of the statistics, at the last call of `learn`
+        # Of right and of checked drafts, what was seen in all and what is remembered of it.
+        self._seen = self._memory = np.zeros((2, most))
 
     def next(self) -> int:
         """Drafts of the next step, 0 to most."""
         if not self.adapt:
             return self.most
-        pairs = zip(self.right, self.checked, strict=True)
-        rates = [(right + 1) / (checked + 1) for right, checked in pairs]
+        right, checked = self._memory + 1
+        rates = (right / checked).tolist()
         return max(
             range(self.most + 1),
             key=lambda c: expected_tokens_per_step(rates[:c]) / (self.trunk_blocks + c),
@@ -34,10 +36,6 @@ class DraftLength:
 
     def learn(self, stats: Stats) -> None:
         """Take in what the statistics have gained since the last call."""
-        if not self.adapt:
-            return
-        for kept, now, before in zip(
-            (self.checked, self.right), (stats.checked, stats.right), self._seen, strict=True
-        ):
-            kept[:] = [MEMORY * k + n - b for k, n, b in zip(kept, now, before, strict=True)]
-            before[:] = now
+        seen = np.array([stats.right, stats.checked])
+        self._memory = MEMORY * self._memory + seen - self._seen
+        self._seen = seen

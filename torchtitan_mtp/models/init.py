@@ -16,10 +16,6 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torchtitan_mtp.models.transformer import Transformer
 
 
-def _seed_of(seed: int, name: str) -> int:
-    return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:7], "big")
-
-
 @torch.no_grad()
 def assign(param: Tensor, value: Tensor) -> None:
     """Copy the whole tensor `value`, the same on every rank, into a parameter or its shards."""
@@ -45,7 +41,9 @@ def init_weights(model: Transformer, seed: int) -> None:
         elif not std:
             nn.init.zeros_(value)
         else:
-            generator = torch.Generator(param.device).manual_seed(_seed_of(seed, name))
+            digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+            generator = torch.Generator(param.device)
+            generator.manual_seed(int.from_bytes(digest[:7], "big"))
             cut = 100.0 if name == "tok_embeddings.weight" else 3.0
             nn.init.trunc_normal_(value, 0.0, std, -cut * std, cut * std, generator=generator)
         assign(param, value.to(param.dtype))
