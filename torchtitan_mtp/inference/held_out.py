@@ -35,17 +35,11 @@ class Text:
     about: str
 
     def windows(
-        self, tokenizer: Tokenizer, num_future_tokens: int, seq_len: int, batch_size: int
+        self, tokenizer: Tokenizer, n: int, seq_len: int, batch_size: int
     ) -> Iterable[Window]:
-        """One pass, as validation reads it."""
+        """One pass, as validation of n heads reads it."""
         return DataLoader(
-            self.source,
-            tokenizer,
-            seq_len,
-            num_future_tokens,
-            batch_size,
-            infinite=False,
-            **self.split,
+            self.source, tokenizer, seq_len, n, batch_size, infinite=False, **self.split
         )
 
     def prompts(self, tokenizer: Tokenizer, count: int, length: int) -> list[list[int]]:
@@ -54,7 +48,7 @@ class Text:
 
         One piece of a document is its middle. A document that is shorter gives itself, once.
         """
-        documents = list(self._spread(count))
+        documents = list(self._spread(self.source, count))
         prompts = []
         for j, document in enumerate(documents):
             tokens = tokenizer.prompt(document.prompt + document.text)
@@ -64,26 +58,19 @@ class Text:
             prompts += [tokens[start : start + length] for start in sorted(starts) if tokens]
         return prompts
 
-    def _spread(self, count: int) -> Iterator[Document]:
-        sources = self.source.sources if isinstance(self.source, Mixture) else [self.source]
-        for i, source in enumerate(sources):
-            share = count * (i + 1) // len(sources) - count * i // len(sources)
-            yield from self._spread_over(source, share)
-
-    def _spread_over(self, source: Source | StreamSource, count: int) -> Iterator[Document]:
-        if isinstance(source, StreamSource):
-            yield from (x for _, x, _ in itertools.islice(source.read(), count))
-            return
-        numbers = split_documents(
-            len(source),
-            self.split["split"],
-            self.split["validation_fraction"],
-            self.split["seed"],
-            source.name,
-        )
-        numbers = numbers[source.sizes()[numbers] != SKIPPED]
-        picked = np.linspace(0, len(numbers), min(count, len(numbers)), endpoint=False)
-        yield from (source[int(numbers[int(i)])] for i in picked)
+    def _spread(self, source: Source | StreamSource | Mixture, count: int) -> Iterator[Document]:
+        if isinstance(source, Mixture):
+            total = len(source.sources)
+            for i, part in enumerate(source.sources):
+                yield from self._spread(part, count * (i + 1) // total - count * i // total)
+        elif isinstance(source, StreamSource):
+            yield from (document for _, document, _ in itertools.islice(source.read(), count))
+        else:
+            split, fraction = self.split["split"], self.split["validation_fraction"]
+            numbers = split_documents(len(source), split, fraction, self.split["seed"], source.name)
+            numbers = numbers[source.sizes()[numbers] != SKIPPED]
+            picked = np.linspace(0, len(numbers), min(count, len(numbers)), endpoint=False)
+            yield from (source[int(number)] for number in numbers[picked.astype(int)])
 
 
 def find_text(config: JobConfig, name: str | None) -> Text:
