@@ -19,8 +19,7 @@ logger = logging.getLogger(__name__)
 
 def build_optimizer(parameters: Iterable[nn.Parameter], config: Optimizer) -> torch.optim.Optimizer:
     """Adam or AdamW over the parameters that train."""
-    kinds = {"Adam": torch.optim.Adam, "AdamW": torch.optim.AdamW}
-    return kinds[config.name](
+    return getattr(torch.optim, config.name)(
         [p for p in parameters if p.requires_grad],
         lr=config.lr,
         betas=(config.beta1, config.beta2),
@@ -39,9 +38,8 @@ def lr_factor(config: LRScheduler, steps: int, step: int) -> float:
     step past the end, so that the last step still learns.
     """
     warmup = min(config.warmup_steps, steps)
-    decay = steps - warmup
-    if config.decay_ratio is not None:
-        decay = min(round(steps * config.decay_ratio), decay)
+    ratio = 1.0 if config.decay_ratio is None else config.decay_ratio
+    decay = min(round(steps * ratio), steps - warmup)
     decay_start = steps + 1 - decay
     if step < warmup:
         return (step + 1) / warmup
@@ -77,11 +75,8 @@ class Schedule(LambdaLR):
 def build_scheduler(optimizer: torch.optim.Optimizer, config: LRScheduler, steps: int) -> Schedule:
     """The schedule of [lr_scheduler] over `steps` steps."""
     if config.warmup_steps > steps:
-        logger.warning(
-            "lr_scheduler.warmup_steps = %d exceeds training.steps = %d: the run is all warmup",
-            config.warmup_steps,
-            steps,
-        )
+        what = "lr_scheduler.warmup_steps = %d exceeds training.steps = %d: the run is all warmup"
+        logger.warning(what, config.warmup_steps, steps)
     return Schedule(optimizer, lambda step: lr_factor(config, steps, step))
 
 

@@ -108,17 +108,15 @@ class Positions:
         From places on the device, spans of one size look alike to a compiler: index tensors, all
         keys and a mask, never slices and an end.
         """
-        index = self.index(starts, size)
+        _, where = index = self.index(starts, size)
         end = self.max_len if isinstance(starts, Tensor) else max(starts) + size
-        positions = self.all[index[1]].view(-1, size)  # [B or 1, size]
-        cos, sin = self.cos[index[1]], self.sin[index[1]]  # [(B,) size, hd/2]
-        # A single query at the end, or all from the start: plain causal attention, and faster.
-        plain = isinstance(index[1], slice) and (size == 1 or index[1].start == 0)
+        # [B or 1, size, 1, hd/2]
+        cos, sin = (t[where].view(-1, size, 1, t.shape[-1]) for t in (self.cos, self.sin))
         mask = None
-        if not plain:
-            visible = self.all[:end] <= positions.unsqueeze(-1)  # [B or 1, size, end]
+        # A single query at the end, or all from the start: plain causal attention, and faster.
+        if not isinstance(where, slice) or (size > 1 and where.start > 0):
+            visible = self.all[:end] <= self.all[where].view(-1, size, 1)  # [B or 1, size, end]
             mask = torch.where(visible, self.seen, self.unseen).unsqueeze(1)
-        cos, sin = (table.view(-1, size, 1, table.shape[-1]) for table in (cos, sin))
         return Span(starts, size, index, end, AttentionContext(cos, sin, mask))
 
 
@@ -135,12 +133,11 @@ class LayerCache:
     what these are made of."""
 
     def __init__(self, attention: Any, positions: Positions) -> None:
-        like = attention.wo.weight  # for its device and dtype
+        like = attention.wo.weight
         heads, *widths = attention.cache_shape
         # Zeros: a masked key still takes part in the arithmetic, and 0 * NaN is NaN.
-        self.k, self.v = (
-            like.new_zeros(positions.batch, heads, positions.max_len, width) for width in widths
-        )
+        room = positions.batch, heads, positions.max_len
+        self.k, self.v = (like.new_zeros(*room, width) for width in widths)
 
     def at(self, span: Span) -> KVCache:
         """This cache for one forward over `span`: what `Attention.forward` takes."""

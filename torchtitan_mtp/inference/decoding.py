@@ -150,7 +150,7 @@ class Decoder:
         return Plan(self.last, count, window, noise)
 
     def predict(self, plan: Plan) -> Tensor | None:
-        """Draft t[p+2] .. t[p+1+count] with heads 2 .. count + 1; what they were drawn from."""
+        """Draft with heads 2 .. count + 1, as `ParallelDrafter.draft`."""
         if self.drafter is None or not plan.drafts:
             return None
         return self.drafter.draft(self.tokens, plan, self.sampler)
@@ -191,12 +191,9 @@ def predict_and_verify(decoder: Decoder, plan: Plan) -> Tensor:
 
 @functools.cache
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A whole step as one graph.
-
-    Prompts and catching up come in every length and run as they are. A step does not: with caches
-    of a fixed length, all of which is attended to under a mask, every step with as many drafts
-    looks alike to a compiler (the static shapes of gpt-fast).
-    """
+    """A whole step as one graph: with caches of a fixed length, all of which is attended to under a
+    mask, every step with as many drafts looks alike to a compiler (the static shapes of gpt-fast).
+    Prompts and catching up come in every length and run as they are."""
     # Sizes of a batch, numbers of drafts, lengths: more than the 8 variants that torch stops at.
     limit = torch._dynamo.config.recompile_limit
     torch._dynamo.config.recompile_limit = max(limit, 64)

@@ -162,10 +162,8 @@ def _changed(args: ModelArgs, changes: Mapping[str, Any]) -> ModelArgs:
 def _scaling(
     flavors: RoPEScaling | YaRN | None, changes: dict[str, Any]
 ) -> RoPEScaling | YaRN | None:
-    """The rotary scaling of a mapping: over the flavor's if it is of that kind, else from scratch.
-
-    A factor of 1 is none.
-    """
+    """The scaling of a mapping: over the flavor's if it is of that kind, else from scratch. A
+    factor of 1 is none."""
     default = RoPEScaling if flavors is None else type(flavors)
     kind = SCALINGS.get(changes.pop("rope_type", ""), default)
     scaling = flavors if isinstance(flavors, kind) else kind()
@@ -190,7 +188,7 @@ def _scaling(
 
 def check_shape(args: ModelArgs) -> None:
     """Errors: attention heads or experts that don't fit."""
-    for misfit in _misfits(args):
+    for misfit in _misfits(args):  # the first
         raise UserError(f"model.args.{misfit}")
 
 
