@@ -5,16 +5,13 @@ multi-token heads, Gloeckle et al. 2024, section 3.2). With t[0..p] run through 
 known from head 1, one step is
 
     predict   heads 2..n at position p draft t[p+2], ..., t[p+n]
-    verify    ONE forward of the trunk and head 1 over t[p+1] and the n-1 drafts: its choice after
-              each of them
-    accept    the longest run of drafts that are what head 1 chose there, and head 1's choice
-              after them, which comes for free
+    verify    ONE forward over t[p+1] and the n-1 drafts: head 1's choice after each of them
+    accept    the longest run of drafts that are what head 1 chose there, and its choice after them
 
 so that a step yields 1 to n tokens, all of them head 1's own choices. (When tokens are sampled,
-"choice" is what `sampling.py` makes of it, and the distribution is that of plain sampling.) The
-trunk runs over no position of the text twice: verification leaves its states at the accepted
-positions, from which the heads draft again. Plain decoding is the case without drafts.
-docs/decoding.md says when rounding lets the two differ.
+"choice" is what `sampling.py` makes of it.) The trunk runs over no position of the text twice:
+verification leaves its states at the accepted positions, from which the heads draft again. Plain
+decoding is the case without drafts. docs/decoding.md says when rounding lets the two differ.
 """
 
 from __future__ import annotations
@@ -123,10 +120,7 @@ class Decoder:
         self.last = [len(prompt) - 1 for prompt in prompts]
 
     def prefill(self) -> list[list[int]]:
-        """Run the trunk over the prompts, in one forward; each row's first new token [B][1].
-
-        What this leaves in the caches after a shorter prompt is overwritten as its row grows.
-        """
+        """Run the trunk over the prompts, in one forward; each row's first new token [B][1]."""
         longest = max(self.last) + 1
         h = self.trunk(self.positions.span([0] * len(self.last), longest))
         logits = self.model.output(take(h, self.last))  # [B, 1, V]
@@ -161,8 +155,7 @@ class Decoder:
         fed = self.tokens[span.where]  # [B, 1 + drafts]
         target = self.sampler.verify(self.model.output(self.trunk(span)), fed[:, 1:], q, plan.noise)
         both = torch.stack((fed, target))  # before `fed`, which may be a view, is written to
-        # Leaves accepted drafts as they are and puts head 1's choice after them; what follows is
-        # of no account.
+        # Accepted drafts stay as they are, head 1's choice comes after them; the rest is idle.
         self.tokens[shifted(span.where, 1)] = target
         return both
 
@@ -172,9 +165,7 @@ class Decoder:
 
     def trunk(self, span: Span) -> Tensor:
         """Embedding, layers (the last one is head 1's) and final norm: head 1's h [B, size, D].
-
-        What the drafting heads need of it is kept.
-        """
+        What the drafting heads need of it is kept."""
         x = z = self.model.tok_embeddings(self.tokens[span.where])
         for block, cache in zip(self.model.layers.values(), self.caches, strict=True):
             z, x = x, block(x, span.context, cache.at(span))

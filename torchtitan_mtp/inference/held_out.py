@@ -25,14 +25,11 @@ WHOLE = {"split": "all", "seed": 0, "validation_fraction": 0.0}
 
 @dataclass(frozen=True)
 class Text:
-    """Documents of a source: all of them, or those that a run held out.
-
-    about: for people, which documents these are.
-    """
+    """Documents of a source: all of them, or those that a run held out."""
 
     source: Source | StreamSource | Mixture
     split: dict[str, Any]  # split, seed, validation_fraction, as `DataLoader` takes them
-    about: str
+    about: str  # for people, which documents these are
 
     def windows(
         self, tokenizer: Tokenizer, n: int, seq_len: int, batch_size: int

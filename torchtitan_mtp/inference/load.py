@@ -24,11 +24,8 @@ DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float1
 
 
 def find_device(name: str | None) -> torch.device:
-    """The named device; None: a GPU where there is one, else the CPU.
-
-    Raises:
-        UserError: torch does not know it, does not have it, or can't use the GPU there is.
-    """
+    """The named device; None: a GPU where there is one, else the CPU. Error: torch does not know
+    it, does not have it, or can't use the GPU there is."""
     try:
         device = torch.device(name) if name else local_device()
         torch.empty(1, device=device)

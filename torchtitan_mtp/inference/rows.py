@@ -50,11 +50,8 @@ class Rows:
             self._take(row, choices)
 
     def accept(self, fed: list[list[int]], target: list[list[int]]) -> list[int]:
-        """Take what a step yields, and say by how many positions each row has grown.
-
-        fed: [B][1 + count], the last token of the text and the drafts after it. target: [B][1 +
-        count], head 1's choice after each of these.
-        """
+        """Take what a step yields, and say by how many positions each row has grown: fed, the last
+        token of the text and the drafts after it; target, head 1's choices [B][1 + count] each."""
         self.stats.forwards += 1
         grown = [0] * len(self.tokens)
         for row, ((_, *drafts), choices) in enumerate(zip(fed, target, strict=True)):

@@ -26,11 +26,9 @@ from torchtitan_mtp.errors import UserError
 
 
 class Noise(NamedTuple):
-    """What is random in a step with m drafts, drawn before it: compiled code draws nothing.
-
-    An exponential clock a token, of its weight's rate: the first to ring wins. Unlike
-    torch.multinomial that does not wait for the device, and weights need no sum.
-    """
+    """What is random in a step with m drafts, drawn before it: compiled code draws nothing. An
+    exponential clock a token, of its weight's rate: the first to ring wins. Unlike
+    torch.multinomial that does not wait for the device, and weights need no sum."""
 
     drafts: Tensor  # [B, m, V] clocks of rate 1, > 0
     tokens: Tensor  # [B, m + 1, V] the same
@@ -82,10 +80,8 @@ class Sampler:
     def draft(
         self, logits: Tensor, noise: Noise | None, first: int = 0
     ) -> tuple[Tensor, Tensor | None]:
-        """Drafts [B, j] and what they were drawn from [B, j, V], from heads' logits [B, j, V].
-
-        first: how many drafts of this step there are already.
-        """
+        """Drafts [B, j] and what they were drawn from [B, j, V], from heads' logits [B, j, V],
+        after the `first` drafts of this step."""
         if noise is None:
             return logits.argmax(-1), None
         q = self.probabilities(logits)

@@ -57,10 +57,8 @@ class StackedRMSNorm(nn.Module):
 
 
 def stack(modules: Sequence[nn.Module]) -> nn.Module:
-    """H modules of one shape as one over H * B rows; the weights are copied.
-
-    Everything between linear maps and norms must treat the rows of a batch alike.
-    """
+    """H modules of one shape as one over H * B rows; the weights are copied. Everything between
+    linear maps and norms must treat the rows of a batch alike."""
     first = modules[0]
     if isinstance(first, nn.Linear):
         return StackedLinear(modules)  # type: ignore[arg-type]

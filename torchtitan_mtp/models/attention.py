@@ -20,12 +20,11 @@ FLEX_MIN_WIDTH = 16  # of FlexAttention's kernels on GPUs
 class AttentionContext(NamedTuple):
     """What every block of one forward shares, made once from the batch.
 
-    cos, sin: [B or 1, S, 1, rope_dim / 2] float32. mask: None (causal); [B, 1, Q, K], a
-    bool that is True where attention is allowed or a float that is added to the scores; or a
-    FlexAttention `BlockMask`.
+    mask: None (causal); [B, 1, Q, K], a bool that is True where attention is allowed or a float
+    that is added to the scores; or a FlexAttention `BlockMask`.
     """
 
-    cos: Tensor
+    cos: Tensor  # [B or 1, S, 1, rope_dim / 2] float32
     sin: Tensor
     mask: Tensor | BlockMask | None
 
@@ -83,8 +82,7 @@ class Attention(nn.Module):
 
     def __init__(self, args: ModelArgs) -> None:
         super().__init__()
-        self.n_heads, self.n_kv_heads = args.n_heads, args.kv_heads
-        self.head_dim = args.head_dim
+        self.n_heads, self.n_kv_heads, self.head_dim = args.n_heads, args.kv_heads, args.head_dim
         kv_dim = self.n_kv_heads * self.head_dim
         self.wq = nn.Linear(args.dim, self.n_heads * self.head_dim, bias=args.qkv_bias)
         self.wk = nn.Linear(args.dim, kv_dim, bias=args.qkv_bias)

@@ -27,19 +27,15 @@ def assign(param: Tensor, value: Tensor) -> None:
 
 @torch.no_grad()
 def init_weights(model: Transformer, seed: int) -> None:
-    """Fill parameters and buffers of a materialised (also sharded) model in place.
-
-    Norm scales are one and biases zero; every matrix is a normal of `model.init_std(name)`, cut at
-    three standard deviations (the embedding is not cut).
-    """
+    """Fill parameters and buffers of a materialised (also sharded) model in place: norm scales are
+    one, biases zero; every matrix is a normal of `model.init_std(name)`, cut at three standard
+    deviations (the embedding is not cut)."""
     model.init_buffers()
     for name, param in model.named_parameters():
         value = torch.empty(param.shape, dtype=torch.float32, device=param.device)
         std = 0.0 if name.endswith(".bias") else model.init_std(name)
-        if param.ndim == 1 and std:
-            nn.init.ones_(value)
-        elif not std:
-            nn.init.zeros_(value)
+        if param.ndim == 1 or not std:
+            value.fill_(1.0 if std else 0.0)
         else:
             digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
             generator = torch.Generator(param.device)

@@ -97,10 +97,10 @@ class LatentAttention(nn.Module):
 
     @property
     def cache_shape(self) -> tuple[int, int, int]:
-        """What a cache keeps of a position: heads, width of k^R, width of c."""
+        """As `Attention.cache_shape`; for a key k^R, for a value c."""
         return 1, self.shape.qk_rope_head_dim, self.shape.kv_lora_rank
 
     @property
     def width(self) -> int:
-        """Multiplications of one query with one key and its value, over all heads, halved."""
+        """As `Attention.width`."""
         return self.n_heads * (self.shape.qk_head_dim + self.shape.v_head_dim) // 2

@@ -34,10 +34,8 @@ class Router(nn.Module):
         self.gate = nn.Linear(dim, args.num_experts, bias=False)
 
     def forward(self, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x [N, D] -> scores [N, E], experts chosen [N, K] and their weights [N, K].
-
-        bias [E] moves the choice and has no gradient.
-        """
+        """x [N, D], and bias [E], which moves the choice and has no gradient -> scores [N, E],
+        experts chosen [N, K] and their weights [N, K]."""
         args, dtype = self.args, torch.promote_types(x.dtype, torch.float32)
         logits = F.linear(x.to(dtype), self.gate.weight.to(dtype))
         scores = logits.sigmoid() if args.score_func == "sigmoid" else logits.softmax(-1)
@@ -71,10 +69,8 @@ class Experts(nn.Module):
         self.w3 = nn.Parameter(torch.empty(count, hidden, dim))
 
     def forward(self, x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
-        """Rows x [R, D], sorted by expert, times their weights [R]: [R, D].
-
-        ends: int32 [E], where each expert's rows end.
-        """
+        """Rows x [R, D], sorted by expert (whose rows end at `ends`, int32 [E]), times their
+        weights [R]: [R, D]."""
         hidden = F.silu(grouped_linear(x, self.w1, ends)) * grouped_linear(x, self.w3, ends)
         # The weight belongs to the output, but the map is linear and its input narrower.
         hidden = hidden * weights.unsqueeze(-1).to(hidden.dtype)
