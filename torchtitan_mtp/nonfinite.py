@@ -137,9 +137,8 @@ def find_cause(
     with apart_from_training(model):
         for i, batch in enumerate(batches):
             batch = Batch(*(t.to(device) for t in batch))
-            hiddens = model(batch)  # n of [B, S, D]
-            for k, hidden in enumerate(hiddens):
-                for row in range(hidden.shape[0]):
+            for k, hidden in enumerate(model(batch)):  # [B, S, D]
+                for row in range(len(hidden)):
                     place = f"head {k + 1}, micro-batch {i + 1}, sequence {row + 1}"
                     one = slice(row, row + 1)
                     # Every rank calls `output` as often as the others: its weight is gathered anew.

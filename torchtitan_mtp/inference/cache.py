@@ -82,10 +82,6 @@ class Positions:
         """Room for a state of every position: [B, max_len, width]."""
         return self.seen.new_zeros(self.batch, self.max_len, width)
 
-    def on_device(self, places: Sequence[int]) -> Tensor:
-        """The same places [B, 1], as compiled code takes them."""
-        return torch.tensor(places, device=self.all.device).unsqueeze(1)
-
     def repeat(self, times: int) -> Positions:
         """The same positions for `times` as many rows."""
         other = copy.copy(self)
@@ -99,7 +95,7 @@ class Positions:
             start = starts[0]
             if all(s == start for s in starts):  # one row, or rows in step: no gathering
                 return slice(None), slice(start, start + size)
-            starts = self.on_device(starts)
+            starts = torch.tensor(starts, device=self.all.device).unsqueeze(1)
         return self.rows, starts + self.all[:size]  # [B, 1], [B, size]
 
     def span(self, starts: Places, size: int) -> Span:

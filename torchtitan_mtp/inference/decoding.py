@@ -132,7 +132,7 @@ class Decoder:
         """A step: `predict_and_verify`, compiled where it can be."""
         if not self.compiled_window or plan.window > self.compiled_window:
             return predict_and_verify(self, plan)
-        last = self.positions.on_device(self.last)
+        last = torch.tensor(self.last, device=self.tokens.device).unsqueeze(1)
         window = self.compiled_window if plan.window else 0
         return _compiled(predict_and_verify)(self, plan._replace(last=last, window=window))
 
@@ -186,8 +186,7 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     mask, every step with as many drafts looks alike to a compiler (the static shapes of gpt-fast).
     Prompts and catching up come in every length and run as they are."""
     # Sizes of a batch, numbers of drafts, lengths: more than the 8 variants that torch stops at.
-    limit = torch._dynamo.config.recompile_limit
-    torch._dynamo.config.recompile_limit = max(limit, 64)
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     return torch.compile(function, dynamic=False)
 
 

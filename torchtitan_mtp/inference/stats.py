@@ -22,12 +22,12 @@ class DraftCounts:
     @property
     def marginal(self) -> list[float]:
         """P(head k right), of heads 2, 3, ..."""
-        return ratios(self.agreed, self.drafted)
+        return list(map(ratio, self.agreed, self.drafted))
 
     @property
     def conditional(self) -> list[float]:
         """a_k = P(head k right | heads 2..k-1 right), of heads 2, 3, ..."""
-        return ratios(self.right, self.checked)
+        return list(map(ratio, self.right, self.checked))
 
 
 @dataclass
@@ -88,8 +88,3 @@ def expected_tokens_per_step(conditional: Sequence[float]) -> float:
 def ratio(part: float, whole: float) -> float:
     """part / whole, or nan of nothing."""
     return part / whole if whole else float("nan")
-
-
-def ratios(parts: Sequence[float], wholes: Sequence[float]) -> list[float]:
-    """The ratio of each pair."""
-    return [ratio(*pair) for pair in zip(parts, wholes, strict=True)]

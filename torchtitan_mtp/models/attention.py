@@ -92,13 +92,15 @@ class Attention(nn.Module):
         if args.qk_norm:
             self.q_norm = nn.RMSNorm(self.head_dim, eps=args.norm_eps)
             self.k_norm = nn.RMSNorm(self.head_dim, eps=args.norm_eps)
+        # What a cache keeps of a position: heads, width of a key, width of a value.
+        self.cache_shape = self.n_kv_heads, self.head_dim, self.head_dim
+        # Multiplications of one query with one key and its value, over all heads, halved.
+        self.width = self.n_heads * self.head_dim
 
     def forward(self, x: Tensor, context: AttentionContext, cache: KVCache | None = None) -> Tensor:
         """x [B, S, D] -> [B, S, D]."""
         # [B, S, H * hd] -> [B, S, H, hd]
-        q = self.wq(x).unflatten(-1, (-1, self.head_dim))
-        k = self.wk(x).unflatten(-1, (-1, self.head_dim))
-        v = self.wv(x).unflatten(-1, (-1, self.head_dim))
+        q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         q = apply_rope(q, context.cos, context.sin).transpose(1, 2)  # [B, H, S, hd]
@@ -108,13 +110,3 @@ class Attention(nn.Module):
             k, v = cache(k, v)
         out = attend(q, k, v, context.mask)
         return self.wo(out.transpose(1, 2).flatten(-2))
-
-    @property
-    def cache_shape(self) -> tuple[int, int, int]:
-        """What a cache keeps of a position: heads, width of a key, width of a value."""
-        return self.n_kv_heads, self.head_dim, self.head_dim
-
-    @property
-    def width(self) -> int:
-        """Multiplications of one query with one key and its value, over all heads, halved."""
-        return self.n_heads * self.head_dim

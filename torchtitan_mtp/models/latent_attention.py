@@ -44,6 +44,9 @@ class LatentAttention(nn.Module):
         self.scale = self.shape.qk_head_dim**-0.5
         if isinstance(yarn := args.rope_scaling, YaRN):
             self.scale *= yarn.magnitude(yarn.mscale_all_dim) ** 2
+        # As of `Attention`; what is kept for a key is k^R, for a value c.
+        self.cache_shape = 1, self.shape.qk_rope_head_dim, kv_rank
+        self.width = self.n_heads * (self.shape.qk_head_dim + self.shape.v_head_dim) // 2
 
     def forward(self, x: Tensor, context: AttentionContext, cache: KVCache | None = None) -> Tensor:
         """x [B, S, D] -> [B, S, D]."""
@@ -94,13 +97,3 @@ class LatentAttention(nn.Module):
         out = F.scaled_dot_product_attention(q, k, c, attn_mask=mask, scale=self.scale)
         out = out.view(-1, self.n_heads, size, self.shape.kv_lora_rank)
         return torch.einsum("bhsr,hdr->bhsd", out, w_v)
-
-    @property
-    def cache_shape(self) -> tuple[int, int, int]:
-        """As `Attention.cache_shape`; for a key k^R, for a value c."""
-        return 1, self.shape.qk_rope_head_dim, self.shape.kv_lora_rank
-
-    @property
-    def width(self) -> int:
-        """As `Attention.width`."""
-        return self.n_heads * (self.shape.qk_head_dim + self.shape.v_head_dim) // 2

@@ -161,22 +161,18 @@ class MoE(nn.Module):
         place = order.argsort().unflatten(0, (-1, top_k))  # [N, K], the rows of each token
         experts = torch.arange(self.args.num_experts, device=x.device)
         ends = torch.searchsorted(expert, experts, right=True, out_int32=True)  # [E]
-        if self.training and torch.is_grad_enabled():
-            self._count(ends)
+        # Activations are computed a second time inside of a backward, and not counted then. (The
+        # compiler recomputes without side effects.)
+        again = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+        if self.training and torch.is_grad_enabled() and not again:
+            # (.data: a checkpointed block takes the buffer as an input, and may not see it change.)
+            self.tokens_per_expert.data.add_(torch.diff(ends, prepend=ends.new_zeros(1)))
         rows = _SumRows.apply(tokens, token, place)
         rows = self.experts(rows, weights.flatten()[order], ends)
         out = _SumRows.apply(rows, place, token)
         if self.shared_experts is not None:
             out = out + self.shared_experts(tokens)
         return out.view(x.shape)
-
-    @torch.no_grad()
-    def _count(self, ends: Tensor) -> None:
-        """Add to the counts of this step, but not when activations are computed a second time,
-        which happens inside of a backward. (The compiler recomputes without side effects.)"""
-        if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
-            # (.data: a checkpointed block takes the buffer as an input, and may not see it change.)
-            self.tokens_per_expert.data.add_(torch.diff(ends, prepend=ends.new_zeros(1)))
 
     def init_buffers(self) -> None:
         """Zero all buffers, on the device that they are on; biases are float32 in any model."""
