@@ -42,8 +42,7 @@ class TextMeasure:
 
     @property
     def bits_per_byte(self) -> float:
-        """Head 1's loss in bits over the text's bytes. The end of a document costs bits and has no
-        bytes."""
+        """Head 1's loss in bits over the text's bytes; a document's end costs bits, has none."""
         return ratio(self.losses[0] * self.targets[0] / math.log(2), self.num_bytes)
 
 

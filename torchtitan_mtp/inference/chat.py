@@ -26,11 +26,9 @@ def chat_tokenizer(path: str) -> Any:
 
 
 def render(tokenizer: Any, messages: Sequence[dict[str, str]], answer: bool = True) -> str:
-    """The text of messages, each {"role": ..., "content": ...}, special tokens spelled out.
-
-    answer: with what an answer begins with after them; else the last message is left open. Error:
-        the template refuses them.
-    """
+    """The text of messages, each {"role": ..., "content": ...}, special tokens spelled out. answer:
+    with what an answer begins with after them; else the last one is left open. Error: the template
+    refuses them."""
     options = {"add_generation_prompt": answer, "continue_final_message": not answer}
     try:
         return str(tokenizer.apply_chat_template(list(messages), tokenize=False, **options))

@@ -63,17 +63,12 @@ def attend(
 
     mask: that of an `AttentionContext`; scale: d^-1/2 by default.
     """
-    grouped = k.shape[1] != q.shape[1]
+    options: dict[str, Any] = {"scale": scale, "enable_gqa": k.shape[1] != q.shape[1]}
     if isinstance(mask, BlockMask):
-        out: Tensor = _compiled_flex_attention()(
-            q, k, v, block_mask=mask, scale=scale, enable_gqa=grouped
-        )
-        return out
+        return _compiled_flex_attention()(q, k, v, block_mask=mask, **options)
     # A single query, the newest, sees every key, those in the cache included.
     causal = mask is None and q.shape[2] > 1
-    return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped
-    )
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, **options)
 
 
 class Attention(nn.Module):

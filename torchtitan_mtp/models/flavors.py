@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -188,45 +188,41 @@ def _scaling(
 
 def check_shape(args: ModelArgs) -> None:
     """Errors: attention heads or experts that don't fit."""
-    for misfit in _misfits(args):  # the first
-        raise UserError(f"model.args.{misfit}")
-
-
-def _misfits(args: ModelArgs) -> Iterator[str]:
     even = "expected an even number, for rotary pairs"
     if args.latent is not None:
         if args.qkv_bias:
-            yield (
-                "qkv_bias = true: latent attention has no such biases; set it to false, or take a "
-                "family without latent attention"
+            raise UserError(
+                "model.args.qkv_bias = true: latent attention has no such biases; set it to false, "
+                "or take a family without latent attention"
             )
         if args.rope_dim % 2:
-            yield f"latent.qk_rope_head_dim = {args.rope_dim}: {even}"
+            raise UserError(f"model.args.latent.qk_rope_head_dim = {args.rope_dim}: {even}")
     else:
         if args.head_size is None and args.dim % args.n_heads:
-            yield (
-                f"n_heads = {args.n_heads}: dim = {args.dim} is not a multiple of it; set "
-                "model.args.head_size, or another number"
+            raise UserError(
+                f"model.args.n_heads = {args.n_heads}: dim = {args.dim} is not a multiple of it; "
+                "set model.args.head_size, or another number"
             )
         if args.n_heads % args.kv_heads:
-            yield f"n_kv_heads = {args.kv_heads}: expected a divisor of n_heads = {args.n_heads}"
+            divisor = f"expected a divisor of n_heads = {args.n_heads}"
+            raise UserError(f"model.args.n_kv_heads = {args.kv_heads}: {divisor}")
         if args.head_dim % 2:
-            yield f"head_size = {args.head_dim}: {even}"
+            raise UserError(f"model.args.head_size = {args.head_dim}: {even}")
     if (moe := args.moe) is not None:
         groups, limited = moe.num_expert_groups, moe.num_limited_groups
         if moe.num_experts % groups or limited > groups:
-            yield (
-                f"moe.num_expert_groups = {groups}: expected a divisor of num_experts = "
+            raise UserError(
+                f"model.args.moe.num_expert_groups = {groups}: expected a divisor of num_experts = "
                 f"{moe.num_experts}, and at least num_limited_groups = {limited}"
             )
         size = moe.num_experts // groups
         if limited < groups and size < 2:
-            yield (
-                f"moe.num_expert_groups = {groups}: groups of one expert; a group is chosen by its "
-                f"two best, so expected at most {moe.num_experts // 2}"
+            raise UserError(
+                f"model.args.moe.num_expert_groups = {groups}: groups of one expert; a group is "
+                f"chosen by its two best, so expected at most {moe.num_experts // 2}"
             )
         if moe.top_k > limited * size:
-            yield (
-                f"moe.top_k = {moe.top_k}: expected at most {limited * size}, the experts of "
-                f"num_limited_groups = {limited} groups"
+            raise UserError(
+                f"model.args.moe.top_k = {moe.top_k}: expected at most {limited * size}, the "
+                f"experts of num_limited_groups = {limited} groups"
             )
