@@ -85,8 +85,7 @@ def find_text(config: JobConfig, name: str | None) -> Text:
     own = mixed or [training.dataset, training.dataset_path or ""]
     if name is not None and (training.seed is None or name not in own):
         options = {"text_field": training.text_field, "bad_records": training.bad_records}
-        options["key"] = "--source"
-        return Text(find_source(name, split="all", **options), WHOLE, name)
+        return Text(find_source(name, split="all", key="--source", **options), WHOLE, name)
     other = validation.dataset_path or validation.dataset
     if name is None and other:
         return Text(configured_source(config, validation), WHOLE, other)

@@ -168,9 +168,7 @@ def _scaling(
     kind = SCALINGS.get(changes.pop("rope_type", ""), default)
     scaling = flavors if isinstance(flavors, kind) else kind()
     if scaling is not flavors and "factor" not in changes:
-        if (
-            changes.items() <= vars(scaling).items()
-        ):  # as a written config has them: nothing is asked
+        if changes.items() <= vars(scaling).items():  # as a written config has them
             return flavors
         raise UserError(
             "model.args.rope_scaling: the flavor has no scaling of this kind to change; set "
