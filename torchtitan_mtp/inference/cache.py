@@ -141,10 +141,10 @@ class LayerCache:
 
     def update(self, span: Span, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store k, v [B, KV, size, hd] at the span; all up to its end, [B, KV, end, hd] each."""
-        stored = self.k[: len(k)], self.v[: len(k)]  # there may be room for more rows
-        for all_of, new in zip(stored, (k, v), strict=True):
-            all_of.transpose(1, 2)[span.where] = new.transpose(1, 2)
-        return stored[0][:, :, : span.end], stored[1][:, :, : span.end]
+        own_k, own_v = self.k[: len(k)], self.v[: len(v)]  # there may be room for more rows
+        own_k.transpose(1, 2)[span.where] = k.transpose(1, 2)
+        own_v.transpose(1, 2)[span.where] = v.transpose(1, 2)
+        return own_k[:, :, : span.end], own_v[:, :, : span.end]
 
 
 def take(x: Tensor, columns: Places) -> Tensor:

@@ -155,7 +155,7 @@ class Decoder:
         fed = self.tokens[span.where]  # [B, 1 + drafts]
         target = self.sampler.verify(self.model.output(self.trunk(span)), fed[:, 1:], q, plan.noise)
         both = torch.stack((fed, target))  # before `fed`, which may be a view, is written to
-        # Accepted drafts stay as they are, head 1's choice comes after them; the rest is idle.
+        # Accepted drafts stay as they are, head 1's choice comes next; the rest does not count.
         self.tokens[shifted(span.where, 1)] = target
         return both
 
