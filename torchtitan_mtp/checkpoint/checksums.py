@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import os
 import re
-import threading
 import zlib
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from torchtitan_mtp.checkpoint.remote import RemotePath, read_span
+from torchtitan_mtp.checkpoint.remote import RemotePath
 from torchtitan_mtp.errors import UserError
 
 PIECE = 4 << 20
@@ -35,44 +35,38 @@ class FileEntry:
     bytes: int
     crc32: str
 
-    def piece(self, number: int) -> int:
-        return int(self.crc32[8 * number : 8 * number + 8], 16)
 
+class SummedStream:
+    """A stream, and the `FileEntry` of what is written to it from beginning to end."""
 
-class Checksum:
-    """The `FileEntry` of what is written, from beginning to end."""
-
-    def __init__(self) -> None:
-        self._size, self._crc = 0, 0
+    def __init__(self, stream: Any) -> None:
+        self._stream, self._size, self._crc = stream, 0, 0
         self._done: list[str] = []
 
-    def update(self, data: memoryview) -> None:
-        """Add bytes; the interpreter lock is free meanwhile."""
-        start = 0
-        while start < len(data):
-            part = data[start : start + PIECE - self._size % PIECE]
-            self._crc = zlib.crc32(part, self._crc)
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, data: Any) -> int:
+        view, start = memoryview(data).cast("B"), 0
+        while start < len(view):
+            part = view[start : start + PIECE - self._size % PIECE]
+            self._crc = zlib.crc32(part, self._crc)  # the interpreter lock is free meanwhile
             self._size += len(part)
             start += len(part)
             if self._size % PIECE == 0:
                 self._done.append(f"{self._crc:08x}")
                 self._crc = 0
+        return int(self._stream.write(data))
 
     def entry(self) -> FileEntry:
         last = [f"{self._crc:08x}"] if self._size % PIECE else []
         return FileEntry(self._size, "".join([*self._done, *last]))
 
 
-def check_file(file: Path, entry: FileEntry) -> bytes:
-    """The content of a small file, which is what was written.
-
-    Raises:
-        UserError: it is not.
-    """
-    content = read_span(file, 0, max(entry.bytes, 1))
+def check_content(file: Path | RemotePath, entry: FileEntry, content: bytes) -> None:
+    """Raises UserError unless `content` is the whole file."""
     for number in range(-(-entry.bytes // PIECE)):
         check_piece(file, entry, number, content[number * PIECE : (number + 1) * PIECE])
-    return content
 
 
 def remedy(file: Path | RemotePath) -> str:
@@ -84,18 +78,17 @@ def remedy(file: Path | RemotePath) -> str:
     return "restore it, or start anew in another folder (job.dump_folder): there is no other step"
 
 
-def check_piece(
-    file: Path | RemotePath, entry: FileEntry, number: int, data: bytes | memoryview
-) -> None:
+def check_piece(file: Path | RemotePath, entry: FileEntry, number: int, data: bytes) -> None:
     """Raises UserError unless `data` is the file's piece of that number."""
     start = number * PIECE
     size = min(PIECE, entry.bytes - start)
     if len(data) != size:
         raise UserError(f"{file}: ends before byte {start + size}: damaged; {remedy(file)}")
-    if entry.crc32 and (found := zlib.crc32(data)) != entry.piece(number):
+    found, expected = f"{zlib.crc32(data):08x}", entry.crc32[8 * number : 8 * number + 8]
+    if entry.crc32 and found != expected:
         raise UserError(
-            f"{file}: bytes {start} to {start + size - 1} have the checksum {found:08x}, expected "
-            f"{entry.piece(number):08x}: damaged; {remedy(file)}"
+            f"{file}: bytes {start} to {start + size - 1} have the checksum {found}, expected "
+            f"{expected}: damaged; {remedy(file)}"
         )
 
 
@@ -121,7 +114,6 @@ class Verifier:
     ) -> None:
         self._folder, self._entries = folder, entries
         self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="checksums")
-        self._buffers = threading.local()
         pieces = dict.fromkeys(piece for span in spans for piece in _pieces(*span))
         self._checks = {piece: self._pool.submit(self._check, *piece) for piece in pieces}
 
@@ -138,19 +130,13 @@ class Verifier:
         self._pool.shutdown(cancel_futures=True)
 
     def _check(self, name: str, number: int) -> None:
-        file = self._folder / name
-        check_piece(file, self._entries[name], number, self._read(file, number))
-
-    def _read(self, file: Path, number: int) -> bytes | memoryview:
-        """A piece in this thread's buffer: fresh memory for each would cost more than the sum."""
+        file, start = self._folder / name, number * PIECE
         if isinstance(file, RemotePath):
-            return file.read_span(number * PIECE, (number + 1) * PIECE)
-        if not hasattr(self._buffers, "view"):
-            self._buffers.view = memoryview(bytearray(PIECE))
-        view: memoryview = self._buffers.view
-        with open(file, "rb", buffering=0) as stream:
-            count = os.preadv(stream.fileno(), [view], number * PIECE)
-        return view[:count]
+            data = file.read_span(start, start + PIECE)
+        else:
+            with open(file, "rb", buffering=0) as stream:
+                data = os.pread(stream.fileno(), PIECE, start)
+        check_piece(file, self._entries[name], number, data)
 
 
 def _pieces(name: str, start: int, length: int) -> list[tuple[str, int]]:

@@ -117,7 +117,7 @@ def read_states(opened: Opened, states: dict[str, Any], ranks: Ranks) -> None:
             storage_reader=SafeReader(
                 opened.path, opened.metadata, opened.manifest if opened.verify else None
             ),
-            planner=SafeLoadPlanner(),
+            planner=SafeLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
             process_group=ranks.group,
             no_dist=not ranks.distributed,
         )

@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from torchtitan_mtp.checkpoint.checksums import FileEntry, check_file, remedy
+from torchtitan_mtp.checkpoint.checksums import FileEntry, check_content, remedy
 from torchtitan_mtp.errors import UserError
 
 _DCP_METADATA = {
@@ -73,11 +73,10 @@ def read_metadata(path: Path, entry: FileEntry | None = None) -> Metadata:
     if not file.is_file():
         raise UserError(f"{path}: no .metadata: not a DCP checkpoint, or one that was not finished")
     try:
-        if entry is None:
-            with file.open("rb") as stream:
-                content = stream.read()
-        else:
-            content = check_file(file, entry)
+        with file.open("rb") as stream:
+            content = stream.read()
+        if entry is not None:
+            check_content(file, entry, content)
         metadata = _MetadataUnpickler(io.BytesIO(content)).load()
     except UserError:
         raise

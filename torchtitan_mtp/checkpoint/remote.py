@@ -100,11 +100,3 @@ def as_path(path: str | os.PathLike[str]) -> Path:
     """A Path; for a URL, the RemotePath that goes for one."""
     text = os.fspath(path)
     return cast(Path, RemotePath(text)) if "://" in text else Path(text)
-
-
-def read_span(file: Path, start: int, stop: int) -> bytes:
-    """Bytes start..stop-1 of a file, fewer at its end."""
-    if isinstance(file, RemotePath):
-        return file.read_span(start, stop)
-    with open(file, "rb", buffering=0) as stream:
-        return os.pread(stream.fileno(), stop - start, start)

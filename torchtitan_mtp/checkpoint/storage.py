@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import pickle
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
@@ -14,7 +14,7 @@ import torch
 from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint._fsspec_filesystem import FileSystem as FsspecFileSystem
 from torch.distributed.checkpoint.filesystem import FileSystem
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import (
     LoadPlan,
     LoadPlanner,
@@ -25,51 +25,31 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from torchtitan_mtp.checkpoint.checksums import Checksum, FileEntry, Verifier
+from torchtitan_mtp.checkpoint.checksums import FileEntry, SummedStream, Verifier
 from torchtitan_mtp.checkpoint.manifest import Manifest
 from torchtitan_mtp.checkpoint.remote import RemotePath
 from torchtitan_mtp.errors import UserError
 
 
-class _Summed:
-    """A stream that sums up what is written to it."""
+class _SummingFiles:
+    """DCP's access to files; the `FileEntry` of every file written is noted in `entries`."""
 
-    def __init__(self, stream: IO[bytes]) -> None:
-        self._stream, self.sum = stream, Checksum()
+    def __init__(self, files: Any, entries: dict[str, FileEntry]) -> None:
+        self._files, self._entries = files, entries
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
-
-    def write(self, data: Any) -> int:
-        self.sum.update(memoryview(data).cast("B"))
-        return self._stream.write(data)
-
-
-class _SumsFiles:
-    """Notes the `FileEntry` of every file that is written through it."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.entries: dict[str, FileEntry] = {}
+        return getattr(self._files, name)
 
     @contextmanager
     def create_stream(self, path: Any, mode: str) -> Iterator[Any]:
-        with super().create_stream(path, mode) as stream:  # type: ignore[misc]
-            summed = _Summed(stream)
+        with self._files.create_stream(path, mode) as stream:
+            summed = SummedStream(stream)
             yield summed
-        self.entries[_name(path)] = summed.sum.entry()
+        self._entries[_name(path)] = summed.entry()
 
     def rename(self, path: Any, new_path: Any) -> None:
-        super().rename(path, new_path)  # type: ignore[misc]
-        self.entries[_name(new_path)] = self.entries.pop(_name(path))
-
-
-class _LocalSums(_SumsFiles, FileSystem):
-    pass
-
-
-class _RemoteSums(_SumsFiles, FsspecFileSystem):
-    pass
+        self._files.rename(path, new_path)
+        self._entries[_name(new_path)] = self._entries.pop(_name(path))
 
 
 def _name(path: Any) -> str:
@@ -86,7 +66,8 @@ class SummingWriter(FileSystemWriter):
         remote = isinstance(folder, RemotePath)
         # A store has a file when it is closed; DCP would flush all disks of the machine for it.
         super().__init__(str(folder), **{"sync_files": not remote} | options)
-        self.fs: Any = _RemoteSums() if remote else _LocalSums()
+        self.entries: dict[str, FileEntry] = {}
+        self.fs: Any = _SummingFiles(FsspecFileSystem() if remote else FileSystem(), self.entries)
         self.path = self.fs.init_path(str(folder))
 
     def storage_meta(self) -> None:
@@ -99,10 +80,6 @@ class SummingWriter(FileSystemWriter):
             return super().write_data(plan, planner)
         finally:
             torch.serialization.set_crc32_options(before)
-
-    @property
-    def entries(self) -> dict[str, FileEntry]:
-        return dict(self.fs.entries)
 
 
 class SafeReader(FileSystemReader):
@@ -120,30 +97,21 @@ class SafeReader(FileSystemReader):
         self._verifier: Verifier | None = None
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        if self._checked.storage_meta is None:
-            self._checked.storage_meta = StorageMeta()
-        self._checked.storage_meta.load_id = self.load_id
         return self._checked
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         """Read what `plan` asks for, in the order of the files."""
-        where = {item.storage_index: self.storage_data[item.storage_index] for item in plan.items}
 
-        def order(item: ReadItem) -> tuple[str, int]:
-            info = where[item.storage_index]
-            return info.relative_path, info.offset
+        def span(item: ReadItem) -> tuple[str, int, int]:
+            info = self.storage_data[item.storage_index]
+            return info.relative_path, info.offset, info.length
 
-        plan = replace(plan, items=sorted(plan.items, key=order))
+        plan = replace(plan, items=sorted(plan.items, key=span))
         if self._manifest is None:
             return super().read_data(plan, planner)
-        infos = [where[item.storage_index] for item in plan.items]
-        spans = [(info.relative_path, info.offset, info.length) for info in infos]
-        self._verifier = Verifier(self._folder, self._manifest.files, spans)
-        try:
+        ahead = Verifier(self._folder, self._manifest.files, map(span, plan.items))
+        with closing(ahead) as self._verifier:
             return super().read_data(plan, planner)
-        finally:
-            self._verifier.close()
-            self._verifier = None
 
     def _slice_file(self, file: Any, sinfo: Any) -> IO[bytes]:
         if self._verifier is not None:
@@ -153,9 +121,6 @@ class SafeReader(FileSystemReader):
 
 class SafeLoadPlanner(DefaultLoadPlanner):
     """DCP's planner for flat state dicts, whose Python objects may hold plain data only."""
-
-    def __init__(self) -> None:
-        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         name = read_item.dest_index.fqn

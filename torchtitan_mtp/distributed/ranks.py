@@ -45,12 +45,8 @@ class Ranks:
         Raises:
             UserError: on every rank, when the action fails there.
         """
-        result, failure = _attempt(action) if self.rank == 0 else (None, None)
-        outcome = [(result, _message(failure))]
-        if self.distributed:
-            dist.broadcast_object_list(outcome, src=0, group=self.group)
-        _raise(failure, outcome[0][1])
-        return cast(T, outcome[0][0])
+        result = self.on_all(lambda: action() if self.rank == 0 else None)
+        return cast(T, self.gather(result)[0])
 
     def on_all(self, action: Callable[[], T]) -> T:
         """Run `action` on every rank; when it fails on one, fail on all of them.
@@ -58,28 +54,18 @@ class Ranks:
         Raises:
             UserError: with the message of the first rank that failed.
         """
-        result, failure = _attempt(action)
-        messages = self.gather(_message(failure))
-        _raise(failure, next((message for message in messages if message is not None), None))
+        result: T | None = None
+        failure: Exception | None = None
+        message: str | None = None
+        try:
+            result = action()
+        except (UserError, OSError) as error:
+            failure, message = error, str(error)
+        except Exception as error:  # whatever it is, the other ranks must not wait for an answer
+            failure, message = error, f"{type(error).__name__}: {error}"
+        messages = [told for told in self.gather(message) if told is not None]
+        if failure is not None and not isinstance(failure, (UserError, OSError)):
+            raise failure  # a fault of the program, with its traceback
+        if messages:
+            raise UserError(messages[0]) from failure
         return cast(T, result)
-
-
-def _attempt(action: Callable[[], T]) -> tuple[T | None, Exception | None]:
-    try:
-        return action(), None
-    except Exception as error:  # whatever it is, the other ranks must not wait for an answer
-        return None, error
-
-
-def _message(failure: Exception | None) -> str | None:
-    if failure is None or isinstance(failure, (UserError, OSError)):
-        return None if failure is None else str(failure)
-    return f"{type(failure).__name__}: {failure}"
-
-
-def _raise(own: Exception | None, message: str | None) -> None:
-    """The common message; on a rank with a fault of the program, that fault itself."""
-    if own is not None and not isinstance(own, (UserError, OSError)):
-        raise own
-    if message is not None:
-        raise UserError(message) from own

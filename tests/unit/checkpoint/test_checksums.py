@@ -1,5 +1,6 @@
 """Checksums of pieces, against zlib over the whole; what is read is what was written."""
 
+import io
 import random
 import zlib
 
@@ -8,7 +9,7 @@ import torch
 from checkpoint_run import Run, equal, snapshot
 
 from torchtitan_mtp.checkpoint import checksums
-from torchtitan_mtp.checkpoint.checksums import Checksum, FileEntry, Verifier
+from torchtitan_mtp.checkpoint.checksums import FileEntry, SummedStream, Verifier
 from torchtitan_mtp.checkpoint.storage import SummingWriter
 from torchtitan_mtp.errors import UserError
 
@@ -30,10 +31,10 @@ def naive(content: bytes) -> FileEntry:
 def test_any_way_of_writing_gives_the_same_entry(size):
     content = random.Random(size).randbytes(size)
     for step in (1, 7, 100, 1000):
-        running = Checksum()
+        summed = SummedStream(io.BytesIO())
         for start in range(0, size, step):
-            running.update(memoryview(content)[start : start + step])
-        assert running.entry() == naive(content)
+            summed.write(memoryview(content)[start : start + step])
+        assert (summed.entry(), summed.getvalue()) == (naive(content), content)
 
 
 @pytest.mark.parametrize("flipped", [None, 0, 99, 100, 555, 949])
