@@ -86,7 +86,7 @@ class Trainer:
 
     def _build(self) -> Transformer:
         """Tokenizer, data, and the model on the meta device, held against what there is."""
-        self.origin = find_origin(self.config)
+        self.origin = self.ranks.on_rank_0(lambda: find_origin(self.config))
         config = self.config = completed(self.config, self.origin.seed)
         training = config.training
         if config.job.description:
@@ -267,7 +267,7 @@ class Trainer:
         """The last step as a Hugging Face folder, where that is asked for: read back by one rank,
         which no other waits for."""
         checkpoint = self.config.checkpoint
-        if not (checkpoint.last_save_in_hf and self.checkpointer.saves and self.world.is_main):
+        if not (checkpoint.last_save_in_hf and self.checkpointer.saves and self.world.rank == 0):
             return
         dtype = getattr(torch, checkpoint.export_dtype)
         save_in_hf(

@@ -23,7 +23,6 @@ from torchtitan_mtp.checkpoint.load import (
     LoadReport,
     Opened,
     excluded,
-    first_failure,
     load_opened_weights,
     one_line,
     open_checkpoint,
@@ -209,17 +208,9 @@ class Checkpointer:
         except (CheckpointException, UserError, OSError) as error:
             if ranks.rank == 0:
                 folders.discard_writing(folder, step)
-            cause = str(error)
-            if isinstance(error, CheckpointException):
-                cause = one_line(first_failure(error))
-            raise UserError(f"{tmp}: can't be saved: {cause}") from error
-        logger.info(
-            "saved %s (%s, %.1f MB, %.1f s)",
-            final,
-            kind,
-            manifest.total_bytes / 1e6,
-            time.perf_counter() - start,
-        )
+            raise UserError(f"{tmp}: can't be saved: {one_line(error)}") from error
+        megabytes, seconds = manifest.total_bytes / 1e6, time.perf_counter() - start
+        logger.info("saved %s (%s, %.1f MB, %.1f s)", final, kind, megabytes, seconds)
         ranks.on_rank_0(lambda: folders.remove_old(folder, self.config.keep_latest_k, step))
 
     def wait(self) -> None:
@@ -268,7 +259,7 @@ class Checkpointer:
             return None
         self.wait()
         self._came_from, self._last_saved = 0, None
-        found = self._ranks.on_rank_0(lambda: self._choose(self.config.load_step))
+        found = self._ranks.on_rank_0(self._choose)
         if found is not None:
             path, kind = found
             if self.config.initial_load_path:
@@ -299,8 +290,9 @@ class Checkpointer:
         self._load_weights(path, other_heads=True)
         return None
 
-    def _choose(self, step: int) -> tuple[Path, str] | None:
+    def _choose(self) -> tuple[Path, str] | None:
         """The checkpoint of this run's folder to load, and its kind (rank 0)."""
+        step = self.config.load_step
         folders.warn_about_leftovers(self.folder)
         finished = folders.finished_steps(self.folder)
         chosen = folders.chosen_step(self.folder, step)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import re
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,12 +92,18 @@ def check_piece(file: Path | RemotePath, entry: FileEntry, number: int, data: by
         )
 
 
-def check_size(file: Path, entry: FileEntry, listed_in: str) -> None:
-    """Raises UserError unless the file is there with its size."""
-    if not file.is_file():
-        raise UserError(f"{file}: missing, but {listed_in} lists it; {remedy(file)}")
-    if (size := file.stat().st_size) != entry.bytes:
-        raise UserError(f"{file}: {size} bytes, expected {entry.bytes}: damaged; {remedy(file)}")
+def check_sizes(
+    folder: Path, sizes: Mapping[str, int], listed_in: str, at_least: bool = False
+) -> None:
+    """Raises UserError unless every file of the folder is there with its size, or at least that."""
+    for name, size in sizes.items():
+        file = folder / name
+        if not file.is_file():
+            raise UserError(f"{file}: missing, but {listed_in} lists it; {remedy(file)}")
+        found = file.stat().st_size
+        if found < size or (found > size and not at_least):
+            expected = f"at least {size}: truncated" if at_least else f"{size}: damaged"
+            raise UserError(f"{file}: {found} bytes, expected {expected}; {remedy(file)}")
 
 
 class Verifier:

@@ -25,7 +25,6 @@ from torchtitan_mtp.checkpoint.manifest import (
     FULL,
     MODEL_ONLY,
     Manifest,
-    check_sizes,
     read_manifest,
     write_manifest,
 )
@@ -91,7 +90,7 @@ def kind_of(path: Path) -> str:
     """
     manifest = read_manifest(path)
     if manifest is not None:
-        check_sizes(path, manifest)
+        manifest.check_sizes(path)
         return manifest.kind
     names = read_metadata(path).state_dict_metadata
     return FULL if any(name.startswith("optimizer.") for name in names) else MODEL_ONLY
@@ -204,18 +203,16 @@ def steps_to_remove(kinds: dict[int, str], keep: int, written: int) -> list[int]
         kinds: step -> kind of the whole checkpoints; others neither count nor are removed.
         keep: 0 keeps all.
     """
-    if keep == 0:
-        return []
     steps = sorted(kinds)
     full = [step for step in steps if kinds[step] == FULL]
-    spared = {*steps[-keep:], *full[-1:], written}
+    spared = {*steps[-keep:], *full[-1:], written}  # the last 0 are all
     return [step for step in steps if step not in spared]
 
 
 def remove_old(folder: Path, keep: int, written: int) -> None:
     """Apply `checkpoint.keep_latest_k` after `step-{written}` has been finished."""
-    kinds = {step: whole_kind(step_folder(folder, step)) for step in finished_steps(folder)}
-    whole = {step: kind for step, kind in kinds.items() if kind is not None}
+    found = {step: whole_kind(step_folder(folder, step)) for step in finished_steps(folder)}
+    whole = {step: kind for step, kind in found.items() if kind is not None}
     for step in steps_to_remove(whole, keep, written):
         path = step_folder(folder, step)
         logger.info("removing step-%d (checkpoint.keep_latest_k = %d)", step, keep)

@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 
 from torchtitan_mtp.checkpoint import state as states_of
 from torchtitan_mtp.checkpoint.folders import find_checkpoint
-from torchtitan_mtp.checkpoint.manifest import Manifest, check_sizes, read_manifest
+from torchtitan_mtp.checkpoint.manifest import Manifest, read_manifest
 from torchtitan_mtp.checkpoint.metadata import read_metadata
 from torchtitan_mtp.checkpoint.record import (
     Record,
@@ -90,7 +90,7 @@ def open_checkpoint(path: Path, ranks: Ranks, verify: bool = True) -> Opened:
         manifest = read_manifest(path)
         if manifest is None:
             return Opened(path, read_metadata(path), None, verify, record_beside(path))
-        check_sizes(path, manifest)
+        manifest.check_sizes(path)
         metadata = read_metadata(path, manifest.files.get(".metadata") if verify else None)
         named = {info.relative_path for info in metadata.storage_data.values()}
         if unknown := sorted(named - manifest.files.keys()):
@@ -122,7 +122,7 @@ def read_states(opened: Opened, states: dict[str, Any], ranks: Ranks) -> None:
             no_dist=not ranks.distributed,
         )
     except CheckpointException as error:
-        what = one_line(first_failure(error))
+        what = one_line(error)
         if what.startswith(str(opened.path)):  # it names the file itself
             raise UserError(what) from error
         raise UserError(f"{opened.path}: can't be read: {what}") from error
@@ -134,11 +134,13 @@ def first_failure(error: CheckpointException) -> BaseException:
     return next((f for f in failures if isinstance(f, UserError)), failures[0])
 
 
-def one_line(failure: BaseException) -> str:
-    """Kind and message of an exception; the message alone of one that is written for users. What
+def one_line(error: BaseException) -> str:
+    """Kind and message, in one line; the message alone of an error that is written for users. What
     torch adds to one, to run what is in the file, is left out."""
-    kind = "" if isinstance(failure, UserError) else f"{type(failure).__name__}: "
-    message = str(failure).rpartition("WeightsUnpickler error: ")[2].strip()
+    if isinstance(error, CheckpointException):
+        error = first_failure(error)
+    kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+    message = str(error).rpartition("WeightsUnpickler error: ")[2].strip()
     return f"{kind}{message}".splitlines()[0]
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from torchtitan_mtp.checkpoint.checksums import PIECE, FileEntry, check_size, remedy
+from torchtitan_mtp.checkpoint.checksums import PIECE, FileEntry, check_sizes, remedy
 from torchtitan_mtp.checkpoint.metadata import bare_name
 from torchtitan_mtp.checkpoint.remote import RemotePath
 from torchtitan_mtp.errors import UserError
@@ -36,6 +36,10 @@ class Manifest:
     @property
     def total_bytes(self) -> int:
         return sum(entry.bytes for entry in self.files.values())
+
+    def check_sizes(self, folder: Path) -> None:
+        """Error: a file is missing in the folder or has another size."""
+        check_sizes(folder, {name: entry.bytes for name, entry in self.files.items()}, NAME)
 
 
 def _digest(body: dict[str, Any]) -> str:
@@ -85,9 +89,8 @@ def _entries_of_format_1(path: Path, listed: dict[str, Any]) -> dict[str, FileEn
     Raises:
         UserError: naming the first file that is not what was written.
     """
-    entries = {name: FileEntry(entry["bytes"], "") for name, entry in listed.items()}
+    check_sizes(path, {name: entry["bytes"] for name, entry in listed.items()}, NAME)
     for name, entry in listed.items():
-        check_size(path / name, entries[name], NAME)
         digest = hashlib.sha256()
         with (path / name).open("rb") as stream:
             while block := stream.read(PIECE):
@@ -96,14 +99,4 @@ def _entries_of_format_1(path: Path, listed: dict[str, Any]) -> dict[str, FileEn
             raise UserError(
                 f"{path / name}: its SHA-256 is not the manifest's; {remedy(path / name)}"
             )
-    return entries
-
-
-def check_sizes(path: Path, manifest: Manifest) -> None:
-    """Every file of the manifest is present with its size.
-
-    Raises:
-        UserError: naming the first file that is not.
-    """
-    for name, entry in manifest.files.items():
-        check_size(path / name, entry, NAME)
+    return {name: FileEntry(entry["bytes"], "") for name, entry in listed.items()}

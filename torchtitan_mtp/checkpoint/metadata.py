@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from torchtitan_mtp.checkpoint.checksums import FileEntry, check_content, remedy
+from torchtitan_mtp.checkpoint.checksums import FileEntry, check_content, check_sizes
 from torchtitan_mtp.errors import UserError
 
 _DCP_METADATA = {
@@ -123,11 +123,4 @@ def _check_files(path: Path, metadata: Metadata) -> None:
         if not bare_name(name := getattr(info, "relative_path", "")):
             raise UserError(f"{path / '.metadata'}: names the file {name!r}, expected a bare name")
         lengths[name] = max(lengths.get(name, 0), info.offset + info.length)
-    for name, length in lengths.items():
-        file = path / name
-        if not file.is_file():
-            raise UserError(f"{file}: missing, but .metadata names it; {remedy(file)}")
-        if (size := file.stat().st_size) < length:
-            raise UserError(
-                f"{file}: {size} bytes, expected at least {length}: truncated; {remedy(file)}"
-            )
+    check_sizes(path, lengths, ".metadata", at_least=True)

@@ -11,34 +11,27 @@ import torch
 from torchtitan_mtp.checkpoint import folders
 from torchtitan_mtp.checkpoint.record import keeps_earlier
 from torchtitan_mtp.config import JobConfig, load_toml
-from torchtitan_mtp.distributed.ranks import Ranks
 from torchtitan_mtp.errors import UserError
 
 
 class Origin(NamedTuple):
-    """The checkpoint that a run resumes from, or starts with where only weights are there.
+    """What a run takes over from its checkpoint, the one it resumes from or starts with.
 
-    checkpoint: None for a new run.
-    earlier: its model has what its flavor had before it became TorchTitan's (`keeps_earlier`).
     seed: the configured one; else the run's until now, by its config.toml; else a drawn one.
+    earlier: its model has what its flavor had before it became TorchTitan's (`keeps_earlier`).
     """
 
     seed: int
-    checkpoint: Path | None = None
-    earlier: bool = False
+    earlier: bool
 
 
 def find_origin(config: JobConfig) -> Origin:
-    """All ranks call it together, and get what the first one finds.
+    """By the run's folder, before anything is built.
 
     Raises:
-        UserError: on every rank: the newest checkpoint, or config.toml, is damaged; a seed is to be
-            made where there is more.
+        UserError: the newest checkpoint, or config.toml, is damaged; a seed is to be made where
+            there is more.
     """
-    return Ranks().on_rank_0(lambda: _find(config))
-
-
-def _find(config: JobConfig) -> Origin:
     checkpoint, seed, path = config.checkpoint, config.training.seed, None
     if checkpoint.enable:
         folder = folders.checkpoint_folder(config.job.dump_folder, checkpoint.folder)
@@ -57,7 +50,7 @@ def _find(config: JobConfig) -> Origin:
         if seed is None and finished and written.is_file():
             seed = load_toml(written).training.seed
     seed = torch.seed() % 2**31 if seed is None else seed
-    return Origin(seed, path, keeps_earlier(config, path))
+    return Origin(seed, keeps_earlier(config, path))
 
 
 def completed(config: JobConfig, seed: int) -> JobConfig:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from types import SimpleNamespace
 from typing import IO, Any, cast
 
@@ -45,10 +45,8 @@ class RemotePath:
     @property
     def parents(self) -> list[RemotePath]:
         scheme, _, rest = self.url.partition("://")
-        parts = rest.split("/")
-        return [
-            RemotePath(f"{scheme}://{'/'.join(parts[:i])}") for i in range(len(parts) - 1, 0, -1)
-        ]
+        above = [str(parent) for parent in PurePosixPath(rest).parents]
+        return [RemotePath(f"{scheme}://{parent}") for parent in above if parent != "."]
 
     def with_name(self, name: str) -> RemotePath:
         return RemotePath(f"{self.url.rpartition('/')[0]}/{name}")

@@ -144,19 +144,14 @@ def _moments(
     stored = {key for key in opened.stored if key.startswith(f"{OPTIMIZER}.")}
     current = states_of.empty_optimizer_state(model, optimizer)
     ours, theirs = set(map(parameter_of, current)), set(map(parameter_of, stored))
-    if differing := sorted((ours ^ theirs) - fresh):
+    found = {key for key in stored if is_moment(key) and parameter_of(key) not in fresh}
+    stepped = set(map(parameter_of, found))
+    expected = {key for key in current if is_moment(key) and parameter_of(key) in stepped}
+    if differing := sorted((ours ^ theirs) - fresh) or sorted(expected ^ found):
         raise UserError(
             f"{opened.path}: only one of its optimizer and the run's has {names_line(differing)}; "
             "resume with the same [mtp] and [optimizer], or put optimizer into "
             "checkpoint.exclude_from_loading"
-        )
-    found = {key for key in stored if is_moment(key) and parameter_of(key) not in fresh}
-    stepped = set(map(parameter_of, found))
-    expected = {key for key in current if is_moment(key) and parameter_of(key) in stepped}
-    if differing := sorted(expected ^ found):
-        raise UserError(
-            f"{opened.path}: only one of its optimizer and the run's has {names_line(differing)}; "
-            "set optimizer.name as it was saved"
         )
     for key in expected:
         if isinstance(current[key], torch.Tensor):

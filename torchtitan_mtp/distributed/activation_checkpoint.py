@@ -17,21 +17,21 @@ from torchtitan_mtp.config import ActivationCheckpoint
 from torchtitan_mtp.models.transformer import Transformer
 from torchtitan_mtp.mtp.engine import backward_follows_forward
 
-# Worth keeping: attention, and every second matrix product; the rest is cheap to compute again.
-_ATTENTION = (
+# Worth keeping: attention, every second matrix product, and which experts a token goes to, which is
+# decided once; the rest is cheap to compute again.
+_KEPT = (
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
     torch._higher_order_ops.flex_attention,
+    torch.ops.aten.topk.default,
 )
 _PRODUCTS = (
     torch.ops.aten.mm.default,
     torch.ops.aten._scaled_mm.default,
     torch.ops.torchtitan_mtp.grouped_linear.default,
 )
-# Which experts a token goes to is decided once.
-_CHOICES = (torch.ops.aten.topk.default,)
 
 
 def _selective_contexts() -> Any:
@@ -43,7 +43,7 @@ def _selective_contexts() -> Any:
             if seen[context.is_recompute] % 2 == 0:
                 return CheckpointPolicy.PREFER_RECOMPUTE
             return CheckpointPolicy.MUST_SAVE
-        if op in _ATTENTION or op in _CHOICES:
+        if op in _KEPT:
             return CheckpointPolicy.MUST_SAVE
         return CheckpointPolicy.PREFER_RECOMPUTE
 
@@ -70,9 +70,7 @@ def apply_activation_checkpointing(
     if config.mode == "none":
         return
     by_op = config.mode == "selective" and config.selective_ac_option == "op"
-    every = 1
-    if config.mode == "selective" and not by_op:
-        every = int(config.selective_ac_option)
+    every = 1 if config.mode == "full" or by_op else int(config.selective_ac_option)
     for i, block in enumerate(model.blocks()):
         if i % every == 0 and not any(block is head for head in held):
             _checkpoint_block(block, by_op, config.early_stop)
@@ -81,8 +79,7 @@ def apply_activation_checkpointing(
 def _checkpoint_block(block: nn.Module, by_op: bool, early_stop: bool) -> None:
     forward = block.forward
     # The forward has no randomness: there is no generator state to keep and restore.
-    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
-    options["early_stop"] = early_stop
+    options = dict[str, Any](use_reentrant=False, preserve_rng_state=False, early_stop=early_stop)
     if by_op:
         options["context_fn"] = _selective_contexts
 

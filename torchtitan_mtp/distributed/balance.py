@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,14 +43,14 @@ def apart_from_training(model: Transformer) -> Iterator[None]:
             module.reshard()
 
 
-class ExpertLoads:
+class ExpertLoads(NamedTuple):
     """Tokens of each expert in one step, over all ranks and micro-batches.
 
     names: of the blocks with experts; counts: [len(names), E] int64, on the device.
     """
 
-    def __init__(self, names: list[str], counts: Tensor) -> None:
-        self.names, self.counts = names, counts
+    names: list[str]
+    counts: Tensor
 
     def metrics(self) -> dict[str, float]:
         """For every block: its fullest expert's tokens over the mean, 1 when all have as many, and

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
@@ -41,9 +42,7 @@ class Heartbeat:
         self._interval = max(_INTERVAL, self._world / _RANKS_A_SECOND)
         self._end = threading.Event()
         self._beats = 0
-        self._watched = ""  # where this rank has been since `_since`
-        self._since = self._read_at = 0.0
-        self._before: dict[int, list[str]] | None = None  # what the others had left at `_read_at`
+        self._watched, self._since = "", 0.0  # where this rank has been, and since when
         self._told = False
 
     def __enter__(self) -> Heartbeat:
@@ -80,13 +79,16 @@ class Heartbeat:
         does so without a word in Python."""
         now = time.monotonic()
         if self.where != self._watched:
-            self._watched, self._since, self._before, self._told = self.where, now, None, False
-        elif self._before is None and now - self._since > 0.7 * self.timeout:
-            self._before, self._read_at = self._read(), now
-        elif self._before and not self._told and now - self._read_at > _SILENCE * self._interval:
+            self._watched, self._since, self._told = self.where, now, False
+        elif not self._told and now - self._since > 0.7 * self.timeout:
             self._told = True
-            if missing := self._named(self._before, self._read()):
-                logger.error("%s for %d s: %s", self.where, now - self._since, missing)
+            threading.Thread(target=self._tell, args=(self.where,), daemon=True).start()
+
+    def _tell(self, where: str) -> None:
+        with contextlib.suppress(RuntimeError):  # as in `_run`
+            missing = self._named()
+            if missing and self.where == where:
+                logger.error("%s for %d s: %s", where, time.monotonic() - self._since, missing)
 
     def _missing(self) -> str:
         """Who has given no sign of life lately, or else who is elsewhere than this rank.
@@ -96,15 +98,16 @@ class Heartbeat:
         before, which leaves the cause as the first failure in its log.
         """
         try:
-            before = self._read()
-            time.sleep(_SILENCE * self._interval)
-            named = self._named(before, self._read())
+            otherwise = f"no answer of another rank for {self.timeout} s, all are in {self.where}"
+            return self._named() or otherwise
         except RuntimeError:
             return "rank 0, which keeps the job's store, does not answer"
-        return named or f"no answer of another rank for {self.timeout} s, all are in {self.where}"
 
-    def _named(self, before: dict[int, list[str]], now: dict[int, list[str]]) -> str:
+    def _named(self) -> str:
         """The ranks whose beats stand still, or else those elsewhere; "" where there are none."""
+        before = self._read()
+        time.sleep(_SILENCE * self._interval)
+        now = self._read()
         silent = [rank for rank in before if before[rank][0] == now[rank][0]]
         if silent:
             return "; ".join(
@@ -126,14 +129,11 @@ class LostContact(UserError):
     """Another rank is the cause: what this one has is of no use any more."""
 
 
-def lost_contact(error: BaseException) -> bool:
+def lost_contact(error: BaseException | None) -> bool:
     """Whether a collective failed, here or below an exception that wraps it."""
-    seen: BaseException | None = error
-    while seen is not None:
-        # gloo raises plain RuntimeErrors that begin with its source file.
-        if isinstance(seen, dist.DistError) or (
-            isinstance(seen, RuntimeError) and "/gloo/" in str(seen)
-        ):
-            return True
-        seen = seen.__cause__ or seen.__context__
-    return False
+    if error is None:
+        return False
+    # gloo raises plain RuntimeErrors that begin with its source file.
+    of_gloo = isinstance(error, RuntimeError) and "/gloo/" in str(error)
+    failed = of_gloo or isinstance(error, dist.DistError)
+    return failed or lost_contact(error.__cause__ or error.__context__)

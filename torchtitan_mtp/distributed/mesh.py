@@ -35,11 +35,6 @@ class World:
     device: torch.device
     mesh: DeviceMesh  # ("dp_replicate", "dp_shard")
 
-    @property
-    def is_main(self) -> bool:
-        """Whether this rank speaks for all."""
-        return self.rank == 0
-
 
 def data_degrees(parallelism: Parallelism, world_size: int) -> tuple[int, int]:
     """(replicate, shard) degrees, -1 resolved. Error: they do not multiply to the world size."""

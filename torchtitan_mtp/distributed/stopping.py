@@ -45,26 +45,20 @@ class Stopping:
             self._group = dist.new_group(backend="gloo")
         self._flag = torch.zeros(1, dtype=torch.int32)
         self._work: dist.Work | None = None
-        self._asked = False
         self._left = threading.Event()
 
     # ---- agreeing ----
 
     def ask(self) -> None:
         """Start to ask the other ranks whether one of them was told to stop; all ranks call it."""
-        if self._asked:
+        if self._work is not None:
             self.agreed()
-        self._asked = True
-        if self.signal is None:
+        if self.signal is None and self._group is not None:
             self._flag.fill_(self._noticed)
-            if self._group is not None:
-                self._work = dist.all_reduce(
-                    self._flag, dist.ReduceOp.MAX, self._group, async_op=True
-                )
+            self._work = dist.all_reduce(self._flag, dist.ReduceOp.MAX, self._group, async_op=True)
 
     def agreed(self) -> bool:
         """Whether to stop now, by the answers to the last `ask`; the same on all ranks."""
-        self._asked = False
         if self._work is not None:
             self._work.wait()
             self._work = None

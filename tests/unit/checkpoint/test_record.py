@@ -19,7 +19,6 @@ from runs import TINY, config_of, interrupt_after, same, train
 from small import ARGS, DEEPSEEK, small_model
 from torchtitan_mtp.checkpoint import load_model_weights
 from torchtitan_mtp.checkpoint.manifest import read_manifest
-from torchtitan_mtp.checkpoint.origin import find_origin
 from torchtitan_mtp.checkpoint.record import constants, record_of, spec_of_record, untold
 from torchtitan_mtp.config import MTP, JobConfig, to_toml
 from torchtitan_mtp.errors import UserError
@@ -140,13 +139,10 @@ def without_record(step: Path, key: str = "") -> None:
 
 def test_without_a_record_the_configuration_beside_it_tells(tmp_path):
     saves = {"checkpoint.enable": True, "checkpoint.interval": 2, "training.steps": 4}
-    config = config_of(tmp_path, saves)
-    assert find_origin(config).checkpoint is None
-    train(config, interrupt_after(2))
+    train(config_of(tmp_path, saves), interrupt_after(2))
     step = tmp_path / "run" / "checkpoint" / "step-2"
     assert read_manifest(step).record is not None
     without_record(step)
-    assert find_origin(config).checkpoint == step
     with pytest.raises(
         UserError, match=r"rope_theta = 10000.0, this run has 500000.0; set it as it was"
     ):
