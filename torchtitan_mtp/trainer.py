@@ -86,17 +86,17 @@ class Trainer:
 
     def _build(self) -> Transformer:
         """Tokenizer, data, and the model on the meta device, held against what there is."""
-        self.origin = self.ranks.on_rank_0(lambda: find_origin(self.config))
-        config = self.config = completed(self.config, self.origin.seed)
+        self.seed, earlier = self.ranks.on_rank_0(lambda: find_origin(self.config))
+        config = self.config = completed(self.config, self.seed)
         training = config.training
         if config.job.description:
             logger.info(config.job.description)
         self.device, self.n = self.world.device, config.num_future_tokens
-        set_determinism(training.deterministic, self.origin.seed)
+        set_determinism(training.deterministic, self.seed)
         # Files are each rank's own: what fails on one of them ends all.
         self.tokenizer = self.ranks.on_all(lambda: build_tokenizer(config.model.hf_assets_path))
         dtype, vocabulary = getattr(torch, training.dtype), self.tokenizer.vocab_size
-        model = model_of_run(config, vocabulary, dtype, earlier=self.origin.earlier)
+        model = model_of_run(config, vocabulary, dtype, earlier=earlier)
         if config.checkpoint.last_save_in_hf:
             hf_format(model.spec)  # before the training, not after it
         self.accumulation = micro_batches_per_step(config, self.world.size)
@@ -168,7 +168,7 @@ class Trainer:
             convert_to_float8(model, config.quantize.linear.float8, config.compile.enable)
         if config.model.print_after_conversion:
             logger.info("model after conversion:\n%s", model)
-        model = parallelize(model, config, self.world, self.param_dtype, self.origin.seed)
+        model = parallelize(model, config, self.world, self.param_dtype, self.seed)
         heads = sum(p.numel() for name, p in model.named_parameters() if name.startswith("mtp."))
         total = sum(p.numel() for p in model.parameters())
         logger.info(

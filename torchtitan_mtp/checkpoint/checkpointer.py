@@ -168,8 +168,7 @@ class Checkpointer:
         states |= {name: item.state_dict() for name, item in self.extra.items()}
         states[f"{RNG}.rank{self._ranks.rank}"] = states_of.rng_state()
         for name, value in states.items():
-            if not isinstance(value, torch.Tensor):
-                states_of.check_plain(name, value)
+            states_of.check_plain(name, value)
         return states
 
     def _stage(self, states: dict[str, Any]) -> dict[str, Any]:

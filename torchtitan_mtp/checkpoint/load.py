@@ -36,7 +36,6 @@ from torchtitan_mtp.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-_HEADS = ("mtp.",)
 # What lies beside the model in a full checkpoint, here and in TorchTitan's.
 _OTHER_STATES = {"optimizer", "lr_scheduler", "dataloader", "train_state", "rng"}
 # Rotary tables that old TorchTitan checkpoints hold; they are computed, not learned.
@@ -289,7 +288,7 @@ def check_names(
     other_heads: bool,
 ) -> None:
     """Refuse what is missing or unexpected beyond what is allowed, and a head there in part."""
-    free = _HEADS if other_heads else ()
+    free = ("mtp.",) if other_heads else ()
     absent = [name for name in missing if not name.startswith(free)]
     extra = [name for name in unexpected if not name.startswith(free)]
     if absent or extra:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from torchtitan_mtp.checkpoint.checksums import PIECE, FileEntry, check_sizes, r
 from torchtitan_mtp.checkpoint.metadata import bare_name
 from torchtitan_mtp.checkpoint.remote import RemotePath
 from torchtitan_mtp.errors import UserError
+from torchtitan_mtp.writing import sync
 
 NAME = "manifest.json"
 FORMAT = 2
@@ -51,9 +51,8 @@ def write_manifest(path: Path, manifest: Manifest) -> None:
     body = {"format": FORMAT, "torch": torch.__version__, "piece": PIECE, **asdict(manifest)}
     with (path / NAME).open("w") as stream:
         json.dump(body | {"sha256": _digest(body)}, stream, indent=1)
-        if not isinstance(path, RemotePath):
-            stream.flush()
-            os.fsync(stream.fileno())
+    if not isinstance(path, RemotePath):
+        sync(path / NAME)
 
 
 def read_manifest(path: Path) -> Manifest | None:

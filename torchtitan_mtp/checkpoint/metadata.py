@@ -78,28 +78,26 @@ def read_metadata(path: Path, entry: FileEntry | None = None) -> Metadata:
         if entry is not None:
             check_content(file, entry, content)
         metadata = _MetadataUnpickler(io.BytesIO(content)).load()
+        if not (isinstance(metadata, Metadata) and _well_formed(metadata)):
+            raise TypeError("its fields are not as DCP writes them")
     except UserError:
         raise
-    except Exception as error:  # a damaged pickle raises nearly anything
+    except Exception as error:  # a damaged one raises nearly anything
         raise UserError(f"{file}: not the metadata of a DCP checkpoint: {error}") from error
-    if not (isinstance(metadata, Metadata) and _well_formed(metadata)):
-        raise UserError(f"{file}: not the metadata of a DCP checkpoint")
     _check_files(path, metadata)
     return metadata
 
 
 def _well_formed(metadata: Metadata) -> bool:
-    """Whether the fields have the types that DCP relies on, and sizes that can be."""
-    try:
-        return all(
-            isinstance(name, str) and _plausible(entry)
-            for name, entry in metadata.state_dict_metadata.items()
-        ) and all(
-            isinstance(index, MetadataIndex) and _counts((info.offset, info.length))
-            for index, info in metadata.storage_data.items()
-        )
-    except (AttributeError, TypeError):  # a field is absent, or nothing that has fields
-        return False
+    """Whether the fields have the types that DCP relies on, and sizes that can be. Fields that are
+    absent raise what they may."""
+    return all(
+        isinstance(name, str) and _plausible(entry)
+        for name, entry in metadata.state_dict_metadata.items()
+    ) and all(
+        isinstance(index, MetadataIndex) and _counts((info.offset, info.length))
+        for index, info in metadata.storage_data.items()
+    )
 
 
 def _plausible(entry: Any) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
@@ -14,19 +13,10 @@ from torchtitan_mtp.config import JobConfig, load_toml
 from torchtitan_mtp.errors import UserError
 
 
-class Origin(NamedTuple):
-    """What a run takes over from its checkpoint, the one it resumes from or starts with.
-
-    seed: the configured one; else the run's until now, by its config.toml; else a drawn one.
-    earlier: its model has what its flavor had before it became TorchTitan's (`keeps_earlier`).
-    """
-
-    seed: int
-    earlier: bool
-
-
-def find_origin(config: JobConfig) -> Origin:
-    """By the run's folder, before anything is built.
+def find_origin(config: JobConfig) -> tuple[int, bool]:
+    """The seed of a run: the configured one; else the run's until now, by its config.toml; else a
+    drawn one. And whether its model has what its flavor had before it became TorchTitan's, by the
+    checkpoint that it resumes from or starts with (`keeps_earlier`).
 
     Raises:
         UserError: the newest checkpoint, or config.toml, is damaged; a seed is to be made where
@@ -50,7 +40,7 @@ def find_origin(config: JobConfig) -> Origin:
         if seed is None and finished and written.is_file():
             seed = load_toml(written).training.seed
     seed = torch.seed() % 2**31 if seed is None else seed
-    return Origin(seed, keeps_earlier(config, path))
+    return seed, keeps_earlier(config, path)
 
 
 def completed(config: JobConfig, seed: int) -> JobConfig:

@@ -150,7 +150,7 @@ def _moments(
     if differing := sorted((ours ^ theirs) - fresh) or sorted(expected ^ found):
         raise UserError(
             f"{opened.path}: only one of its optimizer and the run's has {names_line(differing)}; "
-            "resume with the same [mtp] and [optimizer], or put optimizer into "
+            "resume with the same [mtp] and optimizer.name, or put optimizer into "
             "checkpoint.exclude_from_loading"
         )
     for key in expected:

@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 OPTIMIZER = "optimizer"
 RNG = "rng"
+_PLAIN = (type(None), bool, int, float, str)
 _WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
 
 
@@ -163,8 +164,7 @@ def check_plain(name: str, value: Any) -> None:
     """Refuse what could be saved but not be loaded again safely.
 
     Raises:
-        TypeError: `value` is not made of None, bool, int, float, str, lists, tuples, dicts and
-            tensors.
+        TypeError: `value` is not made of `_PLAIN`, lists, tuples, dicts and tensors.
     """
     if isinstance(value, dict):
         for key, item in value.items():
@@ -172,10 +172,9 @@ def check_plain(name: str, value: Any) -> None:
     elif isinstance(value, (list, tuple)):
         for item in value:
             check_plain(f"{name}[]", item)
-    elif type(value) not in (type(None), bool, int, float, str, torch.Tensor):
-        raise TypeError(
-            f"{name}: {type(value).__name__} can't go into a checkpoint, plain data can"
-        )
+    elif type(value) not in _PLAIN and not isinstance(value, torch.Tensor):
+        kind = type(value).__name__
+        raise TypeError(f"{name}: {kind} can't go into a checkpoint, plain data can")
 
 
 def rng_state() -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import pickle
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -24,6 +25,7 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
+from torch.utils.serialization import config
 
 from torchtitan_mtp.checkpoint.checksums import FileEntry, SummedStream, Verifier
 from torchtitan_mtp.checkpoint.manifest import Manifest
@@ -45,15 +47,11 @@ class _SummingFiles:
         with self._files.create_stream(path, mode) as stream:
             summed = SummedStream(stream)
             yield summed
-        self._entries[_name(path)] = summed.entry()
+        self._entries[os.path.basename(path)] = summed.entry()
 
     def rename(self, path: Any, new_path: Any) -> None:
         self._files.rename(path, new_path)
-        self._entries[_name(new_path)] = self._entries.pop(_name(path))
-
-
-def _name(path: Any) -> str:
-    return str(path).rpartition("/")[2]
+        self._entries[os.path.basename(new_path)] = self._entries.pop(os.path.basename(path))
 
 
 class SummingWriter(FileSystemWriter):
@@ -74,12 +72,8 @@ class SummingWriter(FileSystemWriter):
         """Nothing: DCP would note the path that is written to, which nobody reads."""
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        before = torch.serialization.get_crc32_options()
-        torch.serialization.set_crc32_options(False)
-        try:
+        with config.patch("save.compute_crc32", False):  # type: ignore[attr-defined]
             return super().write_data(plan, planner)
-        finally:
-            torch.serialization.set_crc32_options(before)
 
 
 class SafeReader(FileSystemReader):

@@ -11,7 +11,7 @@ from torch import nn
 
 from torchtitan_mtp.config import Float8Linear, JobConfig
 from torchtitan_mtp.config.sections.quantize import AUTO_FILTER
-from torchtitan_mtp.errors import UserError
+from torchtitan_mtp.errors import UserError, import_optional
 
 # Whatever filter_fqns says; TorchTitan's routers are called moe.router.gate.
 _KEPT = ("output", "router.gate", "moe.router.gate")
@@ -30,12 +30,8 @@ def convert_to_float8(model: nn.Module, float8: Float8Linear, compiled: bool = F
     # It warns of CUDA extensions that it could not load and this code does not use.
     logging.getLogger("torchao").setLevel(logging.ERROR)
     logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
-    try:
-        from torchao import float8 as ao
-    except ImportError as error:
-        raise UserError(
-            f'model.converters names "quantize.linear.float8", which needs torchao: {error}'
-        ) from None
+    absent = 'model.converters names "quantize.linear.float8", which needs torchao: install it'
+    ao = import_optional("torchao.float8", absent)
     has_units = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 9)
     if torch.cuda.is_available() and not has_units and not float8.emulate:
         raise UserError(

@@ -117,9 +117,8 @@ def init_world(
     device = local_device()
     if device.type == "cuda":
         record_collectives(comm, dump_folder)
-    degrees = data_degrees(parallelism, launched()[1])
-    if device.type == "cuda":
         torch.cuda.set_device(device)
+    degrees = data_degrees(parallelism, launched()[1])
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         timeout = timedelta(seconds=comm.init_timeout_seconds)
