@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import time
@@ -206,7 +207,8 @@ class Checkpointer:
             self._came_from, self._last_saved = None, (step, kind)
         except (CheckpointException, UserError, OSError) as error:
             if ranks.rank == 0:
-                folders.discard_writing(folder, step)
+                with contextlib.suppress(OSError):
+                    folders.remove(tmp)
             raise UserError(f"{tmp}: can't be saved: {one_line(error)}") from error
         megabytes, seconds = manifest.total_bytes / 1e6, time.perf_counter() - start
         logger.info("saved %s (%s, %.1f MB, %.1f s)", final, kind, megabytes, seconds)

@@ -18,7 +18,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable
+from operator import attrgetter
 from pathlib import Path
 
 from torchtitan_mtp.checkpoint.manifest import (
@@ -71,15 +71,11 @@ def warn_about_leftovers(folder: Path) -> None:
     """Name the folders of interrupted saves, which are ignored."""
     if not folder.is_dir():
         return
-    for entry in _by_name(folder.iterdir()):
+    for entry in sorted(folder.iterdir(), key=attrgetter("name")):
         if entry.name.endswith(".tmp") and _STEP.match(entry.name.removesuffix(".tmp")):
             logger.warning("%s: left by an interrupted save, ignored", entry)
         elif _STEP.match(entry.name) and entry.is_dir() and not _finished(entry):
             logger.warning("%s: neither .metadata nor manifest: not finished, ignored", entry)
-
-
-def _by_name(paths: Iterable[Path]) -> list[Path]:
-    return sorted(paths, key=lambda path: path.name)
 
 
 def kind_of(path: Path) -> str:
@@ -132,7 +128,7 @@ def start_writing(folder: Path, step: int, total_bytes: int) -> None:
             back_up(tmp)
         elif tmp.exists():
             logger.warning("%s: left by an interrupted save, removed", tmp)
-            _remove(tmp)
+            remove(tmp)
         if isinstance(folder, RemotePath):
             return  # stores make folders by themselves, and have room
         folder.mkdir(parents=True, exist_ok=True)
@@ -180,7 +176,7 @@ def back_up(path: Path, kind: str = "") -> None:
     logger.warning("%s: was there already, kept as %s", path, backup.name)
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
     """Remove a folder; a remote one stops to count as finished first."""
     if isinstance(path, RemotePath):
         for name in ("manifest.json", ".metadata"):
@@ -188,12 +184,6 @@ def _remove(path: Path) -> None:
         path.remove_tree()
     else:
         shutil.rmtree(path)
-
-
-def discard_writing(folder: Path, step: int) -> None:
-    """Remove what a failed save wrote."""
-    with contextlib.suppress(OSError):
-        _remove(tmp_folder(folder, step))
 
 
 def steps_to_remove(kinds: dict[int, str], keep: int, written: int) -> list[int]:
@@ -218,7 +208,7 @@ def remove_old(folder: Path, keep: int, written: int) -> None:
         logger.info("removing step-%d (checkpoint.keep_latest_k = %d)", step, keep)
         if isinstance(path, RemotePath):
             with contextlib.suppress(OSError):
-                _remove(path)
+                remove(path)
         else:
             path.rename(path.with_name(f"{path.name}{_REMOVING}"))  # dying leaves no half step
     if not isinstance(folder, RemotePath):
@@ -248,10 +238,10 @@ def find_checkpoint(path: str | os.PathLike[str]) -> Path:
     for folder in folders:
         if steps := finished_steps(folder):
             return step_folder(folder, steps[-1])
-    inside = _by_name(e for e in given.iterdir() if e.is_dir() and finished_steps(e))
+    inside = [e for e in given.iterdir() if e.is_dir() and finished_steps(e)]
     named = [entry for entry in inside if entry.name == "checkpoint"] or inside
     if len(named) > 1:
-        names = ", ".join(entry.name for entry in named)
+        names = ", ".join(sorted(entry.name for entry in named))
         raise UserError(f"{given}: several folders of checkpoints ({names}); name one of them")
     if not named:
         raise UserError(f"{given}: no finished checkpoint in it (a step-N folder with .metadata)")
