@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import fields, replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Size
@@ -87,9 +87,9 @@ def describe_run(config: JobConfig, spec: ModelSpec) -> None:
 
 def _table_of(spec: ModelSpec) -> MTP:
     """The [mtp] table of the heads of a model that has some."""
-    n, share, state = spec.num_future_tokens, spec.share_weights, spec.trunk_state
-    family = cast(Any, spec.heads)  # `add_heads` refuses one that is not there
-    return MTP(heads=family, num_future_tokens=n, share_weights=share, trunk_state=state)
+    told: dict[str, Any] = vars(spec).copy()  # `add_heads` refuses a family that is not there
+    del told["args"]
+    return MTP(**told)
 
 
 def sizes(args: ModelArgs) -> dict[str, Any]:
@@ -110,8 +110,7 @@ def sizes(args: ModelArgs) -> dict[str, Any]:
 
 def differing_sizes(ours: ModelArgs, theirs: ModelArgs) -> Collection[str]:
     """The sizes, as "name = ours, not theirs", in which two trunks differ."""
-    a = sizes(ours) | {"vocab_size": ours.vocab_size}
-    b = sizes(theirs) | {"vocab_size": theirs.vocab_size}
+    a, b = (sizes(args) | {"vocab_size": args.vocab_size} for args in (ours, theirs))
     return [f"{key} = {a.get(key)}, not {b.get(key)}" for key in a | b if a.get(key) != b.get(key)]
 
 

@@ -224,6 +224,12 @@ def read_dense(
     heads, dim = shape["n_heads"], shape["dim"]
     head_dim = reader.integer("head_dim", dim // heads)
     theta, scaled = read_rope(reader, "llama3", rope)
+    scaling = None
+    if scaled is not None:
+        keys = ("factor", "low_freq_factor", "high_freq_factor")
+        length = scaled.integer("original_max_position_embeddings")
+        factors = {key: float(scaled.number(key)) for key in keys}
+        scaling = RoPEScaling(**factors, original_max_seq_len=length)
     return ModelArgs(
         **shape,
         n_kv_heads=reader.integer("num_key_value_heads", heads),
@@ -232,14 +238,7 @@ def read_dense(
         qkv_bias=qkv_bias,
         norm_eps=float(reader.number("rms_norm_eps", 1e-6)),
         rope_theta=theta,
-        rope_scaling=None
-        if scaled is None
-        else RoPEScaling(
-            float(scaled.number("factor")),
-            float(scaled.number("low_freq_factor")),
-            float(scaled.number("high_freq_factor")),
-            scaled.integer("original_max_position_embeddings"),
-        ),
+        rope_scaling=scaling,
     )
 
 
@@ -274,8 +273,9 @@ def read_mellum(reader: Reader) -> ModelArgs:
 
 
 def read_modules(reader: Reader) -> int:
-    """How many MTP modules there are."""
-    older = reader.count("num_mtp_layers", 0, zero=True)
+    """How many MTP modules, or Meta's further heads, there are."""
+    metas = reader.count("n_future_tokens", 1) - 1
+    older = reader.count("num_mtp_layers", metas, zero=True)
     return reader.count("num_nextn_predict_layers", older, zero=True)
 
 
@@ -323,8 +323,6 @@ def read_meta(reader: Reader) -> ModelArgs:
         max_seq_len=reader.integer("max_seq_len", 4096),
     )
     if args.n_layers < 1:
-        raise UserError(
-            f"{reader.file}: n_layers = {args.n_layers + n - 1}, expected at least "
-            f"n_future_tokens = {n}"
-        )
+        found, least = args.n_layers + n - 1, f"at least n_future_tokens = {n}"
+        raise reader.unfit("n_layers", found, least)
     return args

@@ -76,8 +76,7 @@ def export_checkpoint(
     config = load_toml(find_config(checkpoint))
     source = dcp_tensors(find_checkpoint(checkpoint))
     spec = spec_of_run(config, vocabulary_of(source), keeps_earlier(config, source.where))
-    repeats = names.torchtitan(spec)
-    check_tensors(source, shapes_of(spec), {**repeats.repeats, **repeats.copies}, spec.args)
+    check_tensors(source, names.torchtitan(spec), shapes_of(spec), spec.args)
     kept = _fitting(form, format_name, _first(spec, modules), drop_heads)
     for k in range(kept.modules, spec.modules):
         part = [key for key in source.kinds if key.startswith(f"mtp.heads.{k}.")]

@@ -61,21 +61,17 @@ class Format:
 
 
 def _dense(
-    architecture: str,
-    model_type: str,
-    also: str = "",
-    qk_norm: bool = False,
-    qkv_bias: bool = False,
+    architecture: str, model_type: str, qk_norm: bool = False, qkv_bias: bool = False
 ) -> Format:
     write = partial(configs.dense_config, architecture, model_type)
     read = partial(configs.read_dense, qk_norm=qk_norm, qkv_bias=qkv_bias)
-    form = Format(names.llama_hf, architecture, write, read, also=also)
+    form = Format(names.llama_hf, architecture, write, read)
     return replace(form, qk_norm=qk_norm, qkv_bias=qkv_bias)
 
 
 # (`hf_format` takes the first that holds a model.)
 FORMATS: dict[str, Format] = {
-    "llama_hf": _dense("LlamaForCausalLM", "llama", also="MistralForCausalLM"),
+    "llama_hf": replace(_dense("LlamaForCausalLM", "llama"), also="MistralForCausalLM"),
     "qwen2_hf": _dense("Qwen2ForCausalLM", "qwen2", qkv_bias=True),
     "qwen3_hf": _dense("Qwen3ForCausalLM", "qwen3", qk_norm=True),
     "glm4_moe_hf": Format(
@@ -136,14 +132,19 @@ def vocabulary_of(tensors: Tensors) -> int:
 
 
 def check_tensors(
-    source: Tensors, expected: Mapping[str, Size], repeats: Mapping[str, str], args: ModelArgs
+    source: Tensors, table: Names, shapes: Mapping[str, Size], args: ModelArgs
 ) -> None:
-    """The tensors are those expected, in name and shape; those of `Names.repeats` may be there as
-    well, and say what it says.
+    """The tensors are those of the table, in name and, by ours, in shape; those of `Names.repeats`
+    may be there as well, and say what it says.
 
     Raises:
         UserError: naming the first that is not so, or whose dtype no weight has here.
     """
+    expected = {name: Size(shape) for name, shape in table.zeros.items()}
+    for entry in table.entries:
+        shape = shapes[entry.ours]
+        expected |= dict.fromkeys(entry.theirs, Size(shape[1:]) if entry.stacked else shape)
+    repeats = {**table.repeats, **table.copies}
     if lost := [name for name in expected if name not in source.kinds]:
         raise UserError(f"{source.where}: lacks {names_line(lost)} of the model")
     if extra := [name for name in source.kinds if name not in expected and name not in repeats]:

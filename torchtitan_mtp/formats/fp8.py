@@ -31,7 +31,16 @@ def without_quantization(tensors: Tensors) -> Tensors:
         return tensors
     block = _block_of(tensors)
     for name in quantized:
-        _check(tensors, name, block)
+        shape, scale = tensors.kinds[name].shape, tensors.kinds.get(name + _SCALE)
+        if len(shape) != 2:
+            raise UserError(f"{tensors.where}: {name} {tuple(shape)} is in FP8, expected a matrix")
+        expected = tuple(-(-size // b) for size, b in zip(shape, block, strict=True))
+        if scale is None or scale.shape != expected:
+            found = "missing" if scale is None else f"of shape {tuple(scale.shape)}"
+            raise UserError(
+                f"{tensors.where}: {name} {tuple(shape)} is in FP8 with {name}{_SCALE} {found}, "
+                f"expected {expected}, one for each block of {block}"
+            )
     scales = {name + _SCALE for name in quantized}
     kinds = {
         name: Kind(kind.shape, torch.bfloat16) if name in quantized else kind
@@ -51,26 +60,12 @@ def without_quantization(tensors: Tensors) -> Tensors:
     return Tensors(tensors.where, kinds, read)
 
 
-def _check(tensors: Tensors, name: str, block: tuple[int, int]) -> None:
-    shape, scale = tensors.kinds[name].shape, tensors.kinds.get(name + _SCALE)
-    if len(shape) != 2:
-        raise UserError(f"{tensors.where}: {name} {tuple(shape)} is in FP8, expected a matrix")
-    expected = tuple(-(-size // b) for size, b in zip(shape, block, strict=True))
-    found = "missing" if scale is None else f"of shape {tuple(scale.shape)}"
-    if scale is None or scale.shape != expected:
-        raise UserError(
-            f"{tensors.where}: {name} {tuple(shape)} is in FP8 with {name}{_SCALE} {found}, "
-            f"expected {expected}, one for each block of {block}"
-        )
-
-
 def _block_of(tensors: Tensors) -> tuple[int, int]:
     """Rows and columns of a block: config.json says it, or DeepSeek's."""
     file = tensors.where / "config.json"
     config = Reader(file, read_json(file) if file.is_file() else {})
     block = config.mapping("quantization_config").get("weight_block_size") or [128, 128]
-    if not (
-        isinstance(block, list) and len(block) == 2 and all(type(b) is int and b > 0 for b in block)
-    ):
+    sides = block if isinstance(block, list) else []
+    if len(sides) != 2 or not all(type(side) is int and side > 0 for side in sides):
         raise config.unfit("weight_block_size", block, "two integers above 0")
-    return block[0], block[1]
+    return sides[0], sides[1]

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Size, Tensor
+from torch import Tensor
 
 from torchtitan_mtp.build import describe_run, shapes_of, spec_of_run
 from torchtitan_mtp.checkpoint.record import record_of, untold
@@ -154,10 +154,9 @@ def open_model(name: str, folder: Path) -> tuple[ModelSpec, Tensors]:
             "transformers, call model.dequantize(), save it and import that"
         )
     args = form.read_config(reader)
-    further = reader.count("n_future_tokens", 1) - 1 if form.heads == "parallel" else 0
-    further = read_modules(reader) if form.heads == "sequential" else further
-    spec = ModelSpec(args, form.heads, 1 + further, trunk_state=form.trunk_state)
-    spec = spec if further else ModelSpec(spec.args)
+    spec = ModelSpec(args)
+    if form.heads and (further := read_modules(reader)):
+        spec = ModelSpec(args, form.heads, 1 + further, trunk_state=form.trunk_state)
     try:
         check_shape(args)
     except UserError as error:
@@ -166,7 +165,7 @@ def open_model(name: str, folder: Path) -> tuple[ModelSpec, Tensors]:
     modules = [e.theirs[0] for e in form.names(spec).entries if e.ours.startswith("mtp.")]
     if spec.heads == "sequential" and tensors.kinds.keys().isdisjoint(modules):
         # transformers saves but the count.
-        logger.warning("%s: names %d modules and holds none of them", folder, further)
+        logger.warning("%s: names %d modules and holds none of them", folder, spec.modules)
         spec = ModelSpec(spec.args)
     if args.tied_embeddings and (wrong := differing(tensors, HEAD, EMBEDDING, args)):
         logger.warning("%s: read as not tied, as transformers does", wrong)
@@ -183,17 +182,11 @@ def inward(
         UserError: a tensor is missing, has no place or another shape, or should be zero.
     """
     table, shapes = form.names(spec), shapes_of(spec)
-    expected = {name: Size(shape) for name, shape in table.zeros.items()}
-    for entry in table.entries:
-        shape = shapes[entry.ours]
-        expected |= dict.fromkeys(entry.theirs, Size(shape[1:]) if entry.stacked else shape)
-    check_tensors(tensors, expected, {**table.repeats, **table.copies}, spec.args)
+    check_tensors(tensors, table, shapes, spec.args)
     for name in table.zeros:
         if tensors.read(name).any():
-            raise UserError(
-                f"{tensors.where}: {name} is not zero: a mixture of experts, which is not "
-                "supported here"
-            )
+            what = "is not zero: a mixture of experts, which is not supported here"
+            raise UserError(f"{tensors.where}: {name} {what}")
 
     def read_one(name: str, to: torch.dtype) -> Tensor:
         return cast_weights(tensors.read(name), to, f"{tensors.where}: {name}")

@@ -195,6 +195,5 @@ def torchtitan(spec: ModelSpec) -> Names:
 def meta(spec: ModelSpec) -> Names:
     """facebook/multi-token-prediction: our names but for `extra_heads`."""
     same = torchtitan(spec)
-    theirs = [(e.ours.replace("mtp.heads.", "extra_heads."),) for e in same.entries]
-    entries = [replace(e, theirs=t) for e, t in zip(same.entries, theirs, strict=True)]
-    return Names(entries, repeats={"rope.freqs": FREQUENCIES}, copies=same.copies)
+    entries = [Entry(e.ours, (e.ours.replace("mtp.heads.", "extra_heads."),)) for e in same.entries]
+    return replace(same, entries=entries, repeats={"rope.freqs": FREQUENCIES})

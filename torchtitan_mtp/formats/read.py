@@ -83,8 +83,8 @@ def meta_tensors(path: Path) -> Tensors:
     files = sorted(path.glob("consolidated*.pth"))
     if len(files) != 1:
         raise UserError(
-            f"{path}: {len(files)} files consolidated*.pth, expected one"
-            + ("; parts of tensor parallelism are not merged here" if files else "")
+            f"{path}: {len(files)} files consolidated*.pth, expected one; parts of tensor "
+            "parallelism are not merged here"
         )
     return _file_tensors(files[0], files, {})
 
@@ -98,10 +98,8 @@ def _file_tensors(where: Path, files: Sequence[Path], index: Mapping[str, str]) 
     for name, file_name in index.items():
         file_of[name] = where / file_name
         if name not in held[where / file_name]:
-            raise UserError(
-                f"{where}: its index says that {name} is in {file_name}, which does not hold it; "
-                "download the folder again"
-            )
+            what = f"its index says that {name} is in {file_name}, which does not hold it"
+            raise UserError(f"{where}: {what}; download the folder again")
     for file, kinds in held.items():
         for name in kinds:
             chosen = file_of[name]
@@ -169,8 +167,7 @@ def _load_pickled(file: Path) -> dict[str, Tensor]:
     except Exception as error:  # a crafted file makes torch raise nearly anything
         raise UserError(f"{file}: can't be read as plain tensors: {one_line(error)}") from error
     if not isinstance(state, dict):
-        found = type(state).__name__
-        raise UserError(f"{file}: expected a dict of tensors, found {found}")
+        raise UserError(f"{file}: expected a dict of tensors, found {type(state).__name__}")
     for name, value in state.items():
         if not (isinstance(name, str) and _plain(value)):
             raise UserError(f"{file}: {name!r}: expected a dict of plain tensors by name")
