@@ -22,7 +22,6 @@ from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.models.args import SCALINGS, LatentArgs, ModelArgs, ModelSpec, MoEArgs
 from torchtitan_mtp.models.flavors import EARLIER
 from torchtitan_mtp.models.transformer import Transformer
-from torchtitan_mtp.mtp.families import family_named
 
 logger = logging.getLogger(__name__)
 
@@ -125,7 +124,7 @@ def constants(record: Record) -> Record:
     }
     if "softcap" in record:
         found["loss.softcap"] = record["softcap"] or "none"
-    if spec.heads and not family_named(spec.heads).independent:
+    if spec.heads == "sequential":
         # One module that is applied once is that module, shared or not.
         found["mtp.share_weights"] = spec.share_weights and spec.num_future_tokens > 2
         found["mtp.trunk_state"] = spec.trunk_state

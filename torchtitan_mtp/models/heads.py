@@ -1,19 +1,24 @@
 """What a trunk and the heads on it know of each other.
 
-A family of heads (`torchtitan_mtp.mtp.families`) is a subclass of `Heads`. It sees `TrunkEnd` when
+A family of heads (`torchtitan_mtp.mtp.transform`) is a subclass of `Heads`. It sees `TrunkEnd` when
 it is built and `TrunkOutput` for every batch, and nothing else of the model.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from torchtitan_mtp.data.targets import Batch
 from torchtitan_mtp.models.args import ModelArgs
 from torchtitan_mtp.models.attention import AttentionContext
 from torchtitan_mtp.models.layers import Norm
+from torchtitan_mtp.ops import HeadByHeadLoss, LossOutput
+
+if TYPE_CHECKING:
+    from torchtitan_mtp.models.transformer import Transformer
 
 
 class TrunkEnd(NamedTuple):
@@ -42,9 +47,12 @@ class Heads(nn.Module):
     """Heads 2..n; what `Transformer.mtp` holds. Parameters are named `mtp.heads.{j}.*`.
 
     Each of `heads` is what activation checkpointing, compilation and FSDP2 wrap, and has
-    `init_std(name)` as a block has.
+    `init_std(name)` as a block has. `independent`: no head reads another's state. So each one's
+    backward can follow its forward, and all may share a graph in which states give way to their
+    gradients.
     """
 
+    independent = False
     below_last_layer = False
     reads_tokens_ahead = False
     heads: nn.ModuleList
@@ -61,6 +69,15 @@ class Heads(nn.Module):
 
     def forward(self, trunk: TrunkOutput) -> list[Tensor]:
         """The hidden states [B, S, D] of heads 1..n, normalised, in one graph."""
+        raise NotImplementedError
+
+    def head_by_head(
+        self, model: Transformer, batch: Batch, head_loss: HeadByHeadLoss, reduce: bool
+    ) -> dict[int, LossOutput]:
+        """The forwards and backwards of one micro-batch: each head's loss by its number 1..n.
+
+        reduce: whether gradients are reduced over the ranks now.
+        """
         raise NotImplementedError
 
     def of_trunk(self, state: Tensor, detach: bool = True) -> tuple[Tensor, Norm]:

@@ -2,13 +2,11 @@
 
 `joint` is ordinary autograd, with any backend of the loss: all hidden states, one loss, one
 backward. Its heads' blocks are checkpointed (`apply_activation_checkpointing` sees to that), so
-that a head leaves one state [N, D] behind, not its activations.
+that a head leaves one state [N, D] behind, not its activations; of independent heads, its gradient
+takes the state's place.
 
 `head_by_head` runs the heads' losses and backwards one after another, so that what a head needs for
-its backward is gone before the next one's loss; each family has a schedule for it, in its file.
-
-In both a state's gradient takes the place of the state. So heads that read one another's states
-have no `joint` but with another backend of the loss.
+its backward is gone before the next one's loss; each family does it in its file.
 """
 
 from __future__ import annotations
@@ -21,10 +19,8 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from torchtitan_mtp.data.targets import Batch
-from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.models.transformer import Transformer
-from torchtitan_mtp.mtp.families import family_named
-from torchtitan_mtp.mtp.schedule import end_backwards, without_graph
+from torchtitan_mtp.mtp.schedule import end_backwards
 from torchtitan_mtp.ops import HeadByHeadLoss, LossOptions, LossOutput, linear_cross_entropy
 
 
@@ -46,11 +42,10 @@ def forward_loss(
         groups = [slice(0, 1), slice(1, None)]  # the others' gradient is kept from `output`
     outputs = []
     for heads in groups:
+        scales = head_scales[heads]
+        compute = functools.partial(linear_cross_entropy, head_scales=scales, options=options)
         if head_loss is not None:
             compute = functools.partial(head_loss, first=heads.start)
-        else:
-            scales = head_scales[heads]
-            compute = functools.partial(linear_cross_entropy, head_scales=scales, options=options)
         labels, detach = batch.labels[..., heads], heads.start > 0
         outputs.append(model.output.loss(hiddens[heads], labels, compute, detach))
     return _together(outputs)
@@ -66,20 +61,15 @@ def joint(
     """Forward and backward of one micro-batch in one graph; gradients add to `.grad`.
 
     `last_micro_batch`: whether gradients are reduced over the ranks now.
-
-    Raises:
-        UserError: a chain with the "chunked" loss.
     """
-    chunked = options.backend == "chunked"
-    if chunked and model.mtp and not family_named(model.spec.heads).independent:
-        raise UserError('mtp.engine = "joint": a chain has one way, "head_by_head"; set that')
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(last_micro_batch)
         model.set_is_last_backward(last_micro_batch)
-    head_loss = HeadByHeadLoss(head_scales, options) if chunked else None
+    in_place = options.backend == "chunked" and (model.mtp is None or model.mtp.independent)
+    head_loss = HeadByHeadLoss(head_scales, options) if in_place else None
     out = forward_loss(model, batch, head_scales, options, head_loss)
     out.loss.backward()
-    return without_graph(out)
+    return out._replace(loss=out.loss.detach())
 
 
 def head_by_head(
@@ -92,16 +82,15 @@ def head_by_head(
     """As `joint`, head by head."""
     if model.mtp is None:
         return joint(model, batch, head_scales, options, last_micro_batch)
-    schedule = family_named(model.spec.heads).schedule
-    outputs = schedule(model, batch, HeadByHeadLoss(head_scales, options), last_micro_batch)
+    head_loss = HeadByHeadLoss(head_scales, options)
+    outputs = model.mtp.head_by_head(model, batch, head_loss, last_micro_batch)
     end_backwards(model)
     return _together([outputs[k] for k in sorted(outputs)])
 
 
 def backward_follows_forward(model: Transformer, engine: str) -> bool:
     """Whether each head's backward comes right after its forward: no two are alive at a time."""
-    heads = model.spec.heads
-    return engine == "head_by_head" and bool(heads) and family_named(heads).independent
+    return engine == "head_by_head" and model.mtp is not None and model.mtp.independent
 
 
 def _together(outputs: Sequence[LossOutput]) -> LossOutput:

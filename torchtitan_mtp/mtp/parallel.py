@@ -29,7 +29,6 @@ from torchtitan_mtp.models.transformer import Transformer
 from torchtitan_mtp.mtp.schedule import (
     begin_backwards,
     head_order,
-    leaf_of,
     loss_backward,
     next_backward_completes,
     next_backward_is_last,
@@ -39,6 +38,8 @@ from torchtitan_mtp.ops import HeadByHeadLoss, LossOutput
 
 class IndependentHeads(Heads):
     """Heads that read the trunk's state and nothing of one another."""
+
+    independent = True
 
     def block(self, k: int) -> nn.Module | None:
         """What head k = 1..n alone consists of, if anything."""
@@ -52,6 +53,33 @@ class IndependentHeads(Heads):
         """As `Heads.forward`."""
         heads = range(1, self.num_future_tokens + 1)
         return [self.hidden(k, trunk.state, trunk.context) for k in heads]
+
+    def head_by_head(
+        self, model: Transformer, batch: Batch, head_loss: HeadByHeadLoss, reduce: bool
+    ) -> dict[int, LossOutput]:
+        """As `Heads.head_by_head`."""
+        z, context, _ = model.trunk(batch)  # [B, S, D]
+        dz = torch.zeros_like(z, dtype=torch.promote_types(z.dtype, torch.float32))
+        order = head_order(self.num_future_tokens, z.requires_grad)
+        # The heads' blocks stay as their own last backward left them: nothing gathered them yet.
+        own = [self.block(k) for k in order]
+        begin_backwards(model, [layer for layer in model.layers.values() if layer not in own])
+        losses: dict[int, LossOutput] = {}
+        for k in order:
+            last = k == order[-1]
+            # What no later head uses is reduced as soon as this head's backward is through.
+            next_backward_completes(reduce, self.block(k), model.output if last else None)
+            if last and not z.requires_grad:
+                next_backward_is_last(model, reduce)
+            leaf = z.detach().requires_grad_(z.requires_grad)
+            hidden = self.hidden(k, leaf, context)
+            losses[k] = loss_backward(model, batch, head_loss, k, hidden, last)
+            if leaf.grad is not None:
+                dz += leaf.grad
+        if z.requires_grad:
+            next_backward_is_last(model, reduce)
+            z.backward(dz.to(z.dtype))
+        return losses
 
 
 class ParallelHeads(IndependentHeads):
@@ -73,33 +101,3 @@ class ParallelHeads(IndependentHeads):
         checkpointed or compiled block keeps nothing for it."""
         state, norm = self.of_trunk(state, detach=k > 1)
         return self.block(k)(state, context, norm=norm)
-
-
-def independent_schedule(
-    model: Transformer, batch: Batch, head_loss: HeadByHeadLoss, reduce: bool
-) -> dict[int, LossOutput]:
-    """As `Family.schedule`."""
-    heads = model.mtp
-    assert isinstance(heads, IndependentHeads)
-    z, context, _ = model.trunk(batch)  # [B, S, D]
-    dz = torch.zeros_like(z, dtype=torch.promote_types(z.dtype, torch.float32))
-    order = head_order(heads.num_future_tokens, z.requires_grad)
-    # The heads' blocks stay as their own last backward left them: nothing has gathered them yet.
-    own = [heads.block(k) for k in order]
-    begin_backwards(model, [layer for layer in model.layers.values() if layer not in own])
-    losses: dict[int, LossOutput] = {}
-    for k in order:
-        last = k == order[-1]
-        # What no later head uses is reduced as soon as this head's backward is through.
-        next_backward_completes(reduce, heads.block(k), model.output if last else None)
-        if last and not z.requires_grad:
-            next_backward_is_last(model, reduce)
-        leaf = leaf_of(z, z.requires_grad)
-        hidden = heads.hidden(k, leaf, context)
-        losses[k] = loss_backward(model, batch, head_loss, k, hidden, last)
-        if leaf.grad is not None:
-            dz += leaf.grad
-    if z.requires_grad:
-        next_backward_is_last(model, reduce)
-        z.backward(dz.to(z.dtype))
-    return losses

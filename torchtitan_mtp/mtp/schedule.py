@@ -39,16 +39,6 @@ def loss_backward(
     out = model.output.loss([hidden], batch.labels[..., k - 1 : k], compute, detach)
     if out.loss.requires_grad:
         out.loss.backward()
-    return without_graph(out)
-
-
-def leaf_of(x: Tensor, requires_grad: bool) -> Tensor:
-    """The same values, cut from their graph."""
-    return x.detach().requires_grad_(requires_grad)
-
-
-def without_graph(out: LossOutput) -> LossOutput:
-    """The same numbers, which keep nothing alive."""
     return out._replace(loss=out.loss.detach())
 
 

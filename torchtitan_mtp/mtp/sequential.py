@@ -36,7 +36,6 @@ from torchtitan_mtp.mtp.schedule import (
     begin_backwards,
     fsdp_units,
     head_order,
-    leaf_of,
     loss_backward,
     next_backward_completes,
     next_backward_is_last,
@@ -127,58 +126,58 @@ class SequentialHeads(Heads):
             hiddens.append(h)
         return hiddens
 
-
-def sequential_schedule(
-    model: Transformer, batch: Batch, head_loss: HeadByHeadLoss, reduce: bool
-) -> dict[int, LossOutput]:
-    """As `Family.schedule`."""
-    heads = model.mtp
-    assert isinstance(heads, SequentialHeads)
-    n = heads.num_future_tokens
-    state, context, embedded = model.trunk(batch)  # [B, S, D], [B, S+n-1, D]
-    assert embedded is not None
-    trained = state.requires_grad
-    into_trunk = trained and not heads.detach_trunk
-    d_embedded: Tensor | None = None
-    # outputs[k] is what head k + 1 reads (h_k; of head 1 the state before its norm), with its graph
-    # back to states[k-1] and tokens[k]; states[k] is the same cut from it.
-    outputs, states = {1: state}, {1: leaf_of(state, trained)}
-    tokens = {k: leaf_of(heads.lookahead(embedded, k), into_trunk) for k in range(2, n + 1)}
-    for k in range(2, n + 1):
-        outputs[k] = heads.hidden(k, states[k - 1], tokens[k], context)
-        states[k] = leaf_of(outputs[k], True)
-    begin_backwards(model, (*model.layers.values(), *heads.heads))
-    for unit in fsdp_units(*heads.heads):
-        # What FSDP2 prefetches for the next backward would be freed before it.
-        unit.set_reshard_after_backward(False)
-    order = head_order(n, trained)
-    losses: dict[int, LossOutput] = {}
-    for k in order:
-        last, state, output = k == order[-1], states.pop(k), outputs.pop(k)
-        if last:
-            next_backward_completes(reduce, model.output)
-        hidden = state if k > 1 else model.norm(state)
-        losses[k] = loss_backward(model, batch, head_loss, k, hidden, last)
-        if k > 1:
-            if k == 2 or heads.module(k) is not heads.module(k - 1):
-                for unit in fsdp_units(heads.module(k)):
-                    unit.set_reshard_after_backward(True)
-                next_backward_completes(reduce, heads.module(k))
+    def head_by_head(
+        self, model: Transformer, batch: Batch, head_loss: HeadByHeadLoss, reduce: bool
+    ) -> dict[int, LossOutput]:
+        """As `Heads.head_by_head`."""
+        n = self.num_future_tokens
+        state, context, embedded = model.trunk(batch)  # [B, S, D], [B, S+n-1, D]
+        assert embedded is not None
+        trained = state.requires_grad
+        into_trunk = trained and not self.detach_trunk
+        d_embedded: Tensor | None = None
+        # outputs[k] is what head k + 1 reads (h_k; of head 1 the state before its norm), with its
+        # graph back to states[k-1] and tokens[k]; states[k] is the same cut from it.
+        outputs, states = {1: state}, {1: state.detach().requires_grad_(trained)}
+        tokens = {
+            k: self.lookahead(embedded, k).detach().requires_grad_(into_trunk)
+            for k in range(2, n + 1)
+        }
+        for k in range(2, n + 1):
+            outputs[k] = self.hidden(k, states[k - 1], tokens[k], context)
+            states[k] = outputs[k].detach().requires_grad_()
+        begin_backwards(model, (*model.layers.values(), *self.heads))
+        for unit in fsdp_units(*self.heads):
+            # What FSDP2 prefetches for the next backward would be freed before it.
+            unit.set_reshard_after_backward(False)
+        order = head_order(n, trained)
+        losses: dict[int, LossOutput] = {}
+        for k in order:
+            last, state, output = k == order[-1], states.pop(k), outputs.pop(k)
             if last:
+                next_backward_completes(reduce, model.output)
+            hidden = state if k > 1 else model.norm(state)
+            losses[k] = loss_backward(model, batch, head_loss, k, hidden, last)
+            if k > 1:
+                if k == 2 or self.module(k) is not self.module(k - 1):
+                    for unit in fsdp_units(self.module(k)):
+                        unit.set_reshard_after_backward(True)
+                    next_backward_completes(reduce, self.module(k))
+                if last:
+                    next_backward_is_last(model, reduce)
+                output.backward(state.grad)
+                if into_trunk:
+                    if d_embedded is None:  # not before head n's loss, beside which it would stand
+                        dtype = torch.promote_types(embedded.dtype, torch.float32)
+                        d_embedded = torch.zeros_like(embedded, dtype=dtype)
+                    grad = tokens.pop(k).grad
+                    assert grad is not None
+                    self.lookahead(d_embedded, k).add_(grad)
+            elif trained:
                 next_backward_is_last(model, reduce)
-            output.backward(state.grad)
-            if into_trunk:
-                if d_embedded is None:  # not before head n's loss, beside which it would stand
-                    dtype = torch.promote_types(embedded.dtype, torch.float32)
-                    d_embedded = torch.zeros_like(embedded, dtype=dtype)
-                grad = tokens.pop(k).grad
-                assert grad is not None
-                heads.lookahead(d_embedded, k).add_(grad)
-        elif trained:
-            next_backward_is_last(model, reduce)
-            roots, d_roots = [output], [state.grad]
-            if d_embedded is not None:
-                roots.append(embedded)
-                d_roots.append(d_embedded.to(embedded.dtype))
-            torch.autograd.backward(roots, d_roots)
-    return losses
+                roots, d_roots = [output], [state.grad]
+                if d_embedded is not None:
+                    roots.append(embedded)
+                    d_roots.append(d_embedded.to(embedded.dtype))
+                torch.autograd.backward(roots, d_roots)
+        return losses

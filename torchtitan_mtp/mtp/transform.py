@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import replace
 
 import torch
@@ -10,9 +10,17 @@ import torch
 from torchtitan_mtp.config import MTP
 from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.models.args import ModelArgs, ModelSpec
-from torchtitan_mtp.models.heads import TrunkEnd
+from torchtitan_mtp.models.heads import Heads, TrunkEnd
 from torchtitan_mtp.models.transformer import Transformer
-from torchtitan_mtp.mtp.families import family_named
+from torchtitan_mtp.mtp.medusa import MedusaHeads
+from torchtitan_mtp.mtp.parallel import ParallelHeads
+from torchtitan_mtp.mtp.sequential import SequentialHeads
+
+FAMILIES: dict[str, Callable[[TrunkEnd, MTP], Heads]] = {  # by `mtp.heads` and `ModelSpec.heads`
+    "parallel": ParallelHeads,
+    "sequential": SequentialHeads,
+    "medusa": MedusaHeads,
+}
 
 
 def with_heads(args: ModelArgs, mtp: MTP) -> ModelSpec:
@@ -24,7 +32,8 @@ def with_heads(args: ModelArgs, mtp: MTP) -> ModelSpec:
     n = mtp.num_future_tokens
     if n == 1:
         return ModelSpec(args)
-    family_named(mtp.heads)
+    if mtp.heads not in FAMILIES:
+        raise UserError(f'mtp.heads = "{mtp.heads}": expected one of {", ".join(FAMILIES)}')
     if mtp.match_parameters:
         # Gloeckle et al. 2024, section 3: n - 1 layers leave the trunk so that the total stays.
         if n > args.n_layers:
@@ -50,7 +59,7 @@ def add_heads(model: Transformer, mtp: MTP) -> Transformer:
     weight = model.norm.weight
     end = TrunkEnd(model.args, model.layers[str(model.args.n_layers - 1)], model.norm)
     with weight.device:
-        heads = family_named(mtp.heads).make(end, mtp)
+        heads = FAMILIES[mtp.heads](end, mtp)
     model.mtp = heads.to(weight.dtype)
     if mtp.train != "all":
         for name, param in model.named_parameters():

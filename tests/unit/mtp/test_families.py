@@ -13,12 +13,12 @@ from torchtitan_mtp.config import MTP
 from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.inference.drafting import DRAFTERS
 from torchtitan_mtp.models.args import ModelSpec
-from torchtitan_mtp.mtp.families import FAMILIES, family_named
+from torchtitan_mtp.mtp.transform import FAMILIES
 
 
 def test_a_family_has_its_word_and_its_drafter():
     assert get_args(get_type_hints(MTP)["heads"]) == tuple(FAMILIES)
-    assert {family.make for family in FAMILIES.values()} == set(DRAFTERS)
+    assert set(FAMILIES.values()) == set(DRAFTERS)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -32,9 +32,5 @@ def test_parameters_of_heads_have_names_of_their_own(name):
 
 def test_an_unknown_family_is_refused_by_name():
     told = 'mtp.heads = "eagle": expected one of parallel, sequential, medusa'
-    for look_up in (
-        lambda: family_named("eagle"),
-        lambda: shapes_of(replace(ModelSpec(ARGS), heads="eagle", num_future_tokens=3)),
-    ):
-        with pytest.raises(UserError, match=told):
-            look_up()
+    with pytest.raises(UserError, match=told):
+        shapes_of(replace(ModelSpec(ARGS), heads="eagle", num_future_tokens=3))
