@@ -91,11 +91,18 @@ def hf_format(spec: ModelSpec) -> str:
 
 
 def save_in_hf(step: Path, model: Transformer, dtype: torch.dtype | None) -> Path:
-    """Export a finished step-N beside itself, as step-N.hf, in the format that holds its heads."""
+    """Export a finished step-N beside itself, as step-N.hf, in the format that holds its heads; in
+    the step's own dtype where `dtype` can't hold it: the end of a training must not be lost."""
     name = hf_format(model.spec)
     out = step.with_name(f"{step.name}.hf")
     if out.exists():
         back_up(out, "before")
-    export_checkpoint(step, out, name, dtype=dtype)
+    try:
+        export_checkpoint(step, out, name, dtype=dtype)
+    except UserError as error:
+        if dtype is None:
+            raise
+        logger.warning("checkpoint.export_dtype: %s; %s is as the step is", error, out.name)
+        export_checkpoint(step, out, name)
     logger.info("saved %s (%s)", out, name)
     return out

@@ -19,6 +19,7 @@ from torchtitan_mtp.config import Checkpoint, load_toml
 from torchtitan_mtp.data.targets import Batch
 from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.formats import export_checkpoint, import_checkpoint
+from torchtitan_mtp.formats.training import save_in_hf
 from torchtitan_mtp.inference import load_for_inference
 from torchtitan_mtp.models.transformer import Transformer
 
@@ -249,3 +250,16 @@ def test_a_last_save_keeps_what_its_type_can_not_hold(tmp_path: Path, caplog) ->
     found = weights(tmp_path / "run" / "checkpoint" / "step-9", config)
     assert torch.equal(found["norm.weight"], model.norm.weight)
     assert make_model(config).norm.weight.dtype == torch.float32
+
+
+def test_a_last_folder_keeps_what_its_type_can_not_hold(tmp_path: Path, caplog) -> None:
+    """step-N.hf, after a step that was saved as it was trained for the same reason."""
+    model, _ = write_run(tmp_path / "run", **SMALL)
+    model.norm.weight[3] = 70000.0
+    step = tmp_path / "run" / "checkpoint" / "step-9"
+    dcp.save(model.state_dict(), checkpoint_id=step, no_dist=True)
+    out = save_in_hf(step, model, torch.float16)
+    found = load_file(out / "model.safetensors")["model.norm.weight"]
+    assert torch.equal(found, model.norm.weight) and found.dtype == torch.float32
+    assert json.loads((out / "config.json").read_text())["dtype"] == "float32"
+    assert "norm.weight holds 70000, which torch.float16 can't hold" in caplog.text
