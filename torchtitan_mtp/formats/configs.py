@@ -172,12 +172,16 @@ class Reader:
             raise UserError(f"{self.file}: {key} = {value!r} is not supported here, only {only}")
 
 
+_ROPE = "rope_scaling", "rope_parameters"  # the first that there is counts, to transformers
+
+
 def read_rope(reader: Reader, scaled: str, nested: str = "") -> tuple[float, Reader | None]:
-    """Base, and the scaling of the kind `scaled` if there is any, wherever this version of
-    transformers wrote them."""
-    values = reader.mapping("rope_parameters", "rope_scaling")
+    """Base, and the scaling of the kind `scaled` if there is any, as transformers takes them."""
+    values, trained = reader.mapping(*_ROPE), "original_max_position_embeddings"
     if nested in values:
         values = Reader(reader.file, values).mapping(nested)
+    elif trained in reader.values:
+        values = {**values, trained: reader.values[trained]}
     older = {"rope_theta": reader.values.get("rope_theta"), "rope_type": values.get("type")}
     inner = Reader(reader.file, {**older, **values})
     inner.expect("rope_type", "default", scaled, None)
@@ -256,8 +260,8 @@ def read_glm4_moe(reader: Reader) -> ModelArgs:
     reader.expect("moe_intermediate_size", args.ffn_dim)
     reader.expect("n_shared_experts", 1)
     key = "partial_rotary_factor"
-    rope = reader.values.get("rope_parameters") or {}
-    Reader(reader.file, {key: rope.get(key, reader.values.get(key))}).expect(key, 1.0)
+    rope = {key: reader.values.get(key), **reader.mapping(*_ROPE)}
+    Reader(reader.file, rope).expect(key, 1.0)
     return args
 
 

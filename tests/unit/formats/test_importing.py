@@ -148,6 +148,32 @@ def test_a_window_shorter_than_the_context(tmp_path: Path) -> None:
     )
 
 
+# ---- rotary positions ----
+
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0}
+LLAMA3 |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+PLAIN = {"rope_type": "default", "rope_theta": 10000.0}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rope_scaling": LLAMA3, "rope_parameters": PLAIN},
+        {"rope_scaling": PLAIN, "rope_parameters": LLAMA3},
+        {"rope_scaling": {}, "rope_parameters": LLAMA3},
+        {"rope_parameters": LLAMA3, "original_max_position_embeddings": 64},
+    ],
+    ids=["scaling first", "no scaling first", "empty", "beside"],
+)
+def test_what_is_said_twice_of_rotary_positions(tmp_path: Path, llama: Path, changes) -> None:
+    hf = shutil.copytree(llama, tmp_path / "hf")
+    plain = our_logits(load_for_inference(hf)[0])
+    edit(hf, **changes)
+    found, expected = our_logits(load_for_inference(hf)[0]), their_logits(hf)
+    assert (found - expected).abs().max() <= 1e-6
+    assert ((plain - expected).abs().max() > 1e-4) == (changes.get("rope_scaling") != PLAIN)
+
+
 # ---- files ----
 
 
