@@ -1,5 +1,6 @@
 """Run a function on several gloo ranks, each a process of its own, from inside a test."""
 
+import faulthandler
 import os
 import pickle
 import time
@@ -102,6 +103,7 @@ def _rank_main(
         TORCHELASTIC_USE_AGENT_STORE="True",  # join the store of the parent, start none
         CUDA_VISIBLE_DEVICES="",  # gloo's ranks compute on the CPU, however many GPUs there are
     )
+    faulthandler.enable()  # a rank that crashes in C says where its threads were, on stderr
     torch.set_num_threads(1)
     error, result = None, None
     try:

@@ -1,6 +1,8 @@
 """The spawn helper: results, failures and time-outs of real gloo ranks."""
 
 import os
+import re
+import resource
 import time
 
 import pytest
@@ -24,7 +26,8 @@ def raise_on_rank_1(rank: int) -> None:
 
 def die_on_rank_0(rank: int) -> None:
     if rank == 0:
-        os._exit(7)
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        os.abort()
     dist.barrier()
 
 
@@ -45,9 +48,10 @@ def test_shows_the_traceback_of_the_rank_that_failed() -> None:
         run_ranks(2, raise_on_rank_1)
 
 
-def test_notices_a_rank_that_dies_without_a_word() -> None:
-    with pytest.raises(RuntimeError, match="rank 0 died with exit code 7"):
+def test_notices_a_rank_that_dies_and_shows_where_it_was(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(RuntimeError, match="rank 0 died with exit code -6"):
         run_ranks(2, die_on_rank_0)
+    assert re.search(r"Aborted[\s\S]* in die_on_rank_0", capfd.readouterr().err)
 
 
 def test_ends_ranks_that_hang() -> None:
