@@ -111,6 +111,16 @@ def mellum_config(spec: ModelSpec) -> dict[str, Any]:
     }
 
 
+# Of each model type transformers' own class, and others that are written with it.
+_CLASSES = {
+    "llama": ("LlamaForCausalLM",),
+    "mistral": ("MistralForCausalLM",),
+    "qwen2": ("Qwen2ForCausalLM", "MiMoForCausalLM"),
+    "qwen3": ("Qwen3ForCausalLM",),
+    "glm4_moe": ("Glm4MoeForCausalLM",),
+    "mellum": ("MellumForCausalLM",),
+    "deepseek_v3": ("DeepseekV3ForCausalLM",),
+}
 _MOST = 2000  # beyond any model's; the names of millions of layers would fill the memory
 
 
@@ -157,9 +167,15 @@ class Reader:
         return value
 
     def architectures(self) -> list[str]:
-        value = self.values.get("architectures") or ["none"]
+        """By the model type where none is said. Error: the two are of different models."""
+        kind = self.values.get("model_type")
+        known = _CLASSES.get(str(kind), ())
+        value = self.values.get("architectures") or [*known[:1]]
         if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
             raise self.unfit("architectures", value, "a list of names")
+        if known and not {*known} & {*value}:
+            found = f"architectures = {value}, but model_type = {kind!r} is {known[0]}'s"
+            raise UserError(f"{self.file}: {found}; set the one that is meant in both")
         return value
 
     def unfit(self, key: str, value: Any, expected: str) -> UserError:
@@ -213,18 +229,16 @@ def read_dense(
     """The trunk of a config of Llama's family. rope: where in rope_parameters it is."""
     for name in reader.architectures():
         reader = Reader(reader.file, {**_DEFAULTS.get(name, {}), **reader.values})
-    reader.expect("attention_bias", qkv_bias, None)
-    for key in ("mlp_bias", "use_sliding_window"):
-        reader.expect(key, False, None)
+    for key in ("mlp_bias", "use_sliding_window", *(() if qkv_bias else ("attention_bias",))):
+        reader.expect(key, False, None)  # Qwen2 has biases, whatever the last says
     reader.expect("hidden_act", "silu")
+    window = reader.values.get("sliding_window")
+    if "MistralForCausalLM" in reader.architectures() and window is not None:
+        raise UserError(
+            f"{reader.file}: sliding_window = {window!r} is not supported here; null is the same "
+            "model where no text is longer than the window: set it for such texts"
+        )
     shape = read_shape(reader, longest=2048)
-    if "MistralForCausalLM" in reader.architectures() and reader.values["sliding_window"]:
-        window, longest = reader.integer("sliding_window"), shape["max_seq_len"]
-        if window < longest:
-            raise UserError(
-                f"{reader.file}: sliding_window = {window}, shorter than max_position_embeddings = "
-                f"{longest}, is not supported here; set the latter to {window} for texts up to that"
-            )
     heads, dim = shape["n_heads"], shape["dim"]
     head_dim = reader.integer("head_dim", dim // heads)
     theta, scaled = read_rope(reader, "llama3", rope)

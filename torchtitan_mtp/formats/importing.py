@@ -162,6 +162,10 @@ def open_model(name: str, folder: Path) -> tuple[ModelSpec, Tensors]:
     except UserError as error:
         raise UserError(f"{file}: {error}") from None
     tensors = open_tensors(form, folder)
+    if args.tied_embeddings and EMBEDDING not in tensors.kinds and HEAD in tensors.kinds:
+        kinds = {EMBEDDING if name == HEAD else name: kind for name, kind in tensors.kinds.items()}
+        read = tensors.read  # tied either way
+        tensors = Tensors(folder, kinds, lambda name: read(HEAD if name == EMBEDDING else name))
     modules = [e.theirs[0] for e in form.names(spec).entries if e.ours.startswith("mtp.")]
     if spec.heads == "sequential" and tensors.kinds.keys().isdisjoint(modules):
         # transformers saves but the count.

@@ -83,11 +83,15 @@ DAMAGES = {
     "no json": (lambda c: (c / "glm/config.json").write_text("{"), "not readable as JSON"),
     "a list": (lambda c: (c / "glm/config.json").write_text("[]"), "expected a JSON object"),
     "architecture": (
-        lambda c: edit(c / "glm/config.json", architectures=["GemmaForCausalLM"]),
+        lambda c: edit(
+            c / "glm/config.json", architectures=["GemmaForCausalLM"], model_type="gemma"
+        ),
         "GemmaForCausalLM.*not supported here",
     ),
     "another format": (
-        lambda c: edit(c / "glm/config.json", architectures=["LlamaForCausalLM"]),
+        lambda c: edit(
+            c / "glm/config.json", architectures=["LlamaForCausalLM"], model_type="llama"
+        ),
         "use --format llama_hf",
     ),
     "no size": (lambda c: edit(c / "glm/config.json", hidden_size=None), "hidden_size = None"),
@@ -207,7 +211,6 @@ UNFIT = [  # format, key, value, what the message says of them
     ("mellum_hf", "rope_parameters", {"full_attention": 3}, "full_attention = 3, expected an obj"),
     ("llama_hf", "attention_bias", True, "attention_bias = True is not supported here, only False"),
     ("glm4_moe_hf", "attention_bias", 1, "attention_bias = 1, expected true or false"),
-    ("mimo_hf", "attention_bias", False, "attention_bias = False is not supported here, only True"),
     ("mimo_hf", "use_sliding_window", True, "use_sliding_window = True is not supported here"),
     ("mimo_hf", "num_nextn_predict_layers", -1, "expected a finite number of at least 0"),
 ]

@@ -120,32 +120,75 @@ SHAPE = {
 }
 
 
-@pytest.mark.parametrize("window", [None, 64, 4096])
-def test_mistral_that_sees_its_whole_context(tmp_path: Path, window: int | None) -> None:
+@pytest.mark.parametrize("said", [True, False])
+def test_mistral_that_sees_its_whole_context(tmp_path: Path, said: bool) -> None:
     torch.manual_seed(1)
-    config = transformers.MistralConfig(**SHAPE, head_dim=12, sliding_window=window)
+    config = transformers.MistralConfig(**SHAPE, head_dim=12, sliding_window=None)
     transformers.MistralForCausalLM(config).save_pretrained(tmp_path / "hf")
+    if not said:
+        edit(tmp_path / "hf", architectures=None)
     expected = their_logits(tmp_path / "hf")
     import_checkpoint(tmp_path / "hf", tmp_path / "run")
     found = our_logits(load_for_inference(tmp_path / "run")[0])
     assert (found - expected).abs().max() <= 2e-7 and expected.abs().max() > 0.1
 
 
-def test_a_window_shorter_than_the_context(tmp_path: Path) -> None:
+def test_a_window(tmp_path: Path) -> None:
+    """Also one as long as max_position_embeddings: nothing keeps texts below either."""
     config = transformers.MistralConfig(**SHAPE, sliding_window=16)
     transformers.MistralForCausalLM(config).save_pretrained(tmp_path / "hf")
-    message = refusal(lambda: import_checkpoint(tmp_path / "hf", tmp_path / "run"))
-    assert "sliding_window = 16, shorter than max_position_embeddings = 64" in message
-    assert not (tmp_path / "run").exists()
-    edit(tmp_path / "hf", max_position_embeddings=16)  # as the line says
-    import_checkpoint(tmp_path / "hf", tmp_path / "run")
+    windowed = their_logits(tmp_path / "hf")
     file = tmp_path / "hf" / "config.json"
     values = json.loads(file.read_text())
-    file.write_text(json.dumps({k: v for k, v in values.items() if k != "sliding_window"}))
-    edit(tmp_path / "hf", max_position_embeddings=8192)  # MistralConfig's own window is 4096
-    assert "sliding_window = 4096, sh" in refusal(
-        lambda: import_checkpoint(tmp_path / "hf", tmp_path / "again")
-    )
+    unsaid = {k: v for k, v in values.items() if k != "sliding_window"}
+    for said, window in (
+        (values, 16),
+        (values | {"max_position_embeddings": 16}, 16),
+        (values | {"sliding_window": 64, "architectures": None}, 64),
+        (unsaid, 4096),  # MistralConfig's own
+    ):
+        file.write_text(json.dumps(said))
+        message = refusal(lambda: import_checkpoint(tmp_path / "hf", tmp_path / "run"))
+        assert f"config.json: sliding_window = {window} is not supported here; null" in message
+    assert not (tmp_path / "run").exists()
+    edit(tmp_path / "hf", sliding_window=None)  # as the line says
+    import_checkpoint(tmp_path / "hf", tmp_path / "run")
+    found = our_logits(load_for_inference(tmp_path / "run")[0])
+    assert (found - windowed)[:, :16].abs().max() <= 2e-7 < 1e-3 < (found - windowed).abs().max()
+
+
+# ---- which model a config.json means ----
+
+
+def test_a_model_type_of_another_class(tmp_path: Path, llama: Path) -> None:
+    """transformers goes by the type, vLLM by the architecture."""
+    hf = shutil.copytree(llama, tmp_path / "hf")
+    edit(hf, model_type="mistral", sliding_window=8)
+    message = refusal(lambda: import_checkpoint(hf, tmp_path / "run"))
+    assert "['LlamaForCausalLM'], but model_type = 'mistral' is MistralForCausalLM's" in message
+    edit(hf, model_type="gemma", architectures=None)
+    message = refusal(lambda: import_checkpoint(hf, tmp_path / "run"))
+    assert "architectures = [] is not supported here" in message
+
+
+@pytest.mark.parametrize("said", [True, False])
+def test_an_attention_bias_that_qwen2s_config_has_not(tmp_path: Path, said: bool) -> None:
+    write_run(tmp_path / "run", **QWEN2)
+    export_checkpoint(tmp_path / "run", tmp_path / "hf", "qwen2_hf")
+    edit(tmp_path / "hf", attention_bias=said)
+    found = our_logits(load_for_inference(tmp_path / "hf")[0])
+    assert (found - their_logits(tmp_path / "hf")).abs().max() <= 1e-6
+
+
+def test_a_tied_model_with_its_head_alone(tmp_path: Path) -> None:
+    write_run(tmp_path / "run", **SMALL | {"model.args.tied_embeddings": True})
+    export_checkpoint(tmp_path / "run", tmp_path / "hf", "llama_hf")
+    tensors = load_file(tmp_path / "hf" / "model.safetensors")
+    tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+    save_file(tensors, tmp_path / "hf" / "model.safetensors", metadata={"format": "pt"})
+    model = load_for_inference(tmp_path / "hf")[0]
+    assert torch.equal(model.tok_embeddings.weight, tensors["lm_head.weight"])
+    assert (our_logits(model) - their_logits(tmp_path / "hf")).abs().max() <= 1e-6
 
 
 # ---- rotary positions ----
