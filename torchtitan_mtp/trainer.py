@@ -86,8 +86,10 @@ class Trainer:
 
     def _build(self) -> Transformer:
         """Tokenizer, data, and the model on the meta device, held against what there is."""
-        self.seed, earlier = self.ranks.on_rank_0(lambda: find_origin(self.config))
-        config = self.config = completed(self.config, self.seed)
+        self.seed, dtype, earlier = self.ranks.on_rank_0(lambda: find_origin(self.config))
+        auto = dtype == "auto"
+        self.param_dtype = resolve_auto_dtype(self.world.device) if auto else getattr(torch, dtype)
+        config = self.config = completed(self.config, self.seed, self.param_dtype)
         training = config.training
         if config.job.description:
             logger.info(config.job.description)
@@ -95,8 +97,8 @@ class Trainer:
         set_determinism(training.deterministic, self.seed)
         # Files are each rank's own: what fails on one of them ends all.
         self.tokenizer = self.ranks.on_all(lambda: build_tokenizer(config.model.hf_assets_path))
-        dtype, vocabulary = getattr(torch, training.dtype), self.tokenizer.vocab_size
-        model = model_of_run(config, vocabulary, dtype, earlier=earlier)
+        stored, vocabulary = getattr(torch, training.dtype), self.tokenizer.vocab_size
+        model = model_of_run(config, vocabulary, stored, earlier=earlier)
         if config.checkpoint.last_save_in_hf:
             hf_format(model.spec)  # before the training, not after it
         self.accumulation = micro_batches_per_step(config, self.world.size)
@@ -114,10 +116,6 @@ class Trainer:
     def _prepare(self, model: Transformer) -> None:
         """The model on the device, parallelized, and what changes and saves it."""
         config, training = self.config, self.config.training
-        dtype = training.mixed_precision_param
-        self.param_dtype = (
-            resolve_auto_dtype(self.device) if dtype == "auto" else getattr(torch, dtype)
-        )
         self.loss_options = loss_options(config)
         self.model = self._parallelize(model)
         self.engine = engines[config.mtp.engine]

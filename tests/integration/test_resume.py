@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from runs import (
     DEEPSEEK,
@@ -23,6 +24,7 @@ from runs import (
     train,
     write_corpus,
 )
+from torchtitan_mtp import trainer
 from torchtitan_mtp.config import load_toml, to_toml
 from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.trainer import Trainer
@@ -170,6 +172,19 @@ def test_a_drawn_seed_is_kept(tmp_path):
     assert same(second.weights, whole.weights)
     another = train(config_of(tmp_path / "another", unsaid, {"training.steps": 1}))
     assert another.losses != whole.losses[:1]
+
+
+def test_the_precision_that_a_run_began_with_is_kept(tmp_path, monkeypatch):
+    """What "auto" measures may come out otherwise, beside other programs or on another machine."""
+    auto = {"training.mixed_precision_param": "auto"}
+    monkeypatch.setattr(trainer, "resolve_auto_dtype", lambda device: torch.bfloat16)
+    first = train(config_of(tmp_path / "parts", SAVES, auto), interrupt_after(3))
+    written = load_toml(tmp_path / "parts" / "run" / "config.toml")
+    assert written.training.mixed_precision_param == "bfloat16"
+    monkeypatch.setattr(trainer, "resolve_auto_dtype", lambda device: torch.float32)
+    second = train(config_of(tmp_path / "parts", SAVES, auto))
+    whole = train(config_of(tmp_path, {"training.mixed_precision_param": "bfloat16"}))
+    assert first.losses + second.losses == whole.losses
 
 
 def test_a_finished_run_is_not_trained_again(tmp_path, caplog):

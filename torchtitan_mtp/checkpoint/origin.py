@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 
@@ -13,16 +14,18 @@ from torchtitan_mtp.config import JobConfig, load_toml
 from torchtitan_mtp.errors import UserError
 
 
-def find_origin(config: JobConfig) -> tuple[int, bool]:
-    """The seed of a run: the configured one; else the run's until now, by its config.toml; else a
-    drawn one. And whether its model has what its flavor had before it became TorchTitan's, by the
-    checkpoint that it resumes from or starts with (`keeps_earlier`).
+def find_origin(config: JobConfig) -> tuple[int, str, bool]:
+    """The seed of a run and the type it computes in: the configured ones; else, without a seed or
+    with "auto", the run's until now, by its config.toml; else a drawn seed, and "auto". And whether
+    its model has what its flavor had before it became TorchTitan's, by the checkpoint that it
+    resumes from or starts with (`keeps_earlier`).
 
     Raises:
         UserError: the newest checkpoint, or config.toml, is damaged; a seed is to be made where
             there is more.
     """
-    checkpoint, seed, path = config.checkpoint, config.training.seed, None
+    checkpoint, training, path = config.checkpoint, config.training, None
+    seed, precision = training.seed, training.mixed_precision_param
     if checkpoint.enable:
         folder = folders.checkpoint_folder(config.job.dump_folder, checkpoint.folder)
         finished = folders.finished_steps(folder)
@@ -37,18 +40,22 @@ def find_origin(config: JobConfig) -> tuple[int, bool]:
         elif checkpoint.initial_load_path and not checkpoint.initial_load_model_only:
             path = folders.find_checkpoint(checkpoint.initial_load_path)
         written = Path(config.job.dump_folder) / "config.toml"
-        if seed is None and finished and written.is_file():
-            seed = load_toml(written).training.seed
+        if (seed is None or precision == "auto") and finished and written.is_file():
+            before = load_toml(written).training
+            seed = before.seed if seed is None else seed
+            precision = before.mixed_precision_param if precision == "auto" else precision
     seed = torch.seed() % 2**31 if seed is None else seed
-    return seed, keeps_earlier(config, path)
+    return seed, precision, keeps_earlier(config, path)
 
 
-def completed(config: JobConfig, seed: int) -> JobConfig:
+def completed(config: JobConfig, seed: int, param_dtype: torch.dtype) -> JobConfig:
     """The configuration that a run goes by, and its config.toml then says: with its seed, which
-    tells which documents were held out; without the converter "mtp" one future token."""
+    tells which documents were held out, and the type that it computes in, which "auto" might choose
+    anew; without the converter "mtp" one future token."""
     checkpoint = config.checkpoint
     if checkpoint.initial_load_in_hf and not checkpoint.initial_load_path:
         checkpoint = replace(checkpoint, initial_load_path=config.model.hf_assets_path)
-    training = replace(config.training, seed=seed)
+    precision = cast(Any, str(param_dtype).removeprefix("torch."))
+    training = replace(config.training, seed=seed, mixed_precision_param=precision)
     mtp = replace(config.mtp, num_future_tokens=config.num_future_tokens)
     return replace(config, training=training, mtp=mtp, checkpoint=checkpoint)

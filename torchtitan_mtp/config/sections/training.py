@@ -106,7 +106,7 @@ class Training:
 
     mixed_precision_param: Literal["auto", "bfloat16", "float32"] = "bfloat16"
     """Type that the forward and backward compute in; "auto": bfloat16 where the device multiplies
-    it faster than float32, else float32."""
+    it faster than float32, else float32, and what a run began with when it is resumed."""
 
     mixed_precision_reduce: Literal["float32"] = "float32"
     """Type that gradients are summed in over ranks."""
