@@ -68,7 +68,8 @@ class SpecialTokens(NamedTuple):
             return known(self.named.get(kind)) + self.ids.get(kind, []) or known(*guesses)
 
         first = [[*found, None][0] for found in (find("bos", bos), find("eos", *eos), find("pad"))]
-        return SpecialIds(first[0], first[1], tuple(dict.fromkeys(find("eos", *eos))), first[2])
+        ends = dict.fromkeys(self.ids.get("eos", []) + find("eos", *eos))  # in the files' order
+        return SpecialIds(first[0], first[1], tuple(ends), first[2])
 
 
 def read_special_tokens(
@@ -118,7 +119,8 @@ def read_special_tokens(
     for file in (folder / "config.json", folder / "generation_config.json"):
         for key in _IDS:
             if (value := _read(file).get(f"{key}_token_id")) is not None:
-                ids[key] = value if isinstance(value, list) else [value]
+                given = value if isinstance(value, list) else [value]
+                ids[key] = [i for i in given if i != -1]  # which stands for none
                 if not all(type(i) is int and i >= 0 for i in ids[key]):
                     raise UserError(f"{file}: {key}_token_id = {value!r}, expected an id or some")
     return SpecialTokens(config, named, found, {*found} - known, ids)

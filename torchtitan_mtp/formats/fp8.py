@@ -64,7 +64,7 @@ def _block_of(tensors: Tensors) -> tuple[int, int]:
     """Rows and columns of a block: config.json says it, or DeepSeek's."""
     file = tensors.where / "config.json"
     config = Reader(file, read_json(file) if file.is_file() else {})
-    block = config.mapping("quantization_config").get("weight_block_size") or [128, 128]
+    block = config.mapping("quantization_config").get("weight_block_size", [128, 128])
     sides = block if isinstance(block, list) else []
     if len(sides) != 2 or not all(type(side) is int and side > 0 for side in sides):
         raise config.unfit("weight_block_size", block, "two integers above 0")

@@ -147,7 +147,10 @@ def open_model(name: str, folder: Path) -> tuple[ModelSpec, Tensors]:
     if form.architecture and (right := format_of(folder)) != name:
         found = f"architectures = {reader.architectures()}, but {name} is {form.architecture}"
         raise UserError(f"{file}: {found}; use --format {right}")
-    quantized = reader.mapping("quantization_config", "quantization")
+    quantized = reader.mapping("quantization_config", "compression_config", "quantization")
+    if not quantized and (folder / "hf_quant_config.json").is_file():
+        quantized = {"quant_method": "hf_quant_config.json"}
+    Reader(file, quantized).expect("activation_scheme", "dynamic", None)
     if quantized and (method := quantized.get("quant_method", "another program's")) != "fp8":
         raise UserError(
             f"{file}: quantized weights ({method}) are not read here; load the folder with "

@@ -100,7 +100,7 @@ LAYOUTS = {
             "generation_config.json": {"eos_token_id": [262, 263, 264]},
             "original/tokenizer.model": None,
         },
-        {"ends": [264, 262, 263]},
+        {"ends": [262, 263, 264]},
     ),
     "qwen 3": (
         byte_level(*IM),
@@ -120,7 +120,7 @@ LAYOUTS = {
     "qwen 2 without tokenizer_config.json": (
         byte_level(*IM),
         {"config.json": {"model_type": "qwen2", "eos_token_id": 263}},
-        {"ends": [261, 263]},
+        {"ends": [263, 261]},
     ),
     "gpt-2": (
         byte_level("<|endoftext|>"),
@@ -214,6 +214,15 @@ LAYOUTS = {
             "generation_config.json": {"eos_token_id": [263, 262], "pad_token_id": 262},
         },
         {"eos": 263, "ends": [263, 262], "pad": 262},
+    ),
+    "no pad, as -1, and eos in config.json alone": (
+        byte_level("<s>", "</s>", "<|done|>"),
+        {
+            "tokenizer_config.json": {"eos_token": "<|done|>"},
+            "config.json": {"model_type": "llama", "eos_token_id": [65, 263], "pad_token_id": -1},
+            "generation_config.json": {"pad_token_id": -1},
+        },
+        {"ends": [65, 263]},
     ),
     "objects": (
         byte_level("<s>", "</s>", "<|done|>", front="<s>"),

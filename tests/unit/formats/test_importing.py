@@ -356,6 +356,36 @@ def test_fp8_of_another_layout(tmp_path: Path, llama: Path) -> None:
     assert f"{name} (48, 32) is in FP8 with {name}_scale_inv missing, expected (1, 1)" in message
 
 
+@pytest.mark.parametrize(
+    ("file", "key", "value", "why"),
+    [
+        ("config.json", "compression_config", {"quant_method": "x"}, "quantized weights (x) are"),
+        ("hf_quant_config.json", "quantization", {}, "quantized weights (hf_quant_config.json)"),
+        (
+            *("config.json", "quantization_config"),
+            {"quant_method": "fp8", "activation_scheme": "static"},
+            "activation_scheme = 'static' is not supported here, only 'dynamic'",
+        ),
+        (
+            *("config.json", "quantization_config"),
+            {"quant_method": "fp8", "weight_block_size": None},
+            "weight_block_size = None, expected two integers above 0",
+        ),
+    ],
+    ids=["older key", "modelopt", "static", "one scale a weight"],
+)
+def test_why_quantized_weights_are_not_read(tmp_path, llama, file, key, value, why) -> None:
+    hf = shutil.copytree(llama, tmp_path / "hf")
+    tensors = load_file(hf / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+    tensors |= {f"{name}_scale_inv": torch.ones(()), f"{name}_extra": torch.ones(())}
+    save_file(tensors, hf / "model.safetensors", metadata={"format": "pt"})
+    (hf / file).touch()
+    (hf / file).write_text(json.dumps(json.loads((hf / file).read_text() or "{}") | {key: value}))
+    assert why in refusal(lambda: import_checkpoint(hf, tmp_path / "run"))
+
+
 def test_a_mixture_of_glms(tmp_path: Path) -> None:
     config = transformers.Glm4MoeConfig(
         **SHAPE, n_routed_experts=8, moe_intermediate_size=16, first_k_dense_replace=1, head_dim=8
