@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,13 +34,20 @@ from torchtitan_mtp.checkpoint.record import (
 from torchtitan_mtp.checkpoint.storage import SafeLoadPlanner, SafeReader
 from torchtitan_mtp.distributed.ranks import Ranks
 from torchtitan_mtp.errors import UserError
+from torchtitan_mtp.models.rope import far_from_frequencies
 
 logger = logging.getLogger(__name__)
 
 # What lies beside the model in a full checkpoint, here and in TorchTitan's.
 _OTHER_STATES = {"optimizer", "lr_scheduler", "dataloader", "train_state", "rng"}
-# Rotary tables that old TorchTitan checkpoints hold; they are computed, not learned.
-COMPUTED = {"freqs_cis"}
+# What torch.load adds to its reason: to run what is in the file.
+_ADVICE = (
+    r"Weights only load failed\.|(This file can still|Please file an).*?WeightsUnpickler error:|"
+    r"In PyTorch 2\.6.*?trusted source\.|\. Please use `torch.*|\n\nCheck the documentation.*|"
+    r" or \w+ allowlisted via `add_safe_globals`"
+)
+# The rotary table that old TorchTitan checkpoints hold; it is computed, not learned.
+_TABLE = "freqs_cis"
 
 
 @dataclass(frozen=True)
@@ -127,6 +135,14 @@ def read_states(opened: Opened, states: dict[str, Any], ranks: Ranks) -> None:
         raise UserError(f"{opened.path}: can't be read: {what}") from error
 
 
+def read_whole(opened: Opened, key: str) -> torch.Tensor:
+    """A whole tensor as it is stored, by this rank alone. Errors: as `read_states`."""
+    entry = opened.stored[key]
+    tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
+    read_states(opened, {key: tensor}, Ranks(alone=True))
+    return tensor
+
+
 def first_failure(error: CheckpointException) -> BaseException:
     """The first rank's failure in DCP's collection; one of the user's before the others."""
     failures = [failure for failure, _ in error.failures.values()]
@@ -139,7 +155,7 @@ def one_line(error: BaseException) -> str:
     if isinstance(error, CheckpointException):
         error = first_failure(error)
     kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
-    message = str(error).rpartition("WeightsUnpickler error: ")[2].strip()
+    message = re.sub(_ADVICE, "", str(error), flags=re.DOTALL).strip()
     return f"{kind}{message}".splitlines()[0]
 
 
@@ -159,9 +175,7 @@ def stored_model_names(opened: Opened) -> dict[str, str]:
     keys = [
         key
         for key, entry in opened.stored.items()
-        if isinstance(entry, TensorStorageMetadata)
-        and key.split(".")[0] not in _OTHER_STATES
-        and key not in COMPUTED
+        if isinstance(entry, TensorStorageMetadata) and key.split(".")[0] not in _OTHER_STATES
     ]
     # TorchTitan before v0.1 nested the model under "model."
     nested = bool(keys) and all(key.startswith("model.") for key in keys)
@@ -217,9 +231,12 @@ def load_opened_weights(
     check_record(opened.path, opened.record, ours, exclude, resuming)
     if "model" in exclude:
         return LoadReport()
+    stored = stored_model_names(opened)
+    table = stored.pop(_TABLE, "")
     if ours is not None:
         _check_program(opened, ours)
-    stored = stored_model_names(opened)
+        if table and not excluded(_TABLE, exclude):
+            ranks.on_all(lambda: _check_table(opened, table, model))
     wanted = {n: t for n, t in states_of.model_state(model).items() if not excluded(n, exclude)}
     offered = {name for name in stored if not excluded(name, exclude)}
     aliases = {name: {name} for name in wanted} | _aliases(model)
@@ -244,10 +261,17 @@ def _check_finite(opened: Opened, loaded: dict[str, torch.Tensor]) -> None:
     """Refuse numbers that are not finite (by key in the checkpoint), with what is stored there."""
     for key, tensor in loaded.items():
         if not states_of.is_finite(tensor):
-            stored = opened.stored[key]
-            whole = torch.empty(stored.size, dtype=stored.properties.dtype)
-            read_states(opened, {key: whole}, Ranks(alone=True))
-            states_of.cast_weights(whole, tensor.dtype, f"{opened.path}: {key}")
+            states_of.cast_weights(read_whole(opened, key), tensor.dtype, f"{opened.path}: {key}")
+
+
+def _check_table(opened: Opened, key: str, model: Any) -> None:
+    """Refuse weights that were trained with other rotary frequencies than the model's."""
+    if far := far_from_frequencies(read_whole(opened, key), model.args):
+        raise UserError(
+            f"{opened.path}: {key} differs from the rotary frequencies by up to {far:.3g}, by "
+            f"rope_theta = {model.args.rope_theta:g}; set model.args.rope_theta and rope_scaling "
+            f"as it was trained, or put {_TABLE} into checkpoint.exclude_from_loading"
+        )
 
 
 def _check_program(opened: Opened, record: Record) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import os
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +38,15 @@ def parse_args(argv: list[str]) -> JobConfig:
 
 
 def load_toml(path: str | Path, base: JobConfig | None = None) -> JobConfig:
-    """The configuration of a TOML file, over `base` (default: the defaults), which stays as it is.
+    """The configuration of a TOML file, or of the recipe of that bare name where there is no such
+    file, over `base` (default: the defaults), which stays as it is.
 
     Raises:
         UserError: anything in the file that is not as it has to be.
     """
     start = JobConfig() if base is None else copy.deepcopy(base)
-    return _build(start, read_toml(path, known_options()), path)
+    file = _find_config_file(str(path))
+    return _build(start, read_toml(file, known_options()), file)
 
 
 def _find_config_file(name: str) -> str:
@@ -55,8 +58,11 @@ def _find_config_file(name: str) -> str:
     try:
         os.stat(name)
     except FileNotFoundError:
-        recipes = ", ".join(sorted(path.name for path in RECIPES.glob("*.toml")))
-        raise UserError(f"{printable(name)}: no such file; found by name: {recipes}") from None
+        recipes = sorted(path.name for path in RECIPES.glob("*.toml"))
+        nearest = get_close_matches(os.path.basename(name).lower(), recipes, n=1)
+        hint = f"; did you mean {nearest[0]}?" if nearest else ""
+        found = f"{printable(name)}: no such file; found by name: {', '.join(recipes)}"
+        raise UserError(found + hint) from None
     except (OSError, ValueError):
         pass  # whoever reads it says why it can't be read
     return name

@@ -30,7 +30,7 @@ from torchtitan_mtp.formats.read import (
 )
 from torchtitan_mtp.formats.write import DTYPES, Output
 from torchtitan_mtp.models.args import ModelArgs, ModelSpec
-from torchtitan_mtp.models.rope import rope_tables
+from torchtitan_mtp.models.rope import far_from_frequencies
 
 logger = logging.getLogger(__name__)
 
@@ -171,17 +171,9 @@ def differing(source: Tensors, name: str, of: str, args: ModelArgs) -> str:
     """By how much a tensor, where it is there, differs from another or from FREQUENCIES; ""."""
     if name not in source.kinds or of not in {FREQUENCIES, *source.kinds}:
         return ""
-    found = source.read(name)
-    if found.is_complex():  # TorchTitan's table of them, [positions, rope_dim / 2]
-        found = found[1:2].angle().flatten()
-    if of == FREQUENCIES:
-        cos, sin = rope_tables(replace(args, max_seq_len=2), "cpu")
-        angles = torch.atan2(sin[1], cos[1])  # of position 1
-        far, loose = difference(found.log(), angles.log()), 0.05  # half precision may do
-    else:
-        far, loose = difference(found, source.read(of)), 0.0
-    same = far <= loose  # not so where it is not a number
-    return "" if same else f"{source.where}: {name} differs from {of} by up to {far:.3g}"
+    found, rotary = source.read(name), of == FREQUENCIES
+    far = far_from_frequencies(found, args) if rotary else difference(found, source.read(of))
+    return "" if far == 0 else f"{source.where}: {name} differs from {of} by up to {far:.3g}"
 
 
 def dtype_of(name: str, kept: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,15 +16,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Size, Tensor
 
 from torchtitan_mtp.checkpoint.load import (
-    COMPUTED,
     one_line,
     open_checkpoint,
-    read_states,
+    read_whole,
     stored_model_names,
 )
 from torchtitan_mtp.checkpoint.metadata import bare_name
 from torchtitan_mtp.distributed.ranks import Ranks
-from torchtitan_mtp.errors import UserError
+from torchtitan_mtp.errors import UserError, reading
 
 logger = logging.getLogger(__name__)
 
@@ -50,18 +50,10 @@ class Tensors:
 
 def dcp_tensors(path: Path) -> Tensors:
     """The model of a DCP folder, written by any number of ranks; its files are verified first."""
-    ranks = Ranks(alone=True)
-    opened = open_checkpoint(path, ranks)
-    stored = opened.stored
-    keys = stored_model_names(opened) | {key: key for key in COMPUTED & stored.keys()}
+    opened = open_checkpoint(path, Ranks(alone=True))
+    keys, stored = stored_model_names(opened), opened.stored
     kinds = {n: Kind(stored[k].size, stored[k].properties.dtype) for n, k in keys.items()}
-
-    def read(name: str) -> Tensor:
-        tensor = torch.empty(kinds[name].shape, dtype=kinds[name].dtype)
-        read_states(opened, {keys[name]: tensor}, ranks)
-        return tensor
-
-    return Tensors(path, kinds, read)
+    return Tensors(path, kinds, lambda name: read_whole(opened, keys[name]))
 
 
 def hf_tensors(path: Path) -> Tensors:
@@ -93,6 +85,12 @@ def _file_tensors(where: Path, files: Sequence[Path], index: Mapping[str, str]) 
     """index: the file that is to be read for a name, should several hold it."""
     if lost := [file for file in files if not file.is_file()]:
         raise UserError(f"{lost[0]}: missing; download it again")
+    for file in files:
+        with reading(str(file)), file.open("rb") as stream:
+            head = stream.read(100)
+        if not head or head.startswith(b"version https://git-lfs"):
+            what = "a pointer of git-lfs, not the file: git lfs pull" if head else "empty: copy it"
+            raise UserError(f"{file}: {what}, or download it again")
     held = {file: _kinds(file) for file in files}
     file_of = {name: file for file, kinds in held.items() for name in kinds}
     for name, file_name in index.items():
@@ -161,9 +159,11 @@ def _open_safetensors(file: Path) -> Any:
 
 
 def _load_pickled(file: Path) -> dict[str, Tensor]:
-    """What torch.save wrote; nothing in it is run, and it is mapped, not read as a whole."""
+    """What torch.save wrote; nothing in it is run, and it is mapped, not read as a whole, but for
+    torch's form of before 1.6, which is no zip file."""
     try:
-        state = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+        mmap = zipfile.is_zipfile(file)
+        state = torch.load(file, map_location="cpu", mmap=mmap, weights_only=True)
     except Exception as error:  # a crafted file makes torch raise nearly anything
         raise UserError(f"{file}: can't be read as plain tensors: {one_line(error)}") from error
     if not isinstance(state, dict):

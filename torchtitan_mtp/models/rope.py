@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -23,6 +24,22 @@ def rope_tables(args: ModelArgs, device: torch.device | str) -> tuple[Tensor, Te
     positions = torch.arange(args.max_seq_len, dtype=torch.float32, device=device)
     angles = torch.outer(positions, freqs)  # [max_seq_len, rope_dim / 2]
     return magnitude * angles.cos(), magnitude * angles.sin()
+
+
+def far_from_frequencies(table: Tensor, args: ModelArgs) -> float:
+    """By how much the logarithms of another program's frequencies differ from ours at most; 0.0
+    where half precision may do it.
+
+    table: [rope_dim / 2] of them, or TorchTitan's complex exp(i * position * frequency),
+        [positions, rope_dim / 2].
+    """
+    found = torch.atleast_1d(table)[1:2].angle().flatten() if table.is_complex() else table
+    cos, sin = rope_tables(replace(args, max_seq_len=2), "cpu")
+    angles = torch.atan2(sin[1], cos[1])  # of position 1
+    if found.shape != angles.shape:
+        return math.inf
+    far = (found.double().log() - angles.double().log()).abs().max().item()
+    return 0.0 if far <= 0.05 else far
 
 
 def _llama(freqs: Tensor, scaling: RoPEScaling) -> Tensor:

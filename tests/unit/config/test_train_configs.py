@@ -199,10 +199,32 @@ def test_a_file_of_the_name_comes_before_the_recipe(tmp_path, monkeypatch):
     assert (config.job.config_file, config.training.steps) == ("mtp_8b.toml", 7)
 
 
-@pytest.mark.parametrize("name", ["mtp_9b.toml", "train_configs/mtp_8b.toml", "mtp_8b"])
-def test_a_config_file_that_is_not_there_is_told_with_those_that_are(name, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [
+        ("mtp_9b.toml", "mtp_8b.toml"),
+        ("train_configs/mtp_8b.toml", "mtp_8b.toml"),
+        ("mtp_8b", "mtp_8b.toml"),
+        ("debug_paralel.toml", "debug_parallel.toml"),
+        ("debug_parallel", "debug_parallel.toml"),
+        ("./DEBUG_PARALLEL.toml", "debug_parallel.toml"),
+        ("x", ""),
+    ],
+)
+def test_a_config_file_that_is_not_there_is_told_with_those_that_are(
+    name, nearest, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     recipes = ", ".join(path.name for path in RECIPES)
-    with pytest.raises(UserError) as raised:
-        parse_args(["--job.config_file", name])
-    assert str(raised.value) == f"{name}: no such file; found by name: {recipes}"
+    hint = f"; did you mean {nearest}?" if nearest else ""
+    for read in (lambda: parse_args(["--job.config_file", name]), lambda: load_toml(name)):
+        with pytest.raises(UserError) as raised:
+            read()
+        assert str(raised.value) == f"{name}: no such file; found by name: {recipes}{hint}"
+
+
+def test_a_recipe_is_read_by_its_name_wherever_a_file_is(tmp_path, monkeypatch):
+    """As `torchtitan-mtp-import --config` does."""
+    monkeypatch.chdir(tmp_path)
+    recipe = next(path for path in RECIPES if path.name == "debug_parallel.toml")
+    assert load_toml("debug_parallel.toml") == load_toml(recipe)

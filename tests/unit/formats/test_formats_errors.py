@@ -122,7 +122,10 @@ DAMAGES = {
         lambda c: shard(c, NORM).write_bytes(shard(c, NORM).read_bytes()[:-100]),
         "not a whole safetensors file",
     ),
-    "empty shard": (lambda c: shard(c, NORM).write_bytes(b""), "not a whole safetensors file"),
+    "empty shard": (
+        lambda c: shard(c, NORM).write_bytes(b""),
+        "empty: copy it, or download it again",
+    ),
     "pointing outside": (
         lambda c: edit(
             c / "glm/model.safetensors.index.json", weight_map={NORM: "../run/x.safetensors"}

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
+from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -272,15 +276,15 @@ def test_one_file_and_an_index_of_others(tmp_path: Path, llama: Path) -> None:
     assert "holds model.safetensors and an index of others; remove what is old" in message
 
 
-@pytest.mark.parametrize("shards", [1, 2])
-def test_pickled_weights(tmp_path: Path, llama: Path, shards: int) -> None:
-    """pytorch_model.bin, as transformers wrote it before safetensors."""
+@pytest.mark.parametrize(("shards", "zipped"), [(1, True), (2, True), (1, False)])
+def test_pickled_weights(tmp_path: Path, llama: Path, shards: int, zipped: bool) -> None:
+    """pytorch_model.bin, as transformers wrote it before safetensors, and torch before 1.6."""
     expected = their_logits(llama)
     hf = shutil.copytree(llama, tmp_path / "hf")
     whole = load_file(hf / "model.safetensors")
     if shards == 1:
         (hf / "model.safetensors").unlink()
-        torch.save(whole, hf / "pytorch_model.bin")
+        torch.save(whole, hf / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
     else:
         names = sorted(whole)
         in_shards(hf, *({n: whole[n] for n in names[i::2]} for i in (0, 1)), suffix="bin")
@@ -302,20 +306,66 @@ PICKLES = {
 }
 
 
-@pytest.mark.parametrize("what", [*PICKLES, "an empty stack", "nothing", "old"])
+@pytest.mark.parametrize("what", [*PICKLES, "an empty stack"])
 def test_pickles_that_are_no_weights(tmp_path: Path, llama: Path, what: str) -> None:
     hf = shutil.copytree(llama, tmp_path / "hf")
     (hf / "model.safetensors").unlink()
     file = hf / "pytorch_model.bin"
     if what in PICKLES:
         torch.save(PICKLES[what], file)
-    elif what == "old":
-        torch.save({NORM: torch.ones(2)}, file, _use_new_zipfile_serialization=False)
     else:
-        file.write_bytes(b"0." if what == "an empty stack" else b"")
+        file.write_bytes(b"0.")
     message = refusal(lambda: import_checkpoint(hf, tmp_path / "run"))
     assert "pytorch_model.bin: " in message
     assert "expected a dict of " in message or "can't be read as plain tensors" in message
+
+
+class Call:
+    """Unpickled without care, it calls a function."""
+
+    def __init__(self, function: Callable[..., object], *arguments: object) -> None:
+        self.call = function, arguments
+
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[object, ...]]:
+        return self.call
+
+
+CALLS = {
+    # The reasons are those of torch/_weights_only_unpickler.py.
+    "blocked": (Call(os.system, "true"), "unsupported GLOBAL posix.system whose module posix is"),
+    "unknown": (Call(timedelta, 1), "GLOBAL datetime.timedelta was not an allowed global"),
+}
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("what", CALLS)
+def test_pickles_that_call(tmp_path: Path, llama: Path, what: str, zipped: bool) -> None:
+    """The reason is told, and not torch's advice to run them nevertheless."""
+    hf = shutil.copytree(llama, tmp_path / "hf")
+    (hf / "model.safetensors").unlink()
+    value, reason = CALLS[what]
+    file = hf / "pytorch_model.bin"
+    torch.save({NORM: value}, file, _use_new_zipfile_serialization=zipped)
+    message = refusal(lambda: import_checkpoint(hf, tmp_path / "run"))
+    assert message.startswith(f"{file}: can't be read as plain tensors: UnpicklingError: ")
+    assert reason in message
+    assert not re.search("safe_globals|weights_only|trust|options|Weights only", message)
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 4567\n"
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+@pytest.mark.parametrize(("content", "shown"), [(POINTER, "a pointer of git-lfs"), (b"", "empty")])
+def test_a_file_of_weights_that_is_none(
+    tmp_path: Path, llama: Path, name: str, content: bytes, shown: str
+) -> None:
+    """A clone without git-lfs has pointers; a download that was cut off, an empty file."""
+    hf = shutil.copytree(llama, tmp_path / "hf")
+    (hf / "model.safetensors").unlink()
+    (hf / name).write_bytes(content)
+    message = refusal(lambda: import_checkpoint(hf, tmp_path / "run"))
+    assert message.startswith(f"{hf / name}: {shown}") and message.endswith("download it again")
 
 
 # ---- what is not read, by its real reason ----

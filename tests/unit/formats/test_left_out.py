@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from formats_run import DEEPSEEK, PARALLEL, QWEN, SEQUENTIAL, SMALL, make_model, weights, write_run
+from torchtitan_mtp.checkpoint import load_model_weights
 from torchtitan_mtp.checkpoint.checkpointer import Checkpointer
 from torchtitan_mtp.config import Checkpoint, load_toml
 from torchtitan_mtp.data.targets import Batch
@@ -164,13 +165,22 @@ def test_torchtitans_table_of_rotations(tmp_path: Path) -> None:
         for action in (
             lambda: import_checkpoint(step, step / "in", "torchtitan", config_file=toml),  # noqa: B023
             lambda: export_checkpoint(step, step / "out", "llama_hf"),  # noqa: B023
+            lambda: load_for_inference(step),  # noqa: B023
+            lambda: load_model_weights(step, model),  # noqa: B023
         ):
             if base == 10000.0:
                 action()
             else:
                 message = refusal(action)
                 assert "freqs_cis differs from the rotary frequencies" in message
-                assert message.endswith("by rope_theta = 10000")
+                assert "by rope_theta = 10000" in message
+    # Another theta is a way to train for a longer context: it can be asked for.
+    load_model_weights(step, model, exclude=["freqs_cis"])
+    nested = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    nested["model.freqs_cis"] = torch.full((64, 4), torch.nan, dtype=torch.complex64)
+    dcp.save(nested, checkpoint_id=tmp_path / "nested" / "step-5", no_dist=True)
+    message = refusal(lambda: load_model_weights(tmp_path / "nested", model))
+    assert "model.freqs_cis differs from the rotary frequencies by up to nan" in message
 
 
 # ---- what is not finite ----
