@@ -1,8 +1,12 @@
 """Linear cross-entropy and arg max of several heads, without their whole logits."""
 
-from torchtitan_mtp.ops.argmax import chunked_argmax
 from torchtitan_mtp.ops.autograd import HeadByHeadLoss
-from torchtitan_mtp.ops.chunked import LossOutput, accumulation_dtype, head_loss_and_grad
+from torchtitan_mtp.ops.chunked import (
+    LossOutput,
+    accumulation_dtype,
+    chunked_argmax,
+    head_loss_and_grad,
+)
 from torchtitan_mtp.ops.linear_cross_entropy import linear_cross_entropy
 from torchtitan_mtp.ops.token_losses import LossOptions
 

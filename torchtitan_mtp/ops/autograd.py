@@ -29,15 +29,11 @@ def chunked_linear_cross_entropy(x: LossInput) -> LossOutput:
 
 
 class HeadByHeadLoss:
-    """`linear_cross_entropy` for a caller that runs the backward itself: n heads in any number of
-    calls, with no memory but one chunk's logits. Each call's ``loss.backward()`` runs once, without
-    a factor, and nothing else needs the hidden states. Knowing this, it can do without memory of
-    its own:
-
-    - The weight's gradient is added to ``weight.grad`` where that is there in the precision of
-      accumulation. Else all calls add to one [V, D] buffer, which the call with `last` hands to
-      autograd: n heads cost one such gradient and one reduction of it.
-    - A head's gradient takes the storage of its hidden state, whose values are lost.
+    """`linear_cross_entropy` of n heads in any number of calls, with no memory but one chunk's
+    logits: each call's ``loss.backward()`` runs once, without a factor, and nothing else needs the
+    hidden states. So a head's gradient takes the storage of its state, and the weight's is added to
+    ``weight.grad`` where that is there in the precision of accumulation. Else all calls add to one
+    [V, D] buffer, which the call with `last` hands to autograd, to be reduced once.
 
     head_scales: [n], as in `linear_cross_entropy`.
     """
@@ -108,7 +104,10 @@ class _Heads(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss, *_):  # type: ignore[no-untyped-def]
         """grad_loss [] times the gradients of the forward. Error: they were used up before."""
-        gradients, factor, keep = ctx.gradients, ctx.unit, _keeps_graph()
+        gradients, factor = ctx.gradients, ctx.unit
+        # Whether the graph must stay usable: retain_graph, or a compiled graph.
+        keep = torch.compiler.is_compiling()
+        keep = keep or torch._C._autograd._get_current_graph_task_keep_graph()
         if gradients is None:
             raise RuntimeError(
                 "linear_cross_entropy: a second backward over one forward, whose gradients the "
@@ -134,13 +133,6 @@ def _needs_grad(tensor: Tensor) -> bool:
 def _zero_gradient(weight: Tensor) -> Tensor:
     dtype = accumulation_dtype(weight.dtype)
     return torch.zeros_like(weight, dtype=dtype, memory_format=torch.contiguous_format)
-
-
-def _keeps_graph() -> bool:
-    """Whether this backward must leave its graph usable (retain_graph, or a compiled graph)."""
-    if torch.compiler.is_compiling():
-        return True
-    return torch._C._autograd._get_current_graph_task_keep_graph()
 
 
 def _heads(

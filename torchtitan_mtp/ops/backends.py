@@ -20,8 +20,7 @@ def naive(x: LossInput) -> LossOutput:
     """Whole logits in float32 and plain autograd: the reference."""
     sums, correct, options = [], [], x.options
     for k, hidden in enumerate(x.hiddens):
-        logits = F.linear(hidden, x.weight)  # [N, V]
-        logits = logits.to(accumulation_dtype(hidden.dtype))
+        logits = F.linear(hidden, x.weight).to(accumulation_dtype(hidden.dtype))  # [N, V]
         if options.softcap is not None:
             logits = options.softcap * torch.tanh(logits / options.softcap)
         y = x.labels[:, k]

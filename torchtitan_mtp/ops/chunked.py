@@ -96,33 +96,24 @@ def head_loss_and_grad(
     """Loss of one head, and the gradient [N, D] of ``scale * loss_sum`` in its hidden, outside
     autograd.
 
-    Args:
-        hidden: [N, D].
-        weight: [V, D], the unembedding.
-        labels: [N] int64; ``options.ignore_index`` marks rows that do not count.
-        scale: [] factor of the gradients, None for 1. ``loss_sum`` is not scaled.
-        options: what a token's loss is.
-        row_weights: [N] factors of the rows' losses, None for 1.
-        need_d_hidden: whether to compute the gradient of ``hidden``.
-        in_place: whether the gradient takes the place of ``hidden``, whose values are lost.
-        d_weight: [V, D] in `accumulation_dtype(weight.dtype)`; the weight's gradient is ADDED to
-            it. None: it is not computed.
-        mm: dtype of the matrix products; None: `matmul_dtype(hidden)`.
+    hidden [N, D]; weight [V, D]; labels [N]; row_weights [N], factors of the rows' losses.
+    scale: [] factor of the gradients, None for 1. ``loss_sum`` is not scaled.
+    in_place: whether the gradient takes the place of ``hidden``, whose values are lost.
+    d_weight: [V, D] in `accumulation_dtype(weight.dtype)`; the weight's gradient is ADDED to it.
+        None: it is not computed.
+    mm: dtype of the matrix products; None: `matmul_dtype(hidden)`.
     """
     acc, mm = accumulation_dtype(hidden.dtype), mm or matmul_dtype(hidden)
     device, need_grad = hidden.device, need_d_hidden or d_weight is not None
-    if weight.dtype != mm and weight.dtype not in _LOW_PRECISION:
-        weight = weight.to(mm)  # autocast: one narrower copy
+    weight, buffer = _weight_and_buffer(hidden, weight, mm, options.chunk_rows)
     dtypes = (acc, torch.int64, torch.int64)
     losses = TokenLosses(*(torch.zeros((), dtype=dtype, device=device) for dtype in dtypes))
     d_hidden = None
     if need_d_hidden:
         empty = functools.partial(torch.empty_like, memory_format=torch.contiguous_format)
         d_hidden = hidden.detach() if in_place else empty(hidden)
-    chunk = min(options.chunk_rows or default_chunk_rows(hidden), max(hidden.shape[0], 1))
-    buffer = torch.empty(chunk, weight.shape[0], dtype=acc, device=device)
     with torch.autocast(device.type, enabled=False):  # `mm` has decided
-        for rows in _row_chunks(labels, options.ignore_index, chunk):
+        for rows in _row_chunks(labels, options.ignore_index, len(buffer)):
             h = hidden[rows].to(mm)  # [C, D]
             logits = project(h, weight, buffer[: h.shape[0]])  # [C, V]
             weights = None if row_weights is None else row_weights[rows].to(acc)  # [C]
@@ -148,6 +139,34 @@ def head_loss_and_grad(
     if d_hidden is not None and device.type == "cpu":  # where such rows are left out
         d_hidden.masked_fill_((labels == options.ignore_index).unsqueeze(1), 0)
     return losses, d_hidden
+
+
+@torch.no_grad()
+def chunked_argmax(hidden: Tensor, weight: Tensor, chunk_rows: int | None = None) -> Tensor:
+    """`(hidden @ weight.T).argmax(-1)` [N] int64, from hidden [N, D] and the unembedding [V, D].
+
+    Chunks and products are those of the loss, so that what is most likely here is what the loss
+    counts as correct. A soft cap of the logits changes nothing.
+    """
+    mm = matmul_dtype(hidden)
+    weight, buffer = _weight_and_buffer(hidden, weight, mm, chunk_rows)
+    best = torch.empty(hidden.shape[0], dtype=torch.int64, device=hidden.device)
+    with torch.autocast(hidden.device.type, enabled=False):
+        for h, tokens in zip(hidden.split(len(buffer)), best.split(len(buffer)), strict=True):
+            logits = project(h.to(mm), weight, buffer[: h.shape[0]])  # [C, V]
+            torch.argmax(logits, dim=1, out=tokens)
+    return best
+
+
+def _weight_and_buffer(
+    hidden: Tensor, weight: Tensor, mm: torch.dtype, chunk_rows: int | None
+) -> tuple[Tensor, Tensor]:
+    """The weight as products in `mm` take it, and room for a chunk's logits [C, V]."""
+    if weight.dtype != mm and weight.dtype not in _LOW_PRECISION:
+        weight = weight.to(mm)  # autocast: one narrower copy
+    rows = min(chunk_rows or default_chunk_rows(hidden), max(hidden.shape[0], 1))
+    acc = accumulation_dtype(hidden.dtype)
+    return weight, torch.empty(rows, weight.shape[0], dtype=acc, device=hidden.device)
 
 
 def _row_chunks(labels: Tensor, ignore_index: int, chunk: int) -> Iterator[slice | Tensor]:

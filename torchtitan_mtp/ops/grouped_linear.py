@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _NATIVE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-_ALIGNMENT = 16  # bytes, of every row
 
 
 def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
@@ -31,15 +30,25 @@ def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
 
 @torch.library.custom_op("torchtitan_mtp::grouped_linear", mutates_args=())
 def _product(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    native = _is_native(x.dtype, *weight.shape[1:])
-    return (native_product if native else loop_product)(x, weight, ends)
+    if _is_native(x.dtype, *weight.shape[1:]):
+        return F.grouped_mm(x, weight.transpose(1, 2), offs=ends)
+    parts = x.tensor_split(ends.tolist()[:-1])  # waits for the device to know the sizes
+    return torch.cat([part @ w.T for part, w in zip(parts, weight, strict=True)])
 
 
 @torch.library.custom_op("torchtitan_mtp::grouped_outer", mutates_args=())
 def _outer(g: Tensor, x: Tensor, ends: Tensor) -> Tensor:
     """Sum over each group's rows of g [R, out] times x [R, in]: [G, out, in]."""
-    native = _is_native(x.dtype, g.shape[1], x.shape[1])
-    return (native_outer if native else loop_outer)(g, x, ends)
+    if not _is_native(x.dtype, g.shape[1], x.shape[1]):
+        splits = ends.tolist()[:-1]
+        parts = zip(g.tensor_split(splits), x.tensor_split(splits), strict=True)
+        return torch.stack([a.T @ b for a, b in parts])
+    out = F.grouped_mm(g.T, x, offs=ends)
+    if out.is_cuda and torch.cuda.get_device_capability(out.device)[0] >= 10:
+        # On Blackwell it leaves the place of an empty group as it found it.
+        sizes = torch.diff(ends, prepend=ends.new_zeros(1))
+        out.masked_fill_((sizes == 0)[:, None, None], 0)
+    return out
 
 
 @_product.register_fake
@@ -68,33 +77,6 @@ _product.register_autograd(_backward, setup_context=_keep)
 
 
 def _is_native(dtype: torch.dtype, *widths: int) -> bool:
-    whole = all(width * dtype.itemsize % _ALIGNMENT == 0 for width in widths)
+    """Whether torch has a kernel: 16-bit floats and float32, rows of whole 16 bytes."""
+    whole = all(width * dtype.itemsize % 16 == 0 for width in widths)
     return hasattr(F, "grouped_mm") and dtype in _NATIVE_DTYPES and whole
-
-
-def native_product(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    """torch's kernel: 16-bit floats and float32, rows of whole 16 bytes."""
-    return F.grouped_mm(x, weight.transpose(1, 2), offs=ends)
-
-
-def native_outer(g: Tensor, x: Tensor, ends: Tensor) -> Tensor:
-    """torch's kernel for the gradient of the weights."""
-    out = F.grouped_mm(g.T, x, offs=ends)
-    if out.is_cuda and torch.cuda.get_device_capability(out.device)[0] >= 10:
-        # On Blackwell it leaves the place of an empty group as it found it.
-        sizes = torch.diff(ends, prepend=ends.new_zeros(1))
-        out.masked_fill_((sizes == 0)[:, None, None], 0)
-    return out
-
-
-def loop_product(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    """One product a group; waits for the device to know their sizes."""
-    parts = x.tensor_split(ends.tolist()[:-1])
-    return torch.cat([part @ w.T for part, w in zip(parts, weight, strict=True)])
-
-
-def loop_outer(g: Tensor, x: Tensor, ends: Tensor) -> Tensor:
-    """As `loop_product`."""
-    splits = ends.tolist()[:-1]
-    parts = zip(g.tensor_split(splits), x.tensor_split(splits), strict=True)
-    return torch.stack([a.T @ b for a, b in parts])

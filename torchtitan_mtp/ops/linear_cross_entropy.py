@@ -64,10 +64,8 @@ def linear_cross_entropy(
     if row_weights is not None:
         columns = row_weights if row_weights.dim() == 2 else row_weights.unsqueeze(1)
         row_weights = columns.detach().expand(labels.shape)
-    head_scales = head_scales.detach()
-    return BACKENDS[options.backend](
-        LossInput(heads, weight, labels, head_scales, row_weights, options)
-    )
+    x = LossInput(heads, weight, labels, head_scales.detach(), row_weights, options)
+    return BACKENDS[options.backend](x)
 
 
 def _check_options(options: LossOptions) -> None:
