@@ -104,9 +104,8 @@ def own_choices(choices: Tensor, labels: Tensor) -> Tensor:
     choices: [B, S, n], every head's most likely token. labels: [B, S, n] (`Batch`): no draft counts
     where there is no target, beyond its document or in padding; nor beyond the window.
     """
-    return _next_choices(choices[..., 0], choices.shape[-1]).masked_fill_(
-        labels[..., 1:] == IGNORE, UNKNOWN
-    )
+    own = _next_choices(choices[..., 0], choices.shape[-1])
+    return own.masked_fill_(labels[..., 1:] == IGNORE, UNKNOWN)
 
 
 def _next_choices(chosen: Tensor, n: int) -> Tensor:

@@ -27,7 +27,7 @@ from torch import Tensor
 from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.inference.cache import LayerCache, Positions, Span, later, shifted, take
 from torchtitan_mtp.inference.draft_length import DraftLength
-from torchtitan_mtp.inference.drafting import Plan, TrunkStates, build_drafter
+from torchtitan_mtp.inference.drafting import Plan, build_drafter
 from torchtitan_mtp.inference.rows import EndIds, Generation, Rows
 from torchtitan_mtp.inference.sampling import Sampler
 from torchtitan_mtp.inference.text_stream import TextStream
@@ -171,7 +171,7 @@ class Decoder:
             z, x = x, block(x, span.context, cache.at(span))
         h = self.model.norm(x)
         if self.drafter is not None:
-            self.drafter.store(TrunkStates(z, x, h), span)
+            self.drafter.states[span.where] = {"z": z, "raw": x, "h": h}[self.drafter.reads]
         return h
 
 

@@ -7,7 +7,7 @@ head k at position p proposes t[p+k]. To do so it attends over its own keys and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -30,17 +30,6 @@ from torchtitan_mtp.models.transformer import Transformer
 from torchtitan_mtp.mtp.medusa import MedusaHeads
 from torchtitan_mtp.mtp.parallel import ParallelHeads
 from torchtitan_mtp.mtp.sequential import SequentialHeads
-
-
-class TrunkStates(NamedTuple):
-    """What the trunk computed at the positions of a span, [B, size, D] each.
-
-    z: under its last layer. raw: after it, before the final norm. h: head 1's hidden state.
-    """
-
-    z: Tensor
-    raw: Tensor
-    h: Tensor
 
 
 class Plan(NamedTuple):
@@ -83,12 +72,17 @@ class ParallelDrafter:
 
     A head's keys at position i depend on t[0..i] alone, so the entries of accepted positions are
     right for good, and each step adds those of its own.
+
+    states: what the heads read of the trunk at every position [B, max_len, D], which `Decoder`
+    writes. reads: "z", under its last layer; "raw", after it; or "h", after the final norm.
     """
+
+    reads = "z"
 
     def __init__(self, model: Transformer, positions: Positions, num_draft: int) -> None:
         self.model, self.positions = model, positions
         self.windows = Windows(positions.batch, [0] * num_draft)
-        self.z = positions.states(len(model.norm.weight))
+        self.states = positions.states(len(model.norm.weight))
         assert model.mtp is not None
         self._take(list(model.mtp.heads)[:num_draft])
 
@@ -99,15 +93,10 @@ class ParallelDrafter:
         self.heads = {count: (first_heads(block, count), at(count)) for count in counts}
         self.cache = LayerCache(block.attention, at(len(blocks)))
 
-    def store(self, states: TrunkStates, span: Span) -> None:
-        """Keep what the trunk computed at `span`."""
-        self.z[span.where] = states.z
-
     def draft(self, tokens: Tensor, plan: Plan, sampler: Sampler) -> Tensor | None:
         """Write drafts for t[p+2] .. t[p+1+count] into tokens [B, >= max_len].
 
-        What the trunk computed at p and before has been stored. Returns what they were drawn from
-        [B, drafts, V]; None when greedy.
+        Returns what they were drawn from [B, drafts, V]; None when greedy.
         """
         window = self.positions.span(later(plan.last, 1 - plan.window), plan.window)
         h = self.hidden(window, plan)  # [B, drafts, D]
@@ -119,7 +108,7 @@ class ParallelDrafter:
         """Run as many heads over a window; h_2, h_3, ... at p: [B, drafts, D]."""
         count = plan.drafts
         block, positions = self.heads[count]
-        z = self.z[window.where].repeat(count, 1, 1)  # [H * B, size, D], H = count
+        z = self.states[window.where].repeat(count, 1, 1)  # [H * B, size, D], H = count
         rows = positions.span(repeat(window.starts, count), window.size)
         h = block(z, rows.context, self.cache.at(rows))
         h = take(h, repeat(window.columns(plan.last), count))  # [H * B, 1, D]
@@ -135,7 +124,7 @@ class UnstackedDrafter(ParallelDrafter):
 
     def hidden(self, window: Span, plan: Plan) -> Tensor:
         """As `ParallelDrafter.hidden`."""
-        z, columns = self.z[window.where], window.columns(plan.last)
+        z, columns = self.states[window.where], window.columns(plan.last)
         heads = zip(self.blocks[: plan.drafts], self.caches, strict=False)
         states = [block(z, window.context, cache.at(window)) for block, cache in heads]
         return self.model.norm(torch.cat([take(h, columns) for h in states], dim=1))
@@ -144,16 +133,14 @@ class UnstackedDrafter(ParallelDrafter):
 class MedusaDrafter(ParallelDrafter):
     """Light heads (Medusa): all drafts at once from head 1's state at p, without caches."""
 
+    reads = "h"
+
     def _take(self, blocks: Sequence[Any]) -> None:
         self.blocks = blocks
 
-    def store(self, states: TrunkStates, span: Span) -> None:
-        """As `ParallelDrafter.store`."""
-        self.z[span.where] = states.h
-
     def hidden(self, window: Span, plan: Plan) -> Tensor:
         """As `ParallelDrafter.hidden`."""
-        h = take(self.z[window.where], window.columns(plan.last))  # [B, 1, D]
+        h = take(self.states[window.where], window.columns(plan.last))  # [B, 1, D]
         return torch.cat([block(h) for block in self.blocks[: plan.drafts]], dim=1)
 
 
@@ -173,26 +160,22 @@ class SequentialDrafter:
         depths = range(2, num_draft + 2)
         self.windows = Windows(positions.batch, [k - 1 for k in depths])
         # A cache a depth, not a module: a shared module has one for each time it is applied.
-        self.heads = cast(SequentialHeads, model.mtp)
-        self.modules: list[Any] = [self.heads.module(k) for k in depths]
+        heads = cast(SequentialHeads, model.mtp)
+        self.modules: list[Any] = [heads.module(k) for k in depths]
         self.caches = [LayerCache(m.block.attention, positions) for m in self.modules]
-        self.h = positions.states(len(model.norm.weight))  # what the first module reads
-
-    def store(self, states: TrunkStates, span: Span) -> None:
-        """As `ParallelDrafter.store`."""
-        self.h[span.where] = states.raw if self.heads.trunk_state == "raw" else states.h
+        # What the first module reads, as `ParallelDrafter` says.
+        self.states = positions.states(len(model.norm.weight))
+        self.reads = "raw" if heads.trunk_state == "raw" else "h"
 
     def draft(self, tokens: Tensor, plan: Plan, sampler: Sampler) -> Tensor | None:
         """As `ParallelDrafter.draft`."""
         window = self.positions.span(later(plan.last, 1 - plan.window), plan.window)
         columns = window.columns(plan.last)
         drawn_from: list[Tensor] = []
-        h = self.h[window.where]  # [B, size, D]
-        for j, (module, cache) in enumerate(
-            zip(self.modules[: plan.drafts], self.caches, strict=False)
-        ):
+        h = self.states[window.where]  # [B, size, D]
+        for j in range(plan.drafts):
             emb = self.model.tok_embeddings(tokens[shifted(window.where, j + 1)])
-            h = module(h, emb, window.context, cache.at(window))
+            h = self.modules[j](h, emb, window.context, self.caches[j].at(window))
             logits = self.model.output(take(h, columns))  # [B, 1, V]
             drafts, q = sampler.draft(logits, plan.noise, j)
             tokens[self.positions.index(later(plan.last, j + 2), 1)] = drafts  # [B, 1]
@@ -201,15 +184,9 @@ class SequentialDrafter:
         return torch.cat(drawn_from, dim=1) if drawn_from else None
 
 
-def parallel_drafter(model: Transformer, positions: Positions, num_draft: int) -> ParallelDrafter:
-    """What suits the kind of its blocks."""
-    stackable = model.args.latent is None and model.args.moe is None
-    return (ParallelDrafter if stackable else UnstackedDrafter)(model, positions, num_draft)
-
-
 Drafter = ParallelDrafter | SequentialDrafter
-DRAFTERS: dict[type[Heads], Callable[[Transformer, Positions, int], Drafter]] = {
-    ParallelHeads: parallel_drafter,
+DRAFTERS: dict[type[Heads], type[Drafter]] = {
+    ParallelHeads: ParallelDrafter,
     SequentialHeads: SequentialDrafter,
     MedusaHeads: MedusaDrafter,
 }
@@ -218,4 +195,7 @@ DRAFTERS: dict[type[Heads], Callable[[Transformer, Positions, int], Drafter]] = 
 def build_drafter(model: Transformer, positions: Positions, num_draft: int) -> Drafter:
     """What drafts up to `num_draft` tokens a step with the model's heads."""
     assert model.mtp is not None
-    return DRAFTERS[type(model.mtp)](model, positions, num_draft)
+    drafter = DRAFTERS[type(model.mtp)]
+    if drafter is ParallelDrafter and (model.args.latent or model.args.moe):
+        drafter = UnstackedDrafter
+    return drafter(model, positions, num_draft)
