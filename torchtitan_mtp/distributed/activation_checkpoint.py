@@ -71,7 +71,7 @@ def apply_activation_checkpointing(
         return
     by_op = config.mode == "selective" and config.selective_ac_option == "op"
     every = 1 if config.mode == "full" or by_op else int(config.selective_ac_option)
-    for i, block in enumerate(model.blocks()):
+    for i, (_, block) in enumerate(model.named_blocks()):
         if i % every == 0 and not any(block is head for head in held):
             _checkpoint_block(block, by_op, config.early_stop)
 

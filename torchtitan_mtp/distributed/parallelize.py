@@ -34,7 +34,7 @@ def parallelize(
     """
     apply_activation_checkpointing(model, config.activation_checkpoint, config.mtp.engine)
     if config.compile.enable and "model" in config.compile.components:
-        for block in model.blocks():
+        for _, block in model.named_blocks():
             block.compile(backend=config.compile.backend, fullgraph=True)
     apply_fsdp(model, config, world, param_dtype)
     model.to_empty(device="cpu" if config.training.enable_cpu_offload else world.device)
@@ -80,7 +80,7 @@ def apply_fsdp(
         shard_placement_fn=functools.partial(_placement, ranks=world.mesh["dp_shard"].size()),
     )
     reshard = config.parallelism.fsdp_reshard_after_forward != "never"
-    blocks = list(model.blocks())
+    blocks = [block for _, block in model.named_blocks()]
     one_after_another = backward_follows_forward(model, config.mtp.engine)
     for i, block in enumerate(blocks):
         # What the backward needs first is not worth freeing: the last block, and head by head

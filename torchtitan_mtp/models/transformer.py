@@ -68,10 +68,6 @@ class Unembedding(nn.Linear):
     that is used outside.
     """
 
-    def __init__(self, args: ModelArgs) -> None:
-        assert args.vocab_size is not None
-        super().__init__(args.dim, args.vocab_size, bias=False)
-
     def loss(
         self,
         hiddens: Sequence[Tensor],
@@ -110,7 +106,7 @@ class Transformer(nn.Module):
             {str(i): TransformerBlock(args, depth=i) for i in range(args.n_layers)}
         )
         self.norm = nn.RMSNorm(args.dim, eps=args.final_norm_eps or args.norm_eps)
-        self.output = Unembedding(args)
+        self.output = Unembedding(args.dim, args.vocab_size, bias=False)
         self.tie_weights()
         self.mtp: Heads | None = None
         self.rope_cos: Tensor
@@ -135,10 +131,6 @@ class Transformer(nn.Module):
         if self.mtp is not None:
             for j, head in enumerate(self.mtp.heads):
                 yield f"mtp.heads.{j}", head
-
-    def blocks(self) -> Iterator[nn.Module]:
-        """Every transformer block, trunk's and heads'."""
-        return (block for _, block in self.named_blocks())
 
     def named_mixtures(self) -> Iterator[tuple[str, MoE]]:
         """Every mixture of experts with the name of its block; none in a dense model."""
