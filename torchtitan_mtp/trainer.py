@@ -124,16 +124,14 @@ class Trainer:
         self.scheduler = build_scheduler(self.optimizer, config.lr_scheduler, training.steps)
         self.state = TrainState(settings=settings_of(config))
         self.checkpointer = Checkpointer(
-            config.checkpoint,
-            config.job.dump_folder,
-            self.model,
-            self.optimizer,
+            *(config.checkpoint, config.job.dump_folder, self.model, self.optimizer),
             {
                 "lr_scheduler": self.scheduler,
                 "dataloader": LoaderState(self.loader),
                 "train_state": self.state,
             },
             load_hf_weights,
+            self.tokenizer,
         )
 
     def _watch(self) -> None:

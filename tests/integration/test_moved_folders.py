@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,8 @@ from tokenizers import Tokenizer
 
 from formats_run import SEQUENTIAL, SMALL, write_run
 from runs import config_of, same, train, write_corpus
+from small_tokenizers import byte_level
+from torchtitan_mtp.checkpoint.manifest import read_manifest, write_manifest
 from torchtitan_mtp.config import load_toml, parse_args
 from torchtitan_mtp.data.tokenizer import build_tokenizer
 from torchtitan_mtp.errors import UserError
@@ -85,6 +90,53 @@ def test_a_moved_import_keeps_its_tokenizer(tmp_path: Path, monkeypatch) -> None
     shutil.rmtree(tmp_path / "kept" / "tokenizer")
     with pytest.raises(UserError, match="kept/tokenizer: no such file or folder"):
         load_for_inference(tmp_path / "kept")
+
+
+def test_a_path_that_means_another_tokenizer_by_now_is_refused(tmp_path: Path, monkeypatch) -> None:
+    """Another current folder with a tokenizer of that name; another import where one was."""
+    for place, letters in (("a", ""), ("b", "swapped")):
+        (tmp_path / place / "tok").mkdir(parents=True)
+        made = json.loads(byte_level("<|endoftext|>").to_str())
+        if letters:  # other ids for the same text, as many of them
+            ids = made["model"]["vocab"]
+            ids["A"], ids["B"] = ids["B"], ids["A"]
+        (tmp_path / place / "tok" / "tokenizer.json").write_text(json.dumps(made))
+        write_run(tmp_path / place / "run", **SMALL, **{"model.hf_assets_path": f"{place}/tok"})
+        monkeypatch.chdir(tmp_path)
+        export_checkpoint(f"{place}/run", tmp_path / place / "hf", "llama_hf")
+        import_checkpoint(tmp_path / place / "hf", tmp_path / place / "imported")
+    data = write_corpus(tmp_path, "jsonl")
+    keys = data | HERE_KEYS | {"training.steps": 2, "checkpoint.interval": 1}
+    for path in ("tok", "imported/tokenizer"):
+        monkeypatch.chdir(tmp_path / "a")
+        named = str(tmp_path / "a" / path) if "/" in path else path
+        train(config_of(tmp_path, keys | {"model.hf_assets_path": named, "job.dump_folder": "r"}))
+        export_checkpoint("r", tmp_path / "own", "glm4_moe_hf")
+        if "/" in path:
+            Path("imported").rename("kept")
+            shutil.copytree(tmp_path / "b" / "imported", "imported")
+        else:
+            monkeypatch.chdir(tmp_path / "b")
+        wrong = re.escape(f"; {os.path.abspath(path)} is another, hf:")
+        for step in ("step-1", "step-2"):  # full, model only
+            checkpoint = tmp_path / "a" / "r" / "checkpoint" / step
+            with pytest.raises(UserError, match=f"{checkpoint}: goes with .*{wrong}") as refused:
+                load_for_inference(checkpoint)
+            assert "\n" not in str(refused.value)
+            assert "model.hf_assets_path in the run's config.toml" in str(refused.value)
+            for form in ("glm4_moe_hf", "meta"):
+                with pytest.raises(UserError, match=wrong):
+                    export_checkpoint(checkpoint, tmp_path / "no", form, drop_heads=True)
+            assert not (tmp_path / "no").exists()
+            # Of before there was a fingerprint.
+            manifest = read_manifest(checkpoint)
+            write_manifest(checkpoint, replace(manifest, tokenizer=None))
+            load_for_inference(checkpoint)
+        shutil.rmtree(tmp_path / "a" / "r")
+        shutil.rmtree(tmp_path / "own")
+    shutil.copytree(tmp_path / "b/tok", tmp_path / "a/kept/tokenizer", dirs_exist_ok=True)
+    with pytest.raises(UserError, match=r"kept/tokenizer is another, hf:"):
+        load_for_inference(tmp_path / "a" / "kept")
 
 
 def test_paths_that_a_user_gives_stay(tmp_path: Path, monkeypatch) -> None:

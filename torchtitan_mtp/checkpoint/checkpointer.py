@@ -41,6 +41,7 @@ from torchtitan_mtp.models.transformer import Transformer
 
 if TYPE_CHECKING:
     from torchtitan_mtp.config import Checkpoint
+    from torchtitan_mtp.data.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +59,7 @@ class Checkpointer:
         extra: what else resumes, by name ("lr_scheduler", "dataloader", "train_state", ...). Every
             `state_dict()` is plain data (or tensors), the same on all ranks.
         load_hf: reads a Hugging Face folder into the model; without it `initial_load_in_hf` fails.
+        tokenizer: what the model learns the ids of; its fingerprint goes into each manifest.
 
     Attributes:
         load_report: what the last `load` left out; None before, and when nothing was loaded.
@@ -74,6 +76,7 @@ class Checkpointer:
         optimizer: torch.optim.Optimizer | None = None,
         extra: Mapping[str, Stateful] | None = None,
         load_hf: LoadWeights | None = None,
+        tokenizer: Tokenizer | None = None,
     ) -> None:
         if config.keep_latest_k == 1:
             raise UserError(
@@ -91,7 +94,7 @@ class Checkpointer:
         self.optimizer = optimizer
         self.extra = dict(extra or {})
         self.load_report: LoadReport | None = None
-        self._load_hf = load_hf
+        self._load_hf, self._tokenizer = load_hf, tokenizer
         self._ranks = Ranks(own_group=config.enable)
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
@@ -201,7 +204,8 @@ class Checkpointer:
             written = ranks.gather(writer.entries)
             files = {name: entry for part in written for name, entry in part.items()}
             record = record_of_model(self.model, self.optimizer)
-            manifest = Manifest(step, kind, ranks.world_size, files, record)
+            words = self._tokenizer.fingerprint if self._tokenizer else None
+            manifest = Manifest(step, kind, ranks.world_size, files, record, words)
             after = self._came_from
             final = ranks.on_rank_0(lambda: folders.finish_writing(folder, manifest, after))
             self._came_from, self._last_saved = None, (step, kind)

@@ -25,13 +25,15 @@ MODEL_ONLY = "model_only"
 @dataclass(frozen=True)
 class Manifest:
     """A finished checkpoint: its step, kind ("full" or "model_only"), rank count and files; and
-    what no tensor tells (record.py), None in those written before there was a record."""
+    what no tensor tells (record.py) and the fingerprint of the tokenizer that the weights go with,
+    each None where nothing told it or it was written before there was one."""
 
     step: int
     kind: str
     world_size: int
     files: dict[str, FileEntry]
     record: dict[str, Any] | None = None
+    tokenizer: str | None = None
 
     @property
     def total_bytes(self) -> int:
@@ -73,8 +75,8 @@ def read_manifest(path: Path) -> Manifest | None:
             return Manifest(body["step"], body["kind"], body["world_size"], files)
         if whole and (body["format"], body.get("piece")) == (FORMAT, PIECE):
             files = {name: FileEntry(**entry) for name, entry in body["files"].items()}
-            record = body.get("record")
-            return Manifest(body["step"], body["kind"], body["world_size"], files, record)
+            told = body.get("record"), body.get("tokenizer")
+            return Manifest(body["step"], body["kind"], body["world_size"], files, *told)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{file}: not a manifest ({error}); {remedy(file)}") from error
     if intact:

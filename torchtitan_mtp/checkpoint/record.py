@@ -4,6 +4,7 @@ optimizer's moments it holds. Every manifest records them."""
 from __future__ import annotations
 
 import logging
+import os
 import re
 from collections.abc import Collection
 from dataclasses import asdict
@@ -18,6 +19,7 @@ from torchtitan_mtp.checkpoint.folders import find_config
 from torchtitan_mtp.checkpoint.manifest import read_manifest
 from torchtitan_mtp.config import JobConfig, load_toml
 from torchtitan_mtp.config.values import show
+from torchtitan_mtp.data.tokenizer import Tokenizer, build_tokenizer
 from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.models.args import SCALINGS, LatentArgs, ModelArgs, ModelSpec, MoEArgs
 from torchtitan_mtp.models.flavors import EARLIER
@@ -102,6 +104,21 @@ def keeps_earlier(config: JobConfig, checkpoint: Path | None, say: bool = True) 
         older = f"{checkpoint}: from before {name} {flavor} had TorchTitan's numbers; keeps"
         logger.warning("%s %s", older, told)
     return True
+
+
+def check_tokenizer(checkpoint: Path, path: str, tokenizer: Tokenizer | None = None) -> None:
+    """Error: what `path` names (`tokenizer`, where it is built already) is not the tokenizer that
+    the checkpoint's manifest tells of: a path may mean another one from elsewhere, or later."""
+    manifest = read_manifest(checkpoint)
+    if not path or manifest is None or manifest.tokenizer is None:
+        return
+    ours = tokenizer or build_tokenizer(path)
+    if manifest.tokenizer not in (ours.fingerprint, *ours.earlier):
+        place = path if path == "byte" else os.path.abspath(os.path.expanduser(path))
+        raise UserError(
+            f"{checkpoint}: goes with the tokenizer {manifest.tokenizer}; {place} is another, "
+            f"{ours.fingerprint}: set model.hf_assets_path in the run's config.toml to its own"
+        )
 
 
 def constants(record: Record) -> Record:

@@ -15,7 +15,7 @@ from torch import Size, Tensor
 from torchtitan_mtp.build import shapes_of, spec_of_run
 from torchtitan_mtp.checkpoint.folders import find_checkpoint, find_config
 from torchtitan_mtp.checkpoint.load import names_line
-from torchtitan_mtp.checkpoint.record import keeps_earlier, record_of, untold
+from torchtitan_mtp.checkpoint.record import check_tokenizer, keeps_earlier, record_of, untold
 from torchtitan_mtp.checkpoint.state import cast_weights
 from torchtitan_mtp.config import JobConfig, load_toml
 from torchtitan_mtp.data.tokenizer import TiktokenTokenizer, build_tokenizer
@@ -82,6 +82,8 @@ def export_checkpoint(
         part = [key for key in source.kinds if key.startswith(f"mtp.heads.{k}.")]
         logger.warning("dropped mtp.heads.%d: %s", k, names_line(part))
     spec = kept
+    if form.container != "dcp":  # nothing of the tokenizer goes there
+        check_tokenizer(source.where, config.model.hf_assets_path)
     outputs = _outward(source, form.names(spec), spec, dtype)
     with written_aside(Path(out), sum(output.bytes for output in outputs)) as folder:
         if form.container == "safetensors":

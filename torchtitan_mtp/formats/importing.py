@@ -81,13 +81,15 @@ def import_checkpoint(
         spec = spec_of_run(config, vocabulary_of(tensors))
         logger.warning("%s: taken for a model with %s", tensors.where, untold(record_of(spec)))
     outputs = inward(tensors, form, spec, dtype)
-    config.job.dump_folder = HERE
+    config.job.dump_folder, fingerprint = HERE, None
     with written_aside(out, sum(output.bytes for output in outputs)) as tmp:
         if form.read_config is not None:
             (tmp / "tokenizer").mkdir()
             config.model.hf_assets_path = f"{HERE}/tokenizer"
             if copy_tokenizer(str(folder), tmp / "tokenizer", ("config.json",)):
-                check_rows(build_tokenizer(str(folder)), folder, spec.args.vocab_size)
+                tokenizer = build_tokenizer(str(folder))
+                check_rows(tokenizer, folder, spec.args.vocab_size)
+                fingerprint = tokenizer.fingerprint
             else:
                 shutil.rmtree(tmp / "tokenizer")
                 config.model.hf_assets_path = ""
@@ -97,7 +99,7 @@ def import_checkpoint(
                 )
         (tmp / "config.toml").write_text(to_toml(config), encoding="utf-8")
         step = tmp / config.checkpoint.folder / "step-0"
-        write_dcp(step, outputs, record_of(spec))
+        write_dcp(step, outputs, record_of(spec), fingerprint)
         verify(dcp_tensors(step), outputs)
     return spec
 

@@ -163,9 +163,9 @@ class _Planner(DefaultSavePlanner):
 
 
 def write_dcp(
-    folder: Path, outputs: Sequence[Output], record: dict[str, Any] | None = None
+    folder: Path, outputs: Sequence[Output], record: dict[str, Any], tokenizer: str | None = None
 ) -> None:
-    """A model-only checkpoint of one rank, with its manifest and the model's record."""
+    """A model-only checkpoint of one rank; its manifest has the record and the fingerprint."""
     shapes = {o.name: torch.empty(o.shape, dtype=o.dtype, device="meta") for o in outputs}
     # The writer keeps what it put into a file until the file is done: one a tensor, then, and
     # nothing copied ahead.
@@ -177,4 +177,4 @@ def write_dcp(
         dcp.save(shapes, storage_writer=writer, planner=_Planner(outputs), no_dist=True)
     except CheckpointException as error:
         raise first_failure(error) from None
-    write_manifest(folder, Manifest(0, MODEL_ONLY, 1, writer.entries, record))
+    write_manifest(folder, Manifest(0, MODEL_ONLY, 1, writer.entries, record, tokenizer))

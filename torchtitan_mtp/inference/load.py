@@ -10,7 +10,7 @@ import torch
 
 from torchtitan_mtp.build import model_of_run
 from torchtitan_mtp.checkpoint import find_checkpoint, find_config, load_model_weights
-from torchtitan_mtp.checkpoint.record import keeps_earlier
+from torchtitan_mtp.checkpoint.record import check_tokenizer, keeps_earlier
 from torchtitan_mtp.config import JobConfig, load_toml
 from torchtitan_mtp.data.tokenizer import NoTokenizer, Tokenizer, build_tokenizer
 from torchtitan_mtp.distributed.mesh import local_device
@@ -46,7 +46,7 @@ def load_for_inference(
         the HF formats (or that others did). dtype: weights are rounded to it where it is narrower.
 
     Raises:
-        UserError: no checkpoint, none that is whole, no config.toml, or one of another model.
+        UserError: no checkpoint, none that is whole, no config.toml, another's model or tokenizer.
     """
     folder = Path(path)
     is_hf = (folder / "config.json").is_file()
@@ -60,6 +60,8 @@ def load_for_inference(
         tokenizer = NoTokenizer(error)
     if is_hf:
         check_rows(tokenizer, folder, config.model.vocab_size)
+    else:
+        check_tokenizer(checkpoint, config.model.hf_assets_path, tokenizer)
     earlier = not is_hf and keeps_earlier(config, checkpoint)
     model = model_of_run(config, tokenizer.vocab_size, dtype, at_least=2048, earlier=earlier)
     model.to_empty(device=device)

@@ -253,9 +253,9 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
     "write",
     [
         "write_safetensors(out, outputs, 128 * 2**20)",
-        "write_dcp(out / 'dcp', outputs)",
+        "write_dcp(out / 'dcp', outputs, {})",
         "from torchtitan_mtp.formats.read import dcp_tensors\n"
-        "write_dcp(out / 'dcp', outputs)\n"
+        "write_dcp(out / 'dcp', outputs, {})\n"
         "source = dcp_tensors(out / 'dcp')\n"
         "for name in source.kinds: source.read(name)",
     ],
