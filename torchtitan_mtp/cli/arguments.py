@@ -1,12 +1,15 @@
-"""Arguments of several programs: paths, and numbers held against the memory there is."""
+"""What several programs share: arguments, numbers held against the memory there is, the exit."""
 
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from torchtitan_mtp.distributed.memory import check_memory
+from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.models.transformer import Transformer
 
 
@@ -24,3 +27,13 @@ def check_generation(model: Transformer, what: str, rows: int, tokens: int) -> N
     width = sum(heads * sum(widths) for heads, *widths in shapes)
     weight = model.norm.weight
     check_memory({what: rows * tokens * width * weight.element_size()}, weight.device)
+
+
+def exit_status(program: Callable[[], None]) -> int:
+    """Run a program: 0, or 1 after a UserError, whose one line goes to stderr."""
+    try:
+        program()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0

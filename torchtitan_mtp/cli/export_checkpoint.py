@@ -15,6 +15,7 @@ import sys
 import torch
 
 from torchtitan_mtp.build import summary_of
+from torchtitan_mtp.cli.arguments import exit_status
 from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.formats import DEFAULT_SHARD_SIZE, FORMATS, export_checkpoint
 
@@ -53,7 +54,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    try:
+
+    def program() -> None:
         spec = export_checkpoint(
             args.checkpoint,
             args.out,
@@ -63,11 +65,9 @@ def main(argv: list[str] | None = None) -> int:
             drop_heads=args.drop_heads,
             modules=args.modules,
         )
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(f"wrote {args.out}: {args.format}, {summary_of(spec)}")
-    return 0
+        print(f"wrote {args.out}: {args.format}, {summary_of(spec)}")
+
+    return exit_status(program)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from torchtitan_mtp.cli.arguments import check_generation, path
+from torchtitan_mtp.cli.arguments import check_generation, exit_status, path
 from torchtitan_mtp.config import JobConfig
 from torchtitan_mtp.data.tokenizer import Tokenizer
 from torchtitan_mtp.distributed.shared_cores import SharedCores
@@ -367,13 +367,12 @@ def run(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(sys.argv[1:] if argv is None else argv)
-    try:
+
+    def program() -> None:
         with SharedCores(), memory_told("lower --max_new_tokens, or give fewer prompts"):
             run(args)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+
+    return exit_status(program)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import sys
 import torch
 
 from torchtitan_mtp.build import summary_of
-from torchtitan_mtp.errors import UserError
+from torchtitan_mtp.cli.arguments import exit_status
 from torchtitan_mtp.formats import FORMATS, import_checkpoint
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
@@ -43,7 +43,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    try:
+
+    def program() -> None:
         spec = import_checkpoint(
             args.source,
             args.out,
@@ -51,11 +52,9 @@ def main(argv: list[str] | None = None) -> int:
             config_file=args.config,
             dtype=DTYPES[args.dtype] if args.dtype else None,
         )
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(f"wrote {args.out}: {summary_of(spec)}")
-    return 0
+        print(f"wrote {args.out}: {summary_of(spec)}")
+
+    return exit_status(program)
 
 
 if __name__ == "__main__":

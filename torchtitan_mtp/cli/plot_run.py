@@ -9,7 +9,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from torchtitan_mtp.cli.arguments import path
+from torchtitan_mtp.cli.arguments import exit_status, path
 from torchtitan_mtp.cli.figures import new_figure
 from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.writing import written_whole
@@ -56,13 +56,12 @@ def main() -> int:
     parser.add_argument("run", type=path, help="a run's dump folder")
     parser.add_argument("out", type=path, help="the picture, .png or .svg")
     args = parser.parse_args()
-    try:
+
+    def program() -> None:
         heads = plot(read_scalars(args.run), args.out)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(f"wrote {args.out}: {heads} heads")
-    return 0
+        print(f"wrote {args.out}: {heads} heads")
+
+    return exit_status(program)
 
 
 if __name__ == "__main__":
