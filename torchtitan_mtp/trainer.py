@@ -49,11 +49,11 @@ from torchtitan_mtp.monitoring.profiling import profile_steps, snapshot_memory
 from torchtitan_mtp.monitoring.spikes import LossSpikes
 from torchtitan_mtp.monitoring.step_losses import StepLosses
 from torchtitan_mtp.mtp import (
+    clear_unused_gradients,
     copy_last_layer,
     engines,
     head_scales,
     head_weights,
-    rest_unweighted,
 )
 from torchtitan_mtp.nonfinite import FiniteGuard, find_cause, send_to_host
 from torchtitan_mtp.ops import LossOptions
@@ -297,13 +297,13 @@ class Trainer:
 
         self.grad_norm = clip_gradients(self.model, config.training.max_norm)
         targets = arrive()  # this waits for no more than the step before, as the guard does
-        resting = rest_unweighted(self.model, weights, targets)
+        unused = clear_unused_gradients(self.model, weights, targets)
         lr = float(self.scheduler.get_last_lr()[0])
         if self.guard.admits(state.step + 1, losses.total, self.grad_norm, targets, batches):
             self.optimizer.step()
         if self.float8_scales:
             self.float8_scales(self.model)
-        self.expert_loads = balance_experts(self.model, resting)
+        self.expert_loads = balance_experts(self.model, unused)
         self.scheduler.step()
         self.optimizer.zero_grad()
 

@@ -1,7 +1,7 @@
 """What a trunk and the heads on it know of each other.
 
-A family of heads (`torchtitan_mtp.mtp.transform`) is a subclass of `Heads`. It sees `TrunkEnd` when
-it is built and `TrunkOutput` for every batch, and nothing else of the model.
+A family of heads (`torchtitan_mtp.mtp.transform`) is a subclass of `Heads`. It gets `TrunkParts`
+when it is built and `TrunkOutput` for every batch, and knows nothing else of the model.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from torchtitan_mtp.models.transformer import Transformer
 
 
-class TrunkEnd(NamedTuple):
-    """Where a trunk ends: its sizes, its last block, its final norm."""
+class TrunkParts(NamedTuple):
+    """What heads are built from: the trunk's sizes, its last block, its final norm."""
 
     args: ModelArgs
     last_layer: nn.Module
@@ -30,12 +30,12 @@ class TrunkEnd(NamedTuple):
 
 
 class TrunkOutput(NamedTuple):
-    """What heads stand on, of one batch.
+    """What the trunk computes for the heads, of one batch.
 
-    state [B, S, D]: after the last layer and before the final norm, or under the last layer
-    (`Heads.below_last_layer`). context: which all blocks share. embedded [B, S+n-1, D]: embeddings
-    of the batch's tokens and of those after them, where the heads read these
-    (`Heads.reads_tokens_ahead`).
+    state [B, S, D]: the output of the last layer, before the final norm; or the input of the last
+    layer, where the heads take that (`Heads.reads_before_last_layer`). context: what the attention
+    of all blocks shares. embedded [B, S+n-1, D]: embeddings of the batch's tokens and of the n - 1
+    after them, where the heads read these (`Heads.reads_future_tokens`).
     """
 
     state: Tensor
@@ -47,24 +47,24 @@ class Heads(nn.Module):
     """Heads 2..n; what `Transformer.mtp` holds. Parameters are named `mtp.heads.{j}.*`.
 
     Each of `heads` is what activation checkpointing, compilation and FSDP2 wrap, and has
-    `init_std(name)` as a block has. `independent`: no head reads another's state. So each one's
-    backward can follow its forward, and all may share a graph in which states give way to their
-    gradients.
+    `init_std(name)` as a block has. `independent`: no head reads another's state. So each head's
+    backward can run right after its forward, and in a graph of all heads a state's gradient may
+    overwrite the state.
     """
 
     independent = False
-    below_last_layer = False
-    reads_tokens_ahead = False
+    reads_before_last_layer = False
+    reads_future_tokens = False
     heads: nn.ModuleList
 
-    def __init__(self, end: TrunkEnd, num_future_tokens: int, detach_trunk: bool) -> None:
+    def __init__(self, trunk: TrunkParts, num_future_tokens: int, detach_trunk: bool) -> None:
         super().__init__()
-        self.end = end  # in a tuple, so that these modules stay the trunk's alone
+        self.trunk_parts = trunk  # in a tuple, so that these modules stay the trunk's alone
         self.num_future_tokens = num_future_tokens
         self.detach_trunk = detach_trunk
 
-    def reached(self, k: int) -> list[nn.Module]:
-        """Those of `heads` under head k's loss, k = 2..n: its own, where none reads another's."""
+    def modules_used_by(self, k: int) -> list[nn.Module]:
+        """Those of `heads` that head k's loss trains, k = 2..n: its own, unless in a chain."""
         return [self.heads[k - 2]]
 
     def forward(self, trunk: TrunkOutput) -> list[Tensor]:
@@ -80,10 +80,10 @@ class Heads(nn.Module):
         """
         raise NotImplementedError
 
-    def of_trunk(self, state: Tensor, detach: bool = True) -> tuple[Tensor, Norm]:
-        """A state of the trunk and its final norm, for a head to be computed from; cut from the
-        trunk under `detach_trunk` unless told not to `detach`."""
-        scale, eps = self.end.norm.weight, self.end.norm.eps
+    def trunk_input(self, state: Tensor, detach: bool = True) -> tuple[Tensor, Norm]:
+        """The trunk's state and final norm as a head reads them: detached under `detach_trunk`,
+        unless `detach` is false (head 1)."""
+        scale, eps = self.trunk_parts.norm.weight, self.trunk_parts.norm.eps
         assert eps is not None
         # (Without gradients there is nothing to detach, and one kind of call less to compile.)
         if self.detach_trunk and detach and torch.is_grad_enabled():

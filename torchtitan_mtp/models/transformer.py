@@ -154,13 +154,14 @@ class Transformer(nn.Module):
 
     def _trunk(self, batch: Batch) -> TrunkOutput:
         context, heads, tokens = self.context(batch), self.mtp, batch.tokens
-        ahead = heads is not None and heads.reads_tokens_ahead
-        if ahead:  # each token once, although up to n heads read it: a batch is of one stretch
+        ahead = heads is not None and heads.reads_future_tokens
+        if ahead:  # each once, although up to n heads read it: the window is contiguous
             tokens = torch.cat((tokens, batch.future_tokens[:, -1]), dim=1)  # [B, S+n-1]
         x = embedded = self.tok_embeddings(tokens)
         if ahead:
             x = embedded[:, : batch.tokens.shape[1]].contiguous()
-        for block in list(self.layers.values())[: -1 if heads and heads.below_last_layer else None]:
+        layers = list(self.layers.values())
+        for block in layers[:-1] if heads and heads.reads_before_last_layer else layers:
             x = block(x, context)
         return TrunkOutput(x, context, embedded if ahead else None)
 

@@ -1,9 +1,9 @@
 """The two ways to run n heads forward and backward; one result.
 
 `joint` is ordinary autograd, with any backend of the loss: all hidden states, one loss, one
-backward. Its heads' blocks are checkpointed (`apply_activation_checkpointing` sees to that), so
-that a head leaves one state [N, D] behind, not its activations; of independent heads, its gradient
-takes the state's place.
+backward. Its heads' blocks are checkpointed (by `apply_activation_checkpointing`), so that a
+head keeps one state [N, D] until its backward, not its activations; independent heads' gradients
+overwrite their states.
 
 `head_by_head` runs the heads' losses and backwards one after another, so that what a head needs for
 its backward is gone before the next one's loss; each family does it in its file.
@@ -20,7 +20,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from torchtitan_mtp.data.targets import Batch
 from torchtitan_mtp.models.transformer import Transformer
-from torchtitan_mtp.mtp.schedule import end_backwards
+from torchtitan_mtp.mtp.schedule import end_no_sync
 from torchtitan_mtp.ops import HeadByHeadLoss, LossOptions, LossOutput, linear_cross_entropy
 
 
@@ -34,12 +34,12 @@ def forward_loss(
     """The loss of all heads, with its graph where gradients are on.
 
     head_loss: what computes it in place of `linear_cross_entropy`, for one backward of independent
-    heads; states give way to their gradients. Without gradients under FSDP2, call `reshard()` on
+    heads; gradients overwrite states. Without gradients under FSDP2, call `reshard()` on
     the FSDP modules afterwards: nothing else frees what a forward gathered.
     """
     hiddens, groups = model(batch), [slice(0, None)]
     if model.mtp is not None and model.mtp.detach_trunk:
-        groups = [slice(0, 1), slice(1, None)]  # the others' gradient is kept from `output`
+        groups = [slice(0, 1), slice(1, None)]  # the others' must not train `output`
     outputs = []
     for heads in groups:
         scales = head_scales[heads]
@@ -84,7 +84,7 @@ def head_by_head(
         return joint(model, batch, head_scales, options, last_micro_batch)
     head_loss = HeadByHeadLoss(head_scales, options)
     outputs = model.mtp.head_by_head(model, batch, head_loss, last_micro_batch)
-    end_backwards(model)
+    end_no_sync(model)
     return _together([outputs[k] for k in sorted(outputs)])
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from torchtitan_mtp.config import MTP
 from torchtitan_mtp.models.attention import AttentionContext
-from torchtitan_mtp.models.heads import TrunkEnd
+from torchtitan_mtp.models.heads import TrunkParts
 from torchtitan_mtp.models.layers import Norm, rms_norm
 from torchtitan_mtp.mtp.parallel import IndependentHeads
 
@@ -40,14 +40,14 @@ class MedusaHead(nn.Module):
 class MedusaHeads(IndependentHeads):
     """Heads 2..n on the state of the whole model."""
 
-    def __init__(self, end: TrunkEnd, mtp: MTP) -> None:
-        super().__init__(end, mtp.num_future_tokens, mtp.detach_trunk)
-        heads = (MedusaHead(end.args.dim) for _ in range(mtp.num_future_tokens - 1))
+    def __init__(self, trunk: TrunkParts, mtp: MTP) -> None:
+        super().__init__(trunk, mtp.num_future_tokens, mtp.detach_trunk)
+        heads = (MedusaHead(trunk.args.dim) for _ in range(mtp.num_future_tokens - 1))
         self.heads = nn.ModuleList(heads)
 
     def hidden(self, k: int, state: Tensor, context: AttentionContext) -> Tensor:
-        """As `IndependentHeads.hidden`. The norm of the trunk is part of a head's call: what is
-        kept for its backward is the trunk's state."""
+        """As `IndependentHeads.hidden`. The final norm is applied inside the head's call, so that
+        checkpointing keeps the trunk's state alone for the backward."""
         if k == 1:
-            return self.end.norm(state)
-        return self.heads[k - 2](*self.of_trunk(state))
+            return self.trunk_parts.norm(state)
+        return self.heads[k - 2](*self.trunk_input(state))

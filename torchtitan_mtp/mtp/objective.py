@@ -1,4 +1,4 @@
-"""What the heads' losses weigh: scale, reduction, schedule, curriculum, normalisation.
+"""The weights of the heads' losses: scale, reduction, schedule, curriculum, normalisation.
 
     total = CE_1 + scale(step) * reduce_{k>=2} weight_k * CE_k,    CE_k = loss_sum_k / valid_k
 
@@ -27,7 +27,7 @@ def loss_scale(mtp: MTP, step: int, steps: int) -> float:
     return start
 
 
-def active_heads(mtp: MTP, step: int, steps: int) -> int:
+def num_active_heads(mtp: MTP, step: int, steps: int) -> int:
     """How many of the n heads count at `step` (1-based): arXiv 2505.22757, section 3.
 
     The first `curriculum_fraction` of the run is n equal stages; forward adds a head with each,
@@ -42,7 +42,7 @@ def active_heads(mtp: MTP, step: int, steps: int) -> int:
 
 def head_weights(mtp: MTP, step: int, steps: int) -> list[float]:
     """Weights of CE_1..CE_n in the total at `step` (1-based) of `steps`."""
-    n, active = mtp.num_future_tokens, active_heads(mtp, step, steps)
+    n, active = mtp.num_future_tokens, num_active_heads(mtp, step, steps)
     weights = list(mtp.loss_weights) or [1.0] * (n - 1)
     scale = loss_scale(mtp, step, steps)
     if mtp.loss_reduction == "mean" and active > 1:
@@ -59,19 +59,20 @@ def head_scales(weights: list[float], valid: Tensor) -> Tensor:
     return torch.where(valid > 0, weight / valid.clamp(min=1), 0.0).float()
 
 
-def rest_unweighted(
+def clear_unused_gradients(
     model: Transformer, weights: Sequence[float], targets: Sequence[float]
 ) -> list[str]:
-    """Take the gradients, which are zero, from modules of heads that no loss with a weight reaches:
-    the optimizer then leaves them as they are, without decay or what moments hold of earlier steps.
+    """Set the gradients to None of head modules that no weighted loss used in this step (they are
+    zero), and return the modules' names. The optimizer then skips them: no weight decay, no step
+    from moments of earlier steps.
 
     weights: of CE_1..CE_n in this step; targets: how many each has. Call it after clipping, which
-    sums over all gradients. Returns the modules' names.
+    sums over all gradients.
     """
     heads = [] if model.mtp is None else list(model.mtp.heads)
     weighted = [k for k in range(2, len(weights) + 1) if weights[k - 1] and targets[k - 1]]
-    used = {module for k in weighted if model.mtp for module in model.mtp.reached(k)}
-    resting = {f"mtp.heads.{j}": head for j, head in enumerate(heads) if head not in used}
-    for head in resting.values():
+    used = {module for k in weighted if model.mtp for module in model.mtp.modules_used_by(k)}
+    unused = {f"mtp.heads.{j}": head for j, head in enumerate(heads) if head not in used}
+    for head in unused.values():
         head.zero_grad(set_to_none=True)
-    return list(resting)
+    return list(unused)

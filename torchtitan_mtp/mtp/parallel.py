@@ -1,5 +1,5 @@
-"""Parallel heads (Gloeckle et al. 2024, arXiv 2404.19737, section 2): with z the trunk's state
-under its last layer,
+"""Parallel heads (Gloeckle et al. 2024, arXiv 2404.19737, section 2): with z the input of
+the trunk's last layer,
 
     h_k = norm(block_k(z)),  k = 1..n;          block_1 is the model's own last layer.
 
@@ -24,14 +24,14 @@ from torch import Tensor, nn
 from torchtitan_mtp.config import MTP
 from torchtitan_mtp.data.targets import Batch
 from torchtitan_mtp.models.attention import AttentionContext
-from torchtitan_mtp.models.heads import Heads, TrunkEnd, TrunkOutput
+from torchtitan_mtp.models.heads import Heads, TrunkOutput, TrunkParts
 from torchtitan_mtp.models.transformer import Transformer
 from torchtitan_mtp.mtp.schedule import (
-    begin_backwards,
+    begin_no_sync,
     head_order,
     loss_backward,
-    next_backward_completes,
     next_backward_is_last,
+    sync_in_next_backward,
 )
 from torchtitan_mtp.ops import HeadByHeadLoss, LossOutput
 
@@ -42,7 +42,7 @@ class IndependentHeads(Heads):
     independent = True
 
     def block(self, k: int) -> nn.Module | None:
-        """What head k = 1..n alone consists of, if anything."""
+        """The module that only head k = 1..n uses; None if it has none."""
         return self.heads[k - 2] if k > 1 else None
 
     def hidden(self, k: int, state: Tensor, context: AttentionContext) -> Tensor:
@@ -61,14 +61,14 @@ class IndependentHeads(Heads):
         z, context, _ = model.trunk(batch)  # [B, S, D]
         dz = torch.zeros_like(z, dtype=torch.promote_types(z.dtype, torch.float32))
         order = head_order(self.num_future_tokens, z.requires_grad)
-        # The heads' blocks stay as their own last backward left them: nothing gathered them yet.
+        # Not the heads' own blocks: FSDP2 has not unsharded them yet in this micro-batch.
         own = [self.block(k) for k in order]
-        begin_backwards(model, [layer for layer in model.layers.values() if layer not in own])
+        begin_no_sync(model, [layer for layer in model.layers.values() if layer not in own])
         losses: dict[int, LossOutput] = {}
         for k in order:
             last = k == order[-1]
-            # What no later head uses is reduced as soon as this head's backward is through.
-            next_backward_completes(reduce, self.block(k), model.output if last else None)
+            # What no later head uses is reduced as soon as this head's backward is done.
+            sync_in_next_backward(reduce, self.block(k), model.output if last else None)
             if last and not z.requires_grad:
                 next_backward_is_last(model, reduce)
             leaf = z.detach().requires_grad_(z.requires_grad)
@@ -85,19 +85,19 @@ class IndependentHeads(Heads):
 class ParallelHeads(IndependentHeads):
     """Heads 2..n beside the model's last layer, which is head 1."""
 
-    below_last_layer = True
+    reads_before_last_layer = True
 
-    def __init__(self, end: TrunkEnd, mtp: MTP) -> None:
-        super().__init__(end, mtp.num_future_tokens, mtp.detach_trunk)
-        layers = (copy.deepcopy(end.last_layer) for _ in range(mtp.num_future_tokens - 1))
+    def __init__(self, trunk: TrunkParts, mtp: MTP) -> None:
+        super().__init__(trunk, mtp.num_future_tokens, mtp.detach_trunk)
+        layers = (copy.deepcopy(trunk.last_layer) for _ in range(mtp.num_future_tokens - 1))
         self.heads = nn.ModuleList(layers)
 
     def block(self, k: int) -> nn.Module:
         """As `IndependentHeads.block`."""
-        return super().block(k) or self.end.last_layer
+        return super().block(k) or self.trunk_parts.last_layer
 
     def hidden(self, k: int, state: Tensor, context: AttentionContext) -> Tensor:
-        """As `IndependentHeads.hidden`. The final norm is part of the block's call, so that a
-        checkpointed or compiled block keeps nothing for it."""
-        state, norm = self.of_trunk(state, detach=k > 1)
+        """As `IndependentHeads.hidden`. The final norm is applied inside the block's call, so
+        that a checkpointed or compiled block keeps nothing for it."""
+        state, norm = self.trunk_input(state, detach=k > 1)
         return self.block(k)(state, context, norm=norm)

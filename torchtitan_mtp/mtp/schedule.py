@@ -1,11 +1,11 @@
-"""What the schedules of all families are made of: a head's loss with its backward, and FSDP2 under
-one backward after another.
+"""The parts of every family's schedule: a head's loss with its backward, and the control of FSDP2
+over several backwards in one micro-batch.
 
-FSDP2 ends every backward by reducing and resharding what is unsharded. A schedule's many backwards
-have to look like one, or they would take `output` and the root's own parameters (the final norm's
-among them) from under the heads that are still to come. `begin_backwards` keeps these unsharded,
-and every gradient local until it is complete: so `output` is gathered once and its gradient reduced
-once, whatever n is. All that is about FSDP2 does nothing to a model without it.
+At the end of every backward FSDP2 reduces gradients and reshards parameters. After one head's
+backward that would be too early: the heads still to come need `output` and the root's own
+parameters (the final norm's among them). `begin_no_sync` keeps these unsharded and every gradient
+local until it is complete. So `output` is unsharded once and its gradient reduced once, whatever n
+is. On a model without FSDP2 these functions do nothing.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torchtitan_mtp.ops import HeadByHeadLoss, LossOutput, accumulation_dtype
 
 
 def head_order(n: int, trunk_trains: bool) -> list[int]:
-    """Heads in the order of their losses: the last one is the last to need `output`."""
+    """The heads in the order in which their losses run."""
     extra = list(range(n, 1, -1))
     # A frozen trunk's head 1 has no backward; with a trunk that trains, head 1 comes last because
     # it is the only one whose gradient reaches `output` under detach_trunk.
@@ -32,7 +32,7 @@ def head_order(n: int, trunk_trains: bool) -> list[int]:
 def loss_backward(
     model: Transformer, batch: Batch, head_loss: HeadByHeadLoss, k: int, hidden: Tensor, last: bool
 ) -> LossOutput:
-    """Head k's loss and its backward; `hidden` [B, S, D] is lost."""
+    """Head k's loss and its backward; the gradient overwrites `hidden` [B, S, D]."""
     assert model.mtp is not None
     compute = functools.partial(head_loss, first=k - 1, last=last)
     detach = model.mtp.detach_trunk and k > 1
@@ -43,16 +43,16 @@ def loss_backward(
 
 
 def fsdp_units(*modules: object) -> list[FSDPModule]:
-    """Those of the modules that FSDP2 shards as units; none without FSDP2."""
+    """Those of the modules that are FSDP2 units; none without FSDP2."""
     return [module for module in modules if isinstance(module, FSDPModule)]
 
 
-def begin_backwards(model: Transformer, blocks: Iterable[nn.Module]) -> None:
-    """From now on no gradient of `blocks` and of what the heads share (`output`, the embedding, the
-    root's own parameters) is reduced, and what they share stays unsharded.
+def begin_no_sync(model: Transformer, blocks: Iterable[nn.Module]) -> None:
+    """Keep gradients local, as FSDP's `no_sync`: those of `blocks` and of what the heads share
+    (`output`, the embedding, the root's own parameters). What they share stays unsharded too.
 
-    blocks: those whose parameters a forward has gathered before: FSDP2 can't be told to keep the
-    gradients of any other.
+    blocks: those that have run forward in this micro-batch; FSDP2 has no gradients to keep of
+    others.
     """
     for unit in fsdp_units(model):
         unit.set_is_last_backward(False)
@@ -62,29 +62,29 @@ def begin_backwards(model: Transformer, blocks: Iterable[nn.Module]) -> None:
         unit.set_reshard_after_backward(False, recurse=False)
 
 
-def next_backward_completes(reduce: bool, *units: nn.Module | None) -> None:
-    """The gradients of `units` are complete with the next backward. `reduce`: whether this
-    micro-batch reduces any.
+def sync_in_next_backward(reduce: bool, *units: nn.Module | None) -> None:
+    """Reduce the gradients of `units` after the next backward, which completes them, if `reduce`:
+    whether this is the micro-batch that reduces.
 
-    `output` stays unsharded all the same: FSDP2 prefetches in the reverse of the forwards' order,
-    and before the last head's block comes another head's `output`, which would be gathered once
-    more.
+    `output` stays unsharded even so: FSDP2 prefetches in the reverse order of the forwards, where
+    another head's `output` comes before the last head's block, and would be unsharded once more.
     """
     for unit in fsdp_units(*units):
         unit.set_requires_gradient_sync(reduce)
 
 
 def next_backward_is_last(model: Transformer, reduce: bool) -> None:
-    """The next backward is the micro-batch's last.
+    """Tell FSDP2 that the next backward is the micro-batch's last.
 
-    FSDP2 reduces a unit's gradients in one piece, of one type. Those that earlier backwards left it
-    has in float32: the root's others join them once the last one, of tied embeddings, is complete.
+    FSDP2 reduces all gradients of a unit together, in one dtype, and accumulates those of earlier
+    backwards in float32. So, once the last one, of tied embeddings, is complete, the root's other
+    gradients are cast to float32 too.
     """
     for unit in fsdp_units(model):
         unit.set_requires_gradient_sync(reduce)
         unit.set_is_last_backward(reduce)
 
-    def join(tied: Tensor) -> None:
+    def cast(tied: Tensor) -> None:
         hook.remove()
         for gradient in (model.norm.weight.grad, tied.grad):
             if gradient is not None:
@@ -92,11 +92,11 @@ def next_backward_is_last(model: Transformer, reduce: bool) -> None:
 
     tied = model.args.tied_embeddings and model.output.weight.requires_grad
     if reduce and tied and fsdp_units(model):
-        hook = model.output.weight.register_post_accumulate_grad_hook(join)
+        hook = model.output.weight.register_post_accumulate_grad_hook(cast)
 
 
-def end_backwards(model: Transformer) -> None:
-    """The end of `begin_backwards`."""
+def end_no_sync(model: Transformer) -> None:
+    """Undo `begin_no_sync`: reshard what was kept unsharded."""
     for unit in fsdp_units(model.output, model):
         unit.set_reshard_after_backward(True, recurse=False)
         unit.reshard()

@@ -3,20 +3,19 @@ is the whole ordinary model, after its final norm, and for k = 2..n
 
     h_k = norm_k(block_k(M_k [enorm_k(emb(t[i+k-1])) ; hnorm_k(h_{k-1})])).
 
-(With `trunk_state = "raw"`, as vLLM runs MiMo, head 2 reads the state before the final norm in
-place of h_1.)
+(With `trunk_state = "raw"`, as vLLM runs MiMo, head 2 reads the state before the final norm
+instead of h_1.)
 
-Head by head: a chain can't forget a head's state before the next head has used it. Its heads run
-forward first, each checkpointed (`apply_activation_checkpointing` sees to that), and only the n
-states [N, D] stay. Then from the last head to the first, each loss comes just before its head's
-backward:
+Head by head: a chain has to keep a head's state until the next head has used it. So all heads run
+forward first, each checkpointed (by `apply_activation_checkpointing`), and only the n states [N, D]
+stay. Then, from the last head to the first, each loss is computed just before its head's backward:
 
     x = trunk(t);  h_2 = head_2(x.detach());  h_k = head_k(h_{k-1}.detach())
     for k in n..2:  backward(loss_k(h_k));  backward(head_k) into h_{k-1}, into x for k = 2
     backward(loss_1(norm(x)));  backward(trunk)
 
-A state's gradient takes the place of the state. In one graph both would be needed at once, for h_k
-is what head k + 1 is computed from again.
+A state's gradient overwrites the state. In one graph both would be needed at once: checkpointing
+computes head k + 1 from h_k a second time.
 """
 
 from __future__ import annotations
@@ -29,16 +28,16 @@ from torch import Tensor, nn
 from torchtitan_mtp.config import MTP
 from torchtitan_mtp.data.targets import Batch
 from torchtitan_mtp.models.attention import AttentionContext, KVCache
-from torchtitan_mtp.models.heads import Heads, TrunkEnd, TrunkOutput
+from torchtitan_mtp.models.heads import Heads, TrunkOutput, TrunkParts
 from torchtitan_mtp.models.layers import Norm, rms_norm
 from torchtitan_mtp.models.transformer import Transformer
 from torchtitan_mtp.mtp.schedule import (
-    begin_backwards,
+    begin_no_sync,
     fsdp_units,
     head_order,
     loss_backward,
-    next_backward_completes,
     next_backward_is_last,
+    sync_in_next_backward,
 )
 from torchtitan_mtp.ops import HeadByHeadLoss, LossOutput
 
@@ -46,13 +45,13 @@ from torchtitan_mtp.ops import HeadByHeadLoss, LossOutput
 class SequentialHead(nn.Module):
     """One MTP module: the next hidden state from the previous one and the token in between."""
 
-    def __init__(self, end: TrunkEnd) -> None:
+    def __init__(self, trunk: TrunkParts) -> None:
         super().__init__()
-        dim, eps = end.args.dim, end.args.norm_eps
+        dim, eps = trunk.args.dim, trunk.args.norm_eps
         self.enorm = nn.RMSNorm(dim, eps=eps)
         self.hnorm = nn.RMSNorm(dim, eps=eps)
         self.eh_proj = nn.Linear(2 * dim, dim, bias=False)
-        self.block = copy.deepcopy(end.last_layer)
+        self.block = copy.deepcopy(trunk.last_layer)
         self.norm = nn.RMSNorm(dim, eps=eps)
 
     def forward(
@@ -65,7 +64,7 @@ class SequentialHead(nn.Module):
     ) -> Tensor:
         """h_k [B, S, D], normalised, from h = h_{k-1} and emb [B, S, D].
 
-        With `trunk_norm`, the trunk's final norm, h is the state before it, which is taken here.
+        With `trunk_norm`, the trunk's final norm, h is the state before that norm, applied here.
         """
         if trunk_norm is not None:
             h = rms_norm(h, trunk_norm)
@@ -83,34 +82,36 @@ class SequentialHeads(Heads):
     trunk_state: what the first of them reads of the trunk (`mtp.trunk_state`).
     """
 
-    reads_tokens_ahead = True
+    reads_future_tokens = True
 
-    def __init__(self, end: TrunkEnd, mtp: MTP) -> None:
-        super().__init__(end, mtp.num_future_tokens, mtp.detach_trunk)
+    def __init__(self, trunk: TrunkParts, mtp: MTP) -> None:
+        super().__init__(trunk, mtp.num_future_tokens, mtp.detach_trunk)
         self.trunk_state = mtp.trunk_state
         modules = 1 if mtp.share_weights else mtp.num_future_tokens - 1
-        self.heads = nn.ModuleList(SequentialHead(end) for _ in range(modules))
+        self.heads = nn.ModuleList(SequentialHead(trunk) for _ in range(modules))
 
     def module(self, k: int) -> nn.Module:
         """The module that computes h_k, k = 2..n."""
         return self.heads[min(k - 2, len(self.heads) - 1)]
 
-    def reached(self, k: int) -> list[nn.Module]:
-        """As `Heads.reached`: all up to its own."""
+    def modules_used_by(self, k: int) -> list[nn.Module]:
+        """As `Heads.modules_used_by`: its own and all before it."""
         return list(self.heads[: k - 1])
 
     def lookahead(self, embedded: Tensor, k: int) -> Tensor:
-        """What head k reads of `TrunkOutput.embedded`: that of t[i+k-1] [B, S, D], a view."""
+        """Head k's input embeddings, those of t[i+k-1]: [B, S, D], a view of
+        `TrunkOutput.embedded`."""
         seq_len = embedded.shape[1] - self.num_future_tokens + 1
         return embedded[:, k - 1 : k - 1 + seq_len]
 
     def hidden(self, k: int, h: Tensor, emb: Tensor, context: AttentionContext) -> Tensor:
-        """h_k [B, S, D], k = 2..n, from h_{k-1} and `lookahead` [B, S, D]; h_2 from the trunk's
-        state, whose norm is part of the module's call: what is kept for the backward is that
-        state."""
+        """h_k [B, S, D], k = 2..n, from h_{k-1} and its `lookahead` embeddings [B, S, D].
+
+        h_2 comes from the trunk's state. The final norm is applied inside the module's call, so
+        that checkpointing keeps that state alone for the backward."""
         if k > 2:
             return self.module(k)(h, emb, context)
-        h, norm = self.of_trunk(h)
+        h, norm = self.trunk_input(h)
         trunk_norm = norm if self.trunk_state == "normalized" else None
         return self.module(k)(h, emb, context, trunk_norm=trunk_norm)
 
@@ -118,7 +119,7 @@ class SequentialHeads(Heads):
         """As `Heads.forward`."""
         h, context, embedded = trunk
         assert embedded is not None
-        hiddens = [self.end.norm(h)]
+        hiddens = [self.trunk_parts.norm(h)]
         if self.detach_trunk:
             embedded = embedded.detach()
         for k in range(2, self.num_future_tokens + 1):
@@ -146,7 +147,7 @@ class SequentialHeads(Heads):
         for k in range(2, n + 1):
             outputs[k] = self.hidden(k, states[k - 1], tokens[k], context)
             states[k] = outputs[k].detach().requires_grad_()
-        begin_backwards(model, (*model.layers.values(), *self.heads))
+        begin_no_sync(model, (*model.layers.values(), *self.heads))
         for unit in fsdp_units(*self.heads):
             # What FSDP2 prefetches for the next backward would be freed before it.
             unit.set_reshard_after_backward(False)
@@ -155,14 +156,14 @@ class SequentialHeads(Heads):
         for k in order:
             last, state, output = k == order[-1], states.pop(k), outputs.pop(k)
             if last:
-                next_backward_completes(reduce, model.output)
+                sync_in_next_backward(reduce, model.output)
             hidden = state if k > 1 else model.norm(state)
             losses[k] = loss_backward(model, batch, head_loss, k, hidden, last)
             if k > 1:
                 if k == 2 or self.module(k) is not self.module(k - 1):
                     for unit in fsdp_units(self.module(k)):
                         unit.set_reshard_after_backward(True)
-                    next_backward_completes(reduce, self.module(k))
+                    sync_in_next_backward(reduce, self.module(k))
                 if last:
                     next_backward_is_last(model, reduce)
                 output.backward(state.grad)

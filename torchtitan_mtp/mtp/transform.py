@@ -10,13 +10,13 @@ import torch
 from torchtitan_mtp.config import MTP
 from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.models.args import ModelArgs, ModelSpec
-from torchtitan_mtp.models.heads import Heads, TrunkEnd
+from torchtitan_mtp.models.heads import Heads, TrunkParts
 from torchtitan_mtp.models.transformer import Transformer
 from torchtitan_mtp.mtp.medusa import MedusaHeads
 from torchtitan_mtp.mtp.parallel import ParallelHeads
 from torchtitan_mtp.mtp.sequential import SequentialHeads
 
-FAMILIES: dict[str, Callable[[TrunkEnd, MTP], Heads]] = {  # by `mtp.heads` and `ModelSpec.heads`
+FAMILIES: dict[str, Callable[[TrunkParts, MTP], Heads]] = {  # by `mtp.heads` and `ModelSpec.heads`
     "parallel": ParallelHeads,
     "sequential": SequentialHeads,
     "medusa": MedusaHeads,
@@ -57,9 +57,9 @@ def add_heads(model: Transformer, mtp: MTP) -> Transformer:
     for i in range(model.args.n_layers, layers):
         del model.layers[str(i)]
     weight = model.norm.weight
-    end = TrunkEnd(model.args, model.layers[str(model.args.n_layers - 1)], model.norm)
+    trunk = TrunkParts(model.args, model.layers[str(model.args.n_layers - 1)], model.norm)
     with weight.device:
-        heads = FAMILIES[mtp.heads](end, mtp)
+        heads = FAMILIES[mtp.heads](trunk, mtp)
     model.mtp = heads.to(weight.dtype)
     if mtp.train != "all":
         for name, param in model.named_parameters():
@@ -76,7 +76,7 @@ def copy_last_layer(model: Transformer, names: Collection[str] | None = None) ->
     initialisation.
     """
     assert model.mtp is not None
-    last = model.mtp.end.last_layer.state_dict(keep_vars=True)
+    last = model.mtp.trunk_parts.last_layer.state_dict(keep_vars=True)
     heads = model.mtp.state_dict(prefix="mtp.", keep_vars=True)
     for name, param in heads.items():
         inner = name.split(".", 3)[3].removeprefix("block.")  # mtp.heads.{i}.[block.]inner

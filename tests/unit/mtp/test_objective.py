@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from torchtitan_mtp.config import MTP
-from torchtitan_mtp.mtp.objective import active_heads, head_scales, head_weights, loss_scale
+from torchtitan_mtp.mtp.objective import head_scales, head_weights, loss_scale, num_active_heads
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ def test_curricula(n, fraction, steps, forward):
 
     def active(curriculum):
         mtp = MTP(num_future_tokens=n, curriculum=curriculum, curriculum_fraction=fraction)
-        return [active_heads(mtp, step, steps) for step in range(1, steps + 1)]
+        return [num_active_heads(mtp, step, steps) for step in range(1, steps + 1)]
 
     assert active("forward") == forward
     assert active("reverse") == [n + 1 - heads for heads in forward]
