@@ -12,7 +12,7 @@ from torch import Tensor
 from torchtitan_mtp.config import MTP
 from torchtitan_mtp.data.targets import Window
 from torchtitan_mtp.models.args import LatentArgs, ModelArgs, MoEArgs
-from torchtitan_mtp.models.init import assign, init_weights
+from torchtitan_mtp.models.init import copy_full_tensor, init_weights
 from torchtitan_mtp.models.transformer import Transformer, build_model
 from torchtitan_mtp.mtp import add_heads
 
@@ -83,13 +83,15 @@ def perturb_norms(model: Transformer) -> None:
             generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
             mean = 0 if name.endswith(".bias") else 1
             value = mean + 0.3 * torch.randn(param.shape, generator=generator)
-            assign(param, value.to(param.dtype))
+            copy_full_tensor(param, value.to(param.dtype))
         elif name.endswith("router.gate.weight"):
             param.mul_(50)
         elif name.startswith("mtp.") and name.endswith(".linear.weight"):  # zeros to begin with
             generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-            assign(param, 0.3 * torch.randn(param.shape, generator=generator).to(param.dtype))
-    for name, moe in model.named_mixtures():
+            copy_full_tensor(
+                param, 0.3 * torch.randn(param.shape, generator=generator).to(param.dtype)
+            )
+    for name, moe in model.named_moe_layers():
         generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
         moe.expert_bias.copy_(0.1 * torch.randn(moe.expert_bias.shape, generator=generator))
 

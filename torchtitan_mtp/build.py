@@ -1,5 +1,5 @@
-"""The one way from a configuration to a model: its sizes (a `ModelSpec`), then the model with its
-heads on the meta device. And back: how a configuration says sizes that were read elsewhere."""
+"""From a configuration to a model: its sizes (a `ModelSpec`), then the model with its heads on the
+meta device. And back: sizes that were read elsewhere, written into a configuration."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from torchtitan_mtp.config.setting import options
 from torchtitan_mtp.models.args import ModelArgs, ModelSpec
 from torchtitan_mtp.models.flavors import flavors, model_args
 from torchtitan_mtp.models.transformer import Transformer, build_model
-from torchtitan_mtp.mtp.transform import add_heads, with_heads
+from torchtitan_mtp.mtp.transform import add_heads, spec_with_heads
 
 
-def args_of_run(
-    config: JobConfig, tokenizer_vocab: int, *, at_least: int = 0, earlier: bool = False
+def model_args_from_config(
+    config: JobConfig, tokenizer_vocab: int, *, min_seq_len: int = 0, earlier: bool = False
 ) -> ModelArgs:
     """The shape of a run's model before its heads: `model_args` of its configuration.
 
-    Positions reach as far as training and validation do, and to `at_least`. earlier: with what the
-    flavor had before it became TorchTitan's.
+    `max_seq_len` is the largest of training's, validation's and `min_seq_len`. earlier: with what
+    the flavor had before it became TorchTitan's.
     """
     model, training = config.model, config.training
     return model_args(
@@ -33,7 +33,7 @@ def args_of_run(
         model.flavor,
         tokenizer_vocab=tokenizer_vocab,
         vocab_size=model.vocab_size,
-        max_seq_len=max(at_least, training.seq_len, config.validation.seq_len),
+        max_seq_len=max(min_seq_len, training.seq_len, config.validation.seq_len),
         trained_len=training.seq_len,
         attn_mask_type=model.attn_mask_type,
         changes=model.args.given(),
@@ -41,41 +41,42 @@ def args_of_run(
     )
 
 
-def model_of_run(
+def model_from_config(
     config: JobConfig,
     tokenizer_vocab: int,
     dtype: torch.dtype,
     *,
-    at_least: int = 0,
+    min_seq_len: int = 0,
     earlier: bool = False,
 ) -> Transformer:
     """A run's model with its heads, on the meta device; `model.spec` has its sizes. Arguments and
-    errors: those of `args_of_run` and `with_heads`."""
-    args = args_of_run(config, tokenizer_vocab, at_least=at_least, earlier=earlier)
+    errors: those of `model_args_from_config` and `spec_with_heads`."""
+    args = model_args_from_config(config, tokenizer_vocab, min_seq_len=min_seq_len, earlier=earlier)
     model = build_model(args, dtype)
     model.softcap = config.loss.softcap
     return add_heads(model, config.mtp) if config.num_future_tokens > 1 else model
 
 
-def spec_of_run(config: JobConfig, vocab_size: int, earlier: bool = False) -> ModelSpec:
+def spec_from_config(config: JobConfig, vocab_size: int, earlier: bool = False) -> ModelSpec:
     """The sizes of a run's stored weights, from its configuration and the rows of their embedding;
-    positions reach as far as it trained."""
-    args = args_of_run(config, 0, earlier=earlier)
+    `max_seq_len` is what it trained with."""
+    args = model_args_from_config(config, 0, earlier=earlier)
     args = replace(args, vocab_size=vocab_size, max_seq_len=config.training.seq_len)
-    return with_heads(args, config.mtp) if config.num_future_tokens > 1 else ModelSpec(args)
+    return spec_with_heads(args, config.mtp) if config.num_future_tokens > 1 else ModelSpec(args)
 
 
-def describe_run(config: JobConfig, spec: ModelSpec) -> None:
-    """Write a model into a configuration: by its flavor's name where one fits, else by sizes."""
+def write_spec_to_config(config: JobConfig, spec: ModelSpec) -> None:
+    """Write a model's sizes into a configuration: as a flavor's name where one fits, else as
+    [model.args]."""
     args, model = spec.args, config.model
-    if spec.kind == "deepseek_v3":
+    if spec.block_type == "deepseek_v3":
         model.name = "deepseek_v3"
     else:
         model.name = "qwen3" if args.qk_norm else "qwen2" if args.qkv_bias else "llama3"
     model.vocab_size = args.vocab_size
     config.training.seq_len = config.validation.seq_len = args.max_seq_len
-    wanted = sizes(args)
-    same = (name for name, flavor in flavors[model.name].items() if sizes(flavor) == wanted)
+    wanted = args_to_keys(args)
+    same = (name for name, flavor in flavors[model.name].items() if args_to_keys(flavor) == wanted)
     model.flavor = next(same, "custom")
     if model.flavor == "custom":
         keys = options(SizeKeys)
@@ -92,9 +93,9 @@ def _table_of(spec: ModelSpec) -> MTP:
     return MTP(**told)
 
 
-def sizes(args: ModelArgs) -> dict[str, Any]:
-    """What [model.args] can say of a trunk, by its keys: all that decides its parameters and what
-    they compute, but for the vocabulary. How experts are balanced is the training's."""
+def args_to_keys(args: ModelArgs) -> dict[str, Any]:
+    """A trunk's sizes as keys of [model.args]: all that decides its parameters and what they
+    compute, except the vocabulary. (How experts are balanced belongs to the training.)"""
     found: dict[str, Any] = {key.name: getattr(args, key.name) for key in fields(SizeKeys)}
     found |= {"n_kv_heads": args.kv_heads, "head_size": args.head_dim, "hidden_dim": args.ffn_dim}
     if args.latent is not None:
@@ -110,11 +111,11 @@ def sizes(args: ModelArgs) -> dict[str, Any]:
 
 def differing_sizes(ours: ModelArgs, theirs: ModelArgs) -> Collection[str]:
     """The sizes, as "name = ours, not theirs", in which two trunks differ."""
-    a, b = (sizes(args) | {"vocab_size": args.vocab_size} for args in (ours, theirs))
+    a, b = (args_to_keys(args) | {"vocab_size": args.vocab_size} for args in (ours, theirs))
     return [f"{key} = {a.get(key)}, not {b.get(key)}" for key in a | b if a.get(key) != b.get(key)]
 
 
-def shapes_of(spec: ModelSpec) -> dict[str, Size]:
+def parameter_shapes(spec: ModelSpec) -> dict[str, Size]:
     """Name -> shape of every parameter and expert's bias; of two tied names, the embedding's alone.
 
     Raises:
@@ -127,9 +128,9 @@ def shapes_of(spec: ModelSpec) -> dict[str, Size]:
     return {name: param.shape for name, param in model.named_parameters()} | biases
 
 
-def summary_of(spec: ModelSpec) -> str:
+def model_summary(spec: ModelSpec) -> str:
     """One line for people."""
-    shapes = shapes_of(spec).items()
+    shapes = parameter_shapes(spec).items()
     count = sum(shape.numel() for name, shape in shapes if not name.endswith("expert_bias"))
-    heads = f" and {spec.modules} {spec.heads} heads" if spec.heads else ", no further heads"
+    heads = f" and {spec.num_modules} {spec.heads} heads" if spec.heads else ", no further heads"
     return f"{count:,} parameters in {spec.args.n_layers} layers{heads}"

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from torchtitan_mtp.build import model_of_run
+from torchtitan_mtp.build import model_from_config
 from torchtitan_mtp.checkpoint import Checkpointer
 from torchtitan_mtp.checkpoint.folders import step_folder
 from torchtitan_mtp.checkpoint.lock import lock_folders, written_folders
@@ -49,16 +49,16 @@ from torchtitan_mtp.monitoring.profiling import profile_steps, snapshot_memory
 from torchtitan_mtp.monitoring.spikes import LossSpikes
 from torchtitan_mtp.monitoring.step_losses import StepLosses
 from torchtitan_mtp.mtp import (
+    ENGINES,
     clear_unused_gradients,
     copy_last_layer,
-    engines,
     head_scales,
     head_weights,
 )
 from torchtitan_mtp.nonfinite import FiniteGuard, find_cause, send_to_host
 from torchtitan_mtp.ops import LossOptions
 from torchtitan_mtp.optimizer import build_optimizer, build_scheduler, clip_gradients
-from torchtitan_mtp.validation import compare_with_pairs, measure_text
+from torchtitan_mtp.validation import compare_with_bigrams, evaluate_batches
 from torchtitan_mtp.writing import written_whole
 
 logger = logging.getLogger(__name__)
@@ -98,7 +98,7 @@ class Trainer:
         # Files are each rank's own: what fails on one of them ends all.
         self.tokenizer = self.ranks.on_all(lambda: build_tokenizer(config.model.hf_assets_path))
         stored, vocabulary = getattr(torch, training.dtype), self.tokenizer.vocab_size
-        model = model_of_run(config, vocabulary, stored, earlier=earlier)
+        model = model_from_config(config, vocabulary, stored, earlier=earlier)
         if config.checkpoint.last_save_in_hf:
             hf_format(model.spec)  # before the training, not after it
         self.accumulation = micro_batches_per_step(config, self.world.size)
@@ -118,7 +118,7 @@ class Trainer:
         config, training = self.config, self.config.training
         self.loss_options = loss_options(config)
         self.model = self._parallelize(model)
-        self.engine = engines[config.mtp.engine]
+        self.engine = ENGINES[config.mtp.engine]
         self.float8_scales = float8_scales_after_step(config)
         self.optimizer = build_optimizer(self.model.parameters(), config.optimizer)
         self.scheduler = build_scheduler(self.optimizer, config.lr_scheduler, training.steps)
@@ -348,7 +348,7 @@ class Trainer:
         shown: list[Batch] = []
         with apart_from_training(self.model):
             batches = self._held_out_batches(shown, keep=compare)
-            found = measure_text(self.model, batches, self.device, self.loss_options)
+            found = evaluate_batches(self.model, batches, self.device, self.loss_options)
         if self.stopping.signal:
             return []
         self.missing.check(where, found.targets, shown)
@@ -361,7 +361,7 @@ class Trainer:
             elapsed=time.perf_counter() - begin,
         )
         if compare and any(found.targets):
-            table = compare_with_pairs(found, shown, self.tokenizer.vocab_size)
+            table = compare_with_bigrams(found, shown, self.tokenizer.vocab_size)
             logger.info(
                 "held-out text, against what one token tells about the k-th next:\n%s", table
             )

@@ -1,4 +1,5 @@
-"""What heads make of a text: the one loop of a run's validation and of `scripts/evaluate.py`."""
+"""Losses, accuracies and acceptance of the heads on a text: the loop of a run's validation and of
+`scripts/evaluate.py`."""
 
 from __future__ import annotations
 
@@ -25,12 +26,12 @@ from torchtitan_mtp.ops import LossOptions, linear_cross_entropy
 
 
 @dataclass(frozen=True)
-class TextMeasure:
-    """What n heads make of a text; lists run from head 1 to head n.
+class TextMetrics:
+    """Metrics of n heads on a text; lists run from head 1 to head n.
 
     losses: cross-entropy, nats a token. accuracies: share of targets that are the head's most
-    likely token; both nan without a target. targets: how many there were. tokens: that were read on
-    this rank, padding included. num_bytes: of head 1's targets, as UTF-8, where they were counted.
+    likely token; both nan without a target. targets: their number. tokens: the number read on this
+    rank, padding included. num_bytes: of head 1's targets, as UTF-8, where they were counted.
     """
 
     losses: list[float]
@@ -47,9 +48,9 @@ class TextMeasure:
 
 
 @torch.no_grad()
-def measure_text(
+def evaluate_batches(
     model: Transformer, batches: Iterable[Batch], device: torch.device, options: LossOptions
-) -> TextMeasure:
+) -> TextMetrics:
     """Losses, accuracies and acceptance on batches, over all ranks."""
     n = model.spec.num_future_tokens
     losses, tokens = StepLosses(n, device), 0
@@ -64,18 +65,18 @@ def measure_text(
     found = losses.reduce()
     targets = [int(count) for count in found["targets"]]
     acceptance = Acceptance(*all_reduce(agreement).tolist())
-    return TextMeasure(found["losses"], found["accuracies"], targets, acceptance, tokens)
+    return TextMetrics(found["losses"], found["accuracies"], targets, acceptance, tokens)
 
 
-def measure_windows(
+def evaluate_windows(
     model: Transformer,
     windows: Iterable[Window],
     tokenizer: Tokenizer,
     *,
     batches: int = -1,
     softcap: float | None = None,
-) -> TextMeasure:
-    """`measure_text` of `batches` windows [B, S+n] (-1: all of them), with the text's bytes."""
+) -> TextMetrics:
+    """`evaluate_batches` of `batches` windows [B, S+n] (-1: all of them), with the text's bytes."""
     labels = []
 
     def read() -> Iterator[Batch]:
@@ -85,7 +86,7 @@ def measure_windows(
             labels.append(batch.labels[..., 0].flatten())
             yield batch
 
-    found = measure_text(model, read(), model.norm.weight.device, LossOptions(softcap=softcap))
+    found = evaluate_batches(model, read(), model.norm.weight.device, LossOptions(softcap=softcap))
     if not labels:
         raise UserError("the text is empty: nothing to evaluate on")
     return replace(found, num_bytes=count_bytes(torch.cat(labels), tokenizer))
@@ -105,7 +106,7 @@ def count_bytes(labels: Tensor, tokenizer: Tokenizer) -> int:
     )
 
 
-def compare_with_pairs(found: TextMeasure, batches: Sequence[Batch], vocab_size: int) -> str:
+def compare_with_bigrams(found: TextMetrics, batches: Sequence[Batch], vocab_size: int) -> str:
     """A table of the heads beside what pair statistics of the same text would reach. batches: this
     rank's, which all ranks put together."""
     real = [batch.doc_ids != PADDING for batch in batches]

@@ -1,6 +1,6 @@
 """How others run n heads through the loss, rewritten as engines to stand beside ours.
 
-Each takes what `torchtitan_mtp.mtp.engines` take and leaves the same gradients in `.grad`.
+Each takes what `torchtitan_mtp.mtp.ENGINES` take and leaves the same gradients in `.grad`.
 """
 
 from __future__ import annotations

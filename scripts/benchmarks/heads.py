@@ -24,7 +24,7 @@ from torchtitan_mtp.models.args import ModelArgs
 from torchtitan_mtp.models.init import init_weights
 from torchtitan_mtp.models.transformer import Transformer, build_model
 from torchtitan_mtp.monitoring.flops import forward_backward_flops_per_token
-from torchtitan_mtp.mtp import add_heads, engines, head_scales, head_weights
+from torchtitan_mtp.mtp import ENGINES, add_heads, head_scales, head_weights
 from torchtitan_mtp.ops import LossOptions, LossOutput
 from torchtitan_mtp.optimizer import build_optimizer, clip_gradients
 
@@ -154,7 +154,7 @@ def prepare(case: str, n: int, **sizes: Any) -> Callable[[], None]:
     batch = random_batch(sizes, n, device)
     valid = (batch.labels != IGNORE).sum((0, 1))
     scales = head_scales(head_weights(mtp, 1, 10), valid)
-    run_heads: Callable[..., LossOutput] = (engines | PEERS)[mtp.engine]
+    run_heads: Callable[..., LossOutput] = (ENGINES | PEERS)[mtp.engine]
 
     def forward_backward_update() -> None:
         run_heads(model, batch, scales, LossOptions(), True)

@@ -22,7 +22,7 @@ from torchtitan_mtp.distributed.mesh import init_world
 from torchtitan_mtp.distributed.parallelize import parallelize
 from torchtitan_mtp.models.flavors import flavors
 from torchtitan_mtp.models.transformer import build_model
-from torchtitan_mtp.mtp import engines
+from torchtitan_mtp.mtp import ENGINES
 from torchtitan_mtp.ops import LossOptions
 from torchtitan_mtp.optimizer import build_optimizer, clip_gradients
 
@@ -123,7 +123,7 @@ def _prepare(compiled: bool, dtype: str, sizes: dict[str, Any]) -> Callable[[], 
     scales = torch.full((1,), 1 / batch.tokens.numel(), device=world.device)
 
     def step() -> None:
-        engines["joint"](model, batch, scales, LossOptions(), True)
+        ENGINES["joint"](model, batch, scales, LossOptions(), True)
         clip_gradients(model, config.training.max_norm)
         optimizer.step()
         optimizer.zero_grad()

@@ -7,7 +7,7 @@ import random
 from pathlib import Path
 
 from fuzzing.mutations import PIECES, edited
-from torchtitan_mtp.build import args_of_run
+from torchtitan_mtp.build import model_args_from_config
 from torchtitan_mtp.config import JobConfig, parse_args
 from torchtitan_mtp.config.setting import Option
 from torchtitan_mtp.config.torchtitan import known_options
@@ -42,7 +42,7 @@ def case(rng: random.Random, folder: Path) -> None:
 def plan(config: JobConfig) -> None:
     """What the trainer makes of a configuration, on the meta device."""
     heads = config.mtp.num_future_tokens = config.num_future_tokens
-    args = args_of_run(config, 259)
+    args = model_args_from_config(config, 259)
     micro_batches_per_step(config, 1)
     sizes = [args.n_layers, args.dim, heads, args.max_seq_len, args.vocab_size or 0]
     experts = args.moe.num_experts if args.moe is not None else 0

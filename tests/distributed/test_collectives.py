@@ -14,7 +14,7 @@ from torchtitan_mtp.data.targets import make_batch
 from torchtitan_mtp.distributed.mesh import init_world
 from torchtitan_mtp.distributed.parallelize import parallelize
 from torchtitan_mtp.models.transformer import build_model
-from torchtitan_mtp.mtp import add_heads, engines
+from torchtitan_mtp.mtp import ENGINES, add_heads
 from torchtitan_mtp.ops import LossOptions
 
 PLAIN = MTP(num_future_tokens=1)
@@ -61,7 +61,7 @@ def collectives_of_a_step(mtp: MTP) -> tuple[Counter[str], Counter[str]]:
             fsdp.foreach_all_gather = counting(originals[0], gathered)
             fsdp.foreach_reduce = counting(originals[1], reduced)
             model.zero_grad()
-            engines[mtp.engine](model, batch, torch.ones(n), LossOptions(), True)
+            ENGINES[mtp.engine](model, batch, torch.ones(n), LossOptions(), True)
             fsdp.foreach_all_gather, fsdp.foreach_reduce = originals
     finally:
         fsdp.foreach_all_gather, fsdp.foreach_reduce = originals

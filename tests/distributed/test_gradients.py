@@ -28,7 +28,7 @@ from torchtitan_mtp.distributed.mesh import all_reduce, init_world
 from torchtitan_mtp.distributed.parallelize import parallelize
 from torchtitan_mtp.models.args import ModelArgs
 from torchtitan_mtp.models.transformer import build_model
-from torchtitan_mtp.mtp import add_heads, engines, head_scales, head_weights
+from torchtitan_mtp.mtp import ENGINES, add_heads, head_scales, head_weights
 from torchtitan_mtp.ops import LossOptions
 
 ACCUMULATION = 2
@@ -73,12 +73,12 @@ def step_on_rank(
     scales = head_scales(head_weights(mtp, 1, 10), valid)
     for _ in range(2):  # a second step finds whatever state the first one left behind
         model.zero_grad()
-        for _, moe in model.named_mixtures():
+        for _, moe in model.named_moe_layers():
             moe.tokens_per_expert.zero_()
         total = torch.zeros(())
         for i, batch in enumerate(batches):
             last = i == len(batches) - 1
-            out = engines[mtp.engine](model, batch, scales, LossOptions(backend=backend), last)
+            out = ENGINES[mtp.engine](model, batch, scales, LossOptions(backend=backend), last)
             total += out.loss
         all_reduce(total)
     gradients = {}
@@ -91,8 +91,11 @@ def step_on_rank(
 def balanced(model) -> list:
     """Each expert's tokens and biases after the step."""
     loads = balance_experts(model)
-    assert all(moe.tokens_per_expert.sum() == 0 for _, moe in model.named_mixtures())
-    return [loads and loads.counts, *(moe.expert_bias.clone() for _, moe in model.named_mixtures())]
+    assert all(moe.tokens_per_expert.sum() == 0 for _, moe in model.named_moe_layers())
+    return [
+        loads and loads.counts,
+        *(moe.expert_bias.clone() for _, moe in model.named_moe_layers()),
+    ]
 
 
 def naive_step(world_size: int, mtp: MTP, args: ModelArgs):

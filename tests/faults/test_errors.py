@@ -95,7 +95,7 @@ def fill_python() -> None:
 def test_out_of_a_machines_memory(fail, found, table, fails, monkeypatch):
     """Torch, NumPy and Python say it in ways of their own."""
     keys = {"validation.enable": True, "validation.freq": 1}
-    part = {"training": "clip_gradients", "validation": "measure_text"}[table]
+    part = {"training": "clip_gradients", "validation": "evaluate_batches"}[table]
     monkeypatch.setattr(f"torchtitan_mtp.trainer.{part}", lambda *_: fail())
     line = fails(keys)
     where = "step 1" if table == "training" else "validation after step 1"

@@ -110,13 +110,13 @@ def test_an_imported_model_computes_their_logits(tmp_path: Path, theirs_of, name
     theirs = theirs_of(**CASES[name])
     theirs.save_pretrained(tmp_path / "hf", max_shard_size="200KB")
     spec = import_checkpoint(tmp_path / "hf", tmp_path / "run", FORMAT)
-    assert spec.modules == 0  # transformers saves no modules, whatever its config says
+    assert spec.num_modules == 0  # transformers saves no modules, whatever its config says
     ours, _, _ = load_for_inference(tmp_path / "run")
     ids = tokens(100, vocab=320)
     expected, found = theirs(ids).logits, our_logits(ours, ids)
     assert expected.std() > 0.1
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
-    loads = [moe.expert_bias for _, moe in ours.named_mixtures()]
+    loads = [moe.expert_bias for _, moe in ours.named_moe_layers()]
     assert len(loads) == LAYERS - 1 and all(bias.dtype == torch.float32 for bias in loads)
 
 
@@ -296,7 +296,7 @@ def test_weights_in_fp8_are_imported(tmp_path: Path, theirs_of) -> None:
     spec = import_checkpoint(tmp_path / "hf", tmp_path / "run", FORMAT, dtype=torch.float32)
     export_checkpoint(tmp_path / "run", tmp_path / "back", FORMAT)
     back = load_file(tmp_path / "back" / "model.safetensors")
-    assert back.keys() == whole.keys() and spec.modules == 0
+    assert back.keys() == whole.keys() and spec.num_modules == 0
     for name, tensor in back.items():
         if name in steps:
             assert ((tensor - whole[name]).abs() <= steps[name] * 1.0001).all(), name

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from runs import train
-from torchtitan_mtp.build import args_of_run
+from torchtitan_mtp.build import model_args_from_config
 from torchtitan_mtp.config import load_toml
 from torchtitan_mtp.data.tokenizer import build_tokenizer
 from torchtitan_mtp.distributed.activation_checkpoint import apply_activation_checkpointing
@@ -30,7 +30,7 @@ def test_a_recipes_model_builds(recipe):
     config = load_toml(recipe)
     open_vocabulary = flavors[config.model.name][config.model.flavor].vocab_size is None
     vocab = build_tokenizer(config.model.hf_assets_path).vocab_size if open_vocabulary else 1
-    args = args_of_run(config, vocab)
+    args = model_args_from_config(config, vocab)
     model = build_model(args, getattr(torch, config.training.dtype))
     trunk = sum(p.numel() for p in model.parameters())
     if "mtp" in config.model.converters:

@@ -16,7 +16,7 @@ from torchtitan_mtp.data.tokenizer import ByteTokenizer
 from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.inference.held_out import find_text
 from torchtitan_mtp.models.transformer import Transformer
-from torchtitan_mtp.validation import count_bytes, measure_windows
+from torchtitan_mtp.validation import count_bytes, evaluate_windows
 
 BYTES = ByteTokenizer()
 
@@ -57,7 +57,7 @@ def test_losses_and_bits_per_byte(heads: str | None, tmp_path: Path) -> None:
         mtp.heads = "sequential" if heads == "sequential" else "parallel"
     model = small_model(mtp, vocab_size=259).requires_grad_(False)
     text, n = find_text(JobConfig(), str(tmp_path)), 1 if mtp is None else 3
-    found = measure_windows(model, text.windows(BYTES, n, 12, 2), BYTES, softcap=5.0)
+    found = evaluate_windows(model, text.windows(BYTES, n, 12, 2), BYTES, softcap=5.0)
     expected = naive_losses(model, texts, 12, n)
     assert found.targets == [len(part) for part in expected]
     assert found.losses == pytest.approx([sum(part) / len(part) for part in expected], rel=1e-5)
@@ -65,10 +65,10 @@ def test_losses_and_bits_per_byte(heads: str | None, tmp_path: Path) -> None:
     assert found.num_bytes == num_bytes
     assert found.bits_per_byte == pytest.approx(sum(expected[0]) / math.log(2) / num_bytes)
     assert len(found.acceptance.drafted) == n - 1
-    first = measure_windows(model, text.windows(BYTES, n, 12, 2), BYTES, batches=1)
+    first = evaluate_windows(model, text.windows(BYTES, n, 12, 2), BYTES, batches=1)
     assert first.targets[0] < 24 < found.targets[0]
 
 
 def test_a_text_without_windows_is_refused() -> None:
     with pytest.raises(UserError, match="empty"):
-        measure_windows(small_model(), [], BYTES)
+        evaluate_windows(small_model(), [], BYTES)

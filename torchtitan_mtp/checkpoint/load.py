@@ -34,7 +34,7 @@ from torchtitan_mtp.checkpoint.record import (
 from torchtitan_mtp.checkpoint.storage import SafeLoadPlanner, SafeReader
 from torchtitan_mtp.distributed.ranks import Ranks
 from torchtitan_mtp.errors import UserError
-from torchtitan_mtp.models.rope import far_from_frequencies
+from torchtitan_mtp.models.rope import rope_mismatch
 
 logger = logging.getLogger(__name__)
 
@@ -266,7 +266,7 @@ def _check_finite(opened: Opened, loaded: dict[str, torch.Tensor]) -> None:
 
 def _check_table(opened: Opened, key: str, model: Any) -> None:
     """Refuse weights that were trained with other rotary frequencies than the model's."""
-    if far := far_from_frequencies(read_whole(opened, key), model.args):
+    if far := rope_mismatch(read_whole(opened, key), model.args):
         raise UserError(
             f"{opened.path}: {key} differs from the rotary frequencies by up to {far:.3g}, by "
             f"rope_theta = {model.args.rope_theta:g}; set model.args.rope_theta and rope_scaling "

@@ -14,15 +14,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from torchtitan_mtp.build import sizes, spec_of_run
+from torchtitan_mtp.build import args_to_keys, spec_from_config
 from torchtitan_mtp.checkpoint.folders import find_config
 from torchtitan_mtp.checkpoint.manifest import read_manifest
 from torchtitan_mtp.config import JobConfig, load_toml
 from torchtitan_mtp.config.values import show
 from torchtitan_mtp.data.tokenizer import Tokenizer, build_tokenizer
 from torchtitan_mtp.errors import UserError
-from torchtitan_mtp.models.args import SCALINGS, LatentArgs, ModelArgs, ModelSpec, MoEArgs
-from torchtitan_mtp.models.flavors import EARLIER
+from torchtitan_mtp.models.args import ROPE_SCALINGS, LatentArgs, ModelArgs, ModelSpec, MoEArgs
+from torchtitan_mtp.models.flavors import EARLIER_FLAVORS
 from torchtitan_mtp.models.transformer import Transformer
 
 logger = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ def spec_of_record(record: Record) -> ModelSpec:
         for name, kind in (("latent", LatentArgs), ("moe", MoEArgs)):
             args[name] = kind(**args[name]) if args[name] else None
         if scaling := dict(args["rope_scaling"] or {}):
-            args["rope_scaling"] = SCALINGS[scaling.pop("rope_type")](**scaling)
+            args["rope_scaling"] = ROPE_SCALINGS[scaling.pop("rope_type")](**scaling)
         fields = {k: v for k, v in record.items() if k not in ("optimizer", "softcap", "format")}
         return ModelSpec(**fields | {"args": ModelArgs(**args)})
     except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -80,7 +80,7 @@ def record_beside(checkpoint: Path) -> Record | None:
     try:
         config = load_toml(find_config(checkpoint))
         earlier = keeps_earlier(config, checkpoint, say=False)
-        spec = spec_of_run(config, config.model.vocab_size or 1, earlier)
+        spec = spec_from_config(config, config.model.vocab_size or 1, earlier)
         return record_of(spec, config.optimizer.name) | {"softcap": config.loss.softcap}
     except UserError:
         return None
@@ -90,11 +90,11 @@ def keeps_earlier(config: JobConfig, checkpoint: Path | None, say: bool = True) 
     """Whether the model of a run's checkpoint has what its flavor had before its numbers became
     TorchTitan's: one without a record, or whose record says so. Error: a damaged manifest."""
     name, flavor = config.model.name, config.model.flavor
-    fields = EARLIER.get((name, flavor), {})
+    fields = EARLIER_FLAVORS.get((name, flavor), {})
     manifest = read_manifest(checkpoint) if fields and checkpoint is not None else None
     if manifest is None:
         return False
-    now, then = (vars(spec_of_run(config, 1, earlier).args) for earlier in (False, True))
+    now, then = (vars(spec_from_config(config, 1, earlier).args) for earlier in (False, True))
     kept = {key: then[key] for key in fields if now[key] != then[key]}
     theirs = vars(spec_of_record(manifest.record).args) if manifest.record else then
     if not kept or any(theirs[key] != value for key, value in kept.items()):
@@ -129,7 +129,7 @@ def constants(record: Record) -> Record:
     """
     spec = spec_of_record(record)
     args = spec.args
-    said = sizes(args)
+    said = args_to_keys(args)
     said.setdefault("rope_scaling.factor", 1.0)
     found: Record = {f"model.args.{key}": v for key, v in said.items() if key not in _SHAPED}
     found |= {

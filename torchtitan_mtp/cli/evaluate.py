@@ -34,7 +34,7 @@ from torchtitan_mtp.inference.acceptance import Acceptance, Continuation, measur
 from torchtitan_mtp.inference.held_out import Text, find_text
 from torchtitan_mtp.inference.load import DTYPES, find_device
 from torchtitan_mtp.models.transformer import Transformer
-from torchtitan_mtp.validation import TextMeasure, measure_windows
+from torchtitan_mtp.validation import TextMetrics, evaluate_windows
 from torchtitan_mtp.writing import written_whole
 
 CHAT = ("apply_chat_template", "system_instruction")
@@ -115,7 +115,7 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 def measure_on_text(
     args: argparse.Namespace, text: Text, model: Transformer, tokenizer: Tokenizer, run: JobConfig
-) -> TextMeasure:
+) -> TextMetrics:
     """The heads on windows of the text."""
     validation, training = run.validation, run.training
     mine = validation if validation.enable else training
@@ -126,7 +126,7 @@ def measure_on_text(
     size = 16 * (n + 1) * batch_size * seq_len  # bytes: labels and the like, int64
     check_memory({f"--batch_size {batch_size}, --seq_len {seq_len}": size}, torch.device("cpu"))
     windows = text.windows(tokenizer, n, seq_len, batch_size)
-    return measure_windows(model, windows, tokenizer, batches=batches, softcap=run.loss.softcap)
+    return evaluate_windows(model, windows, tokenizer, batches=batches, softcap=run.loss.softcap)
 
 
 def measure_on_continuation(
@@ -156,7 +156,7 @@ def figure(value: float, digits: int = 2) -> str:
     return "-" if math.isnan(value) else f"{value:.{digits}f}"
 
 
-def text_table(measure: TextMeasure) -> Table:
+def text_table(measure: TextMetrics) -> Table:
     """One line a head: what it makes of the text, and how often it says what head 1 would."""
     table = Table()
     for column in ("head", "predicts", "loss", "accuracy", "right", "if all before were"):

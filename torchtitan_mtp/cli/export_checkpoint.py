@@ -14,7 +14,7 @@ import sys
 
 import torch
 
-from torchtitan_mtp.build import summary_of
+from torchtitan_mtp.build import model_summary
 from torchtitan_mtp.cli.arguments import exit_status
 from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.formats import DEFAULT_SHARD_SIZE, FORMATS, export_checkpoint
@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
             drop_heads=args.drop_heads,
             modules=args.modules,
         )
-        print(f"wrote {args.out}: {args.format}, {summary_of(spec)}")
+        print(f"wrote {args.out}: {args.format}, {model_summary(spec)}")
 
     return exit_status(program)
 

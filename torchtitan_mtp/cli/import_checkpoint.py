@@ -13,7 +13,7 @@ import sys
 
 import torch
 
-from torchtitan_mtp.build import summary_of
+from torchtitan_mtp.build import model_summary
 from torchtitan_mtp.cli.arguments import exit_status
 from torchtitan_mtp.formats import FORMATS, import_checkpoint
 
@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
             config_file=args.config,
             dtype=DTYPES[args.dtype] if args.dtype else None,
         )
-        print(f"wrote {args.out}: {summary_of(spec)}")
+        print(f"wrote {args.out}: {model_summary(spec)}")
 
     return exit_status(program)
 

@@ -22,10 +22,10 @@ def weigh_balance_losses(model: Transformer, head_weights: Sequence[float], sequ
     """
     if model.args.moe is None or not model.args.moe.aux_loss_coeff:
         return
-    for name, moe in model.named_mixtures():
+    for name, moe in model.named_moe_layers():
         weight = 1.0
         if name.startswith("mtp.heads."):
-            served = head_weights[1 + int(name.split(".")[2]) :: model.spec.modules]
+            served = head_weights[1 + int(name.split(".")[2]) :: model.spec.num_modules]
             weight = sum(served) / len(served)
         moe.aux_loss_scale.fill_(weight * moe.args.aux_loss_coeff / sequences)
 
@@ -33,7 +33,7 @@ def weigh_balance_losses(model: Transformer, head_weights: Sequence[float], sequ
 @contextmanager
 def apart_from_training(model: Transformer) -> Iterator[None]:
     """For forwards without a backward: they leave no parameter gathered and count no tokens."""
-    counts = [(c := moe.tokens_per_expert, c.clone()) for _, moe in model.named_mixtures()]
+    counts = [(c := moe.tokens_per_expert, c.clone()) for _, moe in model.named_moe_layers()]
     with torch.no_grad():
         yield
     for count, before in counts:
@@ -75,7 +75,7 @@ def balance_experts(model: Transformer, rest: Sequence[str] = ()) -> ExpertLoads
     frozen router's biases stay, and those of modules at `rest` (by name). None for a model without
     experts.
     """
-    mixtures = dict(model.named_mixtures())
+    mixtures = dict(model.named_moe_layers())
     if not mixtures:
         return None
     counts = torch.stack([moe.tokens_per_expert for moe in mixtures.values()])  # [M, E]

@@ -94,7 +94,7 @@ def apply_fsdp(
         for method in ("loss", "argmax"):
             register_fsdp_forward_method(model.output, method)
     shard(model, reshard_after_forward=False)
-    register_fsdp_forward_method(model, "trunk")
+    register_fsdp_forward_method(model, "forward_trunk")
     for module in model.modules():
         if isinstance(module, FSDPModule):
             # The loss is normalised by global counts: gradients are summed, not averaged. One rank

@@ -63,7 +63,7 @@ def dense_config(architecture: str, model_type: str, spec: ModelSpec) -> dict[st
             f"{args.n_heads} wide"
         )
     config = write_shape(args, architecture, model_type) | {"head_dim": args.head_dim}
-    config |= {"num_nextn_predict_layers": spec.modules} if spec.modules else {}
+    config |= {"num_nextn_predict_layers": spec.num_modules} if spec.num_modules else {}
     if model_type == "llama":
         return config | {"mlp_bias": False}
     if model_type.startswith("qwen"):
@@ -88,14 +88,14 @@ def glm4_moe_config(spec: ModelSpec) -> dict[str, Any]:
         "topk_group": 1,
         "norm_topk_prob": True,
         "routed_scaling_factor": 1.0,
-        "num_nextn_predict_layers": spec.modules,
+        "num_nextn_predict_layers": spec.num_modules,
     }
 
 
 def mellum_config(spec: ModelSpec) -> dict[str, Any]:
     """MellumConfig of a dense model with full attention everywhere."""
     config = dense_config("MellumForCausalLM", "mellum", spec)
-    layers, modules = spec.args.n_layers, spec.modules
+    layers, modules = spec.args.n_layers, spec.num_modules
     rope = config.pop("rope_parameters")
     config.pop("rope_scaling", None)
     return config | {
@@ -311,7 +311,7 @@ def meta_params(spec: ModelSpec) -> dict[str, Any]:
         raise UserError("its model has no head_size and no rotary scaling")
     params: dict[str, Any] = {
         "dim": args.dim,
-        "n_layers": args.n_layers + spec.modules,
+        "n_layers": args.n_layers + spec.num_modules,
         "n_heads": args.n_heads,
         "vocab_size": args.vocab_size,
         "multiple_of": args.ffn_dim,  # what its rule gives is rounded up to a multiple of the width

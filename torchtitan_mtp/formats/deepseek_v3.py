@@ -53,7 +53,7 @@ def names(spec: ModelSpec) -> Names:
     entries = trunk_entries(spec)
     for i in range(layers):
         entries += _block(spec, f"layers.{i}", i, dense=i < _moe(spec).n_dense_layers)
-    for k in range(spec.modules):
+    for k in range(spec.num_modules):
         entries += _block(spec, f"mtp.heads.{k}.block", layers + k, dense=False)
         entries += entries_of(GLM_MODULE, f"mtp.heads.{k}.", f"model.layers.{layers + k}.")
     return Names(entries, repeats=repeats_of(spec, behind=True))
@@ -101,7 +101,7 @@ def write_config(spec: ModelSpec) -> dict[str, Any]:
     if misfit := _misfit(spec):
         raise UserError(f"the model has {misfit}")
     return write_shape(args, "DeepseekV3ForCausalLM", "deepseek_v3", type="yarn") | {
-        "num_nextn_predict_layers": spec.modules,
+        "num_nextn_predict_layers": spec.num_modules,
         "num_key_value_heads": args.n_heads,
         **asdict(latent) | {"q_lora_rank": latent.q_lora_rank or None},
         **{theirs: getattr(moe, ours) for theirs, ours in _MOE.items()},
@@ -124,7 +124,7 @@ def _misfit(spec: ModelSpec) -> str:
         return f"norm_eps = {args.norm_eps}, and the norms within its attention have {_EPS}"
     if args.rope_scaling is not None and not isinstance(args.rope_scaling, YaRN):
         return "Llama 3.1's rotary scaling, and it has YaRN's"
-    if spec.modules and moe.n_dense_layers >= args.n_layers:
+    if spec.num_modules and moe.n_dense_layers >= args.n_layers:
         return "dense layers alone, and its modules are mixtures"
     return ""
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Size, Tensor
 
-from torchtitan_mtp.build import shapes_of, spec_of_run
+from torchtitan_mtp.build import parameter_shapes, spec_from_config
 from torchtitan_mtp.checkpoint.folders import find_checkpoint, find_config
 from torchtitan_mtp.checkpoint.load import names_line
 from torchtitan_mtp.checkpoint.record import check_tokenizer, keeps_earlier, record_of, untold
@@ -75,10 +75,10 @@ def export_checkpoint(
     form = find_format(format_name)
     config = load_toml(find_config(checkpoint))
     source = dcp_tensors(find_checkpoint(checkpoint))
-    spec = spec_of_run(config, vocabulary_of(source), keeps_earlier(config, source.where))
-    check_tensors(source, names.torchtitan(spec), shapes_of(spec), spec.args)
+    spec = spec_from_config(config, vocabulary_of(source), keeps_earlier(config, source.where))
+    check_tensors(source, names.torchtitan(spec), parameter_shapes(spec), spec.args)
     kept = _fitting(form, format_name, _first(spec, modules), drop_heads)
-    for k in range(kept.modules, spec.modules):
+    for k in range(kept.num_modules, spec.num_modules):
         part = [key for key in source.kinds if key.startswith(f"mtp.heads.{k}.")]
         logger.warning("dropped mtp.heads.%d: %s", k, names_line(part))
     spec = kept
@@ -105,9 +105,10 @@ def _first(spec: ModelSpec, modules: int | None) -> ModelSpec:
     """`spec` with the first so many further heads, or all. Error: it has not as many."""
     if modules is None:
         return spec
-    if not 1 <= modules <= spec.modules:
+    if not 1 <= modules <= spec.num_modules:
         raise UserError(
-            f"--modules {modules}: the model has {spec.modules}; give 1 to as many, or --drop_heads"
+            f"--modules {modules}: the model has {spec.num_modules}; give 1 to as many, or "
+            "--drop_heads"
         )
     return replace(spec, num_future_tokens=modules + 1, share_weights=False)
 
@@ -122,7 +123,7 @@ def _fitting(form: Format, name: str, spec: ModelSpec, drop_heads: bool) -> Mode
         return trunk
     fit = [key for key, other in FORMATS.items() if not refusal(other, spec)]
     ways = [f"try {', '.join(fit)}"] if fit else []
-    if spec.modules > 1 and not refusal(form, _first(spec, 1)):
+    if spec.num_modules > 1 and not refusal(form, _first(spec, 1)):
         ways.append("write the first with --modules 1")
     if spec.heads and name in bare:
         ways.append("leave them out with --drop_heads")
@@ -133,7 +134,7 @@ def _fitting(form: Format, name: str, spec: ModelSpec, drop_heads: bool) -> Mode
 
 def refusal(form: Format, spec: ModelSpec) -> str:
     """What of the model has no place in the format or its config; "" where all has."""
-    if form.kind not in (None, spec.kind):
+    if form.kind not in (None, spec.block_type):
         return "is for models of another kind"
     for key, what in (
         ("qk_norm", "norms of queries and keys"),
@@ -147,8 +148,8 @@ def refusal(form: Format, spec: ModelSpec) -> str:
             f"its modules read the trunk's {form.trunk_state} state, this model's the "
             f"{spec.trunk_state} one (mtp.trunk_state)"
         )
-    if spec.heads and (spec.heads != form.heads or spec.modules > form.most_modules):
-        return f"can't hold the {spec.modules} {spec.heads} heads beside the trunk"
+    if spec.heads and (spec.heads != form.heads or spec.num_modules > form.most_modules):
+        return f"can't hold the {spec.num_modules} {spec.heads} heads beside the trunk"
     try:
         form.write_config(spec)
     except UserError as error:

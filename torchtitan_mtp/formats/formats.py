@@ -30,7 +30,7 @@ from torchtitan_mtp.formats.read import (
 )
 from torchtitan_mtp.formats.write import DTYPES, Output
 from torchtitan_mtp.models.args import ModelArgs, ModelSpec
-from torchtitan_mtp.models.rope import far_from_frequencies
+from torchtitan_mtp.models.rope import rope_mismatch
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ class Format:
 
     architecture: what its config.json names; also: another that is read as this one. Without
     read_config its folders do not say which model they hold. container: "safetensors", "pth" or
-    "dcp". kind: of the blocks that it holds (`ModelSpec.kind`), None for any. heads: the family
+    "dcp". kind: the `ModelSpec.block_type` that it holds, None for any. heads: the family
     that it holds, if any, most_modules how many of them, and trunk_state what the first of
     sequential ones reads. qk_norm, qkv_bias: what it needs, None for either.
     """
@@ -172,7 +172,7 @@ def differing(source: Tensors, name: str, of: str, args: ModelArgs) -> str:
     if name not in source.kinds or of not in {FREQUENCIES, *source.kinds}:
         return ""
     found, rotary = source.read(name), of == FREQUENCIES
-    far = far_from_frequencies(found, args) if rotary else difference(found, source.read(of))
+    far = rope_mismatch(found, args) if rotary else difference(found, source.read(of))
     return "" if far == 0 else f"{source.where}: {name} differs from {of} by up to {far:.3g}"
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from torchtitan_mtp.build import describe_run, shapes_of, spec_of_run
+from torchtitan_mtp.build import parameter_shapes, spec_from_config, write_spec_to_config
 from torchtitan_mtp.checkpoint.record import record_of, untold
 from torchtitan_mtp.checkpoint.state import cast_weights
 from torchtitan_mtp.config import MTP, JobConfig, load_toml, to_toml
@@ -68,7 +68,7 @@ def import_checkpoint(
     if form.read_config is not None:
         config = JobConfig()
         spec, tensors = open_model(format_name, folder)
-        describe_run(config, spec)
+        write_spec_to_config(config, spec)
     elif config_file is None:
         raise UserError(
             f"--format {format_name}: its folders do not say which model they hold; give the run's "
@@ -78,7 +78,7 @@ def import_checkpoint(
         config, tensors = load_toml(Path(config_file)), open_tensors(form, folder)
         config.model.converters = [c for c in config.model.converters if c != "mtp"]
         config.mtp = MTP()
-        spec = spec_of_run(config, vocabulary_of(tensors))
+        spec = spec_from_config(config, vocabulary_of(tensors))
         logger.warning("%s: taken for a model with %s", tensors.where, untold(record_of(spec)))
     outputs = inward(tensors, form, spec, dtype)
     config.job.dump_folder, fingerprint = HERE, None
@@ -174,7 +174,7 @@ def open_model(name: str, folder: Path) -> tuple[ModelSpec, Tensors]:
     modules = [e.theirs[0] for e in form.names(spec).entries if e.ours.startswith("mtp.")]
     if spec.heads == "sequential" and tensors.kinds.keys().isdisjoint(modules):
         # transformers saves but the count.
-        logger.warning("%s: names %d modules and holds none of them", folder, spec.modules)
+        logger.warning("%s: names %d modules and holds none of them", folder, spec.num_modules)
         spec = ModelSpec(spec.args)
     if args.tied_embeddings and (wrong := differing(tensors, HEAD, EMBEDDING, args)):
         logger.warning("%s: read as not tied, as transformers does", wrong)
@@ -190,7 +190,7 @@ def inward(
     Raises:
         UserError: a tensor is missing, has no place or another shape, or should be zero.
     """
-    table, shapes = form.names(spec), shapes_of(spec)
+    table, shapes = form.names(spec), parameter_shapes(spec)
     check_tensors(tensors, table, shapes, spec.args)
     for name in table.zeros:
         if tensors.read(name).any():

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
-from torchtitan_mtp.build import shapes_of
+from torchtitan_mtp.build import parameter_shapes
 from torchtitan_mtp.models.args import ModelSpec
 
 
@@ -115,7 +115,7 @@ def repeats_of(spec: ModelSpec, behind: bool = False) -> dict[str, str]:
     """What checkpoints may say once more: the tied unembedding, and rotary frequencies. behind:
     modules are layers behind the last, with copies of the shared embedding and unembedding."""
     layers, tied = spec.args.n_layers, spec.args.tied_embeddings
-    last = layers + spec.modules if behind else layers
+    last = layers + spec.num_modules if behind else layers
     repeats = {HEAD: EMBEDDING} if tied else {}
     for i in range(last):
         repeats[f"model.layers.{i}.self_attn.rotary_emb.inv_freq"] = FREQUENCIES
@@ -144,7 +144,7 @@ def glm4_moe_hf(spec: ModelSpec) -> Names:
     entries = trunk_entries(spec)
     zeros: dict[str, tuple[int, ...]] = {}
     blocks = [(f"layers.{i}", i) for i in range(layers)]
-    blocks += [(f"mtp.heads.{k}.block", layers + k) for k in range(spec.modules)]
+    blocks += [(f"mtp.heads.{k}.block", layers + k) for k in range(spec.num_modules)]
     for ours, i in blocks:
         theirs, sparse = f"model.layers.{i}", i >= layers - 1
         entries += _block(spec, ours, theirs, "mlp.shared_experts" if sparse else "mlp")
@@ -156,7 +156,7 @@ def glm4_moe_hf(spec: ModelSpec) -> Names:
             for name in ("gate_proj", "up_proj"):
                 zeros[f"{theirs}.mlp.experts.{e}.{name}.weight"] = (args.ffn_dim, args.dim)
             zeros[f"{theirs}.mlp.experts.{e}.down_proj.weight"] = (args.dim, args.ffn_dim)
-    for k in range(spec.modules):
+    for k in range(spec.num_modules):
         entries += entries_of(GLM_MODULE, f"mtp.heads.{k}.", f"model.layers.{layers + k}.")
     return Names(entries, zeros, repeats_of(spec, behind=True))
 
@@ -164,7 +164,7 @@ def glm4_moe_hf(spec: ModelSpec) -> Names:
 def mellum_hf(spec: ModelSpec) -> Names:
     """MellumForCausalLM with dense layers: one MTP module under `mtp.`."""
     names = llama_hf(spec)
-    if spec.modules:
+    if spec.num_modules:
         names.entries.extend(_block(spec, "mtp.heads.0.block", "mtp.layers.0"))
         names.entries.extend(entries_of(_MELLUM_MODULE, "mtp.heads.0.", "mtp."))
     return names
@@ -173,7 +173,7 @@ def mellum_hf(spec: ModelSpec) -> Names:
 def mimo_hf(spec: ModelSpec) -> Names:
     """MiMoForCausalLM: Qwen2's trunk, and modules under `model.mtp_layers.`."""
     names = llama_hf(spec)
-    for k in range(spec.modules):
+    for k in range(spec.num_modules):
         ours, theirs = f"mtp.heads.{k}", f"model.mtp_layers.{k}"
         names.entries.extend(_block(spec, f"{ours}.block", theirs))
         names.entries.extend(entries_of(_MIMO_MODULE, f"{ours}.", f"{theirs}."))
@@ -186,7 +186,9 @@ def torchtitan(spec: ModelSpec) -> Names:
     """TorchTitan's llama3, deepseek_v3 and qwen3; the last in Hugging Face's rotary layout."""
     turned = _ROTARY | _ROTARY_NORMS if spec.args.qk_norm else {}
     rotary = {f"attention.{name}.weight" for name in turned}
-    entries = [Entry(name, (name,), name.split(".", 2)[-1] in rotary) for name in shapes_of(spec)]
+    entries = [
+        Entry(name, (name,), name.split(".", 2)[-1] in rotary) for name in parameter_shapes(spec)
+    ]
     # It ties nothing.
     copies = {"output.weight": "tok_embeddings.weight"} if spec.args.tied_embeddings else {}
     return Names(entries, repeats={"freqs_cis": FREQUENCIES}, copies=copies)

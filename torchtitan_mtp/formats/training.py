@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from torchtitan_mtp.build import describe_run, differing_sizes
+from torchtitan_mtp.build import differing_sizes, write_spec_to_config
 from torchtitan_mtp.checkpoint.folders import back_up
 from torchtitan_mtp.checkpoint.load import LoadReport, check_names, excluded, log_report
 from torchtitan_mtp.checkpoint.record import check_record, record_of, record_of_model
@@ -20,7 +20,7 @@ from torchtitan_mtp.formats.exporting import export_checkpoint, refusal
 from torchtitan_mtp.formats.formats import FORMATS
 from torchtitan_mtp.formats.importing import format_of, inward, open_model
 from torchtitan_mtp.models.args import ModelSpec
-from torchtitan_mtp.models.init import assign
+from torchtitan_mtp.models.init import copy_full_tensor
 from torchtitan_mtp.models.transformer import Transformer
 
 logger = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ def config_of_hf(path: Path) -> JobConfig:
         UserError: no readable config.json, or a model of another kind.
     """
     config = JobConfig()
-    describe_run(config, open_model(format_of(path), path)[0])
+    write_spec_to_config(config, open_model(format_of(path), path)[0])
     config.model.hf_assets_path = str(path)
     return config
 
@@ -69,7 +69,7 @@ def _load(path: Path, model: Transformer, exclude: Sequence[str]) -> LoadReport:
     unexpected = sorted(outputs.keys() - wanted.keys())
     check_names(path, missing, unexpected, set(outputs), other_heads=True)
     for key in wanted.keys() & outputs.keys():
-        assign(wanted[key], outputs[key].read().to(wanted[key].device))
+        copy_full_tensor(wanted[key], outputs[key].read().to(wanted[key].device))
     report = LoadReport(tuple(missing), tuple(unexpected))
     log_report(path, report)
     return report
@@ -83,7 +83,7 @@ def hf_format(spec: ModelSpec) -> str:
         if not why:
             return name
     nearest = "mimo_hf" if spec.trunk_state == "raw" else "glm4_moe_hf"  # which takes any trunk
-    nearest = "deepseek_v3_hf" if spec.kind == "deepseek_v3" else nearest
+    nearest = "deepseek_v3_hf" if spec.block_type == "deepseek_v3" else nearest
     raise UserError(
         "checkpoint.last_save_in_hf = true: no Hugging Face format holds this model; unset it "
         f"({nearest}: {refusals[nearest]})"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from torchtitan_mtp.build import model_of_run
+from torchtitan_mtp.build import model_from_config
 from torchtitan_mtp.checkpoint import find_checkpoint, find_config, load_model_weights
 from torchtitan_mtp.checkpoint.record import check_tokenizer, keeps_earlier
 from torchtitan_mtp.config import JobConfig, load_toml
@@ -63,7 +63,9 @@ def load_for_inference(
     else:
         check_tokenizer(checkpoint, config.model.hf_assets_path, tokenizer)
     earlier = not is_hf and keeps_earlier(config, checkpoint)
-    model = model_of_run(config, tokenizer.vocab_size, dtype, at_least=2048, earlier=earlier)
+    model = model_from_config(
+        config, tokenizer.vocab_size, dtype, min_seq_len=2048, earlier=earlier
+    )
     model.to_empty(device=device)
     model.tie_weights()  # to_empty gives each name memory of its own
     model.init_buffers()

@@ -1,4 +1,4 @@
-"""The shape of a decoder-only language model, and of the heads beside it."""
+"""The sizes of a decoder-only language model and of its heads."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class RoPEScaling:
 class YaRN:
     """YaRN (Peng et al. 2023, arXiv 2309.00071): rotary frequencies scaled as DeepSeek has it.
 
-    `magnitude(mscale) / magnitude(mscale_all_dim)` scales the rotated dimensions of queries and
-    keys, and in latent attention `magnitude(mscale_all_dim)` all of them.
+    `attention_factor(mscale) / attention_factor(mscale_all_dim)` scales the rotated dimensions
+    of queries and keys, and in latent attention `attention_factor(mscale_all_dim)` all of them.
     """
 
     rope_type: ClassVar[Literal["llama3", "yarn"]] = "yarn"
@@ -34,12 +34,12 @@ class YaRN:
     mscale_all_dim: float = 1.0
     original_max_seq_len: int = 4096
 
-    def magnitude(self, mscale: float) -> float:
-        """Equation 22's square root of 1 / t, weighted by `mscale`."""
+    def attention_factor(self, mscale: float) -> float:
+        """The square root of 1 / t of equation 22, weighted by `mscale`."""
         return 0.1 * mscale * math.log(self.factor) + 1.0 if self.factor > 1 else 1.0
 
 
-SCALINGS: dict[str, type[RoPEScaling] | type[YaRN]] = {"llama3": RoPEScaling, "yarn": YaRN}
+ROPE_SCALINGS: dict[str, type[RoPEScaling] | type[YaRN]] = {"llama3": RoPEScaling, "yarn": YaRN}
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ class ModelArgs:
 
     @property
     def rope_dim(self) -> int:
-        """How many dimensions of a head turn with its position."""
+        """How many dimensions of a head are rotated (RoPE)."""
         return self.head_dim if self.latent is None else self.latent.qk_rope_head_dim
 
     @property
@@ -136,10 +136,10 @@ class ModelArgs:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """A trunk and its heads, as sizes: what a model is, whoever trained it. `model.spec`.
+    """The sizes of a trunk and its heads, all that defines a model: `model.spec`.
 
-    args: `n_layers` counts the blocks that are there, `max_seq_len` the tokens the model may see.
-    heads: the family ("parallel", "sequential"), or "" for none; then `num_future_tokens` is 1.
+    args: the trunk's. heads: the family ("parallel", ...), or "" for none, where
+    `num_future_tokens` is 1.
     trunk_state: what the first sequential head reads (`mtp.trunk_state`).
     """
 
@@ -150,15 +150,15 @@ class ModelSpec:
     trunk_state: Literal["normalized", "raw"] = "normalized"
 
     @property
-    def modules(self) -> int:
-        """How many blocks stand beside or behind the trunk."""
+    def num_modules(self) -> int:
+        """How many modules the heads 2..n have: one each, or one in all with `share_weights`."""
         further = self.num_future_tokens - 1
         return min(further, 1) if self.share_weights else further
 
     @property
-    def kind(self) -> str:
-        """What its blocks are: "llama" (heads of keys and values, dense), "deepseek_v3" (latent
-        attention, mixtures of experts), or "" for another combination."""
+    def block_type(self) -> str:
+        """What its blocks are: "llama" (ordinary attention, dense), "deepseek_v3" (latent
+        attention, mixture of experts), or "" for another combination."""
         return {(True, True): "deepseek_v3", (False, False): "llama"}.get(
             (self.args.latent is not None, self.args.moe is not None), ""
         )

@@ -14,11 +14,11 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 from torchtitan_mtp.models.args import ModelArgs
 from torchtitan_mtp.models.rope import apply_rope
 
-FLEX_MIN_WIDTH = 16  # of FlexAttention's kernels on GPUs
+FLEX_MIN_HEAD_DIM = 16  # of FlexAttention's kernels on GPUs
 
 
 class AttentionContext(NamedTuple):
-    """What every block of one forward shares, made once from the batch.
+    """What the attention of all blocks shares in one forward, made once from the batch.
 
     mask: None (causal); [B, 1, Q, K], a bool that is True where attention is allowed or a float
     that is added to the scores; or a FlexAttention `BlockMask`.
@@ -29,8 +29,8 @@ class AttentionContext(NamedTuple):
     mask: Tensor | BlockMask | None
 
 
-# Where one attention layer keeps the keys and values of earlier positions: stores new k, v
-# [B, KV, S, hd] and returns those to attend to, [B, KV, K, hd] each.
+# The KV cache of one attention layer: stores new k, v [B, KV, S, hd], returns all of them to
+# attend to, [B, KV, K, hd] each.
 KVCache = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
@@ -40,13 +40,13 @@ def _compiled_flex_attention() -> Callable[..., Any]:
     return torch.compile(flex_attention, dynamic=False)
 
 
-def document_mask(doc_ids: Tensor, narrowest: int) -> Tensor | BlockMask:
+def document_mask(doc_ids: Tensor, min_head_dim: int) -> Tensor | BlockMask:
     """Causal attention within documents, from doc_ids [B, S].
 
-    narrowest: the least width of a head's queries, keys and values.
+    min_head_dim: the smallest width of a head's queries, keys and values.
     """
     batch, seq = doc_ids.shape
-    if doc_ids.is_cuda and narrowest >= FLEX_MIN_WIDTH:
+    if doc_ids.is_cuda and min_head_dim >= FLEX_MIN_HEAD_DIM:
 
         def visible(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
             return (q >= kv) & (doc_ids[b, q] == doc_ids[b, kv])
@@ -87,10 +87,10 @@ class Attention(nn.Module):
         if args.qk_norm:
             self.q_norm = nn.RMSNorm(self.head_dim, eps=args.norm_eps)
             self.k_norm = nn.RMSNorm(self.head_dim, eps=args.norm_eps)
-        # What a cache keeps of a position: heads, width of a key, width of a value.
+        # What a KV cache keeps of a position: heads, width of a key, width of a value.
         self.cache_shape = self.n_kv_heads, self.head_dim, self.head_dim
-        # Multiplications of one query with one key and its value, over all heads, halved.
-        self.width = self.n_heads * self.head_dim
+        # Mean width of queries and of values, over all heads, for counting FLOPs.
+        self.attention_width = self.n_heads * self.head_dim
 
     def forward(self, x: Tensor, context: AttentionContext, cache: KVCache | None = None) -> Tensor:
         """x [B, S, D] -> [B, S, D]."""

@@ -8,7 +8,14 @@ from functools import partial
 from typing import Any
 
 from torchtitan_mtp.errors import UserError
-from torchtitan_mtp.models.args import SCALINGS, LatentArgs, ModelArgs, MoEArgs, RoPEScaling, YaRN
+from torchtitan_mtp.models.args import (
+    ROPE_SCALINGS,
+    LatentArgs,
+    ModelArgs,
+    MoEArgs,
+    RoPEScaling,
+    YaRN,
+)
 
 # TorchTitan scales the rotary frequencies of all its sizes as Llama 3.1 does.
 _llama3 = partial(
@@ -88,7 +95,7 @@ flavors: dict[str, dict[str, ModelArgs]] = {
 # What flavors had of these until they became TorchTitan's: runs that were begun with it keep it.
 _DEEPSEEKS = {"norm_eps": 1e-6, "final_norm_eps": None, "attn_mask_type": "causal"}
 _LITES = _DEEPSEEKS | {"rope_scaling": YaRN(mscale=0.707, mscale_all_dim=0.707)}
-EARLIER: dict[tuple[str, str], dict[str, Any]] = {
+EARLIER_FLAVORS: dict[tuple[str, str], dict[str, Any]] = {
     ("llama3", "debugmodel"): {"rope_scaling": None},
     ("deepseek_v3", "debugmodel"): _LITES,
     ("deepseek_v3", "16B"): _LITES,
@@ -112,7 +119,7 @@ def model_args(
     """The shape called `flavor` in `family`, with what the run decides filled in.
 
     changes: fields of `ModelArgs` to set over the flavor's ([model.args]); `rope_scaling`, `latent`
-    and `moe` may be mappings of their fields. earlier: over what `EARLIER` has of the flavor.
+    and `moe` may be mappings of their fields. earlier: take the flavor as in `EARLIER_FLAVORS`.
     A flavor's own YaRN holds where `trained_len` (default: `max_seq_len`) exceeds the context that
     it extends, as in TorchTitan; one that `changes` speaks of, always.
     The vocabulary is `vocab_size`, else the flavor's, else the tokenizer's rounded up to a multiple
@@ -129,7 +136,7 @@ def model_args(
     args, changes = flavors[family][flavor], changes or {}
     yarn = args.rope_scaling if isinstance(args.rope_scaling, YaRN) else None
     if earlier:
-        args = replace(args, **EARLIER.get((family, flavor), {}))
+        args = replace(args, **EARLIER_FLAVORS.get((family, flavor), {}))
     elif yarn and "rope_scaling" not in changes:
         extended = (trained_len or max_seq_len) > yarn.original_max_seq_len
         args = replace(args, rope_scaling=yarn if extended else None)
@@ -165,7 +172,7 @@ def _scaling(
     """The scaling of a mapping: over the flavor's if it is of that kind, else from scratch. A
     factor of 1 is none."""
     default = RoPEScaling if flavors is None else type(flavors)
-    kind = SCALINGS.get(changes.pop("rope_type", ""), default)
+    kind = ROPE_SCALINGS.get(changes.pop("rope_type", ""), default)
     scaling = flavors if isinstance(flavors, kind) else kind()
     if scaling is not flavors and "factor" not in changes:
         if changes.items() <= vars(scaling).items():  # as a written config has them

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torchtitan_mtp.data.targets import Batch
 from torchtitan_mtp.models.args import ModelArgs
 from torchtitan_mtp.models.attention import AttentionContext
-from torchtitan_mtp.models.layers import Norm
+from torchtitan_mtp.models.layers import NormParams
 from torchtitan_mtp.ops import HeadByHeadLoss, LossOutput
 
 if TYPE_CHECKING:
@@ -80,12 +80,12 @@ class Heads(nn.Module):
         """
         raise NotImplementedError
 
-    def trunk_input(self, state: Tensor, detach: bool = True) -> tuple[Tensor, Norm]:
+    def trunk_input(self, state: Tensor, detach: bool = True) -> tuple[Tensor, NormParams]:
         """The trunk's state and final norm as a head reads them: detached under `detach_trunk`,
         unless `detach` is false (head 1)."""
         scale, eps = self.trunk_parts.norm.weight, self.trunk_parts.norm.eps
         assert eps is not None
         # (Without gradients there is nothing to detach, and one kind of call less to compile.)
         if self.detach_trunk and detach and torch.is_grad_enabled():
-            return state.detach(), Norm(scale.detach(), eps)
-        return state, Norm(scale, eps)
+            return state.detach(), NormParams(scale.detach(), eps)
+        return state, NormParams(scale, eps)

@@ -17,8 +17,8 @@ from torchtitan_mtp.models.transformer import Transformer
 
 
 @torch.no_grad()
-def assign(param: Tensor, value: Tensor) -> None:
-    """Copy the whole tensor `value`, the same on every rank, into a parameter or its shards."""
+def copy_full_tensor(param: Tensor, value: Tensor) -> None:
+    """Copy the full tensor `value`, the same on every rank, into a parameter or its shard."""
     if isinstance(param, DTensor):
         # Slicing needs no communication.
         value = distribute_tensor(value, param.device_mesh, param.placements, src_data_rank=None)
@@ -42,4 +42,4 @@ def init_weights(model: Transformer, seed: int) -> None:
             generator.manual_seed(int.from_bytes(digest[:7], "big"))
             cut = 100.0 if name == "tok_embeddings.weight" else 3.0
             nn.init.trunc_normal_(value, 0.0, std, -cut * std, cut * std, generator=generator)
-        assign(param, value.to(param.dtype))
+        copy_full_tensor(param, value.to(param.dtype))

@@ -5,9 +5,9 @@ key k^R serves all heads. With W^UK and W^UV the parts of `wkv_b`, head h has
 
     k_h = [W^UK_h c ; k^R],   v_h = W^UV_h c,   q_h = [q^C_h ; q^R_h]
 
-and only c and k^R need to be kept of earlier positions. As W^UK_h turns c into a key, so its
-transpose turns a query into one for c itself, which is what decoding does: the products of a query
-with all earlier positions are then taken with the vectors as they are kept, and none is expanded.
+and a KV cache needs to keep only c and k^R. Decoding absorbs W^UK_h into the query: its transpose
+turns a query for k_h into one for c itself, so queries attend to the cached vectors as they are and
+no position is expanded.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ class LatentAttention(nn.Module):
         self.wo = nn.Linear(self.n_heads * self.shape.v_head_dim, args.dim, bias=False)
         self.scale = self.shape.qk_head_dim**-0.5
         if isinstance(yarn := args.rope_scaling, YaRN):
-            self.scale *= yarn.magnitude(yarn.mscale_all_dim) ** 2
-        # As of `Attention`; what is kept for a key is k^R, for a value c.
+            self.scale *= yarn.attention_factor(yarn.mscale_all_dim) ** 2
+        # As in `Attention`; the cache keeps k^R as the key and c as the value.
         self.cache_shape = 1, self.shape.qk_rope_head_dim, kv_rank
-        self.width = self.n_heads * (self.shape.qk_head_dim + self.shape.v_head_dim) // 2
+        self.attention_width = self.n_heads * (self.shape.qk_head_dim + self.shape.v_head_dim) // 2
 
     def forward(self, x: Tensor, context: AttentionContext, cache: KVCache | None = None) -> Tensor:
         """x [B, S, D] -> [B, S, D]."""
@@ -62,31 +62,31 @@ class LatentAttention(nn.Module):
         if cache is not None:
             k_rope, c = cache(k_rope, c)  # [B, 1, K, rope], [B, 1, K, rank]
         if c.shape[2] > x.shape[1]:
-            out = self._over_latents(q_nope, q_rope, c, k_rope, context)
-        else:  # no earlier positions: to expand each once costs less than wider products
-            out = self._over_heads(q_nope, q_rope, c, k_rope, context)
+            out = self._attend_absorbed(q_nope, q_rope, c, k_rope, context)
+        else:  # no cached positions: expanding each once costs less than wider products
+            out = self._attend_expanded(q_nope, q_rope, c, k_rope, context)
         return self.wo(out.transpose(1, 2).flatten(-2))
 
-    def _over_heads(
+    def _attend_expanded(
         self, q_nope: Tensor, q_rope: Tensor, c: Tensor, k_rope: Tensor, context: AttentionContext
     ) -> Tensor:
-        """With every head's own keys and values: [B, H, S, v]."""
+        """With keys and values expanded for every head: [B, H, S, v]."""
         kv = self.wkv_b(c.squeeze(1)).unflatten(-1, (self.n_heads, -1)).transpose(1, 2)
         k_nope, v = kv.split((self.shape.qk_nope_head_dim, self.shape.v_head_dim), dim=-1)
         k = torch.cat((k_nope, k_rope.expand(-1, self.n_heads, -1, -1)), dim=-1)  # [B, H, S, qk]
         q = torch.cat((q_nope, q_rope), dim=-1).transpose(1, 2)
         return attend(q, k, v, context.mask, self.scale)
 
-    def _over_latents(
+    def _attend_absorbed(
         self, q_nope: Tensor, q_rope: Tensor, c: Tensor, k_rope: Tensor, context: AttentionContext
     ) -> Tensor:
-        """The same with the heads' projections on the queries' side: [B, H, S, v]."""
+        """The same with the heads' projections absorbed into queries and outputs: [B, H, S, v]."""
         size, mask = q_nope.shape[1], context.mask
         weight = self.wkv_b.weight.unflatten(0, (self.n_heads, -1))  # [H, nope + v, rank]
         w_k, w_v = weight.split((self.shape.qk_nope_head_dim, self.shape.v_head_dim), dim=1)
         q_c = torch.einsum("bshd,hdr->bhsr", q_nope, w_k)
         q = torch.cat((q_c, q_rope.transpose(1, 2)), dim=-1)  # [B, H, S, rank + rope]
-        # All heads look at the same keys: they are further queries of one head.
+        # All heads attend to the same keys, so they count as further queries of one head.
         q = q.flatten(1, 2).unsqueeze(1)  # [B, 1, H * S, rank + rope]
         if mask is not None:
             assert isinstance(mask, Tensor)

@@ -22,14 +22,14 @@ class FeedForward(nn.Module):
         return self.w2(F.silu(self.w1(x)) * self.w3(x))
 
 
-class Norm(NamedTuple):
-    """An RMSNorm of another module, to be taken within a block's call: what is kept for its
-    backward is then the block's own. scale [D]."""
+class NormParams(NamedTuple):
+    """An RMSNorm of another module, to be applied inside a block's call, so that checkpointing
+    the block covers it. scale [D]."""
 
     scale: Tensor
     eps: float
 
 
-def rms_norm(x: Tensor, norm: Norm) -> Tensor:
+def rms_norm(x: Tensor, norm: NormParams) -> Tensor:
     """x [..., D] -> [..., D]."""
     return F.rms_norm(x, norm.scale.shape, norm.scale, norm.eps)

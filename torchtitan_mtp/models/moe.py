@@ -68,13 +68,13 @@ class Experts(nn.Module):
         self.w2 = nn.Parameter(torch.empty(count, dim, hidden))
         self.w3 = nn.Parameter(torch.empty(count, hidden, dim))
 
-    def forward(self, x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
-        """Rows x [R, D], sorted by expert (whose rows end at `ends`, int32 [E]), times their
+    def forward(self, x: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
+        """Rows x [R, D], sorted by expert (whose rows end at `offsets`, int32 [E]), times their
         weights [R]: [R, D]."""
-        hidden = F.silu(grouped_linear(x, self.w1, ends)) * grouped_linear(x, self.w3, ends)
+        hidden = F.silu(grouped_linear(x, self.w1, offsets)) * grouped_linear(x, self.w3, offsets)
         # The weight belongs to the output, but the map is linear and its input narrower.
         hidden = hidden * weights.unsqueeze(-1).to(hidden.dtype)
-        return grouped_linear(hidden, self.w2, ends)
+        return grouped_linear(hidden, self.w2, offsets)
 
 
 class _SumRows(torch.autograd.Function):
@@ -128,7 +128,7 @@ class MoE(nn.Module):
     """Routed and shared experts in the place of a block's feed-forward.
 
     expert_bias [E] float32 is part of a checkpoint; tokens_per_expert [E] int64 counts since the
-    last `balance_experts`; aux_loss_scale is what a sequence's balance loss counts in the total.
+    last `balance_experts`; aux_loss_scale: the weight of a sequence's balance loss in the total.
     """
 
     expert_bias: Tensor
@@ -160,15 +160,15 @@ class MoE(nn.Module):
         token = order.unsqueeze(1) // top_k  # [N * K, 1], of each row
         place = order.argsort().unflatten(0, (-1, top_k))  # [N, K], the rows of each token
         experts = torch.arange(self.args.num_experts, device=x.device)
-        ends = torch.searchsorted(expert, experts, right=True, out_int32=True)  # [E]
+        offsets = torch.searchsorted(expert, experts, right=True, out_int32=True)  # [E]
         # Activations are computed a second time inside of a backward, and not counted then. (The
         # compiler recomputes without side effects.)
         again = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
         if self.training and torch.is_grad_enabled() and not again:
             # (.data: a checkpointed block takes the buffer as an input, and may not see it change.)
-            self.tokens_per_expert.data.add_(torch.diff(ends, prepend=ends.new_zeros(1)))
+            self.tokens_per_expert.data.add_(torch.diff(offsets, prepend=offsets.new_zeros(1)))
         rows = _SumRows.apply(tokens, token, place)
-        rows = self.experts(rows, weights.flatten()[order], ends)
+        rows = self.experts(rows, weights.flatten()[order], offsets)
         out = _SumRows.apply(rows, place, token)
         if self.shared_experts is not None:
             out = out + self.shared_experts(tokens)

@@ -20,15 +20,16 @@ def rope_tables(args: ModelArgs, device: torch.device | str) -> tuple[Tensor, Te
         freqs = _llama(freqs, scaling)
     elif scaling is not None:
         freqs = _yarn(freqs, scaling, args.rope_theta)
-        magnitude = scaling.magnitude(scaling.mscale) / scaling.magnitude(scaling.mscale_all_dim)
+        magnitude = scaling.attention_factor(scaling.mscale)
+        magnitude /= scaling.attention_factor(scaling.mscale_all_dim)
     positions = torch.arange(args.max_seq_len, dtype=torch.float32, device=device)
     angles = torch.outer(positions, freqs)  # [max_seq_len, rope_dim / 2]
     return magnitude * angles.cos(), magnitude * angles.sin()
 
 
-def far_from_frequencies(table: Tensor, args: ModelArgs) -> float:
-    """By how much the logarithms of another program's frequencies differ from ours at most; 0.0
-    where half precision may do it.
+def rope_mismatch(table: Tensor, args: ModelArgs) -> float:
+    """Largest difference between the logarithms of another program's rotary frequencies and
+    ours; 0.0 where rounding to half precision may explain it.
 
     table: [rope_dim / 2] of them, or TorchTitan's complex exp(i * position * frequency),
         [positions, rope_dim / 2].
@@ -60,12 +61,12 @@ def _yarn(freqs: Tensor, scaling: YaRN, theta: float) -> Tensor:
     """
     width = 2 * len(freqs)
 
-    def pair_that_turns(times: float) -> float:
-        period = scaling.original_max_seq_len / (times * 2 * math.pi)
+    def pair_with_turns(turns: float) -> float:
+        period = scaling.original_max_seq_len / (turns * 2 * math.pi)
         return width * math.log(period) / (2 * math.log(theta))
 
-    low = max(math.floor(pair_that_turns(scaling.beta_fast)), 0)
-    high = min(math.ceil(pair_that_turns(scaling.beta_slow)), width - 1)
+    low = max(math.floor(pair_with_turns(scaling.beta_fast)), 0)
+    high = min(math.ceil(pair_with_turns(scaling.beta_slow)), width - 1)
     pairs = torch.arange(len(freqs), dtype=torch.float32, device=freqs.device)
     divided = ((pairs - low) / max(high - low, 0.001)).clamp(0, 1)
     return divided * freqs / scaling.factor + (1 - divided) * freqs

@@ -1,4 +1,4 @@
-"""A decoder-only transformer with TorchTitan's names and one slot, `mtp`, for more heads."""
+"""A decoder-only transformer with TorchTitan's parameter names and a slot, `mtp`, for heads."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torchtitan_mtp.models.args import ModelArgs, ModelSpec
 from torchtitan_mtp.models.attention import Attention, AttentionContext, KVCache, document_mask
 from torchtitan_mtp.models.heads import Heads, TrunkOutput
 from torchtitan_mtp.models.latent_attention import LatentAttention
-from torchtitan_mtp.models.layers import FeedForward, Norm, rms_norm
+from torchtitan_mtp.models.layers import FeedForward, NormParams, rms_norm
 from torchtitan_mtp.models.moe import MoE
 from torchtitan_mtp.models.rope import rope_tables
 from torchtitan_mtp.ops import LossOutput, chunked_argmax
@@ -44,7 +44,7 @@ class TransformerBlock(nn.Module):
         x: Tensor,
         context: AttentionContext,
         cache: KVCache | None = None,
-        norm: Norm | None = None,
+        norm: NormParams | None = None,
     ) -> Tensor:
         """x [B, S, D] -> [B, S, D], normalised where a `norm` is given."""
         x = x + self.attention(self.attention_norm(x), context, cache)
@@ -63,9 +63,9 @@ class TransformerBlock(nn.Module):
 class Unembedding(nn.Linear):
     """The shared `output` projection. As of any linear layer, a call gives logits [..., V].
 
-    What else is made of its weight is made in methods of its own, which FSDP2 is told of
-    (`apply_fsdp`): it gathers a weight for the module that owns it, and loses the gradient of one
-    that is used outside.
+    Whatever else uses its weight is a method here, registered with FSDP2 (`apply_fsdp`): FSDP2
+    unshards a weight only for a forward of the module that owns it, and loses the gradient of a
+    use outside.
     """
 
     def loss(
@@ -75,10 +75,9 @@ class Unembedding(nn.Linear):
         compute: Callable[[list[Tensor], Tensor, Tensor], LossOutput],
         detach: bool = False,
     ) -> LossOutput:
-        """The loss of n heads: what `compute` makes of n tensors [N, D], the weight and labels
-        [N, n].
+        """The loss of n heads: `compute` of n tensors [N, D], the weight and labels [N, n].
 
-        hiddens: n tensors [B, S, D]; labels [B, S, n]. `detach` keeps the gradient from the weight.
+        hiddens: n tensors [B, S, D]; labels [B, S, n]. `detach`: the weight gets no gradient.
         """
         weight = self.weight.detach() if detach else self.weight
         return compute([h.flatten(0, 1) for h in hiddens], weight, labels.flatten(0, 1))
@@ -95,7 +94,7 @@ class Transformer(nn.Module):
     `mtp` is the slot of the multi-token-prediction transform (`torchtitan_mtp.mtp`).
     """
 
-    softcap: float | None = None  # of the logits, as the run has it; whoever takes these applies it
+    softcap: float | None = None  # loss.softcap of the run; whoever uses logits applies it
 
     def __init__(self, args: ModelArgs) -> None:
         super().__init__()
@@ -132,28 +131,28 @@ class Transformer(nn.Module):
             for j, head in enumerate(self.mtp.heads):
                 yield f"mtp.heads.{j}", head
 
-    def named_mixtures(self) -> Iterator[tuple[str, MoE]]:
+    def named_moe_layers(self) -> Iterator[tuple[str, MoE]]:
         """Every mixture of experts with the name of its block; none in a dense model."""
         for name, block in self.named_blocks():
             yield from ((name, part) for part in block.modules() if isinstance(part, MoE))
 
-    def context(self, batch: Batch) -> AttentionContext:
+    def attention_context(self, batch: Batch) -> AttentionContext:
         """Rotary angles and attention mask of a batch."""
         packed = self.args.attn_mask_type == "block_causal"
         latent = self.args.latent
-        narrowest = min(latent.qk_head_dim, latent.v_head_dim) if latent else self.args.head_dim
+        min_head_dim = min(latent.qk_head_dim, latent.v_head_dim) if latent else self.args.head_dim
         return AttentionContext(
             self.rope_cos[batch.positions].unsqueeze(2),  # [B, S, 1, hd/2]
             self.rope_sin[batch.positions].unsqueeze(2),
-            document_mask(batch.doc_ids, narrowest) if packed else None,
+            document_mask(batch.doc_ids, min_head_dim) if packed else None,
         )
 
-    def trunk(self, batch: Batch) -> TrunkOutput:
-        """What the heads stand on: `forward` for an engine that runs these itself."""
-        return self._trunk(batch)
+    def forward_trunk(self, batch: Batch) -> TrunkOutput:
+        """The trunk alone, for an engine that runs the heads itself."""
+        return self._forward_trunk(batch)
 
-    def _trunk(self, batch: Batch) -> TrunkOutput:
-        context, heads, tokens = self.context(batch), self.mtp, batch.tokens
+    def _forward_trunk(self, batch: Batch) -> TrunkOutput:
+        context, heads, tokens = self.attention_context(batch), self.mtp, batch.tokens
         ahead = heads is not None and heads.reads_future_tokens
         if ahead:  # each once, although up to n heads read it: the window is contiguous
             tokens = torch.cat((tokens, batch.future_tokens[:, -1]), dim=1)  # [B, S+n-1]
@@ -167,7 +166,7 @@ class Transformer(nn.Module):
 
     def forward(self, batch: Batch) -> list[Tensor]:
         """The hidden states of the n heads: n tensors [B, S, D], each normalised."""
-        trunk = self._trunk(batch)
+        trunk = self._forward_trunk(batch)
         return [self.norm(trunk.state)] if self.mtp is None else self.mtp(trunk)
 
     def init_std(self, name: str) -> float:
@@ -183,7 +182,7 @@ class Transformer(nn.Module):
         """Fill the rotary tables and zero the experts' biases, on the device that they are on."""
         device = self.rope_cos.device
         self.rope_cos, self.rope_sin = rope_tables(self.args, device)
-        for _, moe in self.named_mixtures():
+        for _, moe in self.named_moe_layers():
             moe.init_buffers()
 
 

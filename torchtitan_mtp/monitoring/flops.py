@@ -62,7 +62,7 @@ def _count(parts: Iterable[Any], skip: nn.Module) -> tuple[int, int]:
             if isinstance(module, nn.Linear) and module is not skip:
                 params += module.weight.numel()
             elif isinstance(module, (Attention, LatentAttention)):
-                attention += module.width
+                attention += module.attention_width
             elif isinstance(module, MoE):
                 routed = sum(weight.numel() for weight in module.experts.parameters())
                 params += routed * module.args.top_k // module.args.num_experts

@@ -103,4 +103,4 @@ def _together(outputs: Sequence[LossOutput]) -> LossOutput:
 
 Engine = Callable[[Transformer, Batch, Tensor, LossOptions, bool], LossOutput]
 
-engines: dict[str, Engine] = {"head_by_head": head_by_head, "joint": joint}
+ENGINES: dict[str, Engine] = {"head_by_head": head_by_head, "joint": joint}

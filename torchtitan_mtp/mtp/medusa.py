@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torchtitan_mtp.config import MTP
 from torchtitan_mtp.models.attention import AttentionContext
 from torchtitan_mtp.models.heads import TrunkParts
-from torchtitan_mtp.models.layers import Norm, rms_norm
+from torchtitan_mtp.models.layers import NormParams, rms_norm
 from torchtitan_mtp.mtp.parallel import IndependentHeads
 
 
@@ -26,7 +26,7 @@ class MedusaHead(nn.Module):
         super().__init__()
         self.linear = nn.Linear(dim, dim, bias=False)
 
-    def forward(self, h: Tensor, trunk_norm: Norm | None = None) -> Tensor:
+    def forward(self, h: Tensor, trunk_norm: NormParams | None = None) -> Tensor:
         """h_k [B, S, D] from h_1; with the trunk's final norm, from the state before it."""
         if trunk_norm is not None:
             h = rms_norm(h, trunk_norm)

@@ -58,7 +58,7 @@ class IndependentHeads(Heads):
         self, model: Transformer, batch: Batch, head_loss: HeadByHeadLoss, reduce: bool
     ) -> dict[int, LossOutput]:
         """As `Heads.head_by_head`."""
-        z, context, _ = model.trunk(batch)  # [B, S, D]
+        z, context, _ = model.forward_trunk(batch)  # [B, S, D]
         dz = torch.zeros_like(z, dtype=torch.promote_types(z.dtype, torch.float32))
         order = head_order(self.num_future_tokens, z.requires_grad)
         # Not the heads' own blocks: FSDP2 has not unsharded them yet in this micro-batch.

@@ -29,7 +29,7 @@ from torchtitan_mtp.config import MTP
 from torchtitan_mtp.data.targets import Batch
 from torchtitan_mtp.models.attention import AttentionContext, KVCache
 from torchtitan_mtp.models.heads import Heads, TrunkOutput, TrunkParts
-from torchtitan_mtp.models.layers import Norm, rms_norm
+from torchtitan_mtp.models.layers import NormParams, rms_norm
 from torchtitan_mtp.models.transformer import Transformer
 from torchtitan_mtp.mtp.schedule import (
     begin_no_sync,
@@ -60,7 +60,7 @@ class SequentialHead(nn.Module):
         emb: Tensor,
         context: AttentionContext,
         cache: KVCache | None = None,
-        trunk_norm: Norm | None = None,
+        trunk_norm: NormParams | None = None,
     ) -> Tensor:
         """h_k [B, S, D], normalised, from h = h_{k-1} and emb [B, S, D].
 
@@ -132,7 +132,7 @@ class SequentialHeads(Heads):
     ) -> dict[int, LossOutput]:
         """As `Heads.head_by_head`."""
         n = self.num_future_tokens
-        state, context, embedded = model.trunk(batch)  # [B, S, D], [B, S+n-1, D]
+        state, context, embedded = model.forward_trunk(batch)  # [B, S, D], [B, S+n-1, D]
         assert embedded is not None
         trained = state.requires_grad
         into_trunk = trained and not self.detach_trunk

@@ -23,7 +23,7 @@ FAMILIES: dict[str, Callable[[TrunkParts, MTP], Heads]] = {  # by `mtp.heads` an
 }
 
 
-def with_heads(args: ModelArgs, mtp: MTP) -> ModelSpec:
+def spec_with_heads(args: ModelArgs, mtp: MTP) -> ModelSpec:
     """The sizes of a model of `args` once it has the heads of the `[mtp]` table.
 
     Raises:
@@ -49,9 +49,9 @@ def add_heads(model: Transformer, mtp: MTP) -> Transformer:
     """Attach the heads of the `[mtp]` table to a model on the meta device, in place.
 
     Nothing is attached for n = 1, which is plain next-token training. The trunk's parameter names
-    never change. Errors: those of `with_heads`.
+    never change. Errors: those of `spec_with_heads`.
     """
-    layers, model.spec = model.args.n_layers, with_heads(model.args, mtp)
+    layers, model.spec = model.args.n_layers, spec_with_heads(model.args, mtp)
     if not model.spec.heads:
         return model
     for i in range(model.args.n_layers, layers):

@@ -12,7 +12,7 @@ from torchtitan_mtp.ops.chunked import (
     LossInput,
     LossOutput,
     accumulation_dtype,
-    gradient_unit,
+    fp16_gradient_scale,
     head_loss_and_grad,
     matmul_dtype,
 )
@@ -21,18 +21,18 @@ from torchtitan_mtp.ops.token_losses import LossOptions
 
 def chunked_linear_cross_entropy(x: LossInput) -> LossOutput:
     """All heads in one pass, with one buffer for the weight's gradient."""
-    unit = gradient_unit(x.head_scales, x.hiddens[0])
+    grad_scale = fp16_gradient_scale(x.head_scales, x.hiddens[0])
     needs_grad = [_needs_grad(t) for t in (x.weight, *x.hiddens)]
-    how = (x.options, unit, needs_grad, None, False)
+    how = (x.options, grad_scale, needs_grad, None, False)
     tensors = (x.weight, x.labels, x.head_scales, x.row_weights)
     return LossOutput(*_Heads.apply(*tensors, *how, *x.hiddens))
 
 
 class HeadByHeadLoss:
-    """`linear_cross_entropy` of n heads in any number of calls, with no memory but one chunk's
+    """`linear_cross_entropy` of n heads in any number of calls, whose only memory is one chunk's
     logits: each call's ``loss.backward()`` runs once, without a factor, and nothing else needs the
-    hidden states. So a head's gradient takes the storage of its state, and the weight's is added to
-    ``weight.grad`` where that is there in the precision of accumulation. Else all calls add to one
+    hidden states. So a head's gradient overwrites its state, and the weight's is added to
+    ``weight.grad`` where that exists in the accumulation dtype. Else all calls add to one
     [V, D] buffer, which the call with `last` hands to autograd, to be reduced once.
 
     head_scales: [n], as in `linear_cross_entropy`.
@@ -54,17 +54,17 @@ class HeadByHeadLoss:
 
         hiddens: m tensors [N, D]; weight [V, D]; labels [N, m].
         """
-        unit = gradient_unit(self.head_scales, hiddens[0])
-        d_weight = self._weight_gradient(weight, unit is None)
+        grad_scale = fp16_gradient_scale(self.head_scales, hiddens[0])
+        d_weight = self._weight_gradient(weight, grad_scale is None)
         needs_grad = [last and self.d_weight is not None, *map(_needs_grad, hiddens)]
         if last:
             self.d_weight = None
         scales = self.head_scales[first : first + len(hiddens)]
-        how = (self.options, unit, needs_grad, d_weight, True)
+        how = (self.options, grad_scale, needs_grad, d_weight, True)
         return LossOutput(*_Heads.apply(weight, labels, scales, None, *how, *hiddens))
 
     def _weight_gradient(self, weight: Tensor, add_to_grad: bool) -> Tensor | None:
-        """Where the weight's gradient is added: `.grad` where it may be, or the buffer."""
+        """What the weight's gradient is added to: `.grad` where possible, else the buffer."""
         if not _needs_grad(weight):
             return None
         if self.d_weight is None:
@@ -78,33 +78,33 @@ class HeadByHeadLoss:
 class _Heads(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[no-untyped-def]
-        ctx, weight, labels, head_scales, row_weights, options, unit, needs_grad, into, once, *heads
+        ctx, weight, labels, head_scales, row_weights, options, scale, needs_grad, dw, once, *heads
     ):
         """weight [V, D], labels [N, n], head_scales [n], row_weights [N, n], heads n of [N, D] ->
         loss [], and loss sums, valid and correct targets [n]; the gradients are made here.
 
         needs_grad: whether autograd gets a gradient from here, for each of (weight, *heads).
-        into: what the weight's gradient is added to; None: a new buffer. once: the backward runs
-        once and without a factor, and gradients take the place of the heads' states.
+        dw: the buffer that the weight's gradient is added to; None: a new one. once: the backward
+        runs once and without a factor, and gradients overwrite the heads' states.
         """
         mm = matmul_dtype(heads[0])
-        scales = head_scales if unit is None else head_scales / unit
+        scales = head_scales if scale is None else head_scales / scale
         arguments = (list(heads), weight, labels, scales, row_weights, mm, needs_grad, *options)
         if torch.compiler.is_compiling():
             results = _heads_op(*arguments)
         else:
-            results = _heads(*arguments, d_weight=into, in_place=once)
+            results = _heads(*arguments, d_weight=dw, in_place=once)
         loss_sum, valid, correct, *gradients = results
         ctx.mark_non_differentiable(loss_sum, valid, correct)
         # Plain attributes: saved tensors would stay referenced and force a copy into `.grad`.
-        ctx.gradients, ctx.unit, ctx.once = gradients, unit, once
+        ctx.gradients, ctx.scale, ctx.once = gradients, scale, once
         ctx.needs_grad, ctx.weight_dtype = needs_grad, weight.dtype
         return (loss_sum * head_scales).sum(), loss_sum, valid, correct
 
     @staticmethod
     def backward(ctx, grad_loss, *_):  # type: ignore[no-untyped-def]
         """grad_loss [] times the gradients of the forward. Error: they were used up before."""
-        gradients, factor = ctx.gradients, ctx.unit
+        gradients, factor = ctx.gradients, ctx.scale
         # Whether the graph must stay usable: retain_graph, or a compiled graph.
         keep = torch.compiler.is_compiling()
         keep = keep or torch._C._autograd._get_current_graph_task_keep_graph()

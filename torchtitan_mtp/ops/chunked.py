@@ -43,7 +43,7 @@ from torch import Tensor
 
 from torchtitan_mtp.ops.token_losses import (
     LossOptions,
-    TokenLosses,
+    LossSums,
     compiled_token_losses,
     token_losses,
 )
@@ -92,13 +92,13 @@ def head_loss_and_grad(
     in_place: bool = False,
     d_weight: Tensor | None = None,
     mm: torch.dtype | None = None,
-) -> tuple[TokenLosses, Tensor | None]:
+) -> tuple[LossSums, Tensor | None]:
     """Loss of one head, and the gradient [N, D] of ``scale * loss_sum`` in its hidden, outside
     autograd.
 
     hidden [N, D]; weight [V, D]; labels [N]; row_weights [N], factors of the rows' losses.
     scale: [] factor of the gradients, None for 1. ``loss_sum`` is not scaled.
-    in_place: whether the gradient takes the place of ``hidden``, whose values are lost.
+    in_place: the gradient overwrites ``hidden``.
     d_weight: [V, D] in `accumulation_dtype(weight.dtype)`; the weight's gradient is ADDED to it.
         None: it is not computed.
     mm: dtype of the matrix products; None: `matmul_dtype(hidden)`.
@@ -107,7 +107,7 @@ def head_loss_and_grad(
     device, need_grad = hidden.device, need_d_hidden or d_weight is not None
     weight, buffer = _weight_and_buffer(hidden, weight, mm, options.chunk_rows)
     dtypes = (acc, torch.int64, torch.int64)
-    losses = TokenLosses(*(torch.zeros((), dtype=dtype, device=device) for dtype in dtypes))
+    losses = LossSums(*(torch.zeros((), dtype=dtype, device=device) for dtype in dtypes))
     d_hidden = None
     if need_d_hidden:
         empty = functools.partial(torch.empty_like, memory_format=torch.contiguous_format)
@@ -257,13 +257,13 @@ def _accumulate(d_weight: Tensor, grad: Tensor, h: Tensor) -> None:
             d_weight[v : v + _TILE_ROWS] += grad[:, v : v + _TILE_ROWS].t() @ h
 
 
-def gradient_unit(head_scales: Tensor, hidden: Tensor) -> Tensor | None:
-    """What gradients are in units of until the backward: nothing, but where the hidden or a product
-    is float16 the largest scale [], or 1 for zeros.
+def fp16_gradient_scale(head_scales: Tensor, hidden: Tensor) -> Tensor | None:
+    """Gradient scale [] for float16 inputs or products, undone in the backward; None for others.
 
-    Scales are about 1 / valid tokens, and float16 would underflow with them.
+    Head scales are about 1 / valid tokens, which would underflow in float16. So gradients are
+    computed with head scales divided by the largest one, which the backward multiplies in.
     """
     if torch.float16 not in (hidden.dtype, matmul_dtype(hidden)):
         return None
-    unit = head_scales.abs().amax()
-    return unit.masked_fill(unit == 0, 1)
+    largest = head_scales.abs().amax()
+    return largest.masked_fill(largest == 0, 1)

@@ -1,4 +1,4 @@
-"""Losses of a chunk of tokens from its logits, and the logits' gradient in their place."""
+"""Losses of a chunk of tokens from its logits; the logits' gradient overwrites them."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ class LossOptions(NamedTuple):
     z_loss: float = 0.0  # coefficient of lse**2 (PaLM, arXiv 2204.02311, section 5)
     softcap: float | None = None  # cap of the logits (Gemma 2, arXiv 2408.00118, section 2)
     label_smoothing: float = 0.0  # share of the uniform distribution in the target (1512.00567)
-    chunk_rows: int | None = None  # whose logits are alive at a time; None: by shapes and device
-    compile: bool = False  # the passes over a chunk's logits, fused; "chunked" alone
-    backend: str = "chunked"  # this project's; "naive": whole logits; "torch": its own
+    chunk_rows: int | None = None  # rows of logits alive at a time; None: by shapes and device
+    compile: bool = False  # fuse the passes over a chunk's logits; "chunked" only
+    backend: str = "chunked"  # ours; "naive": whole logits; "torch": torch's own
 
 
-class TokenLosses(NamedTuple):
+class LossSums(NamedTuple):
     """Sums over valid rows, of a chunk or of a head; [] each."""
 
     loss_sum: Tensor  # in the accumulation dtype
@@ -36,7 +36,7 @@ def token_losses(
     options: LossOptions,
     need_grad: bool,
     weights: Tensor | None = None,
-) -> tuple[TokenLosses, Tensor, Tensor]:
+) -> tuple[LossSums, Tensor, Tensor]:
     """Losses of a chunk, and its logits' gradient as ``factor * G``, factor [C, 1], G [C, V].
 
     ``logits`` [C, V] is overwritten; G lives in it. ``weights`` [C] multiply the rows' losses. For
@@ -80,7 +80,7 @@ def token_losses(
 
 
 @functools.cache
-def compiled_token_losses() -> Callable[..., tuple[TokenLosses, Tensor]]:
+def compiled_token_losses() -> Callable[..., tuple[LossSums, Tensor]]:
     """`traceable_token_losses`, compiled."""
     return torch.compile(traceable_token_losses, fullgraph=True)
 
@@ -92,11 +92,12 @@ def traceable_token_losses(
     scale: Tensor | None,
     weights: Tensor | None,
     dtype: torch.dtype,
-) -> tuple[TokenLosses, Tensor]:
-    """The same in a form that a compiler fuses into three passes over [C, V], two of which read.
+) -> tuple[LossSums, Tensor]:
+    """As `token_losses`, in a form that torch.compile fuses into three passes over [C, V], of which
+    two only read.
 
-    Returns the sums, and ``scale`` times the whole gradient [C, V] in ``dtype``: in the place of
-    ``logits`` where that is its dtype.
+    Returns the sums, and ``scale`` times the whole gradient [C, V] in ``dtype``; it overwrites
+    ``logits`` where that is their dtype.
     """
     vocab, smoothing, cap = logits.shape[1], options.label_smoothing, options.softcap
     is_valid, y = _targets(labels, options)
@@ -136,7 +137,7 @@ def _sums(
     is_valid: Tensor,
     options: LossOptions,
     weights: Tensor | None,
-) -> TokenLosses:
+) -> LossSums:
     """From what is known of each row: lse, the label's logit, their mean, `correct` [C, 1]."""
     losses = lse - target
     if mean is not None:
@@ -146,4 +147,4 @@ def _sums(
     losses = losses.squeeze(1).masked_fill(~is_valid, 0)  # [C]
     if weights is not None:
         losses = losses * weights
-    return TokenLosses(losses.sum(), is_valid.sum(), (correct.squeeze(1) & is_valid).sum())
+    return LossSums(losses.sum(), is_valid.sum(), (correct.squeeze(1) & is_valid).sum())

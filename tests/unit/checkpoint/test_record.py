@@ -25,7 +25,7 @@ from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.formats import export_checkpoint, import_checkpoint
 from torchtitan_mtp.inference.load import load_for_inference
 from torchtitan_mtp.models.args import ModelArgs, ModelSpec, RoPEScaling, YaRN
-from torchtitan_mtp.models.flavors import EARLIER, flavors
+from torchtitan_mtp.models.flavors import EARLIER_FLAVORS, flavors
 from torchtitan_mtp.models.init import init_weights
 from torchtitan_mtp.models.transformer import Transformer, build_model
 
@@ -162,7 +162,7 @@ def test_a_run_keeps_what_its_flavor_had(tmp_path, monkeypatch, caplog):
     without_record(tmp_path / "run" / "checkpoint" / "step-2")
     scaling = RoPEScaling(8.0, original_max_seq_len=16)
     monkeypatch.setitem(flavors["llama3"], "tiny", replace(TINY, rope_scaling=scaling))
-    monkeypatch.setitem(EARLIER, ("llama3", "tiny"), {"rope_scaling": None})
+    monkeypatch.setitem(EARLIER_FLAVORS, ("llama3", "tiny"), {"rope_scaling": None})
     train(config_of(tmp_path, saves), interrupt_after(3))  # and step-3 has a record
     told = "from before llama3 tiny had TorchTitan's numbers; keeps rope_scaling = None"
     assert caplog.text.count(told) == 1

@@ -13,7 +13,7 @@ from torchtitan_mtp.config import MTP, ActivationCheckpoint
 from torchtitan_mtp.data.targets import make_batch
 from torchtitan_mtp.distributed.activation_checkpoint import apply_activation_checkpointing
 from torchtitan_mtp.distributed.balance import ExpertLoads, balance_experts, weigh_balance_losses
-from torchtitan_mtp.mtp import engines
+from torchtitan_mtp.mtp import ENGINES
 from torchtitan_mtp.ops import LossOptions
 
 N = 3
@@ -56,7 +56,7 @@ def imbalance(model, steps: int) -> list[float]:
     """max / mean of every mixture over the first and the last tenth of the steps, averaged, from a
     start that prefers some experts."""
     values = []
-    for _, moe in model.named_mixtures():
+    for _, moe in model.named_moe_layers():
         moe.expert_bias.copy_(torch.linspace(0, 0.8, 8))
     for i in range(steps):
         model(make_batch(small_window(8, 48 + N, seed=i), N))
@@ -88,7 +88,7 @@ def test_recomputed_activations_are_not_counted_again(heads, engine, config):
         model = model_of(heads)
         apply_activation_checkpointing(model, ActivationCheckpoint(**ac))
         for _ in range(2):  # micro-batches add up
-            engines[engine](model, batch, torch.ones(N), LossOptions(), True)
+            ENGINES[engine](model, batch, torch.ones(N), LossOptions(), True)
         counts.append(balance_experts(model).counts)
     tokens = batch.tokens.numel() * DEEPSEEK.moe.top_k
     assert counts[0].sum(1).tolist() == [2 * tokens] * 4  # two layers, two heads
@@ -111,7 +111,9 @@ def test_balance_losses_weigh_as_their_heads_do():
         mtp = MTP(heads="sequential", num_future_tokens=N, share_weights=share)
         model = small_model(mtp, shape=shape)
         weigh_balance_losses(model, [1.0, 0.25, 0.75], 8)
-        found = {name: moe.aux_loss_scale.item() * 8 / 0.5 for name, moe in model.named_mixtures()}
+        found = {
+            name: moe.aux_loss_scale.item() * 8 / 0.5 for name, moe in model.named_moe_layers()
+        }
         assert [found["layers.1"], found["layers.2"]] == [1, 1]
         heads = [found[f"mtp.heads.{k}"] for k in range(1 if share else 2)]
         assert heads == ([0.5] if share else [0.25, 0.75])
@@ -120,9 +122,9 @@ def test_balance_losses_weigh_as_their_heads_do():
 @pytest.mark.parametrize("heads", ["parallel", "sequential"])
 def test_a_frozen_trunks_biases_stay(heads):
     model = model_of(heads, train="heads")
-    before = {name: moe.expert_bias.clone() for name, moe in model.named_mixtures()}
+    before = {name: moe.expert_bias.clone() for name, moe in model.named_moe_layers()}
     batch = make_batch(small_window(2, 12 + N), N)
-    engines["head_by_head"](model, batch, torch.ones(N), LossOptions(), True)
+    ENGINES["head_by_head"](model, batch, torch.ones(N), LossOptions(), True)
     balance_experts(model)
-    for name, moe in model.named_mixtures():
+    for name, moe in model.named_moe_layers():
         assert torch.equal(moe.expert_bias, before[name]) != name.startswith("mtp."), name

@@ -76,5 +76,5 @@ def test_a_cache_holds_the_latents_alone() -> None:
 def test_decoding_counts_no_tokens_of_experts() -> None:
     model = model_of("deepseek", "sequential")
     generate(model, PROMPTS, 4, speculative=True)
-    assert all(moe.tokens_per_expert.sum() == 0 for _, moe in model.named_mixtures())
+    assert all(moe.tokens_per_expert.sum() == 0 for _, moe in model.named_moe_layers())
     assert torch.equal(model.layers["1"].moe.expert_bias, torch.zeros(6))

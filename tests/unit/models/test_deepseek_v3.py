@@ -58,7 +58,7 @@ def test_first_blocks_are_dense_and_modules_are_as_the_last(flavor, dense):
     kinds = ["moe" if block.moe else "dense" for block in model.layers.values()]
     assert kinds == ["dense"] * dense + ["moe"] * (model.args.n_layers - dense)
     assert model.mtp.heads[0].block.moe is not None
-    names = [name for name, _ in model.named_mixtures()]
+    names = [name for name, _ in model.named_moe_layers()]
     assert names == [f"layers.{i}" for i in range(dense, model.args.n_layers)] + ["mtp.heads.0"]
 
 

@@ -17,7 +17,7 @@ from torchtitan_mtp.distributed.mesh import init_world
 from torchtitan_mtp.distributed.parallelize import parallelize
 from torchtitan_mtp.models.args import ModelArgs
 from torchtitan_mtp.models.transformer import build_model
-from torchtitan_mtp.mtp import add_heads, engines, forward_loss, head_scales, head_weights
+from torchtitan_mtp.mtp import ENGINES, add_heads, forward_loss, head_scales, head_weights
 from torchtitan_mtp.ops import LossOptions
 
 # More than the recompilations that torch.compile allows a function (8): one a layer would raise.
@@ -86,9 +86,11 @@ class SmallRun:
         batch = self.batch(seed)
         scales = head_scales(head_weights(self.mtp, 1, 10), (batch.labels != IGNORE).sum((0, 1)))
         self.model.zero_grad()
-        counts = {name: moe.tokens_per_expert.zero_() for name, moe in self.model.named_mixtures()}
+        counts = {
+            name: moe.tokens_per_expert.zero_() for name, moe in self.model.named_moe_layers()
+        }
         for last in (False, True):
-            engines[self.mtp.engine](self.model, batch, scales, LossOptions(), last)
+            ENGINES[self.mtp.engine](self.model, batch, scales, LossOptions(), last)
         return {
             name: p.grad.full_tensor().clone()
             for name, p in self.model.named_parameters()

@@ -16,7 +16,7 @@ from tests.small import (
 )
 from torchtitan_mtp.config import MTP
 from torchtitan_mtp.data.targets import IGNORE, Batch, make_batch
-from torchtitan_mtp.mtp import engines, forward_loss, head_scales, head_weights
+from torchtitan_mtp.mtp import ENGINES, forward_loss, head_scales, head_weights
 from torchtitan_mtp.mtp.transform import FAMILIES
 from torchtitan_mtp.ops import LossOptions
 
@@ -70,7 +70,7 @@ RUNS = {
     "joint": ("joint", LossOptions(chunk_rows=5)),
 }
 ways = pytest.mark.parametrize(
-    ("heads", "engine"), [(heads, engine) for heads in FAMILIES for engine in engines]
+    ("heads", "engine"), [(heads, engine) for heads in FAMILIES for engine in ENGINES]
 )
 
 
@@ -84,7 +84,7 @@ def test_loss_and_gradients_are_the_naive_ones(mtp, shape):
     loss, losses, expected = naive_gradients(model, window, mtp)
     for run, (engine, options) in RUNS.items():
         model.zero_grad()
-        out = engines[engine](model, batch, scales_of(mtp, batch), options, True)
+        out = ENGINES[engine](model, batch, scales_of(mtp, batch), options, True)
         # head_scales are float32 whatever the model is.
         torch.testing.assert_close(out.loss, loss, rtol=1e-6, atol=0)
         valid = out.valid.clamp(min=1)
@@ -106,14 +106,14 @@ def test_scale_zero_and_n_1_give_the_plain_models_trunk_gradients_to_the_bit(hea
     one = MTP(num_future_tokens=1)
     batch = make_batch(window._replace(tokens=window.tokens, doc_ids=window.doc_ids), n)
     first = batch._replace(labels=batch.labels[..., :1], future_tokens=batch.future_tokens[..., :0])
-    engines[engine](plain, first, scales_of(one, first), LossOptions(), True)
+    ENGINES[engine](plain, first, scales_of(one, first), LossOptions(), True)
     expected = named_gradients(plain)
     for mtp, data in [
         (one, first),
         (MTP(heads=heads, num_future_tokens=n, loss_scale=0.0), batch),
     ]:
         model = small_model(mtp)
-        engines[engine](model, data, scales_of(mtp, data), LossOptions(), True)
+        ENGINES[engine](model, data, scales_of(mtp, data), LossOptions(), True)
         found = named_gradients(model)
         for name, gradient in expected.items():
             assert torch.equal(found[name], gradient), name
@@ -125,7 +125,7 @@ def test_a_batch_without_targets_gives_zero_gradients_and_a_finite_loss(heads, e
     model = small_model(mtp)
     batch = make_batch(small_window(2, 11), 3)
     batch = batch._replace(labels=torch.full_like(batch.labels, IGNORE))
-    out = engines[engine](model, batch, scales_of(mtp, batch), LossOptions(), True)
+    out = ENGINES[engine](model, batch, scales_of(mtp, batch), LossOptions(), True)
     assert out.loss.item() == 0 and out.valid.tolist() == [0, 0, 0]
     assert all(g.count_nonzero() == 0 for g in named_gradients(model).values())
 
@@ -138,7 +138,7 @@ def test_detached_heads_leave_the_trunk_to_head_1(heads, engine):
     batch = make_batch(small_window(2, 14), 3)
     scales = scales_of(mtp, batch)
     scales[0] = 0
-    engines[engine](model, batch, scales, LossOptions(), True)
+    ENGINES[engine](model, batch, scales, LossOptions(), True)
     for name, gradient in named_gradients(model).items():
         assert bool(gradient.count_nonzero()) == name.startswith("mtp."), name
 
@@ -148,11 +148,11 @@ def test_a_frozen_trunk_has_no_gradients_at_all(heads, engine):
     mtp = MTP(heads=heads, num_future_tokens=3, train="heads")
     model = small_model(mtp)
     batch = make_batch(small_window(2, 14), 3)
-    out = engines[engine](model, batch, scales_of(mtp, batch), LossOptions(), True)
+    out = ENGINES[engine](model, batch, scales_of(mtp, batch), LossOptions(), True)
     for name, param in model.named_parameters():
         assert (param.grad is None) == (not name.startswith("mtp.")), name
     free = small_model(MTP(heads=heads, num_future_tokens=3, detach_trunk=True))
-    engines[engine](free, batch, scales_of(mtp, batch), LossOptions(), True)
+    ENGINES[engine](free, batch, scales_of(mtp, batch), LossOptions(), True)
     again = forward_loss(free, batch, scales_of(mtp, batch), LossOptions())
     torch.testing.assert_close(again.loss, out.loss, rtol=1e-6, atol=0)
     expected = dict(free.named_parameters())
@@ -199,7 +199,7 @@ def test_packed_documents_are_the_same_documents_apart(heads):
             window = small_window(1, 1)._replace(
                 tokens=torch.cat((row, pad), 1), doc_ids=torch.cat((docs, pad - 1), 1)
             )
-            out = engines["head_by_head"](model, make_batch(window, n), ones, LossOptions(), True)
+            out = ENGINES["head_by_head"](model, make_batch(window, n), ones, LossOptions(), True)
             sums.append(out.loss_sum)
         return torch.stack(sums).sum(0), named_gradients(model)
 

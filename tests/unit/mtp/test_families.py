@@ -8,7 +8,7 @@ from typing import get_args, get_type_hints
 import pytest
 
 from tests.small import ARGS
-from torchtitan_mtp.build import shapes_of
+from torchtitan_mtp.build import parameter_shapes
 from torchtitan_mtp.config import MTP
 from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.inference.drafting import DRAFTERS
@@ -24,7 +24,7 @@ def test_a_family_has_its_word_and_its_drafter():
 @pytest.mark.parametrize("name", FAMILIES)
 def test_parameters_of_heads_have_names_of_their_own(name):
     """The trunk keeps its names, and nothing of it is named a second time."""
-    trunk, whole = shapes_of(ModelSpec(ARGS)), shapes_of(ModelSpec(ARGS, name, 3))
+    trunk, whole = parameter_shapes(ModelSpec(ARGS)), parameter_shapes(ModelSpec(ARGS, name, 3))
     own = whole.keys() - trunk.keys()
     assert {key: whole[key] for key in trunk} == trunk
     assert own and all(key.startswith(("mtp.heads.0.", "mtp.heads.1.")) for key in own)
@@ -33,4 +33,4 @@ def test_parameters_of_heads_have_names_of_their_own(name):
 def test_an_unknown_family_is_refused_by_name():
     told = 'mtp.heads = "eagle": expected one of parallel, sequential, medusa'
     with pytest.raises(UserError, match=told):
-        shapes_of(replace(ModelSpec(ARGS), heads="eagle", num_future_tokens=3))
+        parameter_shapes(replace(ModelSpec(ARGS), heads="eagle", num_future_tokens=3))

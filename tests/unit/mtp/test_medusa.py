@@ -13,7 +13,7 @@ from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.formats import FORMATS, export_checkpoint
 from torchtitan_mtp.models.init import init_weights
 from torchtitan_mtp.models.transformer import build_model
-from torchtitan_mtp.mtp import add_heads, engines
+from torchtitan_mtp.mtp import ENGINES, add_heads
 from torchtitan_mtp.ops import LossOptions
 
 N = 3
@@ -31,7 +31,7 @@ def test_heads_start_as_head_1_and_learn_from_there():
     batch = make_batch(small_window(2, 12 + N), N)
     first, *others = model(batch)
     assert all(torch.equal(h, first) for h in others)
-    engines["head_by_head"](model, batch, torch.ones(N), LossOptions(), True)
+    ENGINES["head_by_head"](model, batch, torch.ones(N), LossOptions(), True)
     assert all(p.grad.count_nonzero() > 0 for p in model.mtp.parameters())
 
 

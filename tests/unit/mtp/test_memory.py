@@ -11,7 +11,7 @@ from tests.small import small_model
 from torchtitan_mtp.config import MTP, ActivationCheckpoint
 from torchtitan_mtp.data.targets import Window, make_batch
 from torchtitan_mtp.distributed.activation_checkpoint import apply_activation_checkpointing
-from torchtitan_mtp.mtp import engines
+from torchtitan_mtp.mtp import ENGINES
 from torchtitan_mtp.ops import LossOptions
 
 SEQ, DIM, VOCAB = 64, 32, 8192
@@ -28,13 +28,13 @@ def peak(n: int, mode: str, **table) -> int:
     tokens = torch.randint(VOCAB, (1, SEQ + n), generator=torch.Generator().manual_seed(0))
     batch = make_batch(Window(tokens, torch.zeros_like(tokens)), n)
     scales = torch.full((n,), 1 / SEQ)
-    engines[mtp.engine](model, batch, scales, LossOptions(), True)
+    ENGINES[mtp.engine](model, batch, scales, LossOptions(), True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with torch.profiler.profile(
             profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]
         ) as profile:
-            engines[mtp.engine](model, batch, scales, LossOptions(), True)
+            ENGINES[mtp.engine](model, batch, scales, LossOptions(), True)
     alive = most = 0
     for event in profile.profiler.kineto_results.events():
         if event.name() == "[memory]":
