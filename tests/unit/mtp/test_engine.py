@@ -75,7 +75,7 @@ ways = pytest.mark.parametrize(
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("mtp", CASES)
+@pytest.mark.parametrize("mtp", CASES, ids=lambda mtp: mtp.heads)
 def test_loss_and_gradients_are_the_naive_ones(mtp, shape):
     """In all runs, for what is naive takes long."""
     window = small_window(2, 9 + mtp.num_future_tokens)
