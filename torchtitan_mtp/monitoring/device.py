@@ -1,6 +1,5 @@
 """What the device can do (FLOP/s), which precision it prefers, and how much memory is in use."""
 
-import itertools
 import logging
 import re
 import statistics
@@ -8,9 +7,10 @@ import sys
 import time
 
 import torch
-import torch.distributed as dist
+from torch.utils.benchmark import Timer
 
 from torchtitan_mtp.distributed.memory import GIB, total_memory
+from torchtitan_mtp.distributed.ranks import Ranks
 
 logger = logging.getLogger(__name__)
 
@@ -52,41 +52,24 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     return known
 
 
-def measure_linear_rates(dtype: torch.dtype, *, budget: float = 0.15) -> list[float]:
+def measure_linear_rates(dtype: torch.dtype) -> list[float]:
     """FLOP/s of a square linear layer's three products on this CPU: one thread's, times the threads
     torch uses.
 
-    All three, because a CPU without bfloat16 units may have a fast kernel for one of them, and take
-    ten times as long for another. One thread, because several wait for one another wherever the
-    cores are shared, and then say more about the neighbours than about `dtype`. The size doubles,
-    up to 1024, as long as the next products are sure to fit into `budget` seconds; the largest are
-    repeated for `budget` seconds, and the best times count.
+    All three (y = x @ weight.T, and the gradients of x and weight), because a CPU without bfloat16
+    units may have a fast kernel for one of them, and take ten times as long for another. One
+    thread, because several wait for one another wherever the cores are shared, and then say more
+    about the neighbours than about `dtype`. The best time of each counts.
     """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        size = 128
-        _time_products(size, dtype)  # sets up the kernels
-        best = _time_products(size, dtype)
-        while size < 1024 and 8 * sum(best) < budget:
-            size *= 2
-            best = _time_products(size, dtype)
-        deadline = time.perf_counter() + budget
-        while time.perf_counter() + sum(best) < deadline:
-            best = list(map(min, best, _time_products(size, dtype)))
-    finally:
-        torch.set_num_threads(threads)
-    return [threads * 2 * size**3 / seconds for seconds in best]
-
-
-def _time_products(size: int, dtype: torch.dtype) -> list[float]:
-    """Seconds of y = x @ weight.T of [size, size] each, and of the gradients of x and weight."""
+    size = 512
     x, weight = torch.ones(2, size, size, dtype=dtype)
-    times = [time.perf_counter()]
-    for a, b in ((x, weight.T), (x, weight), (x.T, weight)):
-        a @ b
-        times.append(time.perf_counter())
-    return [end - start for start, end in itertools.pairwise(times)]
+    rates = []
+    for product in ("x @ weight.T", "x @ weight", "x.T @ weight"):
+        factors = {"x": x, "weight": weight}
+        timer = Timer(product, globals=factors, timer=time.perf_counter)  # on one thread
+        best = min(timer.blocked_autorange(min_run_time=0.05).times)
+        rates.append(torch.get_num_threads() * 2 * size**3 / best)
+    return rates
 
 
 def resolve_auto_dtype(device: torch.device) -> torch.dtype:
@@ -98,17 +81,16 @@ def resolve_auto_dtype(device: torch.device) -> torch.dtype:
     if device.type != "cpu":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if native else torch.float32
-    choice = [torch.float32]
-    if not dist.is_initialized() or dist.get_rank() == 0:
+
+    def faster() -> torch.dtype:
         bf16, fp32 = (
             statistics.harmonic_mean(measure_linear_rates(dtype))
             for dtype in (torch.bfloat16, torch.float32)
         )
-        choice = [torch.bfloat16 if bf16 > fp32 else torch.float32]
         logger.info("auto precision: bfloat16 %.1f, float32 %.1f GFLOP/s", bf16 / 1e9, fp32 / 1e9)
-    if dist.is_initialized():
-        dist.broadcast_object_list(choice, src=0)
-    return choice[0]
+        return torch.bfloat16 if bf16 > fp32 else torch.float32
+
+    return Ranks().on_rank_0(faster)
 
 
 class MemoryMonitor:
