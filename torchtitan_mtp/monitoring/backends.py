@@ -8,9 +8,8 @@ from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
 
-import torch.distributed as dist
-
 from torchtitan_mtp.config import JobConfig
+from torchtitan_mtp.distributed.ranks import Ranks
 from torchtitan_mtp.errors import import_optional
 from torchtitan_mtp.monitoring.observer import Observer
 
@@ -69,13 +68,11 @@ def metrics_folder(config: JobConfig, rank: int) -> str:
     The time is rank 0's clock when every rank writes (a collective then), so that one run is one
     folder even where clocks differ.
     """
-    start = [datetime.now().strftime("%Y%m%d-%H%M%S")]
+    start = datetime.now().strftime("%Y%m%d-%H%M%S")
     folder = os.path.join(config.job.dump_folder, config.metrics.save_tb_folder)
     if not config.metrics.save_for_all_ranks:
-        return os.path.join(folder, start[0])
-    if dist.is_initialized():
-        dist.broadcast_object_list(start, src=0)
-    return os.path.join(folder, start[0], f"rank_{rank}")
+        return os.path.join(folder, start)
+    return os.path.join(folder, Ranks().gather(start)[0], f"rank_{rank}")
 
 
 def build_backends(config: JobConfig, rank: int) -> list[Observer]:

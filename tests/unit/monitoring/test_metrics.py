@@ -297,11 +297,13 @@ def test_all_ranks_write_when_asked(config: JobConfig, clock: Clock, tmp_path: P
 def test_all_ranks_share_the_start_of_rank_0(
     config: JobConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def from_rank_0(objects: list[str], src: int) -> None:
-        objects[src] = "20250102-030405"
+    def gather(values: list[str], value: str, group: None) -> None:
+        values[:] = ["20250102-030405", value]
 
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "broadcast_object_list", from_rank_0)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
     config.job.dump_folder = "out"
     config.metrics.save_for_all_ranks = True
     assert metrics_folder(config, rank=1) == "out/tb/20250102-030405/rank_1"
