@@ -1,6 +1,7 @@
 import os
 
 import pytest
+from loader_sources import jsonl
 
 
 @pytest.fixture(autouse=True)
@@ -9,3 +10,8 @@ def cache(tmp_path_factory, monkeypatch):
     folder = tmp_path_factory.mktemp("temporary")
     monkeypatch.setattr("tempfile.tempdir", str(folder))
     return folder / f"torchtitan_mtp-{os.getuid()}"
+
+
+@pytest.fixture
+def source(tmp_path):
+    return jsonl(tmp_path)
