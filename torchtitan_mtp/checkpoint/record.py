@@ -108,12 +108,13 @@ def keeps_earlier(config: JobConfig, checkpoint: Path | None, say: bool = True) 
 
 def check_tokenizer(checkpoint: Path, path: str, tokenizer: Tokenizer | None = None) -> None:
     """Error: what `path` names (`tokenizer`, where it is built already) is not the tokenizer that
-    the checkpoint's manifest tells of: a path may mean another one from elsewhere, or later."""
+    the checkpoint's manifest tells of: a path may mean another one from elsewhere, or later. What
+    was put around texts then is put there again."""
     manifest = read_manifest(checkpoint)
     if not path or manifest is None or manifest.tokenizer is None:
         return
     ours = tokenizer or build_tokenizer(path)
-    if manifest.tokenizer not in (ours.fingerprint, *ours.earlier):
+    if not ours.go_on_as(manifest.tokenizer):
         place = path if path == "byte" else os.path.abspath(os.path.expanduser(path))
         raise UserError(
             f"{checkpoint}: goes with the tokenizer {manifest.tokenizer}; {place} is another, "

@@ -44,13 +44,12 @@ class SpecialIds(NamedTuple):
 class SpecialTokens(NamedTuple):
     """What a folder says of its special tokens.
 
-    config: tokenizer_config.json. named: of `KINDS`; None: a file says that there is none. tokens:
-    all that files beside tokenizer.json list or name, in the order in which those that it lacks are
-    added, and whether they are special. later: those that earlier versions left out. ids: of "bos",
-    "eos" and "pad" in generation_config.json, else config.json.
+    named: of `KINDS`; None: a file says that there is none. tokens: all that files beside
+    tokenizer.json list or name, in the order in which those that it lacks are added, and whether
+    they are special. later: those that earlier versions left out. ids: of "bos", "eos" and "pad" in
+    generation_config.json, else config.json.
     """
 
-    config: dict[str, Any]
     named: dict[str, str | None]
     tokens: dict[str, bool]
     later: set[str]
@@ -123,7 +122,7 @@ def read_special_tokens(
                 ids[key] = [i for i in given if i != -1]  # which stands for none
                 if not all(type(i) is int and i >= 0 for i in ids[key]):
                     raise UserError(f"{file}: {key}_token_id = {value!r}, expected an id or some")
-    return SpecialTokens(config, named, found, {*found} - known, ids)
+    return SpecialTokens(named, found, {*found} - known, ids)
 
 
 def _read(file: Path) -> dict[str, Any]:

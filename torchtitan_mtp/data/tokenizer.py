@@ -1,6 +1,7 @@
 """Tokenizers: bytes, tiktoken's files (Llama 3's is one) and Hugging Face's tokenizer.json."""
 
 import base64
+import contextlib
 import hashlib
 import itertools
 import json
@@ -20,6 +21,7 @@ from torchtitan_mtp.errors import UserError, reading
 
 logger = logging.getLogger(__name__)
 
+Frame = tuple[tuple[int, ...], int]  # what is put before a document, and after it
 LLAMA3_RANKS = 128_000
 # How Llama 3 (Meta's llama3/tokenizer.py) and scripts/train_tokenizer.py cut text before merging.
 LLAMA3_PATTERN = (
@@ -30,6 +32,9 @@ BEGIN_OF_TEXT = "<|begin_of_text|>"
 END_OF_TEXT = "<|end_of_text|>"
 # What ends a document where no file says it.
 _ENDS = (END_OF_TEXT, "</s>", "<|endoftext|>", "<eos>", "<|im_end|>")
+_NO_TOKENIZER = (
+    'model.hf_assets_path = "": the model has no tokenizer; name a folder or file of one'
+)
 _CONVERT = (
     ", which is not read here: write a tokenizer.json beside it with transformers:"
     " AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
@@ -45,9 +50,8 @@ class Tokenizer:
     eos_ids: tuple[int, ...]  # each of them ends decoding
     bos_id: int | None
     pad_id: int | None
-    fingerprint: str  # equal for two tokenizers that give documents the same ids
-    # What earlier versions gave: prefix and eos_id by fingerprint.
-    earlier: Mapping[str, tuple[tuple[int, ...], int]] = {}
+    of_text: str  # equal for two tokenizers that give a text the same ids
+    usual_frame: Frame | None = None  # which the fingerprint leaves out
 
     def encode(self, text: str, special: bool = False) -> np.ndarray:
         """Ids of the text, [T] int32. special: what spells a special token is that token, and no
@@ -65,21 +69,30 @@ class Tokenizer:
         begun = special and tuple(ids[: len(self.prefix)]) == self.prefix
         return ids if begun else [*self.prefix, *ids]
 
-    def set_special(self, ids: SpecialIds, prefix: tuple[int, ...], of_text: str) -> None:
-        """of_text: the fingerprint as far as it is of the ids of a text."""
+    def set_special(self, ids: SpecialIds, prefix: tuple[int, ...]) -> None:
         assert ids.eos is not None
         self.bos_id, self.eos_id, self.eos_ids, self.pad_id = ids.bos, ids.eos, ids.ends, ids.pad
         self.prefix = prefix
-        self.fingerprint = f"{of_text}:{','.join(map(str, prefix))}:{ids.eos}"
         self.vocab_size = max(self.vocab_size, 1 + max((ids.eos, *prefix)))
 
-    def go_on_as(self, fingerprint: str) -> None:
-        """Frame documents as the run with this fingerprint began, if that is an `earlier` one."""
-        if fingerprint in self.earlier and fingerprint != self.fingerprint:
-            self.fingerprint = fingerprint
-            self.prefix, self.eos_id = self.earlier[fingerprint]
+    @property
+    def fingerprint(self) -> str:
+        """Equal for two tokenizers that give documents the same ids."""
+        if (self.prefix, self.eos_id) == self.usual_frame:
+            return self.of_text
+        return f"{self.of_text}:{','.join(map(str, self.prefix))}:{self.eos_id}"
+
+    def go_on_as(self, fingerprint: str) -> bool:
+        """Frame documents as the tokenizer with this fingerprint did, of an earlier version or of
+        files that have changed since; False: it gave texts other ids."""
+        frame = self.usual_frame if fingerprint == self.of_text else None
+        if said := re.fullmatch(r":([\d,]*):(\d+)", fingerprint.removeprefix(self.of_text)):
+            frame = tuple(map(int, re.findall(r"\d+", said[1]))), int(said[2])
+        if frame and fingerprint != self.fingerprint:
+            self.prefix, self.eos_id = frame
             around = f"{list(self.prefix)} in front and {self.eos_id} at the end, as the run began"
             logger.warning("documents go on with %s: the tokenizer's files say otherwise", around)
+        return fingerprint == self.fingerprint
 
 
 class ByteTokenizer(Tokenizer):
@@ -91,7 +104,8 @@ class ByteTokenizer(Tokenizer):
     eos_id = 257
     eos_ids = (257,)
     pad_id = 258
-    fingerprint = "byte"
+    of_text = "byte"
+    usual_frame = (256,), 257
     ranks: Mapping[bytes, int] = {bytes([i]): i for i in range(256)}
     specials: Mapping[str, int] = {BEGIN_OF_TEXT: 256, END_OF_TEXT: 257, "<|pad|>": 258}
 
@@ -108,15 +122,12 @@ class ByteTokenizer(Tokenizer):
 
 
 class NoTokenizer(Tokenizer):
-    """Of a model that came without one: text is refused with `error`, ids are not."""
+    """Of a model that came without one: text is refused, ids are not."""
 
-    vocab_size, prefix, eos_id, eos_ids, fingerprint = 0, (), -1, (), "none"
-
-    def __init__(self, error: UserError) -> None:
-        self.error = error
+    vocab_size, prefix, eos_id, eos_ids, of_text = 0, (), -1, (), "none"
 
     def encode(self, text: str, special: bool = False) -> np.ndarray:
-        raise self.error
+        raise UserError(_NO_TOKENIZER)
 
 
 class TiktokenTokenizer(Tokenizer):
@@ -145,24 +156,17 @@ class TiktokenTokenizer(Tokenizer):
         said = read_special_tokens(folder_of(path))
         ids = said.resolve(self.specials.get, BEGIN_OF_TEXT, END_OF_TEXT)
         prefix = () if ids.bos is None else (ids.bos,)
-        self.set_special(ids, prefix, f"tiktoken:{hashlib.sha256(data).hexdigest()}")
-
-    def set_special(self, ids: SpecialIds, prefix: tuple[int, ...], of_text: str) -> None:
-        super().set_special(ids, prefix, of_text)
-        bare = (self.num_ranks,), self.num_ranks + 1
-        self.earlier = {of_text: bare}
-        if (prefix, ids.eos) == bare:
-            self.fingerprint = of_text
+        self.of_text = f"tiktoken:{hashlib.sha256(data).hexdigest()}"
+        self.usual_frame = (self.num_ranks,), self.num_ranks + 1
+        self.set_special(ids, prefix)
 
     def encode(self, text: str, special: bool = False) -> np.ndarray:
-        known = partial(self._encoding.encode, allowed_special="all")
-        encode = known if special else self._encoding.encode_ordinary
-        parts = [encode(part) for part in _parts(text)]
-        return np.concatenate([np.array(ids, dtype=np.int32) for ids in parts])
+        known = frozenset(self.specials if special else ())
+        encode = partial(self._encoding.encode, allowed_special=known, disallowed_special=())
+        return np.concatenate([np.array(encode(part), np.int32) for part in _parts(text)])
 
     def decode(self, ids: Sequence[int]) -> str:
-        text = [i for i in map(int, ids) if 0 <= i < self.num_ranks]
-        return self._encoding.decode_bytes(text).decode("utf-8", errors="replace")
+        return self._encoding.decode([i for i in map(int, ids) if 0 <= i < self.num_ranks])
 
 
 class HFTokenizer(Tokenizer):
@@ -200,23 +204,11 @@ class HFTokenizer(Tokenizer):
         marked = zip(a.ids, a.special_tokens_mask, strict=True)
         prefix = tuple(i for i, _ in itertools.takewhile(lambda pair: pair[1], marked))
         self.vocab_size = 1 + max(self._tokenizer.get_vocab().values())  # ids may have gaps
-        of_text = f"hf:{hashlib.sha256(data).hexdigest()}"
+        self.of_text = f"hf:{hashlib.sha256(data).hexdigest()}"
         more = [text for text in new if text not in vocab and text not in found.later]
         if cut or more:  # earlier versions cut texts, and had no such tokens
-            of_text += f":{':'.join(more) or 'whole'}"
-        self.set_special(ids, prefix, of_text)
-        named = [found.config.get(key) for key in ("eos_token", "bos_token")]
-        eos_name, bos_name = (t.get("content") if isinstance(t, dict) else t for t in named)
-        # Once eos and bos were these, and eos stood in for a bos that was not there.
-        eos = next((vocab[t] for t in (eos_name, *_ENDS) if t in vocab), ids.eos)
-        front = next(
-            (vocab[t] for t in (bos_name, BEGIN_OF_TEXT, "<s>", "<bos>") if t in vocab), eos
-        )
-        self.earlier = {f"{of_text}:{front}:{eos}": ((front,), eos)}
-        # Later any token in the vocabulary could be the guess for eos.
-        if (any_end := found.resolve(self._tokenizer.token_to_id, "", *_ENDS).eos) is not None:
-            text = f"{of_text}:{','.join(map(str, prefix))}:{any_end}"
-            self.earlier[text] = (prefix, any_end)
+            self.of_text += f":{':'.join(more) or 'whole'}"
+        self.set_special(ids, prefix)
 
     def gives_ids_of(self, ranks: TiktokenTokenizer) -> bool:
         """Whether the two are of one model, by the number of tokens and the pattern that cuts."""
@@ -252,9 +244,7 @@ def build_tokenizer(path: str) -> Tokenizer:
     if path == "byte":
         return ByteTokenizer()
     if not path:
-        raise UserError(
-            'model.hf_assets_path = "": the model has no tokenizer; name a folder or file with one'
-        )
+        raise UserError(_NO_TOKENIZER)
     place = Path(path).expanduser()
     if place.is_file():
         return HFTokenizer(place) if place.suffix == ".json" else TiktokenTokenizer(place)
@@ -267,13 +257,12 @@ def build_tokenizer(path: str) -> Tokenizer:
     hf = HFTokenizer(file) if file.is_file() else None
     names = ("tokenizer.model", "original/tokenizer.model", "*.tiktoken", "*.model")
     for file in (file for name in names for file in sorted(place.glob(name))):
-        if file.is_file() and (hf is None or _starts_like_ranks(file)):
-            ranks = TiktokenTokenizer(file)
-            if hf is None:
-                return ranks
-            if hf.gives_ids_of(ranks):
+        if hf is None and file.is_file():
+            return TiktokenTokenizer(file)
+        with contextlib.suppress(UserError):  # a SentencePiece model beside a tokenizer.json
+            if hf is not None and hf.gives_ids_of(ranks := TiktokenTokenizer(file)):
                 ids = SpecialIds(hf.bos_id, hf.eos_id, hf.eos_ids, hf.pad_id)
-                ranks.set_special(ids, hf.prefix, *ranks.earlier)
+                ranks.set_special(ids, hf.prefix)
                 ranks.vocab_size = max(ranks.vocab_size, hf.vocab_size)
                 return ranks
     if hf is not None:
@@ -312,14 +301,6 @@ def _read(path: Path) -> bytes:
         return path.read_bytes()
 
 
-_RANK_LINE = re.compile(rb"([A-Za-z0-9+/]+={0,2}) ([0-9]+)\s*")
-
-
-def _starts_like_ranks(path: Path) -> bool:
-    with open(path, "rb") as f:
-        return _RANK_LINE.fullmatch(f.readline(4096)) is not None
-
-
 def _parse_ranks(path: Path, data: bytes) -> dict[bytes, int]:
     # Not tiktoken.load.load_tiktoken_bpe: it caches local files by path in a temp folder and goes
     # on returning the old ranks after the file has changed.
@@ -340,15 +321,15 @@ def _parse_ranks(path: Path, data: bytes) -> dict[bytes, int]:
         if token in ranks:
             raise UserError(f"tokenizer {path}:{number}: token {token!r} has a rank already")
         ranks[token] = value
+    wrong, missing = "", [b for b in range(256) if bytes([b]) not in ranks]
     if not ranks:
-        raise UserError(f"tokenizer {path}: the file is empty; expected base64 tokens and ranks")
-    if sorted(ranks.values()) != list(range(len(ranks))):
-        raise UserError(
-            f"tokenizer {path}: {len(ranks)} ranks must be 0 to {len(ranks) - 1}, each once"
-        )
-    missing = [b for b in range(256) if bytes([b]) not in ranks]
-    if missing:
-        raise UserError(f"tokenizer {path}: no token for byte {missing[0]}; all 256 bytes need one")
+        wrong = "the file is empty; expected base64 tokens and ranks"
+    elif sorted(ranks.values()) != list(range(len(ranks))):
+        wrong = f"{len(ranks)} ranks must be 0 to {len(ranks) - 1}, each once"
+    elif missing:
+        wrong = f"no token for byte {missing[0]}; all 256 bytes need one"
+    if wrong:
+        raise UserError(f"tokenizer {path}: {wrong}")
     return ranks
 
 

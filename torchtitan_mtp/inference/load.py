@@ -52,16 +52,12 @@ def load_for_inference(
     is_hf = (folder / "config.json").is_file()
     checkpoint = folder if is_hf else find_checkpoint(path)
     config = config_of_hf(folder) if is_hf else load_toml(find_config(path))
-    try:
-        tokenizer = build_tokenizer(config.model.hf_assets_path)
-    except UserError as error:
-        if config.model.hf_assets_path:
-            raise
-        tokenizer = NoTokenizer(error)
+    assets = config.model.hf_assets_path
+    tokenizer = build_tokenizer(assets) if assets else NoTokenizer()
     if is_hf:
         check_rows(tokenizer, folder, config.model.vocab_size)
     else:
-        check_tokenizer(checkpoint, config.model.hf_assets_path, tokenizer)
+        check_tokenizer(checkpoint, assets, tokenizer)
     earlier = not is_hf and keeps_earlier(config, checkpoint)
     model = model_from_config(
         config, tokenizer.vocab_size, dtype, min_seq_len=2048, earlier=earlier
