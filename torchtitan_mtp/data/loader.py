@@ -1,15 +1,13 @@
 """Windows of tokens for every data rank, in one global order that no world size changes.
 
 The token stream of a run is V lanes, V fixed when the run begins: each reads an equal stretch of
-every epoch (walks.py, corpus.py), and cuts it into windows (lanes.py). Window g of the run is the
+every epoch (corpus.py), and cuts it into windows (lanes.py). Window g of the run is the
 next window of lane g mod V, and a step whose global batch is B windows trains on windows
-t*B .. (t+1)*B - 1. With several sources (mixture.py) every lane has a stretch of each, and lane and
-window decide which of them it comes from.
+t*B .. (t+1)*B - 1. With several sources (mixture.py) every lane has a stretch of each.
 
 Data rank r of R, where R divides V, makes the windows with g mod R = r, which come from the lanes
 with l mod R = r. The position of a run is V, the next g, and for each lane and source its document
-and token: a few hundred bytes, exact at any window, and the same whatever R was, so a run continues
-on any R that divides V with the same global batches.
+and token, so a run continues on any R that divides V with the same global batches.
 """
 
 import itertools
@@ -25,13 +23,12 @@ import torch
 
 from torchtitan_mtp.data.corpus import Corpus
 from torchtitan_mtp.data.hub import StreamSource
-from torchtitan_mtp.data.lanes import Lane
+from torchtitan_mtp.data.lanes import Lane, Position, once, stream_share, stretches
 from torchtitan_mtp.data.mixture import Mixture
 from torchtitan_mtp.data.order import split_documents
 from torchtitan_mtp.data.sources import Source
 from torchtitan_mtp.data.targets import PADDING, Window
 from torchtitan_mtp.data.tokenizer import Tokenizer
-from torchtitan_mtp.data.walks import DealtDocuments, Position, Stretches, once, stream_share
 from torchtitan_mtp.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -56,7 +53,7 @@ State = dict[str, Any]
 class DataLoader:
     """Windows [local_batch_size, S+n] for one data rank.
 
-    An infinite loader goes on epoch after epoch. Of a finite one, iterating makes one pass over the
+    An infinite loader goes on epoch after epoch. A finite one is only iterated: one pass over the
     split in its own order, the same windows whatever the world size; every rank yields the same
     number of micro-batches, the last filled with padding.
 
@@ -87,15 +84,16 @@ class DataLoader:
         self._mixture = self.source if isinstance(self.source, Mixture) else Mixture([self.source])
         self._parts = [self._part(source) for source in self._mixture.sources]
         held_out = self.split == "train" and any(isinstance(x, Corpus) for x in self._parts)
-        # What a state must agree with for its positions to mean the same documents and tokens.
-        self._identity: State = {
+        # What a run's ranks have to agree on, and but for the shares a state, for its positions to
+        # mean the same documents and tokens; plain data.
+        self.identity: State = {
             "source": self._mixture.fingerprint,
             "tokenizer": self.tokenizer.fingerprint,
             "documents": sum(len(x.source) for x in self._parts if isinstance(x, Corpus)),
             "seed": self.seed,
             "held_out": self.validation_fraction if held_out else 0.0,
+            "shares": self._mixture.shares,
         }
-        self._version = STATE_VERSION
         if self.infinite:
             width = self.seq_len + self.num_future_tokens
             # Stretches of a window at least; a lane of a stream reads whole files.
@@ -103,17 +101,14 @@ class DataLoader:
                 int(x.sizes[x.documents].sum()) // width if isinstance(x, Corpus) else x.num_shards
                 for x in self._parts
             )
-            self._begin(default_num_lanes(most, self.dp_world), self.dp_rank, {})
-
-    @property
-    def identity(self) -> State:
-        """What a run's ranks have to agree on, and but for `shares` its checkpoints; plain data."""
-        return {**self._identity, "shares": self._mixture.shares}
+            lanes = default_num_lanes(most, self.dp_world)
+            self._begin(
+                {"version": STATE_VERSION, "num_lanes": lanes, "next_window": 0, "lanes": {}}
+            )
 
     def next_window(self) -> Window:
         """The next micro-batch of this rank (infinite loaders). Whatever making it raised is raised
         here, and by every later call."""
-        self._check_infinite()
         while len(self._ahead) <= self.prefetch:
             self._ahead.append(self._thread.submit(self._produce))
         window, self._state = self._ahead[0].result()
@@ -126,16 +121,9 @@ class DataLoader:
         while self.infinite:
             yield self.next_window()
 
-    @property
-    def epoch(self) -> int:
-        """Times this rank has been through all its documents, as of the last window handed out."""
-        self._check_infinite()
-        return min(at["epoch"] for lane in self._state["lanes"].values() for at in lane)
-
     def state_dict(self) -> State:
         """Plain data: the position after the last window handed out (not the last prefetched), for
         this rank's lanes. `merge_states` makes the run's out of all ranks'."""
-        self._check_infinite()
         return {**self._state, "lanes": dict(self._state["lanes"])}
 
     def load_state_dict(self, state: State) -> None:
@@ -144,28 +132,15 @@ class DataLoader:
         Raises:
             UserError: the state is of other data, or its lanes can't be dealt to these ranks.
         """
-        self._check_infinite()
         self._check_state(state)
-        following = state["next_window"]
-        if state.get("shares", [1.0]) != (shares := self._mixture.shares):
-            logger.warning(
-                "dataset %s: from window %d on the sources' shares are %s, before they were %s",
-                *(self._mixture.name, following, shares, state["shares"]),
-            )
         self._thread.shutdown(cancel_futures=True)
-        self._version = state["version"]
-        following += (self.dp_rank - following) % self.dp_world  # this rank's first one
-        self._begin(state["num_lanes"], following, state["lanes"])
+        self._begin(state)
 
     def close(self) -> None:
         """Stop the background thread. The loader can go on: it starts again where it was."""
         if self.infinite:
             self._thread.shutdown(cancel_futures=True)
-            self._begin(*(self._state[key] for key in ("num_lanes", "next_window", "lanes")))
-
-    def _check_infinite(self) -> None:
-        if not self.infinite:
-            raise RuntimeError("a finite loader is only iterated: it has no position")
+            self._begin(self._state)
 
     def _part(self, source: Source | StreamSource) -> Corpus | StreamSource:
         if not isinstance(source, StreamSource):
@@ -181,26 +156,25 @@ class DataLoader:
             )
         return source
 
-    def _begin(self, num_lanes: int, next_window: int, places: State) -> None:
-        self._num_lanes, self._next_window = num_lanes, next_window
+    def _begin(self, state: State) -> None:
+        self._version, self._num_lanes = state["version"], state["num_lanes"]
+        following = state["next_window"]
+        self._next_window = following + (self.dp_rank - following) % self.dp_world  # this rank's
         self._thread = ThreadPoolExecutor(1, "data-prefetch")
         self._ahead: deque[Future[tuple[Window, State]]] = deque()
-        lanes = {}
-        for lane in range(self.dp_rank, num_lanes, self.dp_world):
-            at = places.get(str(lane), [None] * len(self._parts))
+        self._lanes = {}
+        for lane in range(self.dp_rank, self._num_lanes, self.dp_world):
+            at = state["lanes"].get(str(lane), [{"epoch": 0}] * len(self._parts))
             at = at if isinstance(at, list) else [at]  # as older states have it
             parts = zip(self._parts, at, strict=True)
-            lanes[lane] = [self._lane(part, lane, place) for part, place in parts]
-        self._lanes = lanes
+            self._lanes[lane] = [self._lane(part, lane, place) for part, place in parts]
         self._state = self._snapshot()
 
-    def _lane(self, part: Corpus | StreamSource, lane: int, place: Position | None) -> Lane:
-        if not isinstance(part, Corpus):
-            place = place or {"epoch": 0, "stream": None}
-            return Lane(stream_share(part, self.tokenizer, lane, self._num_lanes, place), place)
-        kind = DealtDocuments if self._version == DEALT_DOCUMENTS else Stretches
-        pieces = kind(part, lane, self._num_lanes, place)
-        return Lane(pieces, place or pieces.position())
+    def _lane(self, part: Corpus | StreamSource, lane: int, place: Position) -> Lane:
+        if isinstance(part, Corpus):
+            dealt = self._version == DEALT_DOCUMENTS
+            return Lane(stretches(part, lane, self._num_lanes, place, dealt), place)
+        return Lane(stream_share(part, self.tokenizer, lane, self._num_lanes, place), place)
 
     def _snapshot(self) -> State:
         return {
@@ -245,13 +219,21 @@ class DataLoader:
                 f" package reads {DEALT_DOCUMENTS} and {STATE_VERSION}: update it{anew}"
             )
         self.tokenizer.go_on_as(str(state.get("tokenizer")))
-        self._identity["tokenizer"] = self.tokenizer.fingerprint
-        for key, mine in self._identity.items():
-            found = state.get(key, mine if key == "documents" else None)  # older states lack it
-            if found != mine and key == "source" and self.accept_changed_data:
+        self.identity["tokenizer"] = self.tokenizer.fingerprint
+        older = {"documents": self.identity["documents"], "shares": [1.0]}  # which lack these
+        for key, mine in self.identity.items():
+            found = (older | state).get(key)
+            if found == mine:
+                continue
+            if key == "source" and self.accept_changed_data:
                 told = "dataset %s: not the files of the checkpoint; going on at its place in these"
                 logger.warning(told, name)
-            elif found != mine:
+            elif key == "shares":
+                told = (
+                    "dataset %s: from window %d on the sources' shares are %s, before they were %s"
+                )
+                logger.warning(told, name, state["next_window"], mine, found)
+            else:
                 raise UserError(
                     f"dataset {name}: the checkpoint's data position has {key}"
                     f" {found!r}, this run has {mine!r}: put back {_CAUSES[key]}{anew}"
@@ -282,8 +264,6 @@ def default_num_lanes(most: int, dp_world: int) -> int:
 
 def merge_states(states: Iterable[State]) -> State:
     """One state of the whole run out of every data rank's, taken after the same step.
-
-    The next window of the run is the least of the ranks' next ones.
 
     Raises:
         ValueError: no state, or states of different runs.
