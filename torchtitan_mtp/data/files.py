@@ -17,11 +17,8 @@ class DataFile:
 
     Reads, not a memory map: a file cut short while it is mapped kills the process with SIGBUS,
     where a short read can be reported. The file is opened anew for each read, so a corpus of any
-    number of files holds no descriptors.
-
-    Args:
-        path: what is read.
-        shown: how messages call it (a compressed file's own name, where `path` is its contents).
+    number of files holds no descriptors. shown: how messages call it (a compressed file's own name,
+    where `path` is its contents).
     """
 
     def __init__(self, path: Path, shown: Path | None = None) -> None:

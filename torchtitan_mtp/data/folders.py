@@ -44,7 +44,6 @@ def find_files(
     """The data at a file, folder or glob.
 
     Args:
-        pattern: where.
         split: of a folder. "train": no file of another split. "validation": only the validation
             (else test) split of a folder that names one. "all": all.
         outputs: real paths of what this run writes.

@@ -5,7 +5,6 @@ import contextlib
 import functools
 import itertools
 import re
-import threading
 from array import array
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -32,7 +31,6 @@ class ParquetFile:
         self._file = file
         self._text_field = text_field
         self._group = functools.lru_cache(CACHED_ROW_GROUPS)(self._read_group)
-        self._lock = threading.Lock()  # two loaders' threads may read one source
         self.sizes = array("q")  # of the rows
         with self._opened() as parquet:
             self._columns = self._find_columns(parquet.schema_arrow)
@@ -46,8 +44,7 @@ class ParquetFile:
 
     def __getitem__(self, index: int) -> Document:
         group = bisect.bisect_right(self._starts, index) - 1
-        with self._lock:
-            table = self._group(group)
+        table = self._group(group)
         cells = {x: table.column(x)[index - self._starts[group]].as_py() for x in self._columns}
         if document := document_of(cells, self._text_field):
             return document

@@ -49,23 +49,20 @@ class Source:
         bad = BadRecords(bad_records)
         self._files = [_open_file(path, field, bad) for path in paths]
         self._starts = list(itertools.accumulate((len(f.sizes) for f in self._files), initial=0))
+        self.fingerprint = f"{fingerprint_files(root, paths)}:{field}"
         if bad.count:
-            logger.warning(
-                "dataset %s: %d bad record(s) skipped, the first %s", name, bad.count, bad.first
-            )
-        if not any(size != SKIPPED for file in self._files for size in file.sizes):
+            self.fingerprint += f":{bad.count} skipped"
+            told = "dataset %s: %d bad record(s) skipped, the first %s"
+            logger.warning(told, name, bad.count, bad.first)
+        sizes = self.sizes()
+        sizes = sizes[sizes != SKIPPED]
+        if not sizes.size:
             raise UserError(
                 f"dataset {name}: no document in {len(paths)} file(s), {[*paths, root][0]} ...;"
                 " expected at least one that is not empty"
             )
-        rest = f":{bad.count} skipped" if bad.count else ""
-        self.fingerprint = f"{fingerprint_files(root, paths)}:{field}{rest}"
-        sizes = self.sizes()
-        sizes = sizes[sizes != SKIPPED]
-        logger.info(
-            "dataset %s: %s file(s), %s documents, %s bytes of text%s",
-            *(name, f"{len(paths):,}", f"{len(sizes):,}", f"{sizes.sum():,}", also),
-        )
+        told = f"{len(paths):,} file(s), {len(sizes):,} documents, {sizes.sum():,} bytes of text"
+        logger.info("dataset %s: %s%s", name, told, also)
 
     def __len__(self) -> int:
         return self._starts[-1]

@@ -2,9 +2,11 @@
 
 import codecs
 import functools
+import itertools
 import json
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from torchtitan_mtp.data.document import SKIPPED, Document, document_of
 from torchtitan_mtp.data.files import BadRecords, DataFile
@@ -13,58 +15,49 @@ from torchtitan_mtp.errors import UserError
 MAX_CHARACTERS = 64 << 10
 
 
+@dataclass(frozen=True, eq=False)
 class Spans:
-    """Documents that are spans of bytes of one file.
+    """Documents that are spans of bytes of one file."""
 
-    Args:
-        file: whose bytes.
-        parse: a span's document. Raises ValueError if it is none.
-    """
-
-    def __init__(self, file: DataFile, parse: Callable[[bytes], Document]) -> None:
-        self._file, self.parse = file, parse
-        self._starts, self._stops, self.sizes = array("q"), array("q"), array("q")
-
-    def add(self, start: int, stop: int, size: int) -> None:
-        """The next document: bytes start..stop-1 of the file, and the size of its text; SKIPPED of
-        a record that is none, which keeps its number."""
-        self._starts.append(start)
-        self._stops.append(stop)
-        self.sizes.append(size)
+    file: DataFile
+    parse: Callable[[bytes], Document]  # raises ValueError for a span that is no document
+    starts: Sequence[int]  # of each span, and the end of the last
+    sizes: Sequence[int]  # SKIPPED of a record that is no document, which keeps its number
 
     def __getitem__(self, index: int) -> Document:
         try:
-            return self.parse(self._file.read(self._starts[index], self._stops[index]))
+            return self.parse(self.file.read(self.starts[index], self.starts[index + 1]))
         except ValueError as e:  # it was one when the file was scanned
             raise UserError(f"data {self.where(index)}: changed under the run: {e}") from e
 
     def where(self, index: int) -> str:
-        return f"{self._file.shown}:{self._file.line_number(self._starts[index])}"
+        return f"{self.file.shown}:{self.file.line_number(self.starts[index])}"
 
 
 def find_records(file: DataFile, text_field: str, bad: BadRecords) -> Spans:
     """A document a line that is not blank; all lines are parsed once, to know that they can be."""
-    spans, offset = Spans(file, functools.partial(_parse_record, text_field=text_field)), 0
+    parse = functools.partial(_parse_record, text_field=text_field)
+    starts, sizes, offset = array("q"), array("q"), 0
     with open(file.path, "rb") as lines:
         for number, line in enumerate(lines, 1):
             if not line.isspace():
-                size = SKIPPED
+                starts.append(offset)
                 try:
-                    size = sum(len(x.encode()) for x in spans.parse(line))
+                    sizes.append(sum(len(x.encode()) for x in parse(line)))
                 except ValueError as e:
                     bad.add(f"{file.shown}:{number}", str(e))
-                spans.add(offset, offset + len(line), size)
+                    sizes.append(SKIPPED)
             offset += len(line)
-    return spans
+    starts.append(offset)
+    return Spans(file, parse, starts, sizes)
 
 
 def _parse_record(line: bytes, text_field: str) -> Document:
-    """Raises ValueError, saying what was found, unless the line is a record."""
+    """Of a line; blank ones may follow. Raises ValueError, saying what was found, if it is none."""
     try:
-        record = json.loads(line.removeprefix(codecs.BOM_UTF8).decode("utf-8"))
+        record = json.loads(line.split(b"\n")[0].removeprefix(codecs.BOM_UTF8).decode("utf-8"))
     except UnicodeDecodeError as e:
-        byte = e.object[e.start]
-        raise ValueError(f"byte {byte:#04x} is not UTF-8 (iconv -t utf-8 converts it)") from e
+        raise ValueError(_not_utf8(e)) from e
     except (ValueError, RecursionError) as e:
         raise ValueError(f"not JSON: {e}; every line must be one record") from e
     if document := document_of(record, text_field):
@@ -86,8 +79,7 @@ def find_texts(file: DataFile, bad: BadRecords) -> Spans:
     is no document. Of one with a byte that is not UTF-8 all are skipped: as many as there are once
     each such byte is a character.
     """
-    spans, start = Spans(file, lambda data: Document(data.decode("utf-8"))), 0
-    errors = "strict"
+    sizes, start, errors = array("q"), 0, "strict"
     while start < file.size:
         # A character takes 1 to 4 bytes, so this holds 64 Ki of them or reaches the file's end.
         data = file.read(start, min(start + 4 * MAX_CHARACTERS, file.size))
@@ -96,16 +88,19 @@ def find_texts(file: DataFile, bad: BadRecords) -> Spans:
             # Leaves out the character that the end of the data cuts in two, if it does.
             text = codecs.getincrementaldecoder("utf-8")(errors).decode(data, final=at_end)
         except UnicodeDecodeError as e:
-            byte, where = data[e.start], f"{file.shown}:{file.line_number(start + e.start)}"
-            bad.add(where, f"byte {byte:#04x} is not UTF-8 (iconv -t utf-8 converts it)")
+            bad.add(f"{file.shown}:{file.line_number(start + e.start)}", _not_utf8(e))
             errors = "surrogateescape"
             continue
         if len(text) > MAX_CHARACTERS or not at_end:
             text = text[:MAX_CHARACTERS]
             text = text[: text.rfind("\n") + 1] or text
-        size = len(text.encode("utf-8", errors))
-        spans.add(start, start + size, size)
-        start += size
+        sizes.append(len(text.encode("utf-8", errors)))
+        start += sizes[-1]
+    starts = array("q", itertools.accumulate(sizes, initial=0))
     if errors != "strict":
-        spans.sizes = array("q", [SKIPPED]) * len(spans.sizes)
-    return spans
+        sizes = array("q", [SKIPPED]) * len(sizes)
+    return Spans(file, lambda data: Document(data.decode("utf-8")), starts, sizes)
+
+
+def _not_utf8(e: UnicodeDecodeError) -> str:
+    return f"byte {e.object[e.start]:#04x} is not UTF-8 (iconv -t utf-8 converts it)"
