@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from torchtitan_mtp.cli.arguments import path
-from torchtitan_mtp.data import Source, StreamSource, build_source
+from torchtitan_mtp.data.hub import StreamSource
+from torchtitan_mtp.data.sources import Source, build_source
 from torchtitan_mtp.data.tokenizer import LLAMA3_PATTERN, TiktokenTokenizer
 from torchtitan_mtp.distributed.memory import check_memory
 from torchtitan_mtp.errors import UserError
