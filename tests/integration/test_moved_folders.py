@@ -55,6 +55,13 @@ def test_a_moved_run_goes_on_and_leaves_in_other_formats(tmp_path: Path, monkeyp
     assert config.job.dump_folder == str(moved)
     assert config.model.hf_assets_path == str(moved / "words")
     assert tokenizer.fingerprint.startswith("hf:")
+    # Where the files beside it say something else by now, texts have around them what they had.
+    checkpoint, manifest = moved / "checkpoint/step-4", read_manifest(moved / "checkpoint/step-4")
+    ids = manifest.tokenizer.removesuffix(":256:257")
+    write_manifest(checkpoint, replace(manifest, tokenizer=f"{ids}:3,4:5"))
+    framed = load_for_inference(moved)[1]
+    assert (framed.prefix, framed.eos_id) == ((3, 4), 5)
+    write_manifest(checkpoint, manifest)
     assert torch.equal(model.norm.weight, first.weights["norm.weight"])
     export_checkpoint(moved, tmp_path / "again", "glm4_moe_hf")
     before = (moved / "checkpoint/step-4.hf/model.safetensors").read_bytes()
