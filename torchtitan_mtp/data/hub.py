@@ -74,17 +74,15 @@ class StreamSource:
                 return
             if number % step != first:
                 continue
-            if document := document_of(record, self._text_field):
-                yield state, document, where
-                state = {"number": number + 1, "records": records.state_dict()}
+            try:
+                document = document_of(record, self._text_field)
+            except ValueError as e:
+                self._bad.add(where, str(e))
+                if self._bad.count == 1:
+                    logger.warning("bad records are left out, the first: %s", self._bad.first)
                 continue
-            self._bad.add(
-                where,
-                f"expected records with a string {self._text_field!r}, or strings 'prompt' and"
-                f" 'completion'; found {sorted(record)}",
-            )
-            if self._bad.count == 1:
-                logger.warning("bad records are left out, the first: %s", self._bad.first)
+            yield state, document, where
+            state = {"number": number + 1, "records": records.state_dict()}
 
 
 def _load(name: str, path: str, config: str | None, split: str) -> Any:

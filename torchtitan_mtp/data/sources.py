@@ -69,7 +69,10 @@ class Source:
 
     def __getitem__(self, index: int) -> Document:
         file, number = self._place(index)
-        return Document("") if file.sizes[number] == SKIPPED else file[number]
+        try:
+            return Document("") if file.sizes[number] == SKIPPED else file[number]
+        except ValueError as e:  # it was one when the file was scanned
+            raise UserError(f"data {file.where(number)}: changed under the run: {e}") from e
 
     def where(self, index: int) -> str:
         """The document's file and line, or row, for messages."""

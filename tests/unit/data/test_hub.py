@@ -65,7 +65,9 @@ def test_prompts():
 
 def test_wrong_records():
     stream = StreamSource("org/name", dataset=FakeIterableDataset([[{"body": "x"}]]))
-    with pytest.raises(UserError, match=r"expected records with a string 'text'.*\['body'\]"):
+    with pytest.raises(
+        UserError, match=r"expected an object with a string 'text'.*{'body': 'str'}"
+    ):
         next(stream.read())
 
 
@@ -75,8 +77,8 @@ def test_wrong_records_are_left_out_when_asked_and_told_once(caplog):
     stream = StreamSource("org/name", dataset=data, bad_records="skip")
     assert documents(stream) == [Document("a"), Document("b")]
     assert [x.getMessage() for x in caplog.records] == [
-        "bad records are left out, the first: org/name: record 1: expected records with a string"
-        " 'text', or strings 'prompt' and 'completion'; found ['body']"
+        "bad records are left out, the first: org/name: record 1: expected an object with a string"
+        " 'text', or strings 'prompt' and 'completion'; found {'body': 'str'}"
     ]
 
 
