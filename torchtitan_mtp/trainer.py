@@ -75,9 +75,9 @@ class Trainer:
         try:
             self.ranks.on_rank_0(lambda: lock_folders(written_folders(config), self.lock))
             model = self._build()
-            self._prepare(model)
-            self._start()
-            self._watch()
+            self._build_training(model)
+            self._load()
+            self._build_monitoring()
         except BaseException:
             self.lock.close()
             raise
@@ -85,7 +85,7 @@ class Trainer:
     # ---------------------------------------------------------------- build
 
     def _build(self) -> Transformer:
-        """Tokenizer, data, and the model on the meta device, held against what there is."""
+        """Tokenizer, data loaders, and the model on the meta device, checked against the memory."""
         self.seed, dtype, earlier = self.ranks.on_rank_0(lambda: find_origin(self.config))
         auto = dtype == "auto"
         self.param_dtype = resolve_auto_dtype(self.world.device) if auto else getattr(torch, dtype)
@@ -113,8 +113,8 @@ class Trainer:
             agree({f"{name} data: {key}": value for key, value in identity.items()})
         return model
 
-    def _prepare(self, model: Transformer) -> None:
-        """The model on the device, parallelized, and what changes and saves it."""
+    def _build_training(self, model: Transformer) -> None:
+        """The parallelized model on its device, optimizer, scheduler and checkpointer."""
         config, training = self.config, self.config.training
         self.loss_options = loss_options(config)
         self.model = self._parallelize(model)
@@ -134,8 +134,8 @@ class Trainer:
             self.tokenizer,
         )
 
-    def _watch(self) -> None:
-        """What observes the run and stops it."""
+    def _build_monitoring(self) -> None:
+        """Metrics, the guard against non-finite updates, signal handling and heartbeat."""
         config, training = self.config, self.config.training
         self.metrics = MetricsProcessor(
             config,
@@ -175,8 +175,8 @@ class Trainer:
         )
         return model
 
-    def _start(self) -> None:
-        """Resume, or load what the run starts from; heads that were not loaded get their start."""
+    def _load(self) -> None:
+        """Resume or load initial weights; heads that were not loaded are initialised (mtp.init)."""
         resumed = self.checkpointer.load()
         if resumed is None and self.config.mtp.init == "copy_last_layer" and self.model.mtp:
             report = self.checkpointer.load_report
@@ -191,7 +191,7 @@ class Trainer:
     # ---------------------------------------------------------------- train
 
     def train(self) -> None:
-        """From the step the run is at to `training.steps`."""
+        """Train from the run's current step to `training.steps`."""
         config, steps = self.config, self.config.training.steps
         if config.checkpoint.create_seed_checkpoint:
             self.checkpointer.save(0, force=True)
@@ -218,7 +218,7 @@ class Trainer:
                     # Compilation and start-up are over: a rank that hangs is noticed sooner now.
                     set_timeout(config.comm.train_timeout_seconds)
                 self.gc.run(step)
-                # First what was trained is saved: whatever validation dies of costs no step.
+                # Save before validating: a crash in validation then loses no step.
                 self._save(last=step == steps, stop=self.stopping.agreed())
                 due = step % config.validation.freq == 0 or step == steps
                 try:
@@ -233,7 +233,7 @@ class Trainer:
                 memory.step()
 
     def _save(self, last: bool, stop: bool) -> None:
-        """Save what is due, and everything where the run is told to stop before its end."""
+        """Save if a save is due, and everything if the run is told to stop before its end."""
         step, early = self.state.step, stop and not last
         self.heartbeat.where = f"the save after step {step}"
         if early or self.checkpointer.should_save(step, last):
@@ -247,10 +247,10 @@ class Trainer:
                 self.stopping.signal.name if self.stopping.signal else "",
                 step,
                 self.config.training.steps,
-                self._how_to_go_on(),
+                self._how_to_resume(),
             )
 
-    def _how_to_go_on(self) -> str:
+    def _how_to_resume(self) -> str:
         checkpoint = self.config.checkpoint
         if self.stopped_unsaved:
             return "nothing saved: checkpoint.enable = false or checkpoint.load_only = true"
@@ -260,8 +260,8 @@ class Trainer:
         return f"saved: the same command{without} goes on from here"
 
     def _save_in_hf(self) -> None:
-        """The last step as a Hugging Face folder, where that is asked for: read back by one rank,
-        which no other waits for."""
+        """Write the last step as a Hugging Face folder, if asked for: rank 0 reads the checkpoint
+        back, no other rank waits."""
         checkpoint = self.config.checkpoint
         if not (checkpoint.last_save_in_hf and self.checkpointer.saves and self.world.rank == 0):
             return
@@ -281,7 +281,7 @@ class Trainer:
         data_seconds = time.perf_counter() - begin
         self.heartbeat.where = f"step {state.step + 1}"
 
-        # Labels are data: every head's targets are counted over the whole step beforehand.
+        # Labels are data: every head's targets are counted over the whole step before its forward.
         valid = torch.stack([(b.labels != IGNORE).sum((0, 1)) for b in batches]).sum(0)  # [n]
         valid = all_reduce(valid.to(self.device, non_blocking=True))
         arrive = send_to_host(valid)
@@ -339,19 +339,19 @@ class Trainer:
         """Held-out loss of every head (nats a token, over all ranks), logged with accuracies and
         with how often heads 2..n draft what head 1 would say.
 
-        compare: also say what pair statistics of the same text would reach (bytes only: the counts
-        of a larger vocabulary are too thin to mean anything).
+        compare: also log the loss that bigram statistics of the same text would reach (bytes only:
+        counts over a larger vocabulary are too sparse to mean anything).
         """
         where = self.heartbeat.where = f"validation after step {self.state.step}"
         begin = time.perf_counter()
         compare = compare and self.tokenizer.vocab_size <= 512
-        shown: list[Batch] = []
+        seen: list[Batch] = []
         with apart_from_training(self.model):
-            batches = self._held_out_batches(shown, keep=compare)
+            batches = self._validation_batches(seen, keep=compare)
             found = evaluate_batches(self.model, batches, self.device, self.loss_options)
         if self.stopping.signal:
             return []
-        self.missing.check(where, found.targets, shown)
+        self.missing.check(where, found.targets, seen)
         self.metrics.log_validation(
             self.state.step,
             head_losses=found.losses,
@@ -361,22 +361,22 @@ class Trainer:
             elapsed=time.perf_counter() - begin,
         )
         if compare and any(found.targets):
-            table = compare_with_bigrams(found, shown, self.tokenizer.vocab_size)
+            table = compare_with_bigrams(found, seen, self.tokenizer.vocab_size)
             logger.info(
                 "held-out text, against what one token tells about the k-th next:\n%s", table
             )
         return found.losses
 
-    def _held_out_batches(self, shown: list[Batch], keep: bool) -> Iterator[Batch]:
-        """What one validation reads, up to a signal; `shown` gets the first, or all with `keep`."""
+    def _validation_batches(self, seen: list[Batch], keep: bool) -> Iterator[Batch]:
+        """The batches of one validation, up to a signal. `seen` gets the first, with `keep` all."""
         assert self.validation is not None
         for i, window in enumerate(self.validation):
             if i == self.config.validation.steps or self.stopping.agreed():
                 return
             self.stopping.ask()
             batch = make_batch(window, self.n)
-            if keep or not shown:
-                shown.append(batch)
+            if keep or not seen:
+                seen.append(batch)
             yield batch
 
     def close(self) -> None:
