@@ -18,14 +18,14 @@ def use_todays_words(tables: dict[str, Any], where: str) -> None:
     if not all(isinstance(table, dict) for table in (mtp, loss, model)):
         return  # the reader refuses it
     engine, backend = mtp.get("engine"), loss.get("backend", "chunked")
-    spec_with_heads = isinstance(model.get("converters"), list) and "mtp" in model["converters"]
+    with_heads = isinstance(model.get("converters"), list) and "mtp" in model["converters"]
     if engine == "sequential":
         mtp["engine"] = "head_by_head"
         _say(f'{where}mtp.engine = "sequential" is called "head_by_head" now')
     elif engine == "joint" and mtp.get("heads") == "sequential" and backend == "chunked":
         mtp["engine"] = "head_by_head"
         _say(f'{where}mtp.engine = "joint": a chain trains "head_by_head", as it always did')
-    elif engine is None and spec_with_heads and backend in ("naive", "torch"):
+    elif engine is None and with_heads and backend in ("naive", "torch"):
         tables["mtp"] = mtp | {"engine": "joint"}
         _say(f'{where}mtp.engine is "joint", the one for loss.backend = "{backend}"')
 

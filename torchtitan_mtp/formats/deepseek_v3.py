@@ -12,26 +12,20 @@ from typing import Any
 
 from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.formats.configs import Reader, read_rope, read_shape, write_shape
-from torchtitan_mtp.formats.names import (
-    FEED_FORWARD,
-    GLM_MODULE,
-    NORMS,
-    Entry,
-    Names,
-    entries_of,
-    repeats_of,
-    trunk_entries,
-)
+from torchtitan_mtp.formats.names import WORDS, Entry, Names, hf_entries, repeats_of
 from torchtitan_mtp.models.args import LatentArgs, ModelArgs, ModelSpec, MoEArgs, YaRN
 
-_ATTENTION = {
+_WORDS = WORDS | {
     "wkv_a": "kv_a_proj_with_mqa",
     "kv_norm": "kv_a_layernorm",
     "wkv_b": "kv_b_proj",
-    "wo": "o_proj",
+    "wq_a": "q_a_proj",
+    "q_norm": "q_a_layernorm",
+    "wq_b": "q_b_proj",
+    "moe": "mlp",
+    "router": "",
+    "expert_bias": "gate.e_score_correction_bias",
 }
-_QUERIES = {"wq": "q_proj"}
-_COMPRESSED_QUERIES = {"wq_a": "q_a_proj", "q_norm": "q_a_layernorm", "wq_b": "q_b_proj"}
 _LATENT = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 # Whole numbers of MoEArgs, by what config.json calls them; and what has one value here.
 _MOE = {
@@ -49,40 +43,14 @@ _EPS = 1e-6  # what transformers gives the norms within attention, whatever conf
 
 def names(spec: ModelSpec) -> Names:
     """Every tensor of a trunk and its modules."""
-    layers = spec.args.n_layers
-    entries = trunk_entries(spec)
-    for i in range(layers):
-        entries += _block(spec, f"layers.{i}", i, dense=i < _moe(spec).n_dense_layers)
-    for k in range(spec.num_modules):
-        entries += _block(spec, f"mtp.heads.{k}.block", layers + k, dense=False)
-        entries += entries_of(GLM_MODULE, f"mtp.heads.{k}.", f"model.layers.{layers + k}.")
+    entries = hf_entries(spec, words=_WORDS)
+    for at, entry in enumerate(entries):
+        if ".moe.experts." in entry.ours:
+            mlp, _, matrix = entry.theirs[0].partition(".experts.")
+            experts = range(_moe(spec).num_experts)
+            theirs = tuple(f"{mlp}.experts.{e}.{matrix}.weight" for e in experts)
+            entries[at] = Entry(entry.ours, theirs, stacked=True)
     return Names(entries, repeats=repeats_of(spec, behind=True))
-
-
-def _block(spec: ModelSpec, ours: str, index: int, dense: bool) -> list[Entry]:
-    assert spec.args.latent is not None
-    theirs = f"model.layers.{index}"
-    attention = f"{ours}.attention.", f"{theirs}.self_attn."
-    entries = entries_of(_ATTENTION, *attention) + entries_of(NORMS, f"{ours}.", f"{theirs}.")
-    queries = _COMPRESSED_QUERIES if spec.args.latent.q_lora_rank else _QUERIES
-    entries += entries_of(queries, *attention)
-    if dense:
-        return entries + entries_of(FEED_FORWARD, f"{ours}.feed_forward.", f"{theirs}.mlp.")
-    moe, mlp = f"{ours}.moe", f"{theirs}.mlp"
-    return [
-        *entries,
-        Entry(f"{moe}.router.gate.weight", (f"{mlp}.gate.weight",)),
-        Entry(f"{moe}.expert_bias", (f"{mlp}.gate.e_score_correction_bias",)),
-        *entries_of(FEED_FORWARD, f"{moe}.shared_experts.", f"{mlp}.shared_experts."),
-        *(
-            Entry(
-                f"{moe}.experts.{a}",
-                tuple(f"{mlp}.experts.{e}.{b}.weight" for e in range(_moe(spec).num_experts)),
-                stacked=True,
-            )
-            for a, b in FEED_FORWARD.items()
-        ),
-    ]
 
 
 def _moe(spec: ModelSpec) -> MoEArgs:

@@ -66,49 +66,50 @@ def swap_halves(x: Tensor) -> Tensor:
     return x.roll(x.shape[1] // 2, dims=1)
 
 
-# Modules of ours and of theirs, by what stands behind a common beginning of their names.
-_ROTARY = {"wq": "q_proj", "wk": "k_proj"}
-_ROTARY_NORMS = {"q_norm": "q_norm", "k_norm": "k_norm"}
-NORMS = {"attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
-FEED_FORWARD = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
+# Words of our names and of theirs; and those of the parts of an MTP module.
 _TRUNK = {"tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head"}
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-GLM_MODULE = {"enorm": "enorm", "hnorm": "hnorm", "eh_proj": "eh_proj", "norm": "shared_head.norm"}
+_NORMS = {"attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
+_ATTENTION = {"attention": "self_attn", "wq": "q_proj", "wk": "k_proj", "wv": "v_proj"}
+_FEED_FORWARD = {"feed_forward": "mlp", "w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
+WORDS = {**_TRUNK, **_NORMS, **_ATTENTION, "wo": "o_proj", **_FEED_FORWARD}
+_GLM_MODULE = {"block": "", "norm": "shared_head.norm"}
 _MELLUM_MODULE = {
+    "block": "layers.0",
     "enorm": "pre_fc_norm_embedding",
     "hnorm": "pre_fc_norm_hidden",
     "eh_proj": "fc",
-    "norm": "norm",
 }
-_MIMO_MODULE = {"enorm": "token_layernorm", "hnorm": "hidden_layernorm", "norm": "final_layernorm"}
+_MIMO_MODULE = {
+    "block": "",
+    "enorm": "token_layernorm",
+    "hnorm": "hidden_layernorm",
+    "eh_proj": "input_proj",
+    "norm": "final_layernorm",
+}
+_ROTARY = {"wq", "wk", "q_norm", "k_norm"}  # of blocks of Llama's kind
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
-def entries_of(
-    table: Mapping[str, str], ours: str, theirs: str, what: str = "weight", rotary: bool = False
+def hf_entries(
+    spec: ModelSpec,
+    module: Mapping[str, str] = _GLM_MODULE,
+    place: str = "model.layers.{layer}",
+    words: Mapping[str, str] = WORDS,
 ) -> list[Entry]:
-    """The modules of a table, each with a tensor `what`. ours, theirs: their names' beginnings."""
-    return [Entry(f"{ours}{a}.{what}", (f"{theirs}{b}.{what}",), rotary) for a, b in table.items()]
-
-
-def _block(spec: ModelSpec, ours: str, theirs: str, feed_forward: str = "mlp") -> list[Entry]:
-    attention = f"{ours}.attention.", f"{theirs}.self_attn."
-    entries = entries_of(_ROTARY, *attention, rotary=True)
-    if spec.args.qk_norm:
-        entries += entries_of(_ROTARY_NORMS, *attention, rotary=True)
-    if spec.args.qkv_bias:
-        entries += entries_of(_ROTARY, *attention, "bias", rotary=True)
-    entries += entries_of({"wv": "v_proj", "wo": "o_proj"}, *attention)
-    entries += entries_of(NORMS, f"{ours}.", f"{theirs}.")
-    entries += entries_of(FEED_FORWARD, f"{ours}.feed_forward.", f"{theirs}.{feed_forward}.")
-    if spec.args.qkv_bias:
-        entries += entries_of({"wv": "v_proj"}, *attention, "bias")
+    """Every tensor of a model, under the name that it has in Hugging Face's families. place: of MTP
+    module k, which is layer `layer` where modules are layers behind the last, as GLM's."""
+    entries = []
+    for ours in parameter_shapes(spec):
+        theirs, parts = [], ours.split(".")
+        if parts[0] == "layers":
+            theirs, parts = ["model", *parts[:2]], parts[2:]
+        elif parts[0] == "mtp":
+            k, part, parts = int(parts[2]), parts[3], parts[4:]
+            theirs = [place.format(k=k, layer=spec.args.n_layers + k), module.get(part, part)]
+        theirs += [words.get(part, part) for part in parts]
+        rotary = spec.block_type == "llama" and not _ROTARY.isdisjoint(parts)
+        entries.append(Entry(ours, (".".join(filter(None, theirs)),), rotary))
     return entries
-
-
-def trunk_entries(spec: ModelSpec) -> list[Entry]:
-    """What a trunk has beside its blocks."""
-    entries = entries_of(_TRUNK, "", "")
-    return entries[:-1] if spec.args.tied_embeddings else entries
 
 
 def repeats_of(spec: ModelSpec, behind: bool = False) -> dict[str, str]:
@@ -128,10 +129,7 @@ def repeats_of(spec: ModelSpec, behind: bool = False) -> dict[str, str]:
 def llama_hf(spec: ModelSpec) -> Names:
     """LlamaForCausalLM; Qwen2ForCausalLM, whose blocks have biases of queries, keys and values
     more; and Qwen3ForCausalLM, whose blocks have norms of queries and keys more."""
-    entries = trunk_entries(spec)
-    for i in range(spec.args.n_layers):
-        entries += _block(spec, f"layers.{i}", f"model.layers.{i}")
-    return Names(entries, repeats=repeats_of(spec))
+    return Names(hf_entries(spec), repeats=repeats_of(spec))
 
 
 GLM_EXPERTS = 2  # the router's top-k within a group looks at two
@@ -141,54 +139,39 @@ def glm4_moe_hf(spec: ModelSpec) -> Names:
     """Glm4MoeForCausalLM: MTP modules as layers behind the last, their feed-forward and that of the
     last layer as a shared expert beside routed experts that are zero."""
     args, layers = spec.args, spec.args.n_layers
-    entries = trunk_entries(spec)
+    entries = hf_entries(spec)
     zeros: dict[str, tuple[int, ...]] = {}
-    blocks = [(f"layers.{i}", i) for i in range(layers)]
-    blocks += [(f"mtp.heads.{k}.block", layers + k) for k in range(spec.num_modules)]
-    for ours, i in blocks:
-        theirs, sparse = f"model.layers.{i}", i >= layers - 1
-        entries += _block(spec, ours, theirs, "mlp.shared_experts" if sparse else "mlp")
-        if not sparse:
-            continue
-        zeros[f"{theirs}.mlp.gate.weight"] = (GLM_EXPERTS, args.dim)
-        zeros[f"{theirs}.mlp.gate.e_score_correction_bias"] = (GLM_EXPERTS,)
+    for i in range(layers - 1, layers + spec.num_modules):
+        mlp = f"model.layers.{i}.mlp"
+        for at, entry in enumerate(entries):
+            if entry.theirs[0].startswith(f"{mlp}."):
+                shared = entry.theirs[0].replace(mlp, f"{mlp}.shared_experts")
+                entries[at] = replace(entry, theirs=(shared,))
+        zeros[f"{mlp}.gate.weight"] = (GLM_EXPERTS, args.dim)
+        zeros[f"{mlp}.gate.e_score_correction_bias"] = (GLM_EXPERTS,)
         for e in range(GLM_EXPERTS):
             for name in ("gate_proj", "up_proj"):
-                zeros[f"{theirs}.mlp.experts.{e}.{name}.weight"] = (args.ffn_dim, args.dim)
-            zeros[f"{theirs}.mlp.experts.{e}.down_proj.weight"] = (args.dim, args.ffn_dim)
-    for k in range(spec.num_modules):
-        entries += entries_of(GLM_MODULE, f"mtp.heads.{k}.", f"model.layers.{layers + k}.")
+                zeros[f"{mlp}.experts.{e}.{name}.weight"] = (args.ffn_dim, args.dim)
+            zeros[f"{mlp}.experts.{e}.down_proj.weight"] = (args.dim, args.ffn_dim)
     return Names(entries, zeros, repeats_of(spec, behind=True))
 
 
 def mellum_hf(spec: ModelSpec) -> Names:
     """MellumForCausalLM with dense layers: one MTP module under `mtp.`."""
-    names = llama_hf(spec)
-    if spec.num_modules:
-        names.entries.extend(_block(spec, "mtp.heads.0.block", "mtp.layers.0"))
-        names.entries.extend(entries_of(_MELLUM_MODULE, "mtp.heads.0.", "mtp."))
-    return names
+    return Names(hf_entries(spec, _MELLUM_MODULE, "mtp"), repeats=repeats_of(spec))
 
 
 def mimo_hf(spec: ModelSpec) -> Names:
     """MiMoForCausalLM: Qwen2's trunk, and modules under `model.mtp_layers.`."""
-    names = llama_hf(spec)
-    for k in range(spec.num_modules):
-        ours, theirs = f"mtp.heads.{k}", f"model.mtp_layers.{k}"
-        names.entries.extend(_block(spec, f"{ours}.block", theirs))
-        names.entries.extend(entries_of(_MIMO_MODULE, f"{ours}.", f"{theirs}."))
-        joined = (f"{theirs}.input_proj.weight",)
-        names.entries.append(Entry(f"{ours}.eh_proj.weight", joined, swapped=True))
-    return names
+    entries = hf_entries(spec, _MIMO_MODULE, "model.mtp_layers.{k}")
+    entries = [replace(entry, swapped=".eh_proj." in entry.ours) for entry in entries]
+    return Names(entries, repeats=repeats_of(spec))
 
 
 def torchtitan(spec: ModelSpec) -> Names:
     """TorchTitan's llama3, deepseek_v3 and qwen3; the last in Hugging Face's rotary layout."""
-    turned = _ROTARY | _ROTARY_NORMS if spec.args.qk_norm else {}
-    rotary = {f"attention.{name}.weight" for name in turned}
-    entries = [
-        Entry(name, (name,), name.split(".", 2)[-1] in rotary) for name in parameter_shapes(spec)
-    ]
+    turned = _ROTARY if spec.args.qk_norm else set()
+    entries = [Entry(n, (n,), not turned.isdisjoint(n.split("."))) for n in parameter_shapes(spec)]
     # It ties nothing.
     copies = {"output.weight": "tok_embeddings.weight"} if spec.args.tied_embeddings else {}
     return Names(entries, repeats={"freqs_cis": FREQUENCIES}, copies=copies)
