@@ -7,12 +7,12 @@ copies of the shared embedding and unembedding, which are left out.
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.formats.configs import Reader, read_rope, read_shape, write_shape
-from torchtitan_mtp.formats.names import WORDS, Entry, Names, hf_entries, repeats_of
+from torchtitan_mtp.formats.names import WORDS, Names, hf_entries, repeats_of
 from torchtitan_mtp.models.args import LatentArgs, ModelArgs, ModelSpec, MoEArgs, YaRN
 
 _WORDS = WORDS | {
@@ -49,7 +49,7 @@ def names(spec: ModelSpec) -> Names:
             mlp, _, matrix = entry.theirs[0].partition(".experts.")
             experts = range(_moe(spec).num_experts)
             theirs = tuple(f"{mlp}.experts.{e}.{matrix}.weight" for e in experts)
-            entries[at] = Entry(entry.ours, theirs, stacked=True)
+            entries[at] = replace(entry, theirs=theirs, stacked=True)
     return Names(entries, repeats=repeats_of(spec, behind=True))
 
 

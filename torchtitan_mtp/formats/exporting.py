@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 import os
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Size, Tensor
 
-from torchtitan_mtp.build import parameter_shapes, spec_from_config
+from torchtitan_mtp.build import spec_from_config
 from torchtitan_mtp.checkpoint.folders import find_checkpoint, find_config
 from torchtitan_mtp.checkpoint.load import names_line
 from torchtitan_mtp.checkpoint.record import check_tokenizer, keeps_earlier, record_of, untold
@@ -31,11 +31,10 @@ from torchtitan_mtp.formats.formats import (
     verify,
     vocabulary_of,
 )
-from torchtitan_mtp.formats.names import Entry, Names, swap_halves, to_halves
-from torchtitan_mtp.formats.read import Tensors, dcp_tensors, read_json
+from torchtitan_mtp.formats.names import Names, swap_halves, to_halves
+from torchtitan_mtp.formats.read import Kind, Tensors, dcp_tensors, read_json
 from torchtitan_mtp.formats.tokenizer_files import GENERATION, copy_tokenizer, write_tokenizer_json
 from torchtitan_mtp.formats.write import (
-    Output,
     write_dcp,
     write_json,
     write_pth,
@@ -76,7 +75,7 @@ def export_checkpoint(
     config = load_toml(find_config(checkpoint))
     source = dcp_tensors(find_checkpoint(checkpoint))
     spec = spec_from_config(config, vocabulary_of(source), keeps_earlier(config, source.where))
-    check_tensors(source, names.torchtitan(spec), parameter_shapes(spec), spec.args)
+    check_tensors(source, names.torchtitan(spec), spec.args)
     kept = _fitting(form, format_name, _first(spec, modules), drop_heads)
     for k in range(kept.num_modules, spec.num_modules):
         part = [key for key in source.kinds if key.startswith(f"mtp.heads.{k}.")]
@@ -84,20 +83,21 @@ def export_checkpoint(
     spec = kept
     if form.container != "dcp":  # nothing of the tokenizer goes there
         check_tokenizer(source.where, config.model.hf_assets_path)
-    outputs = _outward(source, form.names(spec), spec, dtype)
-    with written_aside(Path(out), sum(output.bytes for output in outputs)) as folder:
+    tensors = _outward(source, form.names(spec), spec, dtype)
+    with written_aside(Path(out), tensors.bytes) as folder:
         if form.container == "safetensors":
-            write_safetensors(folder, outputs, max_shard_size)
-            _write_hf_files(folder, config, form.write_config(spec), outputs[0].dtype)
+            write_safetensors(folder, tensors, max_shard_size)
+            dtype = next(iter(tensors.kinds.values())).dtype
+            _write_hf_files(folder, config, form.write_config(spec), dtype)
         elif form.container == "pth":
-            write_pth(folder / "consolidated.pth", outputs)
+            write_pth(folder / "consolidated.pth", tensors)
             write_json(folder / "params.json", form.write_config(spec))
             if config.model.hf_assets_path:
                 copy_tokenizer(config.model.hf_assets_path, folder)
         else:
-            write_dcp(folder, outputs, record_of(spec) | {"format": format_name})
+            write_dcp(folder, tensors, record_of(spec) | {"format": format_name})
             logger.warning("%s: TorchTitan's flavor has to have %s", out, untold(record_of(spec)))
-        verify(open_tensors(form, folder), outputs)
+        verify(open_tensors(form, folder), tensors)
     return spec
 
 
@@ -157,31 +157,31 @@ def refusal(form: Format, spec: ModelSpec) -> str:
     return ""
 
 
-def _outward(
-    source: Tensors, table: Names, spec: ModelSpec, dtype: torch.dtype | None
-) -> list[Output]:
+def _outward(source: Tensors, table: Names, spec: ModelSpec, dtype: torch.dtype | None) -> Tensors:
     """What to write, in their names."""
-    head_dim = spec.args.head_dim
-    stacked = lru_cache(maxsize=1)(source.read)  # its parts are written one after another
-
-    def read(entry: Entry, part: int, to: torch.dtype) -> Tensor:
-        tensor = stacked(entry.ours)[part] if entry.stacked else source.read(entry.ours)
-        tensor = to_halves(tensor, head_dim) if entry.rotary else tensor
-        tensor = swap_halves(tensor) if entry.swapped else tensor
-        return cast_weights(tensor, to, f"{source.where}: {entry.ours}")
-
-    outputs = []
-    for entry in (*table.entries, *(Entry(of, (name,)) for name, of in table.copies.items())):
-        kind = source.kinds[entry.ours]
-        to = dtype_of(entry.ours, kind.dtype, dtype)
-        theirs = Size(kind.shape[1:]) if entry.stacked else kind.shape
+    ours = {entry.ours: entry for entry in table.entries}
+    copies = [replace(ours[of], theirs=(name,)) for name, of in table.copies.items()]
+    places, kinds = {}, {}
+    for entry in (*table.entries, *copies):
+        to = dtype_of(entry.ours, source.kinds[entry.ours].dtype, dtype)
         for part, name in enumerate(entry.theirs):
-            outputs.append(Output(name, theirs, to, partial(read, entry, part, to)))
+            places[name], kinds[name] = (entry, part), Kind(entry.their_shape, to)
+    most = next(iter(kinds.values())).dtype
     for name, shape in table.zeros.items():
         # Routers and their biases are read in float32, whatever the model's dtype is.
-        to = torch.float32 if name.endswith("_bias") else outputs[0].dtype
-        outputs.append(Output(name, Size(shape), to, partial(torch.zeros, shape, dtype=to)))
-    return outputs
+        kinds[name] = Kind(Size(shape), torch.float32 if name.endswith("_bias") else most)
+    stacked = lru_cache(maxsize=1)(source.read)  # its parts are written one after another
+
+    def read(name: str) -> Tensor:
+        if name in table.zeros:
+            return torch.zeros(kinds[name].shape, dtype=kinds[name].dtype)
+        entry, part = places[name]
+        tensor = stacked(entry.ours)[part] if entry.stacked else source.read(entry.ours)
+        tensor = to_halves(tensor, spec.args.head_dim) if entry.rotary else tensor
+        tensor = swap_halves(tensor) if entry.swapped else tensor
+        return cast_weights(tensor, kinds[name].dtype, f"{source.where}: {entry.ours}")
+
+    return Tensors(source.where, kinds, read)
 
 
 def _write_hf_files(

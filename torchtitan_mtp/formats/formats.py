@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -28,7 +28,7 @@ from torchtitan_mtp.formats.read import (
     hf_tensors,
     meta_tensors,
 )
-from torchtitan_mtp.formats.write import DTYPES, Output
+from torchtitan_mtp.formats.write import DTYPES
 from torchtitan_mtp.models.args import ModelArgs, ModelSpec
 from torchtitan_mtp.models.rope import rope_mismatch
 
@@ -131,9 +131,7 @@ def vocabulary_of(tensors: Tensors) -> int:
     return embedding.shape[0]
 
 
-def check_tensors(
-    source: Tensors, table: Names, shapes: Mapping[str, Size], args: ModelArgs
-) -> None:
+def check_tensors(source: Tensors, table: Names, args: ModelArgs) -> None:
     """The tensors are those of the table, in name and, by ours, in shape; those of `Names.repeats`
     may be there as well, and say what it says.
 
@@ -142,8 +140,7 @@ def check_tensors(
     """
     expected = {name: Size(shape) for name, shape in table.zeros.items()}
     for entry in table.entries:
-        shape = shapes[entry.ours]
-        expected |= dict.fromkeys(entry.theirs, Size(shape[1:]) if entry.stacked else shape)
+        expected |= dict.fromkeys(entry.theirs, entry.their_shape)
     repeats = {**table.repeats, **table.copies}
     if lost := [name for name in expected if name not in source.kinds]:
         raise UserError(f"{source.where}: lacks {names_line(lost)} of the model")
@@ -182,9 +179,9 @@ def dtype_of(name: str, kept: torch.dtype, wanted: torch.dtype | None) -> torch.
     return kept if wanted is None or name.endswith(".expert_bias") else wanted
 
 
-def verify(written: Tensors, outputs: Sequence[Output]) -> None:
+def verify(written: Tensors, tensors: Tensors) -> None:
     """What was written reads back to the bit. Error: naming the tensor that does not."""
-    for output in outputs:
-        if not torch.equal(written.read(output.name), output.read()):
-            raise UserError(f"{written.where}: {output.name} reads back differently")
-    logger.info("verified %d tensors by reading them back", len(outputs))
+    for name in tensors.kinds:
+        if not torch.equal(written.read(name), tensors.read(name)):
+            raise UserError(f"{written.where}: {name} reads back differently")
+    logger.info("verified %d tensors by reading them back", len(tensors.kinds))

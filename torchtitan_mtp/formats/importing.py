@@ -7,13 +7,12 @@ import os
 import re
 import shutil
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from torchtitan_mtp.build import parameter_shapes, spec_from_config, write_spec_to_config
+from torchtitan_mtp.build import spec_from_config, write_spec_to_config
 from torchtitan_mtp.checkpoint.record import record_of, untold
 from torchtitan_mtp.checkpoint.state import cast_weights
 from torchtitan_mtp.config import MTP, JobConfig, load_toml, to_toml
@@ -32,10 +31,10 @@ from torchtitan_mtp.formats.formats import (
     verify,
     vocabulary_of,
 )
-from torchtitan_mtp.formats.names import EMBEDDING, HEAD, Entry, swap_halves, to_pairs
-from torchtitan_mtp.formats.read import Tensors, dcp_tensors, read_json
+from torchtitan_mtp.formats.names import EMBEDDING, HEAD, swap_halves, to_pairs
+from torchtitan_mtp.formats.read import Kind, Tensors, dcp_tensors, read_json
 from torchtitan_mtp.formats.tokenizer_files import check_rows, copy_tokenizer
-from torchtitan_mtp.formats.write import Output, write_dcp, written_aside
+from torchtitan_mtp.formats.write import write_dcp, written_aside
 from torchtitan_mtp.models.args import ModelSpec
 from torchtitan_mtp.models.flavors import check_shape
 
@@ -80,9 +79,9 @@ def import_checkpoint(
         config.mtp = MTP()
         spec = spec_from_config(config, vocabulary_of(tensors))
         logger.warning("%s: taken for a model with %s", tensors.where, untold(record_of(spec)))
-    outputs = inward(tensors, form, spec, dtype)
+    tensors = inward(tensors, form, spec, dtype)
     config.job.dump_folder, fingerprint = HERE, None
-    with written_aside(out, sum(output.bytes for output in outputs)) as tmp:
+    with written_aside(out, tensors.bytes) as tmp:
         if form.read_config is not None:
             (tmp / "tokenizer").mkdir()
             config.model.hf_assets_path = f"{HERE}/tokenizer"
@@ -99,8 +98,8 @@ def import_checkpoint(
                 )
         (tmp / "config.toml").write_text(to_toml(config), encoding="utf-8")
         step = tmp / config.checkpoint.folder / "step-0"
-        write_dcp(step, outputs, record_of(spec), fingerprint)
-        verify(dcp_tensors(step), outputs)
+        write_dcp(step, tensors, record_of(spec), fingerprint)
+        verify(dcp_tensors(step), tensors)
     return spec
 
 
@@ -114,11 +113,8 @@ def find_folder(source: str | os.PathLike[str]) -> Path:
 
         folder = Path(HF_HUB_CACHE, "models--" + name.replace("/", "--"))
         hint = f", nor a model in {HF_HUB_CACHE}; for one of the hub: hf download {name}"
-    main, there = folder / "refs" / "main", [*folder.glob("snapshots/*")]
-    there = [folder / "snapshots" / main.read_text().strip()] if main.is_file() else there
-    if len(there) > 1:
-        raise UserError(f"{folder}: no refs/main in it; name one of its {len(there)} snapshots")
-    folder = there[0] if there else folder
+    if (main := folder / "refs" / "main").is_file():
+        folder = folder / "snapshots" / main.read_text().strip()
     if not folder.is_dir():
         raise UserError(f"{name if hint else folder}: no such folder{hint}")
     return folder
@@ -184,34 +180,36 @@ def open_model(name: str, folder: Path) -> tuple[ModelSpec, Tensors]:
 
 def inward(
     tensors: Tensors, form: Format, spec: ModelSpec, dtype: torch.dtype | None = None
-) -> list[Output]:
+) -> Tensors:
     """What to read, in our names; every tensor of theirs has been given its place.
 
     Raises:
         UserError: a tensor is missing, has no place or another shape, or should be zero.
     """
-    table, shapes = form.names(spec), parameter_shapes(spec)
-    check_tensors(tensors, table, shapes, spec.args)
+    table = form.names(spec)
+    check_tensors(tensors, table, spec.args)
     for name in table.zeros:
         if tensors.read(name).any():
             what = "is not zero: a mixture of experts, which is not supported here"
             raise UserError(f"{tensors.where}: {name} {what}")
+    entries = {entry.ours: entry for entry in table.entries}
+    kinds = {
+        ours: Kind(entry.shape, dtype_of(ours, tensors.kinds[entry.theirs[0]].dtype, dtype))
+        for ours, entry in entries.items()
+    }
 
     def read_one(name: str, to: torch.dtype) -> Tensor:
         return cast_weights(tensors.read(name), to, f"{tensors.where}: {name}")
 
-    def read(entry: Entry, to: torch.dtype) -> Tensor:
+    def read(ours: str) -> Tensor:
+        entry, (shape, to) = entries[ours], kinds[ours]
         if not entry.stacked:
             tensor = read_one(entry.theirs[0], to)
             tensor = to_pairs(tensor, spec.args.head_dim) if entry.rotary else tensor
             return swap_halves(tensor) if entry.swapped else tensor
-        whole = torch.empty(shapes[entry.ours], dtype=to)
+        whole = torch.empty(shape, dtype=to)
         for part, name in zip(whole, entry.theirs, strict=True):
             part.copy_(read_one(name, to))
         return whole
 
-    outputs = []
-    for entry in table.entries:
-        to = dtype_of(entry.ours, tensors.kinds[entry.theirs[0]].dtype, dtype)
-        outputs.append(Output(entry.ours, shapes[entry.ours], to, partial(read, entry, to)))
-    return outputs
+    return Tensors(tensors.where, kinds, read)

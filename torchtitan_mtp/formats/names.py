@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from torch import Tensor
+from torch import Size, Tensor
 
 from torchtitan_mtp.build import parameter_shapes
 from torchtitan_mtp.models.args import ModelSpec
@@ -20,15 +20,20 @@ from torchtitan_mtp.models.args import ModelSpec
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor under both names. `rotary`: its rows are in the layout of rotary positions.
-    `swapped`: the halves of its columns are the other way round. `stacked`: ours stacks those of
-    theirs, else there is one."""
+    """One tensor under both names, with the shape of ours. `rotary`: its rows are in the layout of
+    rotary positions. `swapped`: the halves of its columns are the other way round. `stacked`: ours
+    stacks those of theirs, else there is one."""
 
     ours: str
+    shape: Size
     theirs: tuple[str, ...]
     rotary: bool = False
     swapped: bool = False
     stacked: bool = False
+
+    @property
+    def their_shape(self) -> Size:
+        return Size(self.shape[1:]) if self.stacked else self.shape
 
 
 @dataclass(frozen=True)
@@ -99,7 +104,7 @@ def hf_entries(
     """Every tensor of a model, under the name that it has in Hugging Face's families. place: of MTP
     module k, which is layer `layer` where modules are layers behind the last, as GLM's."""
     entries = []
-    for ours in parameter_shapes(spec):
+    for ours, shape in parameter_shapes(spec).items():
         theirs, parts = [], ours.split(".")
         if parts[0] == "layers":
             theirs, parts = ["model", *parts[:2]], parts[2:]
@@ -108,7 +113,7 @@ def hf_entries(
             theirs = [place.format(k=k, layer=spec.args.n_layers + k), module.get(part, part)]
         theirs += [words.get(part, part) for part in parts]
         rotary = spec.block_type == "llama" and not _ROTARY.isdisjoint(parts)
-        entries.append(Entry(ours, (".".join(filter(None, theirs)),), rotary))
+        entries.append(Entry(ours, shape, (".".join(filter(None, theirs)),), rotary))
     return entries
 
 
@@ -171,7 +176,10 @@ def mimo_hf(spec: ModelSpec) -> Names:
 def torchtitan(spec: ModelSpec) -> Names:
     """TorchTitan's llama3, deepseek_v3 and qwen3; the last in Hugging Face's rotary layout."""
     turned = _ROTARY if spec.args.qk_norm else set()
-    entries = [Entry(n, (n,), not turned.isdisjoint(n.split("."))) for n in parameter_shapes(spec)]
+    entries = [
+        Entry(name, shape, (name,), not turned.isdisjoint(name.split(".")))
+        for name, shape in parameter_shapes(spec).items()
+    ]
     # It ties nothing.
     copies = {"output.weight": "tok_embeddings.weight"} if spec.args.tied_embeddings else {}
     return Names(entries, repeats={"freqs_cis": FREQUENCIES}, copies=copies)
@@ -180,5 +188,6 @@ def torchtitan(spec: ModelSpec) -> Names:
 def meta(spec: ModelSpec) -> Names:
     """facebook/multi-token-prediction: our names but for `extra_heads`."""
     same = torchtitan(spec)
-    entries = [Entry(e.ours, (e.ours.replace("mtp.heads.", "extra_heads."),)) for e in same.entries]
+    theirs = [entry.ours.replace("mtp.heads.", "extra_heads.") for entry in same.entries]
+    entries = [replace(e, theirs=(name,)) for e, name in zip(same.entries, theirs, strict=True)]
     return replace(same, entries=entries, repeats={"rope.freqs": FREQUENCIES})

@@ -38,14 +38,23 @@ class Kind(NamedTuple):
     shape: Size
     dtype: torch.dtype
 
+    @property
+    def bytes(self) -> int:
+        return self.shape.numel() * self.dtype.itemsize
+
 
 @dataclass(frozen=True)
 class Tensors:
-    """A checkpoint's tensors by name; `where` names the place, `read` gives one, on a CPU."""
+    """Tensors by name, of a checkpoint or to be written as one; `where` names the place that they
+    come from, `read` gives one, on a CPU."""
 
     where: Path
     kinds: dict[str, Kind]
     read: Callable[[str], Tensor]
+
+    @property
+    def bytes(self) -> int:
+        return sum(kind.bytes for kind in self.kinds.values())
 
 
 def dcp_tensors(path: Path) -> Tensors:

@@ -61,15 +61,14 @@ def _load(path: Path, model: Transformer, exclude: Sequence[str]) -> LoadReport:
     if model.args.tied_embeddings:
         wanted.pop("output.weight", None)
     found = inward(tensors, FORMATS[name], spec, model.norm.weight.dtype)
-    outputs = {o.name: o for o in found if not excluded(o.name, exclude)}
-    heads = any(key.startswith("mtp.") for key in wanted.keys() & outputs.keys())
-    if heads:
+    offered = {key for key in found.kinds if not excluded(key, exclude)}
+    if any(key.startswith("mtp.") for key in wanted.keys() & offered):
         check_record(path, record_of(spec), record_of_model(model), exclude)
-    missing = [key for key in wanted if key not in outputs]
-    unexpected = sorted(outputs.keys() - wanted.keys())
-    check_names(path, missing, unexpected, set(outputs), other_heads=True)
-    for key in wanted.keys() & outputs.keys():
-        copy_full_tensor(wanted[key], outputs[key].read().to(wanted[key].device))
+    missing = [key for key in wanted if key not in offered]
+    unexpected = sorted(offered - wanted.keys())
+    check_names(path, missing, unexpected, offered, other_heads=True)
+    for key in wanted.keys() & offered:
+        copy_full_tensor(wanted[key], found.read(key).to(wanted[key].device))
     report = LoadReport(tuple(missing), tuple(unexpected))
     log_report(path, report)
     return report

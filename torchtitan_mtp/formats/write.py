@@ -8,18 +8,17 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import mmap
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch import Size, Tensor
+from torch import Tensor
 from torch.distributed.checkpoint import DefaultSavePlanner
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import MetadataIndex
@@ -29,7 +28,7 @@ from torchtitan_mtp.checkpoint.manifest import MODEL_ONLY, Manifest, write_manif
 from torchtitan_mtp.checkpoint.state import quiet
 from torchtitan_mtp.checkpoint.storage import SummingWriter
 from torchtitan_mtp.errors import UserError
-from torchtitan_mtp.formats.read import INDEX, WEIGHTS
+from torchtitan_mtp.formats.read import INDEX, Tensors
 from torchtitan_mtp.writing import sync
 
 logger = logging.getLogger(__name__)
@@ -40,19 +39,6 @@ DTYPES = {  # that weights may have, and their names in safetensors
     torch.bfloat16: "BF16",
     torch.float64: "F64",
 }
-
-
-class Output(NamedTuple):
-    """A tensor to write, and how to get it."""
-
-    name: str
-    shape: Size
-    dtype: torch.dtype
-    read: Callable[[], Tensor]
-
-    @property
-    def bytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
 
 
 @contextmanager
@@ -95,78 +81,77 @@ def write_json(file: Path, value: dict[str, Any]) -> None:
     file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
-def write_safetensors(folder: Path, outputs: Sequence[Output], max_shard_size: int) -> None:
+def write_safetensors(folder: Path, tensors: Tensors, max_shard_size: int) -> None:
     """model.safetensors, or shards of at most `max_shard_size` bytes and an index of all tensors.
 
     A tensor above that size gets a shard of its own.
     """
-    shards: list[list[Output]] = [[]]
-    for output in outputs:
-        if shards[-1] and sum(o.bytes for o in shards[-1]) + output.bytes > max_shard_size:
-            shards.append([])
-        shards[-1].append(output)
-    if len(shards) == 1:
-        _write_shard(folder / WEIGHTS, shards[0])
-        return
-    weight_map: dict[str, str] = {}
-    for i, shard in enumerate(shards, start=1):
-        name = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        _write_shard(folder / name, shard)
-        weight_map |= {output.name: name for output in shard}
-    total = sum(output.bytes for output in outputs)
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    write_json(folder / INDEX, index)
+    from huggingface_hub import split_torch_state_dict_into_shards  # tokenizers needs it as well
+
+    split = split_torch_state_dict_into_shards(_shapes(tensors), max_shard_size=max_shard_size)
+    for name, shard in split.filename_to_tensors.items():
+        _write_shard(folder / name, tensors, shard)
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        write_json(folder / INDEX, index)
 
 
-def _write_shard(file: Path, shard: Sequence[Output]) -> None:
+def _shapes(tensors: Tensors) -> dict[str, Tensor]:
+    """The tensors without numbers."""
+    kinds = tensors.kinds.items()
+    return {n: torch.empty(kind.shape, dtype=kind.dtype, device="meta") for n, kind in kinds}
+
+
+def _write_shard(file: Path, tensors: Tensors, names: Sequence[str]) -> None:
     """The safetensors format: length of the header, the header as JSON, the tensors' bytes."""
-    shard = sorted(shard, key=lambda output: -output.dtype.itemsize)  # so that all are aligned
+    kinds = tensors.kinds
+    names = sorted(names, key=lambda name: -kinds[name].dtype.itemsize)  # so that all are aligned
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
-    for output in shard:
-        start, end = end, end + output.bytes
-        header[output.name] = {
-            "dtype": DTYPES[output.dtype],
-            "shape": list(output.shape),
+    for name in names:
+        start, end = end, end + kinds[name].bytes
+        header[name] = {
+            "dtype": DTYPES[kinds[name].dtype],
+            "shape": list(kinds[name].shape),
             "data_offsets": [start, end],
         }
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with file.open("wb") as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
-        for output in shard:
-            flat = output.read().contiguous().flatten()
+        for name in names:
+            flat = tensors.read(name).contiguous().flatten()
             stream.write(flat.view(torch.uint8).numpy().data)
 
 
-def write_pth(file: Path, outputs: Sequence[Output]) -> None:
+def write_pth(file: Path, tensors: Tensors) -> None:
     """A dict of tensors as torch.save writes it, filled through a memory map."""
-    empty = {output.name: torch.empty(output.shape, dtype=output.dtype) for output in outputs}
+    kinds = tensors.kinds.items()
+    empty = {name: torch.empty(kind.shape, dtype=kind.dtype) for name, kind in kinds}
     with torch.serialization.skip_data():  # reserves their bytes; untouched memory costs nothing
         torch.save(empty, file)
     del empty
     with torch.serialization.set_default_mmap_options(mmap.MAP_SHARED):
         state = torch.load(file, mmap=True, weights_only=True)
-    for output in outputs:
-        state[output.name].copy_(output.read())
+    for name in tensors.kinds:
+        state[name].copy_(tensors.read(name))
 
 
 class _Planner(DefaultSavePlanner):
     """Plans with shapes alone, and reads each tensor when its turn to be written has come."""
 
-    def __init__(self, outputs: Sequence[Output]) -> None:
+    def __init__(self, tensors: Tensors) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-        self._outputs = {output.name: output for output in outputs}
+        self._tensors = tensors
 
     def lookup_object(self, index: MetadataIndex) -> Tensor:
-        return self._outputs[index.fqn].read()
+        return self._tensors.read(index.fqn)
 
 
 def write_dcp(
-    folder: Path, outputs: Sequence[Output], record: dict[str, Any], tokenizer: str | None = None
+    folder: Path, tensors: Tensors, record: dict[str, Any], tokenizer: str | None = None
 ) -> None:
     """A model-only checkpoint of one rank; its manifest has the record and the fingerprint."""
-    shapes = {o.name: torch.empty(o.shape, dtype=o.dtype, device="meta") for o in outputs}
     # The writer keeps what it put into a file until the file is done: one a tensor, then, and
     # nothing copied ahead.
     writer = SummingWriter(
@@ -174,7 +159,7 @@ def write_dcp(
     )
     quiet()
     try:
-        dcp.save(shapes, storage_writer=writer, planner=_Planner(outputs), no_dist=True)
+        dcp.save(_shapes(tensors), storage_writer=writer, planner=_Planner(tensors), no_dist=True)
     except CheckpointException as error:
         raise first_failure(error) from None
     write_manifest(folder, Manifest(0, MODEL_ONLY, 1, writer.entries, record, tokenizer))

@@ -33,8 +33,9 @@ from torchtitan_mtp.config import load_toml
 from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.formats import FORMATS, export_checkpoint, import_checkpoint
 from torchtitan_mtp.formats.names import swap_halves, to_halves, to_pairs
+from torchtitan_mtp.formats.read import Kind, Tensors
 from torchtitan_mtp.formats.training import hf_format
-from torchtitan_mtp.formats.write import Output, write_safetensors
+from torchtitan_mtp.formats.write import write_safetensors
 from torchtitan_mtp.inference import generate, load_for_inference
 from torchtitan_mtp.models.args import ModelArgs, ModelSpec, YaRN
 from torchtitan_mtp.models.flavors import flavors
@@ -169,7 +170,9 @@ def test_a_shard_of_mixed_types_is_aligned(tmp_path: Path) -> None:
     }
     write_safetensors(
         tmp_path,
-        [Output(k, t.shape, t.dtype, lambda t=t: t) for k, t in tensors.items()],
+        Tensors(
+            tmp_path, {k: Kind(t.shape, t.dtype) for k, t in tensors.items()}, tensors.__getitem__
+        ),
         10**9,
     )
     found = load_file(tmp_path / "model.safetensors")
@@ -238,11 +241,12 @@ MEMORY = """
 import resource, sys
 from pathlib import Path
 import torch
-from torchtitan_mtp.formats.write import Output, write_dcp, write_safetensors
+from torchtitan_mtp.formats.read import Kind, Tensors
+from torchtitan_mtp.formats.write import write_dcp, write_safetensors
 out = Path({out!r})
-make = lambda: torch.ones(4 * 2**20)  # 16 MiB
-outputs = [Output(f"t{{i}}", torch.Size([4 * 2**20]), torch.float32, make) for i in range(16)]
-write_safetensors(out, outputs[:1], 10**9)
+kinds = {{f"t{{i}}": Kind(torch.Size([4 * 2**20]), torch.float32) for i in range(16)}}
+tensors = Tensors(out, kinds, lambda name: torch.ones(4 * 2**20))  # 16 MiB
+write_safetensors(out, Tensors(out, {{"t0": kinds["t0"]}}, tensors.read), 10**9)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 {write}
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
@@ -252,10 +256,10 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 @pytest.mark.parametrize(
     "write",
     [
-        "write_safetensors(out, outputs, 128 * 2**20)",
-        "write_dcp(out / 'dcp', outputs, {})",
+        "write_safetensors(out, tensors, 128 * 2**20)",
+        "write_dcp(out / 'dcp', tensors, {})",
         "from torchtitan_mtp.formats.read import dcp_tensors\n"
-        "write_dcp(out / 'dcp', outputs, {})\n"
+        "write_dcp(out / 'dcp', tensors, {})\n"
         "source = dcp_tensors(out / 'dcp')\n"
         "for name in source.kinds: source.read(name)",
     ],
