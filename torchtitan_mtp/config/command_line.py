@@ -76,7 +76,7 @@ def _next_value(option: Option, words: list[str], where: str) -> str:
         return words.pop(0) if stated else "true"
     if words and not words[0].startswith("--"):
         return words.pop(0)
-    if option.rule.without_effect:  # it may be a flag
+    if option.rule.dropped:  # it may be a flag
         return ""
     raise UserError(f"{where}: expected {type_text(option.type)} after it, found nothing")
 

@@ -9,8 +9,8 @@ from typing import Any
 from torchtitan_mtp.config.checks import check
 from torchtitan_mtp.config.command_line import print_help, read_command_line
 from torchtitan_mtp.config.job_config import JobConfig
-from torchtitan_mtp.config.toml_reader import read_toml
-from torchtitan_mtp.config.torchtitan import known_options
+from torchtitan_mtp.config.toml_file import read_toml
+from torchtitan_mtp.config.torchtitan import HELD, known_options
 from torchtitan_mtp.config.values import printable, show
 from torchtitan_mtp.errors import UserError
 
@@ -52,20 +52,15 @@ def load_toml(path: str | Path, base: JobConfig | None = None) -> JobConfig:
 def _find_config_file(name: str) -> str:
     """`name`, or the path of the recipe of that bare name. UserError, with the recipes' names,
     where there is neither."""
-    recipe = RECIPES / name
-    if not os.path.dirname(name) and not os.path.isfile(name) and os.path.isfile(recipe):
-        return str(recipe)
-    try:
-        os.stat(name)
-    except FileNotFoundError:
-        recipes = sorted(path.name for path in RECIPES.glob("*.toml"))
-        nearest = get_close_matches(os.path.basename(name).lower(), recipes, n=1)
-        hint = f"; did you mean {nearest[0]}?" if nearest else ""
-        found = f"{printable(name)}: no such file; found by name: {', '.join(recipes)}"
-        raise UserError(found + hint) from None
-    except (OSError, ValueError):
-        pass  # whoever reads it says why it can't be read
-    return name
+    if os.path.exists(name):
+        return name
+    recipes = sorted(path.name for path in RECIPES.glob("*.toml"))
+    if name in recipes:
+        return str(RECIPES / name)
+    nearest = get_close_matches(os.path.basename(name).lower(), recipes, n=1)
+    hint = f"; did you mean {nearest[0]}?" if nearest else ""
+    found = f"{printable(name)}: no such file; found by name: {', '.join(recipes)}"
+    raise UserError(found + hint)
 
 
 def _build(config: JobConfig, given: dict[str, Any], file: object) -> JobConfig:
@@ -74,12 +69,12 @@ def _build(config: JobConfig, given: dict[str, Any], file: object) -> JobConfig:
     try:
         for name, value in given.items():
             option = known[name]
-            if option.rule.held and value != option.default:
+            if name in HELD and value != option.default:
                 raise UserError(
                     f"{name} = {show(value)}: this TorchTitan key is not supported here yet and "
-                    f"has to stay at its default {show(option.default)}; {option.rule.held}"
+                    f"has to stay at its default {show(option.default)}; {HELD[name][1]}"
                 )
-            if not (option.is_table or option.rule.held or option.rule.without_effect):
+            if not (option.is_table or option.rule.dropped):
                 option.set(config, value)
         check(config, given.keys())
     except UserError as error:

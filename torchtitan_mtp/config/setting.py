@@ -5,13 +5,15 @@ written in the same place, so that the reader, the checks, the help and docs/con
 one source.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from dataclasses import fields as dataclass_fields
-from operator import attrgetter
+from math import inf
+from operator import attrgetter, ge, gt, le, lt
 from typing import Any, get_type_hints
 
 LARGEST = 2**31 - 1  # integer where a key says nothing else
+_COMPARE: dict[str, Callable[[float, float], bool]] = {">=": ge, ">": gt, "<=": le, "<": lt}
 
 
 @dataclass(frozen=True)
@@ -32,11 +34,8 @@ class Rule:
     distinct: bool = False
     """Set for a list whose entries have to differ."""
 
-    held: str = ""
-    """Set for a TorchTitan key that has to keep its default: what to do instead."""
-
-    without_effect: bool = False
-    """Set for a TorchTitan key that says nothing here, whatever its value."""
+    dropped: bool = False
+    """Set for a TorchTitan key that no program here reads."""
 
     unsupported_values: Mapping[str, str] = field(default_factory=dict)
     """TorchTitan's values that are not taken here, each with what to do instead."""
@@ -53,23 +52,20 @@ class Rule:
             return ""
         if isinstance(value, int) and self.at_most is None and value > LARGEST:
             return f"at most {LARGEST}"
-        inside = (
-            # NaN fails every comparison; an infinity is meant only where it is a special value.
-            float("-inf") < value < float("inf")
-            and (self.at_least is None or value >= self.at_least)
-            and (self.above is None or value > self.above)
-            and (self.at_most is None or value <= self.at_most)
-            and (self.below is None or value < self.below)
+        # NaN fails every comparison; an infinity is meant only where it is a special value.
+        inside = abs(value) < inf and all(
+            _COMPARE[sign](value, limit) for sign, limit in self._limits()
         )
         return "" if inside else self.range_text() or "a finite number"
 
     def range_text(self) -> str:
         """The allowed range, such as "-1 or >= 1"; empty without limits."""
-        limits = {">=": self.at_least, ">": self.above, "<=": self.at_most, "<": self.below}
-        text = " and ".join(
-            f"{sign} {limit:g}" for sign, limit in limits.items() if limit is not None
-        )
+        text = " and ".join(f"{sign} {limit:g}" for sign, limit in self._limits())
         return " or ".join([*(f"{value:g}" for value in self.special), text]) if text else ""
+
+    def _limits(self) -> list[tuple[str, float]]:
+        limits = zip(_COMPARE, (self.at_least, self.above, self.at_most, self.below), strict=True)
+        return [(sign, limit) for sign, limit in limits if limit is not None]
 
 
 NO_RULE = Rule()

@@ -10,32 +10,28 @@ from torchtitan_mtp.config.setting import NO_RULE, Option, Rule, options
 
 _DEGREE = "use data_parallel_shard_degree"
 _EXPERTS = "experts are sharded like all parameters, by data_parallel_shard_degree"
+_BALANCE = "model.args.moe.load_balance_coeff balances experts"
 _WORKERS = "each rank reads its data in its own process"
+_DATALOADER: dict[str, tuple[Any, str]] = {
+    "dataloader.num_workers": (0, _WORKERS),
+    "dataloader.persistent_workers": (False, _WORKERS),
+    "dataloader.pin_memory": (False, "leave it unset"),
+    "dataloader.prefetch_factor": (None, _WORKERS),
+}
 
 # Keys that have to stay at their default: the default, and what to do instead.
 HELD: dict[str, tuple[Any, str]] = {
     "job.save_config_file": (None, "use --job.print_config"),
     "job.custom_config_module": ("", "add the keys to torchtitan_mtp/config/sections"),
-    "training.debug_moe_force_load_balance": (
-        False,
-        "model.args.moe.load_balance_coeff balances experts",
-    ),
-    "training.dataloader.num_workers": (0, _WORKERS),
-    "training.dataloader.persistent_workers": (False, _WORKERS),
-    "training.dataloader.pin_memory": (False, "leave it unset"),
-    "training.dataloader.prefetch_factor": (None, _WORKERS),
+    "training.mixed_precision_reduce": ("float32", "gradients are summed in it"),
+    "training.debug_moe_force_load_balance": (False, _BALANCE),
+    **{f"training.{key}": row for key, row in _DATALOADER.items()},
     "optimizer.early_step_in_backward": (False, "gradients are clipped by their global norm"),
     "lr_scheduler.total_steps": (None, "set training.steps"),
-    "validation.dataloader.num_workers": (0, _WORKERS),
-    "validation.dataloader.persistent_workers": (False, _WORKERS),
-    "validation.dataloader.pin_memory": (False, "leave it unset"),
-    "validation.dataloader.prefetch_factor": (None, _WORKERS),
+    **{f"validation.{key}": row for key, row in _DATALOADER.items()},
     "parallelism.tensor_parallel_degree": (1, _DEGREE),
     "parallelism.enable_async_tensor_parallel": (False, "there is no tensor parallelism"),
-    "parallelism.enable_compiled_autograd": (
-        False,
-        "compile.enable compiles each block's forward and backward",
-    ),
+    "parallelism.enable_compiled_autograd": (False, "compile.enable compiles backwards too"),
     "parallelism.context_parallel_degree": (1, _DEGREE),
     "parallelism.expert_parallel_degree": (1, _EXPERTS),
     "parallelism.expert_tensor_parallel_degree": (1, _EXPERTS),
@@ -45,13 +41,11 @@ HELD: dict[str, tuple[Any, str]] = {
         ["moe.router.gate"],
         "every second product is recomputed, whatever its layer",
     ),
-    "activation_checkpoint.visualize_memory_budget_pareto": (
-        False,
-        'activation_checkpoint.mode = "memory_budget" is not supported',
-    ),
+    "activation_checkpoint.visualize_memory_budget_pareto": (False, "there is no memory budget"),
     "activation_checkpoint.determinism_check": ("default", "leave it unset"),
     "activation_checkpoint.debug": (False, "leave it unset"),
-    "debug.moe_force_load_balance": (False, "model.args.moe.load_balance_coeff balances experts"),
+    "comm.mode": ("default", "every run communicates; for a dry run, use one process on a CPU"),
+    "debug.moe_force_load_balance": (False, _BALANCE),
     "debug.deterministic_warn_only": (False, "set training.deterministic or leave it unset"),
     "memory_estimation.enable": (False, "run a few steps and read the memory metrics"),
     "fault_tolerance.enable": (False, "resume from a checkpoint after a failure"),
@@ -80,16 +74,16 @@ WITHOUT_EFFECT: dict[str, str] = {
 
 
 def known_options() -> dict[str, Option]:
-    """`options(JobConfig)`, and TorchTitan's tables and keys above with their `Rule`s."""
+    """`options(JobConfig)`, and TorchTitan's tables and keys above."""
     found = options(JobConfig)
-    others = {name: (default, Rule(held=instead)) for name, (default, instead) in HELD.items()}
+    defaults = {name: default for name, (default, _) in HELD.items()}
     for table, keys in WITHOUT_EFFECT.items():
-        others |= {f"{table}.{key}": (None, Rule(without_effect=True)) for key in keys.split()}
-    for name, (default, rule) in others.items():
+        defaults |= {f"{table}.{key}": None for key in keys.split()}
+    for name, default in defaults.items():
         path = tuple(name.split("."))
         for end in range(1, len(path)):
             parent = Option(path[:end], None, None, NO_RULE, is_table=True)
             found.setdefault(parent.name, parent)
         kind = type(default) if isinstance(default, (bool, int)) else str
-        found[name] = Option(path, kind, default, rule)
+        found[name] = Option(path, kind, default, Rule(dropped=True))
     return found

@@ -23,7 +23,7 @@ def accept(option: Option, value: Any, where: str) -> Any:
         UserError: the value is of another type, not among the allowed ones, or not supported. What
             is dropped may be anything.
     """
-    if option.rule.held or option.rule.without_effect:
+    if option.rule.dropped:
         return value
     spelled = functools.partial(_spelled, option.rule, where)
     value = [spelled(item) for item in value] if isinstance(value, list) else spelled(value)

@@ -65,7 +65,7 @@ def apply_fsdp(
     """
     policy = MixedPrecisionPolicy(
         param_dtype=param_dtype,
-        reduce_dtype=getattr(torch, config.training.mixed_precision_reduce),
+        reduce_dtype=torch.float32,
         cast_forward_inputs=False,  # angles and head scales stay float32
     )
     offload = OffloadPolicy()

@@ -1,13 +1,12 @@
 """Other programs' formats, both ways, one tensor at a time."""
 
 from torchtitan_mtp.formats.exporting import DEFAULT_SHARD_SIZE, export_checkpoint
-from torchtitan_mtp.formats.formats import FORMATS, find_format
+from torchtitan_mtp.formats.formats import FORMATS
 from torchtitan_mtp.formats.importing import import_checkpoint
 
 __all__ = [
     "DEFAULT_SHARD_SIZE",
     "FORMATS",
     "export_checkpoint",
-    "find_format",
     "import_checkpoint",
 ]

@@ -1,7 +1,6 @@
 """Tables about the run itself: where it writes, what it logs, how its processes talk."""
 
 from dataclasses import dataclass
-from typing import Literal
 
 from torchtitan_mtp.config.setting import setting
 
@@ -93,12 +92,3 @@ class Comm:
 
     save_traces_file_prefix: str = "rank_"
     """Start of the names of the flight recorder's files."""
-
-    mode: Literal["default"] = setting(
-        "default",
-        unsupported_values={
-            "fake_backend": "every run here communicates; use one process for a dry run",
-            "local_tensor": "every run here communicates; use several gloo processes on one CPU",
-        },
-    )
-    """How processes communicate; only TorchTitan's "default" exists here."""

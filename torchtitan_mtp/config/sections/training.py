@@ -108,9 +108,6 @@ class Training:
     """Type that the forward and backward compute in; "auto": bfloat16 where the device multiplies
     it faster than float32, else float32, and what a run began with when it is resumed."""
 
-    mixed_precision_reduce: Literal["float32"] = "float32"
-    """Type that gradients are summed in over ranks."""
-
     gc_freq: int = setting(50, at_least=1)
     """Steps from one garbage collection of Python to the next."""
 
