@@ -104,8 +104,6 @@ def _row(option: Option, doc: str) -> str:
     if limits := rule.range_text():
         kind += f" {limits}"
     default = "none" if option.default is None else f"`{show(option.default)}`"
-    for value, instead in rule.unsupported_values.items():
-        doc += f" `{show(value)}` is not supported here: {instead}."
     if rule.also_named:
         doc += " Also read as " + ", ".join(f"`{name}`" for name in rule.also_named) + "."
     cells = [f"`{option.path[-1]}`", kind, default, doc]

@@ -70,13 +70,6 @@ def _check_checkpoint(config: JobConfig) -> None:
             "checkpoint.initial_load_in_hf = true: such a folder holds the weights only; set "
             "checkpoint.initial_load_model_only = true"
         )
-    beside = config.num_future_tokens > 1 and config.mtp.heads != "sequential"
-    if checkpoint.last_save_in_hf and beside:
-        raise UserError(
-            "checkpoint.last_save_in_hf = true: no Hugging Face format holds "
-            f"{config.mtp.heads} heads; unset it and run torchtitan-mtp-export, or set "
-            'mtp.heads = "sequential"'
-        )
 
 
 def _check_recomputation(recomputation: ActivationCheckpoint) -> None:

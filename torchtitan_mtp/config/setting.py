@@ -37,14 +37,15 @@ class Rule:
     dropped: bool = False
     """Set for a TorchTitan key that no program here reads."""
 
-    unsupported_values: Mapping[str, str] = field(default_factory=dict)
-    """TorchTitan's values that are not taken here, each with what to do instead."""
-
     also_spelled: Mapping[str, str] = field(default_factory=dict)
-    """Other spellings of a value, each with the one that the program sees."""
+    """Other spellings of a list's entry, each with the one that the program sees."""
 
     also_named: tuple[str, ...] = ()
     """Dotted names of the same key in other TorchTitan v0.2 releases; accepted."""
+
+    def spelled(self, entry: Any) -> Any:
+        """An entry of a list in the spelling that the program sees."""
+        return self.also_spelled.get(entry, entry) if isinstance(entry, str) else entry
 
     def range_error(self, value: object) -> str:
         """The range as text if a number lies outside of it, else an empty string."""

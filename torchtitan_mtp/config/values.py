@@ -1,13 +1,12 @@
 """Values against types: what a key may hold, and how a word of the command line becomes it."""
 
-import functools
 import json
 import os
 import types
 from contextlib import suppress
 from typing import Any, Literal, Union, get_args, get_origin
 
-from torchtitan_mtp.config.setting import Option, Rule
+from torchtitan_mtp.config.setting import Option
 from torchtitan_mtp.errors import UserError
 
 # At the beginning of a path in a file: the folder of that file, wherever it is moved.
@@ -25,8 +24,7 @@ def accept(option: Option, value: Any, where: str) -> Any:
     """
     if option.rule.dropped:
         return value
-    spelled = functools.partial(_spelled, option.rule, where)
-    value = [spelled(item) for item in value] if isinstance(value, list) else spelled(value)
+    value = [*map(option.rule.spelled, value)] if isinstance(value, list) else value
     try:
         value = _convert(value, option.type)
         return os.path.expanduser(value) if value and option.rule.path else value
@@ -80,15 +78,6 @@ def printable(name: object) -> str:
     """A name or path for a message, escaped where it would break the line."""
     text = str(name)
     return text if text.isprintable() else ascii(text)
-
-
-def _spelled(rule: Rule, where: str, value: Any) -> Any:
-    """A word in the spelling that the program sees."""
-    if not isinstance(value, str):
-        return value
-    if instead := rule.unsupported_values.get(value):
-        raise UserError(f"{where}: {show(value)} is not supported here; {instead}")
-    return rule.also_spelled.get(value, value)
 
 
 def _convert(value: Any, expected: Any) -> Any:

@@ -118,10 +118,9 @@ def _fitting(form: Format, name: str, spec: ModelSpec, drop_heads: bool) -> Mode
     if not (why := refusal(form, spec)):
         return spec
     trunk = ModelSpec(spec.args)
-    bare = [key for key, other in FORMATS.items() if not refusal(other, trunk)]
+    bare, fit = formats_for(trunk), formats_for(spec)
     if drop_heads and name in bare:
         return trunk
-    fit = [key for key, other in FORMATS.items() if not refusal(other, spec)]
     ways = [f"try {', '.join(fit)}"] if fit else []
     if spec.num_modules > 1 and not refusal(form, _first(spec, 1)):
         ways.append("write the first with --modules 1")
@@ -130,6 +129,11 @@ def _fitting(form: Format, name: str, spec: ModelSpec, drop_heads: bool) -> Mode
     elif bare and not fit:
         ways.append(f"try {', '.join(bare)} with --drop_heads")
     raise UserError(f"--format {name}: {why}; {', or '.join(ways) or 'no format here holds it'}")
+
+
+def formats_for(spec: ModelSpec) -> list[str]:
+    """The formats that hold a model, in the order of `FORMATS`."""
+    return [name for name, form in FORMATS.items() if not refusal(form, spec)]
 
 
 def refusal(form: Format, spec: ModelSpec) -> str:

@@ -26,12 +26,13 @@ def without_quantization(tensors: Tensors) -> Tensors:
     Raises:
         UserError: a weight without its scales, or with scales of another shape.
     """
-    quantized = {name for name, kind in tensors.kinds.items() if kind.dtype == _FP8}
+    kinds = dict(tensors.kinds)
+    quantized = {name for name, kind in kinds.items() if kind.dtype == _FP8}
     if not quantized:
         return tensors
     block = _block_of(tensors)
     for name in quantized:
-        shape, scale = tensors.kinds[name].shape, tensors.kinds.get(name + _SCALE)
+        shape, scale = tensors.kinds[name].shape, kinds.pop(name + _SCALE, None)
         if len(shape) != 2:
             raise UserError(f"{tensors.where}: {name} {tuple(shape)} is in FP8, expected a matrix")
         expected = tuple(-(-size // b) for size, b in zip(shape, block, strict=True))
@@ -41,12 +42,7 @@ def without_quantization(tensors: Tensors) -> Tensors:
                 f"{tensors.where}: {name} {tuple(shape)} is in FP8 with {name}{_SCALE} {found}, "
                 f"expected {expected}, one for each block of {block}"
             )
-    scales = {name + _SCALE for name in quantized}
-    kinds = {
-        name: Kind(kind.shape, torch.bfloat16) if name in quantized else kind
-        for name, kind in tensors.kinds.items()
-        if name not in scales
-    }
+        kinds[name] = Kind(shape, torch.bfloat16)
 
     def read(name: str) -> Tensor:
         weight = tensors.read(name)

@@ -16,7 +16,7 @@ from torchtitan_mtp.checkpoint.state import model_state
 from torchtitan_mtp.config import JobConfig
 from torchtitan_mtp.distributed.ranks import Ranks
 from torchtitan_mtp.errors import UserError
-from torchtitan_mtp.formats.exporting import export_checkpoint, refusal
+from torchtitan_mtp.formats.exporting import export_checkpoint, formats_for, refusal
 from torchtitan_mtp.formats.formats import FORMATS
 from torchtitan_mtp.formats.importing import format_of, inward, open_model
 from torchtitan_mtp.models.args import ModelSpec
@@ -76,16 +76,14 @@ def _load(path: Path, model: Transformer, exclude: Sequence[str]) -> LoadReport:
 
 def hf_format(spec: ModelSpec) -> str:
     """The HF format for a model, the first in the order of `FORMATS`. Error: there is none."""
-    forms = {name: form for name, form in FORMATS.items() if form.container == "safetensors"}
-    refusals = {name: refusal(form, spec) for name, form in forms.items()}
-    for name, why in refusals.items():
-        if not why:
+    for name in formats_for(spec):
+        if FORMATS[name].container == "safetensors":
             return name
     nearest = "mimo_hf" if spec.trunk_state == "raw" else "glm4_moe_hf"  # which takes any trunk
     nearest = "deepseek_v3_hf" if spec.block_type == "deepseek_v3" else nearest
     raise UserError(
         "checkpoint.last_save_in_hf = true: no Hugging Face format holds this model; unset it "
-        f"({nearest}: {refusals[nearest]})"
+        f"({nearest}: {refusal(FORMATS[nearest], spec)})"
     )
 
 

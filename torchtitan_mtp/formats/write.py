@@ -12,7 +12,7 @@ import mmap
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,6 @@ def written_aside(out: Path, total_bytes: int) -> Iterator[Path]:
     if os.path.lexists(out):
         raise UserError(f"{out}: is there already; name a folder that is not")
     tmp = out.with_name(f"{out.name}.torchtitan_mtp.tmp")  # a name that nobody else gives
-    new_parents = [folder for folder in out.parents if not os.path.lexists(folder)]
     try:
         if tmp.exists():
             logger.warning("%s: left by an interrupted run, removed", tmp)
@@ -71,9 +70,6 @@ def written_aside(out: Path, total_bytes: int) -> Iterator[Path]:
         raise UserError(f"{out}: can't be written: {error}") from error
     finally:
         shutil.rmtree(tmp, ignore_errors=True)
-        with suppress(OSError):  # `out` is in them
-            for folder in new_parents:
-                folder.rmdir()
 
 
 def write_json(file: Path, value: dict[str, Any]) -> None:

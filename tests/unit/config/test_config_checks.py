@@ -85,9 +85,8 @@ def test_modules_of_pipeline_stages_are_refused(tmp_path):
 )
 def test_an_unsupported_value_fails_by_name(setting):
     name, _, value = setting.partition("=")
-    assert refusal(f"--{setting}").startswith(
-        f'--{name}: "{value.split(",")[-1]}" is not supported'
-    )
+    message = refusal(f"--{setting}")
+    assert message.startswith(f"--{name}: expected ") and value.split(",")[-1] in message
 
 
 @pytest.mark.parametrize(
@@ -292,10 +291,5 @@ def test_a_refused_combination_names_the_file(tmp_path):
 
 
 def test_hugging_face_at_the_ends_of_a_run():
-    message = refusal("--checkpoint.last_save_in_hf", *MTP)
-    assert "no Hugging Face format holds parallel heads" in message
-    assert parse_args(["--checkpoint.last_save_in_hf"]).checkpoint.last_save_in_hf
-    chain = ["--checkpoint.last_save_in_hf", *MTP, "--mtp.heads", "sequential"]
-    assert parse_args(chain).checkpoint.last_save_in_hf
     message = refusal("--checkpoint.initial_load_in_hf", "--checkpoint.no_initial_load_model_only")
     assert "holds the weights only" in message

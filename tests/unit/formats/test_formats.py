@@ -142,6 +142,9 @@ def test_what_a_training_leaves() -> None:
         UserError, match=r"mimo_hf: takes models with biases .*model\.args\.qkv_bias"
     ):
         hf_format(replace(raw, args=shape))
+    for heads in ("parallel", "medusa"):
+        with pytest.raises(UserError, match=rf"glm4_moe_hf: can't hold the 2 {heads} heads"):
+            hf_format(ModelSpec(shape, heads, 3))
     with pytest.raises(UserError, match="YaRN is written for DeepSeek's models only"):
         hf_format(ModelSpec(replace(shape, rope_scaling=YaRN())))
     with pytest.raises(UserError, match="head_size = 16, and Qwen2's heads are 32 / 4 wide"):

@@ -486,15 +486,13 @@ def test_a_leftover_of_a_killed_export_is_no_obstacle(exported: Path, tmp_path: 
     assert (tmp_path / "out.tmp" / "model.safetensors").read_bytes() == b"half"
 
 
-def test_folders_above_are_made_and_removed_again(tmp_path: Path) -> None:
-    (tmp_path / "there").mkdir()
-    for out in ("there/out", "a/b/out"):
-        with pytest.raises(UserError), written_aside(tmp_path / out, 0) as folder:
-            assert folder.is_dir()
-            raise UserError("no")
-    with pytest.raises(UserError, match="make room"), written_aside(tmp_path / "a/b", 2**60):
+def test_folders_above_are_made_and_nothing_is_left_in_them(tmp_path: Path) -> None:
+    with pytest.raises(UserError), written_aside(tmp_path / "a/b/out", 0) as folder:
+        assert folder.is_dir()
+        raise UserError("no")
+    with pytest.raises(UserError, match="make room"), written_aside(tmp_path / "a/b/out", 2**60):
         pass
-    assert [path.name for path in tmp_path.rglob("*")] == ["there"]
+    assert [path.name for path in tmp_path.rglob("*")] == ["a", "b"]
     with written_aside(tmp_path / "a/b/out", 0):
         pass
     assert [path.name for path in (tmp_path / "a" / "b").iterdir()] == ["out"]

@@ -52,7 +52,6 @@ def test_no_format_of_others_holds_them(tmp_path):
         ("--mtp.share_weights", "mtp.share_weights = true: needs"),
         ("--mtp.trunk_state=raw", 'mtp.trunk_state = "raw": needs'),
         ("--mtp.match_parameters", "mtp.match_parameters = true: needs"),
-        ("--checkpoint.last_save_in_hf", "no Hugging Face format holds medusa heads"),
     ],
 )
 def test_keys_of_other_families_are_refused(option, told):

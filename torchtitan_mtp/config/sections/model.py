@@ -181,12 +181,6 @@ class Model:
         list,
         distinct=True,
         also_spelled={"float8": "quantize.linear.float8"},
-        unsupported_values={
-            "mx": "use quantize.linear.float8",
-            "quantize.linear.mx": "use quantize.linear.float8",
-            "quantize.grouped_mm.float8": "experts compute in training.mixed_precision_param",
-            "quantize.grouped_mm.mx": "experts compute in training.mixed_precision_param",
-        },
     )
     """Changes applied to the model, in order: "mtp" adds the heads of [mtp],
     "quantize.linear.float8" (or "float8") trains its linear layers in float8."""

@@ -24,10 +24,7 @@ class Parallelism:
 class ActivationCheckpoint:
     """Which activations of a block are kept for the backward, and which are recomputed."""
 
-    mode: Literal["selective", "full", "none"] = setting(
-        "selective",
-        unsupported_values={"memory_budget": 'use "selective" with selective_ac_option = "op"'},
-    )
+    mode: Literal["selective", "full", "none"] = "selective"
     """"full" recomputes each block; "selective" what selective_ac_option says; "none" nothing.
     Heads 2..n are recomputed whole in any mode, but for parallel ones with mtp.engine =
     "head_by_head"."""
