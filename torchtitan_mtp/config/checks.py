@@ -126,16 +126,12 @@ def _check_mtp(config: JobConfig) -> None:
     for key, length in lengths.items():
         if n > length:
             raise UserError(f"mtp.num_future_tokens = {n}: expected at most {key} = {length}")
-    if mtp.engine == "head_by_head" and n > 1 and config.loss.backend != "chunked":
+    backend, chain = config.loss.backend, mtp.heads == "sequential"
+    right = "joint" if backend != "chunked" else "head_by_head" if chain else mtp.engine
+    if n > 1 and mtp.engine != right:
         raise UserError(
-            f'mtp.engine = "head_by_head": has a loss of its own, found loss.backend = '
-            f'{show(config.loss.backend)}; set mtp.engine = "joint" or loss.backend = "chunked"'
-        )
-    chain = mtp.heads == "sequential" and n > 1
-    if mtp.engine == "joint" and chain and config.loss.backend == "chunked":
-        raise UserError(
-            'mtp.engine = "joint": a chain (mtp.heads = "sequential") has one way with '
-            'loss.backend = "chunked"; set mtp.engine = "head_by_head"'
+            f'mtp.engine = "{mtp.engine}": mtp.heads = "{mtp.heads}" has one way with loss.backend '
+            f'= "{backend}"; set mtp.engine = "{right}" or another loss.backend'
         )
     for key, value, heads, why in _FAMILY:
         if getattr(mtp, key) == value and mtp.heads != heads:

@@ -35,8 +35,7 @@ def read_toml(path: str | Path, known: dict[str, Option]) -> dict[str, Any]:
     use_todays_words(tables, where)
     given: dict[str, Any] = {}
     written_as: dict[str, str] = {}
-    for name, value in _keys(tables, (), known, where):
-        option = find(name, known, where, "key")
+    for name, option, value in _keys(tables, (), known, where):
         if option.is_table:
             given[name] = {}
             continue
@@ -62,15 +61,13 @@ def _load(path: str | Path) -> dict[str, Any]:
 
 def _keys(
     table: dict[str, Any], path: tuple[str, ...], known: dict[str, Option], where: str
-) -> Iterator[tuple[str, Any]]:
-    """Dotted name and value of every table and key below a table."""
+) -> Iterator[tuple[str, Option, Any]]:
+    """Dotted name, option and value of every table and key below a table."""
     for key, value in table.items():
         name = ".".join((*path, key))
-        option = known.get(name)
-        if isinstance(value, dict) and option is None:
-            find(name, known, where, "table")
-        yield name, value
-        if option is not None and option.is_table:
+        option = find(name, known, where, "table" if isinstance(value, dict) else "key")
+        yield name, option, value
+        if option.is_table:
             if not isinstance(value, dict):
                 raise UserError(f"{where}[{name}] is a table, found a value; write [{name}]")
             yield from _keys(value, (*path, key), known, where)

@@ -37,5 +37,7 @@ def test_a_command_line_has_todays_words():
     heads = ["--model.converters", "mtp", "--mtp.heads", "sequential", "--mtp.engine"]
     with pytest.raises(UserError, match='expected one of "head_by_head", "joint"'):
         parse_args([*heads, "sequential"])
-    with pytest.raises(UserError, match=r'"joint": a chain .* has one way .*; set mtp.engine = "h'):
+    with pytest.raises(
+        UserError, match=r'"joint": .*sequential" has one way .*; set mtp.engine = "h'
+    ):
         parse_args([*heads, "joint"])
