@@ -1,6 +1,5 @@
 """From a command line or a TOML file to a checked configuration."""
 
-import copy
 import os
 from difflib import get_close_matches
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 from torchtitan_mtp.config.checks import check
 from torchtitan_mtp.config.command_line import print_help, read_command_line
 from torchtitan_mtp.config.job_config import JobConfig
+from torchtitan_mtp.config.setting import Option
 from torchtitan_mtp.config.toml_file import read_toml
 from torchtitan_mtp.config.torchtitan import HELD, known_options
 from torchtitan_mtp.config.values import printable, show
@@ -34,19 +34,18 @@ def parse_args(argv: list[str]) -> JobConfig:
     if file is not None:
         file = _find_config_file(str(file))
         given = read_toml(file, known) | given
-    return _build(JobConfig(), given, file)
+    return _build(given, known, file)
 
 
-def load_toml(path: str | Path, base: JobConfig | None = None) -> JobConfig:
+def load_toml(path: str | Path) -> JobConfig:
     """The configuration of a TOML file, or of the recipe of that bare name where there is no such
-    file, over `base` (default: the defaults), which stays as it is.
+    file, over the defaults.
 
     Raises:
         UserError: anything in the file that is not as it has to be.
     """
-    start = JobConfig() if base is None else copy.deepcopy(base)
-    file = _find_config_file(str(path))
-    return _build(start, read_toml(file, known_options()), file)
+    known, file = known_options(), _find_config_file(str(path))
+    return _build(read_toml(file, known), known, file)
 
 
 def _find_config_file(name: str) -> str:
@@ -63,9 +62,9 @@ def _find_config_file(name: str) -> str:
     raise UserError(found + hint)
 
 
-def _build(config: JobConfig, given: dict[str, Any], file: object) -> JobConfig:
-    """`config` with the given values; a combination that can't be is refused, naming the file."""
-    known = known_options()
+def _build(given: dict[str, Any], known: dict[str, Option], file: object) -> JobConfig:
+    """The given values over the defaults; combinations that can't be are refused, with the file."""
+    config = JobConfig()
     try:
         for name, value in given.items():
             option = known[name]

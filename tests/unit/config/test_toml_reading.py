@@ -1,6 +1,5 @@
 """TOML files: precedence, types, names, and one line for whatever is wrong."""
 
-import copy
 import dataclasses
 import importlib
 import re
@@ -75,15 +74,6 @@ def test_values_of_a_file_replace_defaults_and_no_others(write):
 def test_default_lists_are_not_shared():
     JobConfig().compile.components.append("x")
     assert JobConfig().compile.components == ["model", "loss"]
-
-
-def test_a_file_is_read_over_a_base_that_stays_as_it_is(write):
-    base = JobConfig()
-    base.training.steps, base.training.seq_len = 3, 64
-    before = copy.deepcopy(base)
-    config = load_toml(write("[training]\nsteps = 7\n"), base)
-    assert (config.training.steps, config.training.seq_len) == (7, 64)
-    assert base == before
 
 
 @pytest.mark.parametrize(
