@@ -13,7 +13,7 @@ import torch
 
 from torchtitan_mtp.cli.arguments import path
 from torchtitan_mtp.data.hub import StreamSource
-from torchtitan_mtp.data.sources import Source, build_source
+from torchtitan_mtp.data.sources import Source, find_source
 from torchtitan_mtp.data.tokenizer import LLAMA3_PATTERN, TiktokenTokenizer
 from torchtitan_mtp.distributed.memory import check_memory
 from torchtitan_mtp.errors import UserError
@@ -92,8 +92,7 @@ def train(source_name: str, vocab_size: int, output: Path) -> None:
 
 def open_source(name: str) -> Source:
     """A named dataset, or the files at a path."""
-    is_path = Path(name).exists() or any(c in name for c in "*?[")
-    source = build_source("files", name) if is_path else build_source(name)
+    source = find_source(name, key="--source")
     if isinstance(source, StreamSource):
         raise UserError(f"--source {name}: a stream has no end; download files and give their path")
     return source
