@@ -26,21 +26,21 @@ Index = tuple[Any, Any]
 
 # A position of every row: numbers, of which slices can be made, or [B, 1] for compiled code, which
 # would take numbers for constants.
-Places = Sequence[int] | Tensor
+RowPositions = Sequence[int] | Tensor
 
 
-def later(places: Places, by: int) -> Places:
-    """Each place moved on by `by` positions, and to 0 where that is before the text."""
-    if isinstance(places, Tensor):
-        return (places + by).clamp(min=0)
-    return [max(0, place + by) for place in places]
+def advance(positions: RowPositions, by: int) -> RowPositions:
+    """Each position moved on by `by` positions, and to 0 where that is before the text."""
+    if isinstance(positions, Tensor):
+        return (positions + by).clamp(min=0)
+    return [max(0, position + by) for position in positions]
 
 
-def repeat(places: Places, times: int) -> Places:
-    """The places of `times` as many rows."""
-    if isinstance(places, Tensor):
-        return places.repeat(times, 1)
-    return list(places) * times
+def repeat_rows(positions: RowPositions, times: int) -> RowPositions:
+    """The positions of `times` as many rows."""
+    if isinstance(positions, Tensor):
+        return positions.repeat(times, 1)
+    return list(positions) * times
 
 
 class Span(NamedTuple):
@@ -50,17 +50,17 @@ class Span(NamedTuple):
     context: rotary angles, and which keys each position sees.
     """
 
-    starts: Places
+    starts: RowPositions
     size: int
     where: Index
     end: int
     context: AttentionContext
 
-    def columns(self, places: Places) -> Places:
-        """Where `places[b]` lies in row b of the span; 0 for a finished row, left behind it."""
-        if isinstance(places, Tensor) and isinstance(self.starts, Tensor):
-            return (places - self.starts).clamp(min=0)
-        return [max(0, p - start) for p, start in zip(places, self.starts, strict=True)]
+    def columns(self, positions: RowPositions) -> RowPositions:
+        """Where `positions[b]` lies in row b of the span; 0 for a finished row, left behind it."""
+        if isinstance(positions, Tensor) and isinstance(self.starts, Tensor):
+            return (positions - self.starts).clamp(min=0)
+        return [max(0, p - start) for p, start in zip(positions, self.starts, strict=True)]
 
 
 class Positions:
@@ -89,7 +89,7 @@ class Positions:
         other.rows = torch.arange(other.batch, device=self.rows.device).unsqueeze(1)
         return other
 
-    def index(self, starts: Places, size: int) -> Index:
+    def index(self, starts: RowPositions, size: int) -> Index:
         """Of the `size` positions from `starts[b]` on in row b."""
         if not isinstance(starts, Tensor):
             start = starts[0]
@@ -98,10 +98,10 @@ class Positions:
             starts = torch.tensor(starts, device=self.all.device).unsqueeze(1)
         return self.rows, starts + self.all[:size]  # [B, 1], [B, size]
 
-    def span(self, starts: Places, size: int) -> Span:
+    def span(self, starts: RowPositions, size: int) -> Span:
         """What a forward over the positions of `index(starts, size)` needs.
 
-        From places on the device, spans of one size look alike to a compiler: index tensors, all
+        From positions on the device, spans of one size look alike to a compiler: index tensors, all
         keys and a mask, never slices and an end.
         """
         _, where = index = self.index(starts, size)
@@ -116,7 +116,7 @@ class Positions:
         return Span(starts, size, index, end, AttentionContext(cos, sin, mask))
 
 
-def shifted(index: Index, by: int) -> Index:
+def shift_index(index: Index, by: int) -> Index:
     """The index of the positions `by` later."""
     rows, where = index
     if isinstance(where, slice):
@@ -147,7 +147,7 @@ class LayerCache:
         return own_k[:, :, : span.end], own_v[:, :, : span.end]
 
 
-def take(x: Tensor, columns: Places) -> Tensor:
+def take(x: Tensor, columns: RowPositions) -> Tensor:
     """x [B, size, D] -> [B, 1, D]: column `columns[b]` of row b."""
     if isinstance(columns, Tensor):
         return x.take_along_dim(columns.unsqueeze(-1), dim=1)

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from torchtitan_mtp.errors import UserError
-from torchtitan_mtp.inference.cache import LayerCache, Positions, Span, later, shifted, take
+from torchtitan_mtp.inference.cache import LayerCache, Positions, Span, advance, shift_index, take
 from torchtitan_mtp.inference.draft_length import DraftLength
 from torchtitan_mtp.inference.drafting import Plan, build_drafter
 from torchtitan_mtp.inference.rows import EndIds, Generation, Rows
@@ -125,7 +125,7 @@ class Decoder:
         h = self.trunk(self.positions.span([0] * len(self.last), longest))
         logits = self.model.output(take(h, self.last))  # [B, 1, V]
         target = self.sampler.verify(logits, self.tokens[:, :0], None, self.plan(0).noise)  # [B, 1]
-        self.tokens[self.positions.index(later(self.last, 1), 1)] = target
+        self.tokens[self.positions.index(advance(self.last, 1), 1)] = target
         return target.tolist()
 
     def run(self, plan: Plan) -> Tensor:
@@ -138,7 +138,7 @@ class Decoder:
 
     def plan(self, count: int) -> Plan:
         """A step with `count` drafts from where the text is now."""
-        window = self.drafter.windows.next(self.last, count) if self.drafter else 0
+        window = self.drafter.lengths.window(self.last, count) if self.drafter else 0
         vocab = self.model.tok_embeddings.num_embeddings
         noise = self.sampler.noise(len(self.last), count, vocab, self.tokens.device)
         return Plan(self.last, count, window, noise)
@@ -151,12 +151,12 @@ class Decoder:
 
     def verify(self, plan: Plan, q: Tensor | None) -> Tensor:
         """t[p+1] and the drafts after it, and head 1's choice after each: [2, B, 1 + drafts]."""
-        span = self.positions.span(later(plan.last, 1), 1 + plan.drafts)
+        span = self.positions.span(advance(plan.last, 1), 1 + plan.drafts)
         fed = self.tokens[span.where]  # [B, 1 + drafts]
         target = self.sampler.verify(self.model.output(self.trunk(span)), fed[:, 1:], q, plan.noise)
         both = torch.stack((fed, target))  # before `fed`, which may be a view, is written to
         # Accepted drafts stay as they are, head 1's choice comes next; the rest does not count.
-        self.tokens[shifted(span.where, 1)] = target
+        self.tokens[shift_index(span.where, 1)] = target
         return both
 
     def accept(self, grown: Sequence[int]) -> None:

@@ -10,17 +10,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from torchtitan_mtp.inference.cache import (
     LayerCache,
-    Places,
     Positions,
+    RowPositions,
     Span,
-    later,
-    repeat,
-    shifted,
+    advance,
+    repeat_rows,
+    shift_index,
     take,
 )
 from torchtitan_mtp.inference.sampling import Noise, Sampler
@@ -39,13 +40,13 @@ class Plan(NamedTuple):
     last of them p, the drafting heads run. noise: what is random in it, if anything.
     """
 
-    last: Places
+    last: RowPositions
     drafts: int
     window: int
     noise: Noise | None
 
 
-class Windows:
+class CacheLengths:
     """How many positions the heads have yet to run over.
 
     A step may leave heads out, and what a head kept may rest on drafts (its last `lags[j]`
@@ -54,17 +55,16 @@ class Windows:
     """
 
     def __init__(self, batch: int, lags: Sequence[int]) -> None:
-        self.lags = lags
-        self.right = [[0] * batch for _ in lags]  # entries before this one are right
+        self.lags = np.array(lags)[:, None]
+        self.right = np.zeros((len(lags), batch), int)  # entries before this one are right
 
-    def next(self, last: Sequence[int], count: int) -> int:
+    def window(self, last: Sequence[int], count: int) -> int:
         """The size of a window that ends at p = last[b] and has all that `count` heads lack."""
-        for lag, right in zip(self.lags, self.right, strict=True):
-            right[:] = [max(0, min(r, p + 1 - lag)) for r, p in zip(right, last, strict=True)]
-        lacking = [p + 1 - r for row in self.right[:count] for r, p in zip(row, last, strict=True)]
-        for right in self.right[:count]:
-            right[:] = [p + 1 for p in last]
-        return max(1, *lacking) if count else 0
+        lengths = np.array(last) + 1
+        self.right = np.minimum(self.right, lengths - self.lags).clip(0)
+        lacking = lengths - self.right[:count]
+        self.right[:count] = lengths
+        return max(1, int(lacking.max())) if count else 0
 
 
 class ParallelDrafter:
@@ -81,7 +81,7 @@ class ParallelDrafter:
 
     def __init__(self, model: Transformer, positions: Positions, num_draft: int) -> None:
         self.model, self.positions = model, positions
-        self.windows = Windows(positions.batch, [0] * num_draft)
+        self.lengths = CacheLengths(positions.batch, [0] * num_draft)
         self.states = positions.states(len(model.norm.weight))
         assert model.mtp is not None
         self._take(list(model.mtp.heads)[:num_draft])
@@ -98,10 +98,10 @@ class ParallelDrafter:
 
         Returns what they were drawn from [B, drafts, V]; None when greedy.
         """
-        window = self.positions.span(later(plan.last, 1 - plan.window), plan.window)
+        window = self.positions.span(advance(plan.last, 1 - plan.window), plan.window)
         h = self.hidden(window, plan)  # [B, drafts, D]
         drafts, q = sampler.draft(self.model.output(h), plan.noise)
-        tokens[self.positions.index(later(plan.last, 2), plan.drafts)] = drafts
+        tokens[self.positions.index(advance(plan.last, 2), plan.drafts)] = drafts
         return q
 
     def hidden(self, window: Span, plan: Plan) -> Tensor:
@@ -109,9 +109,9 @@ class ParallelDrafter:
         count = plan.drafts
         block, positions = self.heads[count]
         z = self.states[window.where].repeat(count, 1, 1)  # [H * B, size, D], H = count
-        rows = positions.span(repeat(window.starts, count), window.size)
+        rows = positions.span(repeat_rows(window.starts, count), window.size)
         h = block(z, rows.context, self.cache.at(rows))
-        h = take(h, repeat(window.columns(plan.last), count))  # [H * B, 1, D]
+        h = take(h, repeat_rows(window.columns(plan.last), count))  # [H * B, 1, D]
         return self.model.norm(h.view(count, -1, h.shape[-1]).transpose(0, 1))
 
 
@@ -158,7 +158,7 @@ class SequentialDrafter:
     def __init__(self, model: Transformer, positions: Positions, num_draft: int) -> None:
         self.model, self.positions = model, positions
         depths = range(2, num_draft + 2)
-        self.windows = Windows(positions.batch, [k - 1 for k in depths])
+        self.lengths = CacheLengths(positions.batch, [k - 1 for k in depths])
         # A cache a depth, not a module: a shared module has one for each time it is applied.
         heads = cast(SequentialHeads, model.mtp)
         self.modules: list[Any] = [heads.module(k) for k in depths]
@@ -169,16 +169,16 @@ class SequentialDrafter:
 
     def draft(self, tokens: Tensor, plan: Plan, sampler: Sampler) -> Tensor | None:
         """As `ParallelDrafter.draft`."""
-        window = self.positions.span(later(plan.last, 1 - plan.window), plan.window)
+        window = self.positions.span(advance(plan.last, 1 - plan.window), plan.window)
         columns = window.columns(plan.last)
         drawn_from: list[Tensor] = []
         h = self.states[window.where]  # [B, size, D]
         for j in range(plan.drafts):
-            emb = self.model.tok_embeddings(tokens[shifted(window.where, j + 1)])
+            emb = self.model.tok_embeddings(tokens[shift_index(window.where, j + 1)])
             h = self.modules[j](h, emb, window.context, self.caches[j].at(window))
             logits = self.model.output(take(h, columns))  # [B, 1, V]
             drafts, q = sampler.draft(logits, plan.noise, j)
-            tokens[self.positions.index(later(plan.last, j + 2), 1)] = drafts  # [B, 1]
+            tokens[self.positions.index(advance(plan.last, j + 2), 1)] = drafts  # [B, 1]
             if q is not None:
                 drawn_from.append(q)
         return torch.cat(drawn_from, dim=1) if drawn_from else None

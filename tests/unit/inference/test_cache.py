@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny_models import random_model
 
-from torchtitan_mtp.inference.cache import LayerCache, Positions, shifted, take
+from torchtitan_mtp.inference.cache import LayerCache, Positions, shift_index, take
 
 
 def positions_of(batch: int, max_len: int = 10) -> Positions:
@@ -21,7 +21,7 @@ def test_a_span_picks_its_positions_and_sees_what_came_before(starts: list[int])
     assert text[span.where].tolist() == [
         [10 * b + s + j for j in range(3)] for b, s in enumerate(starts)
     ]
-    assert text[shifted(span.where, 2)].tolist() == (text[span.where] + 2).tolist()
+    assert text[shift_index(span.where, 2)].tolist() == (text[span.where] + 2).tolist()
     mask = span.context.mask
     assert isinstance(mask, torch.Tensor) and span.end == 6
     mask = mask.expand(2, 1, 3, 6)
