@@ -3,7 +3,6 @@
 from collections.abc import Collection
 
 from torchtitan_mtp.config.job_config import JobConfig
-from torchtitan_mtp.config.sections.parallelism import ActivationCheckpoint
 from torchtitan_mtp.config.sections.quantize import AUTO_FILTER
 from torchtitan_mtp.config.sections.training import Training
 from torchtitan_mtp.config.setting import Option, options
@@ -19,9 +18,7 @@ def check(config: JobConfig, given: Collection[str] = ()) -> None:
     for option in options(JobConfig).values():
         if not option.is_table:
             _check_key(option, option.get(config))
-    _check_training(config)
-    _check_checkpoint(config)
-    _check_recomputation(config.activation_checkpoint)
+    _check_run(config)
     _check_float8(config)
     if "mtp" in config.model.converters:
         _check_mtp(config)
@@ -39,8 +36,8 @@ def _check_key(option: Option, value: object) -> None:
         raise UserError(f"{option.name} = {show(value)}: an entry is there twice; remove one")
 
 
-def _check_training(config: JobConfig) -> None:
-    training, profiling = config.training, config.profiling
+def _check_run(config: JobConfig) -> None:
+    training, profiling, checkpoint = config.training, config.profiling, config.checkpoint
     local, total = training.local_batch_size, training.global_batch_size
     if total != -1 and total % local:
         raise UserError(
@@ -59,10 +56,6 @@ def _check_training(config: JobConfig) -> None:
             f"profiling.profile_freq = {profiling.profile_freq}: expected at least "
             f"profiler_warmup + profiler_active = {cycle}"
         )
-
-
-def _check_checkpoint(config: JobConfig) -> None:
-    checkpoint = config.checkpoint
     if checkpoint.create_seed_checkpoint and not checkpoint.enable:
         raise UserError("checkpoint.create_seed_checkpoint = true: needs checkpoint.enable = true")
     if checkpoint.initial_load_in_hf and not checkpoint.initial_load_model_only:
@@ -70,10 +63,7 @@ def _check_checkpoint(config: JobConfig) -> None:
             "checkpoint.initial_load_in_hf = true: such a folder holds the weights only; set "
             "checkpoint.initial_load_model_only = true"
         )
-
-
-def _check_recomputation(recomputation: ActivationCheckpoint) -> None:
-    every = recomputation.selective_ac_option
+    every = config.activation_checkpoint.selective_ac_option
     if every != "op" and not (every.isdecimal() and int(every) >= 1):
         raise UserError(
             f'activation_checkpoint.selective_ac_option = {show(every)}: expected "op" or a '
