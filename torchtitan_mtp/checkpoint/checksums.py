@@ -8,20 +8,16 @@ other accidents. It does not protect from forgers, who would write a new manifes
 
 from __future__ import annotations
 
-import os
 import re
 import zlib
-from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torchtitan_mtp.checkpoint.remote import RemotePath
 from torchtitan_mtp.errors import UserError
 
 PIECE = 4 << 20
-_THREADS = min(8, os.cpu_count() or 1)
 
 
 @dataclass(frozen=True)
@@ -63,13 +59,7 @@ class SummedStream:
         return FileEntry(self._size, "".join([*self._done, *last]))
 
 
-def check_content(file: Path | RemotePath, entry: FileEntry, content: bytes) -> None:
-    """Raises UserError unless `content` is the whole file."""
-    for number in range(-(-entry.bytes // PIECE)):
-        check_piece(file, entry, number, content[number * PIECE : (number + 1) * PIECE])
-
-
-def remedy(file: Path | RemotePath) -> str:
+def remedy(file: Path) -> str:
     """What helps against a damaged file of a step: another step, where there is one."""
     step, folder = file.resolve().parents[:2]
     others = [e for e in folder.iterdir() if re.fullmatch(r"step-\d+", e.name)]
@@ -78,10 +68,13 @@ def remedy(file: Path | RemotePath) -> str:
     return "restore it, or start anew in another folder (job.dump_folder): there is no other step"
 
 
-def check_piece(file: Path | RemotePath, entry: FileEntry, number: int, data: bytes) -> None:
-    """Raises UserError unless `data` is the file's piece of that number."""
+def check_piece(file: Path, entry: FileEntry, number: int) -> None:
+    """Raises UserError unless the file's piece of that number is what was written."""
     start = number * PIECE
     size = min(PIECE, entry.bytes - start)
+    with file.open("rb") as stream:
+        stream.seek(start)
+        data = stream.read(size)
     if len(data) != size:
         raise UserError(f"{file}: ends before byte {start + size}: damaged; {remedy(file)}")
     found, expected = f"{zlib.crc32(data):08x}", entry.crc32[8 * number : 8 * number + 8]
@@ -90,6 +83,11 @@ def check_piece(file: Path | RemotePath, entry: FileEntry, number: int, data: by
             f"{file}: bytes {start} to {start + size - 1} have the checksum {found}, expected "
             f"{expected}: damaged; {remedy(file)}"
         )
+
+
+def pieces_of(start: int, length: int) -> range:
+    """The numbers of the pieces that a span of a file touches."""
+    return range(start // PIECE, (start + max(length, 1) - 1) // PIECE + 1)
 
 
 def check_sizes(
@@ -104,48 +102,3 @@ def check_sizes(
         if found < size or (found > size and not at_least):
             expected = f"at least {size}: truncated" if at_least else f"{size}: damaged"
             raise UserError(f"{file}: {found} bytes, expected {expected}; {remedy(file)}")
-
-
-class Verifier:
-    """Compares the pieces of files that are about to be read, in threads, some way ahead.
-
-    Args:
-        folder: of the files.
-        entries: what they must be, by name.
-        spans: (name, start, length) of all that will be waited for, in about that order.
-    """
-
-    def __init__(
-        self, folder: Path, entries: dict[str, FileEntry], spans: Iterable[tuple[str, int, int]]
-    ) -> None:
-        self._folder, self._entries = folder, entries
-        self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="checksums")
-        pieces = dict.fromkeys(piece for span in spans for piece in _pieces(*span))
-        self._checks = {piece: self._pool.submit(self._check, *piece) for piece in pieces}
-
-    def wait(self, name: str, start: int, length: int) -> None:
-        """Return once a span is known to be what was written.
-
-        Raises:
-            UserError: naming file and place, when it is not.
-        """
-        for piece in _pieces(name, start, length):
-            self._checks[piece].result()
-
-    def close(self) -> None:
-        self._pool.shutdown(cancel_futures=True)
-
-    def _check(self, name: str, number: int) -> None:
-        file, start = self._folder / name, number * PIECE
-        if isinstance(file, RemotePath):
-            data = file.read_span(start, start + PIECE)
-        else:
-            with open(file, "rb", buffering=0) as stream:
-                data = os.pread(stream.fileno(), PIECE, start)
-        check_piece(file, self._entries[name], number, data)
-
-
-def _pieces(name: str, start: int, length: int) -> list[tuple[str, int]]:
-    """The pieces that a span touches."""
-    last = start + max(length, 1) - 1
-    return [(name, number) for number in range(start // PIECE, last // PIECE + 1)]

@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from torchtitan_mtp.checkpoint.checksums import FileEntry, check_content, check_sizes
+from torchtitan_mtp.checkpoint.checksums import FileEntry, check_piece, check_sizes, pieces_of
 from torchtitan_mtp.errors import UserError
 
 _DCP_METADATA = {
@@ -73,11 +73,10 @@ def read_metadata(path: Path, entry: FileEntry | None = None) -> Metadata:
     if not file.is_file():
         raise UserError(f"{path}: no .metadata: not a DCP checkpoint, or one that was not finished")
     try:
+        for number in pieces_of(0, entry.bytes) if entry is not None else ():
+            check_piece(file, entry, number)
         with file.open("rb") as stream:
-            content = stream.read()
-        if entry is not None:
-            check_content(file, entry, content)
-        metadata = _MetadataUnpickler(io.BytesIO(content)).load()
+            metadata = _MetadataUnpickler(io.BytesIO(stream.read())).load()
         if not (isinstance(metadata, Metadata) and _well_formed(metadata)):
             raise TypeError("its fields are not as DCP writes them")
     except UserError:

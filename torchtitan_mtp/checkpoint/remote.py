@@ -72,14 +72,11 @@ class RemotePath:
             yield self / found.rstrip("/").rpartition("/")[2]
 
     def open(self, mode: str = "r") -> IO[Any]:
-        return cast("IO[Any]", self.fs.open(self.path, mode))
+        # What is read is read at once: nothing further ahead of it.
+        return cast("IO[Any]", self.fs.open(self.path, mode, cache_type="none"))
 
     def read_text(self, encoding: str = "utf-8") -> str:
         return cast("bytes", self.fs.cat_file(self.path)).decode(encoding)
-
-    def read_span(self, start: int, stop: int) -> bytes:
-        """Bytes start..stop-1, fewer at the file's end."""
-        return cast("bytes", self.fs.cat_file(self.path, start, stop))
 
     def rename(self, target: RemotePath) -> None:
         """A copy and a removal, in most stores."""

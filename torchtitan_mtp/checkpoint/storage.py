@@ -6,7 +6,8 @@ import io
 import os
 import pickle
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
@@ -24,13 +25,15 @@ from torch.distributed.checkpoint.planner import (
     SavePlanner,
 )
 from torch.distributed.checkpoint.storage import WriteResult
-from torch.futures import Future
+from torch.futures import Future as TorchFuture
 from torch.utils.serialization import config
 
-from torchtitan_mtp.checkpoint.checksums import FileEntry, SummedStream, Verifier
+from torchtitan_mtp.checkpoint.checksums import FileEntry, SummedStream, check_piece, pieces_of
 from torchtitan_mtp.checkpoint.manifest import Manifest
 from torchtitan_mtp.checkpoint.remote import RemotePath
 from torchtitan_mtp.errors import UserError
+
+_THREADS = min(8, os.cpu_count() or 1)
 
 
 class _SummingFiles:
@@ -71,7 +74,7 @@ class SummingWriter(FileSystemWriter):
     def storage_meta(self) -> None:
         """Nothing: DCP would note the path that is written to, which nobody reads."""
 
-    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> TorchFuture[list[WriteResult]]:
         with config.patch("save.compute_crc32", False):  # type: ignore[attr-defined]
             return super().write_data(plan, planner)
 
@@ -88,28 +91,34 @@ class SafeReader(FileSystemReader):
             self.fs: Any = FsspecFileSystem()
             self.path = self.fs.init_path(str(folder))
         self._folder, self._checked, self._manifest = folder, metadata, manifest
-        self._verifier: Verifier | None = None
+        self._checks: dict[tuple[str, int], Future[None]] = {}
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         return self._checked
 
-    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """Read what `plan` asks for, in the order of the files."""
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> TorchFuture[None]:
+        """Read what `plan` asks for, in the order of the files; threads check some way ahead."""
 
         def span(item: ReadItem) -> tuple[str, int, int]:
             info = self.storage_data[item.storage_index]
             return info.relative_path, info.offset, info.length
 
         plan = replace(plan, items=sorted(plan.items, key=span))
-        if self._manifest is None:
+        pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="checksums")
+        for name, start, length in map(span, plan.items) if self._manifest else ():
+            entry = self._manifest.files[name]
+            for number in pieces_of(start, length):
+                if (name, number) not in self._checks:
+                    check = pool.submit(check_piece, self._folder / name, entry, number)
+                    self._checks[name, number] = check
+        try:
             return super().read_data(plan, planner)
-        ahead = Verifier(self._folder, self._manifest.files, map(span, plan.items))
-        with closing(ahead) as self._verifier:
-            return super().read_data(plan, planner)
+        finally:
+            pool.shutdown(cancel_futures=True)
 
     def _slice_file(self, file: Any, sinfo: Any) -> IO[bytes]:
-        if self._verifier is not None:
-            self._verifier.wait(sinfo.relative_path, sinfo.offset, sinfo.length)
+        for number in pieces_of(sinfo.offset, sinfo.length) if self._manifest else ():
+            self._checks[sinfo.relative_path, number].result()
         return super()._slice_file(file, sinfo)
 
 

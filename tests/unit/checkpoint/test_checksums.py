@@ -9,7 +9,7 @@ import torch
 from checkpoint_run import Run, equal, snapshot
 
 from torchtitan_mtp.checkpoint import checksums
-from torchtitan_mtp.checkpoint.checksums import FileEntry, SummedStream, Verifier
+from torchtitan_mtp.checkpoint.checksums import FileEntry, SummedStream, check_piece, pieces_of
 from torchtitan_mtp.checkpoint.storage import SummingWriter
 from torchtitan_mtp.errors import UserError
 
@@ -38,34 +38,29 @@ def test_any_way_of_writing_gives_the_same_entry(size):
 
 
 @pytest.mark.parametrize("flipped", [None, 0, 99, 100, 555, 949])
-def test_only_what_is_waited_for_has_to_be_right(flipped, tmp_path):
+def test_only_what_is_read_has_to_be_right(flipped, tmp_path):
     content = bytearray(random.Random(1).randbytes(950))
-    entries = {"file": naive(bytes(content))}
+    entry = naive(bytes(content))
     if flipped is not None:
         content[flipped] ^= 1
-    (tmp_path / "file").write_bytes(content)
-    spans = [
-        ("file", start, length) for start, length in ((0, 30), (30, 200), (500, 0), (600, 350))
-    ]
-    verifier = Verifier(tmp_path, entries, spans)
-    for name, start, length in spans:
+    file = tmp_path / "file"
+    file.write_bytes(content)
+    for start, length in ((0, 30), (30, 200), (500, 0), (600, 350)):
         first, last = start // 100, (start + max(length, 1) - 1) // 100
-        if flipped is not None and first <= flipped // 100 <= last:
-            place = f"file: bytes {flipped // 100 * 100} to .* have the checksum .*: damaged"
-            with pytest.raises(UserError, match=place):
-                verifier.wait(name, start, length)
-        else:
-            verifier.wait(name, start, length)
-    verifier.close()
+        assert list(pieces_of(start, length)) == list(range(first, last + 1))
+        for number in pieces_of(start, length):
+            if flipped is not None and number == flipped // 100:
+                place = f"file: bytes {flipped // 100 * 100} to .* have the checksum .*: damaged"
+                with pytest.raises(UserError, match=place):
+                    check_piece(file, entry, number)
+            else:
+                check_piece(file, entry, number)
 
 
 def test_a_file_that_ends_early(tmp_path):
-    entries = {"file": naive(bytes(250))}
     (tmp_path / "file").write_bytes(bytes(220))
-    verifier = Verifier(tmp_path, entries, [("file", 0, 250)])
     with pytest.raises(UserError, match="file: ends before byte 250: damaged"):
-        verifier.wait("file", 0, 250)
-    verifier.close()
+        check_piece(tmp_path / "file", naive(bytes(250)), 2)
 
 
 def test_the_writer_sums_up_every_file(tmp_path):
