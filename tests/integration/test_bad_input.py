@@ -68,7 +68,7 @@ WRONG = {
     "--training.global_batch_size 3": ["global_batch_size", "3", "local_batch_size"],
     "--checkpoint.initial_load_path /no/checkpoint": ["/no/checkpoint"],
     "--checkpoint.load_step 7": ["load_step", "step-7"],
-    "--checkpoint.keep_latest_k 1": ["keep_latest_k", "at least 2"],
+    "--checkpoint.keep_latest_k 1": ["keep_latest_k", "0 or >= 2"],
     "--model.converters mtp,quantize.linear.mx": ["quantize.linear.mx", "quantize.linear.float8"],
     "--model.hf_assets_path /no/tokenizer": ["/no/tokenizer"],
     "--training.step 5": ["training.step", "training.steps"],

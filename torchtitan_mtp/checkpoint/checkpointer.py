@@ -65,7 +65,7 @@ class Checkpointer:
         load_report: what the last `load` left out; None before, and when nothing was loaded.
 
     Raises:
-        UserError: keep_latest_k = 1.
+        UserError: last_save_in_hf with a folder in an object store.
     """
 
     def __init__(
@@ -78,11 +78,6 @@ class Checkpointer:
         load_hf: LoadWeights | None = None,
         tokenizer: Tokenizer | None = None,
     ) -> None:
-        if config.keep_latest_k == 1:
-            raise UserError(
-                "checkpoint.keep_latest_k = 1, expected 0 (keep all) or at least 2, so that one "
-                "damaged checkpoint is not the end of the run"
-            )
         self.config = config
         self.folder = folders.checkpoint_folder(dump_folder, config.folder)
         if config.last_save_in_hf and isinstance(self.folder, RemotePath):
@@ -297,32 +292,24 @@ class Checkpointer:
 
     def _choose(self) -> tuple[Path, str] | None:
         """The checkpoint of this run's folder to load, and its kind (rank 0)."""
-        step = self.config.load_step
-        folders.warn_about_leftovers(self.folder)
-        finished = folders.finished_steps(self.folder)
-        chosen = folders.chosen_step(self.folder, step)
-        newest = finished[-1] if finished else 0
-        if step == -1:
-            if newest != (chosen or 0):
-                logger.warning(
-                    "step-%d holds the model only and can't be resumed: %s",
-                    newest,
-                    f"resuming at step {chosen}" if chosen else "starting anew",
-                )
-            if chosen is None:
-                return None
-        elif chosen is None:
-            raise UserError(
-                f"{folders.step_folder(self.folder, step)}: not there (checkpoint.load_step = "
-                f"{step}); finished steps: {', '.join(map(str, finished)) or 'none'}"
+        asked, folder = self.config.load_step, self.folder
+        folders.warn_about_leftovers(folder)
+        step = folders.chosen_step(folder, asked)
+        newest = max(folders.finished_steps(folder), default=0)
+        if asked == -1 and newest != (step or 0):
+            logger.warning(
+                "step-%d holds the model only and can't be resumed: %s",
+                *(newest, f"resuming at step {step}" if step else "starting anew"),
             )
-        elif newest > step:
+        elif newest > asked != -1:
             logger.warning(
                 "step-%d is loaded while later steps (up to step-%d) are in %s: the first save "
                 "renames them; then start without checkpoint.load_step to go on",
-                *(step, newest, self.folder),
+                *(asked, newest, folder),
             )
-        path = folders.step_folder(self.folder, chosen)
+        if step is None:
+            return None
+        path = folders.step_folder(folder, step)
         return path, folders.kind_of(path)
 
     def _load_weights(self, path: Path, other_heads: bool = False, resume: bool = False) -> Opened:

@@ -105,11 +105,16 @@ def chosen_step(folder: Path, load_step: int) -> int | None:
     seed; None where there is none.
 
     Raises:
-        UserError: the newest candidate is damaged.
+        UserError: the step asked for is not there, or the newest candidate is damaged.
     """
     finished = finished_steps(folder)
+    if load_step in finished:
+        return load_step
     if load_step != -1:
-        return load_step if load_step in finished else None
+        raise UserError(
+            f"{step_folder(folder, load_step)}: not there (checkpoint.load_step = {load_step}); "
+            f"finished steps: {', '.join(map(str, finished)) or 'none'}"
+        )
     for step in reversed(finished):  # a damaged one raises, and is never skipped
         if kind_of(step_folder(folder, step)) == FULL:
             return step
@@ -171,7 +176,7 @@ def back_up(path: Path, kind: str = "") -> None:
     or step-N.damaged, with a number where such a name is taken."""
     base = f"{path.name}.{kind or whole_kind(path) or 'damaged'}"
     names = (base if n == 1 else f"{base}.{n}" for n in itertools.count(1))
-    backup = next(place for place in map(path.with_name, names) if not place.exists())
+    backup = next(to for name in names if not (to := path.parents[0] / name).exists())
     path.rename(backup)
     logger.warning("%s: was there already, kept as %s", path, backup.name)
 
@@ -201,8 +206,8 @@ def steps_to_remove(kinds: dict[int, str], keep: int, written: int) -> list[int]
 
 def remove_old(folder: Path, keep: int, written: int) -> None:
     """Apply `checkpoint.keep_latest_k` after `step-{written}` has been finished."""
-    found = {step: whole_kind(step_folder(folder, step)) for step in finished_steps(folder)}
-    whole = {step: kind for step, kind in found.items() if kind is not None}
+    found = ((step, whole_kind(step_folder(folder, step))) for step in finished_steps(folder))
+    whole = {step: kind for step, kind in found if kind is not None}
     for step in steps_to_remove(whole, keep, written):
         path = step_folder(folder, step)
         logger.info("removing step-%d (checkpoint.keep_latest_k = %d)", step, keep)
@@ -232,20 +237,18 @@ def find_checkpoint(path: str | os.PathLike[str]) -> Path:
         raise UserError(f"{given}: no such folder; expected a checkpoint or a run's folder")
     if _finished(given):
         return given
-    folders = [given]
+    own = given
     if (config := given / "config.toml").is_file():
-        folders.append(checkpoint_folder(given, load_toml(_local(config)).checkpoint.folder))
-    for folder in folders:
-        if steps := finished_steps(folder):
-            return step_folder(folder, steps[-1])
-    inside = [e for e in given.iterdir() if e.is_dir() and finished_steps(e)]
-    named = [entry for entry in inside if entry.name == "checkpoint"] or inside
-    if len(named) > 1:
-        names = ", ".join(sorted(entry.name for entry in named))
-        raise UserError(f"{given}: several folders of checkpoints ({names}); name one of them")
-    if not named:
-        raise UserError(f"{given}: no finished checkpoint in it (a step-N folder with .metadata)")
-    return step_folder(named[0], finished_steps(named[0])[-1])
+        own = checkpoint_folder(given, load_toml(_local(config)).checkpoint.folder)
+    inside = [entry for entry in given.iterdir() if entry.is_dir()]
+    for places in ([given], [own], [given / "checkpoint"], inside):
+        found = [folder for folder in places if finished_steps(folder)]
+        if len(found) > 1:
+            names = ", ".join(sorted(folder.name for folder in found))
+            raise UserError(f"{given}: several folders of checkpoints ({names}); name one of them")
+        if found:
+            return step_folder(found[0], finished_steps(found[0])[-1])
+    raise UserError(f"{given}: no finished checkpoint in it (a step-N folder with .metadata)")
 
 
 def _local(file: Path) -> Path:

@@ -48,9 +48,6 @@ class RemotePath:
         above = [str(parent) for parent in PurePosixPath(rest).parents]
         return [RemotePath(f"{scheme}://{parent}") for parent in above if parent != "."]
 
-    def with_name(self, name: str) -> RemotePath:
-        return RemotePath(f"{self.url.rpartition('/')[0]}/{name}")
-
     def resolve(self) -> RemotePath:
         return self
 

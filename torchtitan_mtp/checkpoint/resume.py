@@ -114,10 +114,13 @@ def restore(
         states[rng_key] = None
     elif rng:
         logger.info("random number generators start anew: saved by another number of ranks")
-    states |= moments
+    states |= moments  # the optimizer's own tensors, read in place
     read_states(opened, states, ranks)
     if optimizer is not None:
-        states_of.set_optimizer_state(model, optimizer, {key: states[key] for key in moments})
+        stepped = set(map(parameter_of, moments))
+        for name, parameter in model.named_parameters():
+            if plain_name(name) not in stepped:
+                optimizer.state.pop(parameter, None)
     changed: dict[str, tuple[Any, Any]] = {}
     for name, item in extra.items():
         changed |= item.load_state_dict(states[name]) or {}

@@ -67,19 +67,6 @@ def empty_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) ->
     return optimizer_state(model, optimizer)
 
 
-def set_optimizer_state(
-    model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]
-) -> None:
-    """Put the moments of an `optimizer_state` back; parameters without any start anew."""
-    moments: dict[str, dict[str, Any]] = {}
-    for key, value in state.items():
-        moments.setdefault(parameter_of(key), {})[key.rpartition(".")[2]] = value
-    optimizer.state.clear()
-    for name, param in model.named_parameters():
-        if plain_name(name) in moments:
-            optimizer.state[param] = moments[plain_name(name)]
-
-
 def parameter_of(key: str) -> str:
     """The parameter of a flat optimizer key: `optimizer.state.NAME.exp_avg` -> NAME."""
     return key.split(".", 2)[2].rpartition(".")[0]

@@ -109,6 +109,7 @@ def test_an_unsupported_value_fails_by_name(setting):
         ("lr_scheduler.decay_ratio=1.5", ">= 0 and <= 1"),
         ("parallelism.data_parallel_shard_degree=0", "-1 or >= 1"),
         ("checkpoint.load_step=-2", "-1 or >= 0"),
+        ("checkpoint.keep_latest_k=1", "0 or >= 2"),
         ("validation.steps=0", "-1 or >= 1"),
         ("metrics.log_freq=0", ">= 1"),
         ("loss.softcap=0", "> 0"),

@@ -44,8 +44,9 @@ class Checkpoint:
     async_mode: Literal["disabled", "async", "async_with_pinned_mem"] = "disabled"
     """Whether training waits for a save, or goes on while it is written."""
 
-    keep_latest_k: int = setting(10, at_least=0)
-    """Checkpoints kept; older ones are deleted. 0: keep all."""
+    keep_latest_k: int = setting(10, at_least=2, special=(0,))
+    """Checkpoints kept; older ones are deleted. 0: keep all. One that is damaged is not to be the
+    end of a run, so 1 is refused."""
 
     load_step: int = setting(-1, at_least=0, special=(-1,))
     """Step to resume from; -1: the latest."""
