@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -17,6 +17,7 @@ import torch.nn as nn
 from torch.distributed.checkpoint import DefaultSavePlanner
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.checkpoint.stateful import Stateful
 
 from torchtitan_mtp.checkpoint import folders
 from torchtitan_mtp.checkpoint import state as states_of
@@ -32,16 +33,14 @@ from torchtitan_mtp.checkpoint.load import (
 from torchtitan_mtp.checkpoint.manifest import FULL, MODEL_ONLY, Manifest
 from torchtitan_mtp.checkpoint.record import record_of_model
 from torchtitan_mtp.checkpoint.remote import RemotePath
-from torchtitan_mtp.checkpoint.resume import Stateful, restore
+from torchtitan_mtp.checkpoint.resume import restore
 from torchtitan_mtp.checkpoint.state import OPTIMIZER, RNG
 from torchtitan_mtp.checkpoint.storage import SummingWriter
+from torchtitan_mtp.config import Checkpoint
+from torchtitan_mtp.data.tokenizer import Tokenizer
 from torchtitan_mtp.distributed.ranks import Ranks
 from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.models.transformer import Transformer
-
-if TYPE_CHECKING:
-    from torchtitan_mtp.config import Checkpoint
-    from torchtitan_mtp.data.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -52,8 +51,7 @@ class Checkpointer:
     """Checkpoints of one run in `{dump_folder}/{config.folder}/step-N`. Made by all ranks together.
 
     Args:
-        config: the [checkpoint] table.
-        dump_folder: job.dump_folder.
+        config, dump_folder: the [checkpoint] table, job.dump_folder.
         model: materialized, parallelized (DTensors) or plain.
         optimizer: over some or all of the model's parameters; None saves and loads none.
         extra: what else resumes, by name ("lr_scheduler", "dataloader", "train_state", ...). Every
@@ -143,7 +141,8 @@ class Checkpointer:
             logger.info("%s is there already: not saved again", self.folder / "step-0")
             return False
         states = self._states(kind, export)
-        total = states_of.total_bytes(states)
+        # (A DTensor's are all ranks'.)
+        total = sum(x.nbytes for x in states.values() if isinstance(x, torch.Tensor))
         self._ranks.on_rank_0(lambda: folders.start_writing(self.folder, step, total))
         if last or force or self.config.async_mode == "disabled":
             self._write(states, step, kind)
@@ -209,26 +208,19 @@ class Checkpointer:
                 with contextlib.suppress(OSError):
                     folders.remove(tmp)
             raise UserError(f"{tmp}: can't be saved: {one_line(error)}") from error
-        megabytes, seconds = manifest.total_bytes / 1e6, time.perf_counter() - start
+        megabytes = sum(entry.bytes for entry in files.values()) / 1e6
+        seconds = time.perf_counter() - start
         logger.info("saved %s (%s, %.1f MB, %.1f s)", final, kind, megabytes, seconds)
         ranks.on_rank_0(lambda: folders.remove_old(folder, self.config.keep_latest_k, step))
 
     def wait(self) -> None:
-        """Wait for a background save to be in place.
-
-        Raises:
-            UserError: it failed.
-        """
+        """Wait for a background save to be in place. Error: it failed."""
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
 
     def close(self) -> None:
-        """Wait for a background save and give back its memory and thread.
-
-        Raises:
-            UserError: the background save failed.
-        """
+        """Wait for a background save and give back its memory and thread. Error: it failed."""
         try:
             self.wait()
         finally:

@@ -28,6 +28,7 @@ from torchtitan_mtp.checkpoint.manifest import (
     read_manifest,
     write_manifest,
 )
+from torchtitan_mtp.checkpoint.manifest import NAME as MANIFEST
 from torchtitan_mtp.checkpoint.metadata import read_metadata
 from torchtitan_mtp.checkpoint.remote import RemotePath, as_path
 from torchtitan_mtp.config import load_toml
@@ -64,7 +65,7 @@ def finished_steps(folder: Path) -> list[int]:
 
 
 def _finished(path: Path) -> bool:
-    return (path / ".metadata").is_file() or (path / "manifest.json").is_file()
+    return (path / ".metadata").is_file() or (path / MANIFEST).is_file()
 
 
 def warn_about_leftovers(folder: Path) -> None:
@@ -79,14 +80,10 @@ def warn_about_leftovers(folder: Path) -> None:
 
 
 def kind_of(path: Path) -> str:
-    """ "full" or "model_only": what the manifest says, or what the metadata holds.
-
-    Raises:
-        UserError: a file of the checkpoint is missing or has the wrong size.
-    """
+    """FULL or MODEL_ONLY: what the manifest says, or what the metadata holds. Error: a file of the
+    checkpoint is missing or has the wrong size."""
     manifest = read_manifest(path)
     if manifest is not None:
-        manifest.check_sizes(path)
         return manifest.kind
     names = read_metadata(path).state_dict_metadata
     return FULL if any(name.startswith("optimizer.") for name in names) else MODEL_ONLY
@@ -102,11 +99,8 @@ def whole_kind(path: Path) -> str | None:
 
 def chosen_step(folder: Path, load_step: int) -> int | None:
     """The step a run of this folder loads: the one asked for, else the newest full one, else a
-    seed; None where there is none.
-
-    Raises:
-        UserError: the step asked for is not there, or the newest candidate is damaged.
-    """
+    seed; None where there is none. Error: the step asked for is not there, or the newest candidate
+    is damaged."""
     finished = finished_steps(folder)
     if load_step in finished:
         return load_step
@@ -122,11 +116,7 @@ def chosen_step(folder: Path, load_step: int) -> int | None:
 
 
 def start_writing(folder: Path, step: int, total_bytes: int) -> None:
-    """Make the empty folder to write in, after checking that `total_bytes` fit on the disk.
-
-    Raises:
-        UserError: not enough free space, or the folder can't be made.
-    """
+    """Make the empty folder to write in. Error: it can't be made, or `total_bytes` don't fit."""
     tmp = tmp_folder(folder, step)
     try:
         if isinstance(tmp, RemotePath) and _finished(tmp):
@@ -152,17 +142,17 @@ def start_writing(folder: Path, step: int, total_bytes: int) -> None:
 def finish_writing(folder: Path, manifest: Manifest, after: int | None = None) -> Path:
     """Write the manifest into the folder that was written, flush it and rename it to `step-N`.
 
-    What lies at `step-N` already is kept beside it (`back_up`).
-
-    Args:
-        after: the step that the run came from, at its first save: later ones are backed up, too.
+    What lies there already is kept (`back_up`), and so are, at a run's first save, all steps after
+    the one that it came from (`after`).
     """
     tmp, final = tmp_folder(folder, manifest.step), step_folder(folder, manifest.step)
     write_manifest(tmp, manifest)
     later = [] if after is None else [s for s in finished_steps(folder) if s > after]
-    for step in sorted({*later} - {manifest.step}):
-        back_up(step_folder(folder, step))
+    for step in later:
+        if step != manifest.step:
+            back_up(step_folder(folder, step))
     if not isinstance(folder, RemotePath):
+        sync(tmp / MANIFEST)
         sync(tmp)
         if final.exists():
             back_up(final)
@@ -184,7 +174,7 @@ def back_up(path: Path, kind: str = "") -> None:
 def remove(path: Path) -> None:
     """Remove a folder; a remote one stops to count as finished first."""
     if isinstance(path, RemotePath):
-        for name in ("manifest.json", ".metadata"):
+        for name in (MANIFEST, ".metadata"):
             (path / name).unlink(missing_ok=True)
         path.remove_tree()
     else:
@@ -192,12 +182,8 @@ def remove(path: Path) -> None:
 
 
 def steps_to_remove(kinds: dict[int, str], keep: int, written: int) -> list[int]:
-    """The steps beyond the newest `keep`, sparing the last full one and the one just written.
-
-    Args:
-        kinds: step -> kind of the whole checkpoints; others neither count nor are removed.
-        keep: 0 keeps all.
-    """
+    """The steps beyond the newest `keep` (0: all), sparing the last full one and the one just
+    written. kinds: of the whole checkpoints; others neither count nor are removed."""
     steps = sorted(kinds)
     full = [step for step in steps if kinds[step] == FULL]
     spared = {*steps[-keep:], *full[-1:], written}  # the last 0 are all

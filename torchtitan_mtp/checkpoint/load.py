@@ -86,22 +86,15 @@ class Opened:
 def open_checkpoint(path: Path, ranks: Ranks, verify: bool = True) -> Opened:
     """Read a checkpoint's manifest and metadata, and see that all its files are there.
 
-    Args:
-        verify: compare everything that is read, here and later, with the manifest's checksums.
-
-    Raises:
-        UserError: on every rank, naming the file that is missing, truncated or altered.
+    verify: compare everything that is read, here and later, with the manifest's checksums.
+    Error, on every rank: naming the file that is missing, truncated or altered.
     """
 
     def read() -> Opened:
         manifest = read_manifest(path)
         if manifest is None:
             return Opened(path, read_metadata(path), None, verify, record_beside(path))
-        manifest.check_sizes(path)
         metadata = read_metadata(path, manifest.files.get(".metadata") if verify else None)
-        named = {info.relative_path for info in metadata.storage_data.values()}
-        if unknown := sorted(named - manifest.files.keys()):
-            raise UserError(f"{path}: .metadata names {unknown[0]}, which the manifest does not")
         return Opened(path, metadata, manifest, verify, manifest.record or record_beside(path))
 
     opened = ranks.on_all(read)
@@ -112,11 +105,7 @@ def open_checkpoint(path: Path, ranks: Ranks, verify: bool = True) -> Opened:
 
 def read_states(opened: Opened, states: dict[str, Any], ranks: Ranks) -> None:
     """Read the entries of flat `states` from the checkpoint: tensors in place, objects replaced.
-
-    Raises:
-        UserError: a file can't be read, or is not what was written; the states are then part old,
-            part new.
-    """
+    Error: a file can't be read, or is not what was written; they are then part old, part new."""
     try:
         states_of.quiet()
         dcp.load(
@@ -239,7 +228,7 @@ def load_opened_weights(
             ranks.on_all(lambda: _check_table(opened, table, model))
     wanted = {n: t for n, t in states_of.model_state(model).items() if not excluded(n, exclude)}
     offered = {name for name in stored if not excluded(name, exclude)}
-    aliases = {name: {name} for name in wanted} | _aliases(model)
+    aliases = {name: {name} for name in wanted} | aliases_of(model)
     missing = [name for name in wanted if aliases[name].isdisjoint(offered)]
     unexpected = sorted(offered - wanted.keys())
     check_names(opened.path, missing, unexpected, offered, other_heads)
@@ -290,7 +279,7 @@ def _check_program(opened: Opened, record: Record) -> None:
         )
 
 
-def _aliases(model: nn.Module) -> dict[str, set[str]]:
+def aliases_of(model: nn.Module) -> dict[str, set[str]]:
     """Name -> all names of the same parameter (a tied weight has several)."""
     names: dict[nn.Parameter, set[str]] = {}
     for name, param in model.named_parameters(remove_duplicate=False):
@@ -338,11 +327,8 @@ def check_entry(
     allow_cast: bool = False,
     exact_dtype: bool = False,
 ) -> bool:
-    """Compare one stored tensor with the one it is to fill; return whether it will be cast.
-
-    Raises:
-        UserError: not a tensor, another shape, or a dtype that is not allowed.
-    """
+    """Compare one stored tensor with the one it is to fill; return whether it will be cast. Error:
+    not a tensor, another shape, or a dtype that is not allowed."""
     entry = opened.stored[key]
     if not isinstance(entry, TensorStorageMetadata):
         raise UserError(f"{opened.path}: {key} is not a tensor, expected {tuple(expected.shape)}")

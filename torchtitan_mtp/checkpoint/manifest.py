@@ -12,9 +12,7 @@ import torch
 
 from torchtitan_mtp.checkpoint.checksums import PIECE, FileEntry, check_sizes, remedy
 from torchtitan_mtp.checkpoint.metadata import bare_name
-from torchtitan_mtp.checkpoint.remote import RemotePath
 from torchtitan_mtp.errors import UserError
-from torchtitan_mtp.writing import sync
 
 NAME = "manifest.json"
 FORMAT = 2
@@ -35,34 +33,21 @@ class Manifest:
     record: dict[str, Any] | None = None
     tokenizer: str | None = None
 
-    @property
-    def total_bytes(self) -> int:
-        return sum(entry.bytes for entry in self.files.values())
-
-    def check_sizes(self, folder: Path) -> None:
-        """Error: a file is missing in the folder or has another size."""
-        check_sizes(folder, {name: entry.bytes for name, entry in self.files.items()}, NAME)
-
 
 def _digest(body: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
 def write_manifest(path: Path, manifest: Manifest) -> None:
-    """Write the manifest into folder `path` and wait until the disk has it."""
+    """Write the manifest into folder `path`."""
     body = {"format": FORMAT, "torch": torch.__version__, "piece": PIECE, **asdict(manifest)}
     with (path / NAME).open("w") as stream:
         json.dump(body | {"sha256": _digest(body)}, stream, indent=1)
-    if not isinstance(path, RemotePath):
-        sync(path / NAME)
 
 
 def read_manifest(path: Path) -> Manifest | None:
-    """The manifest of folder `path`; None where there is none (written by other tools).
-
-    Raises:
-        UserError: the manifest is damaged or of a later format.
-    """
+    """The manifest of folder `path`; None where there is none (written by other tools). Error: it
+    is damaged, or of a later format; or a file that it lists is missing or has another size."""
     file = path / NAME
     if not file.is_file():
         return None
@@ -70,6 +55,8 @@ def read_manifest(path: Path) -> Manifest | None:
         body = json.loads(file.read_text())
         intact = body.pop("sha256") == _digest(body)
         whole = intact and all(map(bare_name, body["files"])) and body["kind"] in (FULL, MODEL_ONLY)
+        if whole:
+            check_sizes(path, {name: file["bytes"] for name, file in body["files"].items()}, NAME)
         if whole and body["format"] == 1:
             files = _entries_of_format_1(path, body["files"])
             return Manifest(body["step"], body["kind"], body["world_size"], files)
@@ -85,12 +72,7 @@ def read_manifest(path: Path) -> Manifest | None:
 
 
 def _entries_of_format_1(path: Path, listed: dict[str, Any]) -> dict[str, FileEntry]:
-    """Entries for files that are listed with the SHA-256 of their whole content, compared here.
-
-    Raises:
-        UserError: naming the first file that is not what was written.
-    """
-    check_sizes(path, {name: entry["bytes"] for name, entry in listed.items()}, NAME)
+    """Entries for files that are listed with the SHA-256 of their whole content, compared here."""
     for name, entry in listed.items():
         digest = hashlib.sha256()
         with (path / name).open("rb") as stream:

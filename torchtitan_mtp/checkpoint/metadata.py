@@ -73,8 +73,9 @@ def read_metadata(path: Path, entry: FileEntry | None = None) -> Metadata:
     if not file.is_file():
         raise UserError(f"{path}: no .metadata: not a DCP checkpoint, or one that was not finished")
     try:
-        for number in pieces_of(0, entry.bytes) if entry is not None else ():
-            check_piece(file, entry, number)
+        if entry is not None:
+            for number in pieces_of(0, entry.bytes):
+                check_piece(file, entry, number)
         with file.open("rb") as stream:
             metadata = _MetadataUnpickler(io.BytesIO(stream.read())).load()
         if not (isinstance(metadata, Metadata) and _well_formed(metadata)):

@@ -48,11 +48,7 @@ def record_of(spec: ModelSpec, optimizer: str = "") -> Record:
 
 
 def spec_of_record(record: Record) -> ModelSpec:
-    """The model of a record.
-
-    Raises:
-        UserError: not a record, or one of a later version.
-    """
+    """The model of a record. Error: not a record, or one of a later version."""
     try:
         args: Record = dict(record["args"])
         for name, kind in (("latent", LatentArgs), ("moe", MoEArgs)):
@@ -124,10 +120,7 @@ def check_tokenizer(checkpoint: Path, path: str, tokenizer: Tokenizer | None = N
 
 def constants(record: Record) -> Record:
     """What a record says by keys of the configuration, less what names and shapes of tensors tell.
-
-    Raises:
-        UserError: not a record, or one of a later version.
-    """
+    Error: as `spec_of_record`."""
     spec = spec_of_record(record)
     args = spec.args
     said = args_to_keys(args)
@@ -164,15 +157,9 @@ def check_record(
 ) -> None:
     """Refuse weights of a model that computes something else with the same tensors. To start from
     weights, other rotary positions (a longer context) and another softcap are only warned of, and
-    the mask is free.
+    the mask is free. A key that only one has says nothing.
 
-    Args:
-        source: the checkpoint, for messages.
-        theirs, ours: None where one is not known; a key that only one has says nothing.
-        exclude: checkpoint.exclude_from_loading.
-
-    Raises:
-        UserError: naming all keys that differ, with both values.
+    Error: naming `source` and all keys that differ, with both values.
     """
     if theirs is None or ours is None:
         return

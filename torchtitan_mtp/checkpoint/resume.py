@@ -5,14 +5,22 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn as nn
+from torch.distributed.checkpoint.stateful import Stateful
 
 from torchtitan_mtp.checkpoint import state as states_of
-from torchtitan_mtp.checkpoint.load import Opened, check_entry, excluded, names_line, read_states
-from torchtitan_mtp.checkpoint.state import OPTIMIZER, RNG, is_moment, parameter_of, plain_name
+from torchtitan_mtp.checkpoint.load import (
+    Opened,
+    aliases_of,
+    check_entry,
+    excluded,
+    names_line,
+    read_states,
+)
+from torchtitan_mtp.checkpoint.state import MOMENTS, OPTIMIZER, RNG, parameter_of, plain_name
 from torchtitan_mtp.config import JobConfig
 from torchtitan_mtp.config.setting import options
 from torchtitan_mtp.data.loader import DataLoader, merge_states
@@ -20,14 +28,6 @@ from torchtitan_mtp.distributed.ranks import Ranks
 from torchtitan_mtp.errors import UserError
 
 logger = logging.getLogger(__name__)
-
-
-class Stateful(Protocol):
-    """Anything with state to resume: a scheduler, a loader, the trainer's counters."""
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: dict[str, Any], /) -> Any: ...
 
 
 @dataclass
@@ -44,12 +44,18 @@ class TrainState:
         """Plain data."""
         return asdict(self)
 
-    def load_state_dict(self, state: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-        """Go on from `state_dict`, with the present settings; (old, new) of those."""
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from `state_dict`, with the present settings; a log line says what differs."""
         self.step, self.tokens = state["step"], state["tokens"]
         self.skipped = state.get("skipped", 0)
         before = state.get("settings", {})  # not in those of earlier versions
-        return {key: (before[key], value) for key, value in self.settings.items() if key in before}
+        changed = [
+            f"{key} {before[key]} -> {value}"
+            for key, value in self.settings.items()
+            if before.get(key, value) != value
+        ]
+        if changed:
+            logger.info("changed since step %d was saved: %s", self.step, ", ".join(changed))
 
 
 def settings_of(config: JobConfig) -> dict[str, Any]:
@@ -87,9 +93,8 @@ def restore(
 
     What `exclude` (checkpoint.exclude_from_loading) names starts anew, and so does what belongs to
     it: the moments of its parameters, the schedule of a run that counts from 0. A log line says so.
-    The optimizer's hyperparameters stay as they are; one log line says what differs, by what the
-    `load_state_dict` of `extra` returns. Generators are per rank: with another number of ranks they
-    start anew, and a log line says so.
+    The optimizer's hyperparameters stay as they are. Generators are per rank: with another number
+    of ranks they start anew, and a log line says so.
 
     Raises:
         UserError: a state is absent, or the optimizers differ.
@@ -114,48 +119,42 @@ def restore(
         states[rng_key] = None
     elif rng:
         logger.info("random number generators start anew: saved by another number of ranks")
-    states |= moments  # the optimizer's own tensors, read in place
+    states |= moments
     read_states(opened, states, ranks)
-    if optimizer is not None:
-        stepped = set(map(parameter_of, moments))
-        for name, parameter in model.named_parameters():
-            if plain_name(name) not in stepped:
-                optimizer.state.pop(parameter, None)
-    changed: dict[str, tuple[Any, Any]] = {}
     for name, item in extra.items():
-        changed |= item.load_state_dict(states[name]) or {}
-    differing = [f"{key} {old} -> {new}" for key, (old, new) in changed.items() if old != new]
-    if differing:
-        logger.info("changed since %s was saved: %s", opened.path, ", ".join(differing))
+        item.load_state_dict(states[name])
     if rng_key in states:
         states_of.set_rng_state(states[rng_key])
 
 
 def _fresh(opened: Opened, model: nn.Module, exclude: Sequence[str]) -> set[str]:
     """The parameters, here or in the checkpoint, that are not loaded under any name."""
-    names = {plain_name(n): p for n, p in model.named_parameters(remove_duplicate=False)}
-    loaded = {parameter for n, parameter in names.items() if not excluded(n, exclude)}
+    aliases = aliases_of(model)
     stored = {parameter_of(key) for key in opened.stored if key.startswith(f"{OPTIMIZER}.")}
-    left = (n for n in names.keys() | stored if names.get(n) not in loaded)
-    return {n for n in left if excluded(n, exclude)}
+    names = {name: aliases.get(name, {name}) for name in aliases.keys() | stored}
+    return {name for name, group in names.items() if all(excluded(n, exclude) for n in group)}
 
 
 def _moments(
     opened: Opened, model: nn.Module, optimizer: torch.optim.Optimizer, fresh: Set[str]
 ) -> dict[str, Any]:
-    """What to read stored moments into; none of parameters that are `fresh` or never stepped."""
+    """The optimizer's own tensors, to read stored moments into; parameters that are `fresh` or were
+    never stepped have none from here on."""
     stored = {key for key in opened.stored if key.startswith(f"{OPTIMIZER}.")}
     current = states_of.empty_optimizer_state(model, optimizer)
     ours, theirs = set(map(parameter_of, current)), set(map(parameter_of, stored))
-    found = {key for key in stored if is_moment(key) and parameter_of(key) not in fresh}
+    found = {k for k in stored if k.startswith(MOMENTS) and parameter_of(k) not in fresh}
     stepped = set(map(parameter_of, found))
-    expected = {key for key in current if is_moment(key) and parameter_of(key) in stepped}
+    expected = {k for k in current if k.startswith(MOMENTS) and parameter_of(k) in stepped}
     if differing := sorted((ours ^ theirs) - fresh) or sorted(expected ^ found):
         raise UserError(
             f"{opened.path}: only one of its optimizer and the run's has {names_line(differing)}; "
             "resume with the same [mtp] and optimizer.name, or put optimizer into "
             "checkpoint.exclude_from_loading"
         )
+    for name, parameter in model.named_parameters():
+        if plain_name(name) not in stepped:
+            optimizer.state.pop(parameter, None)
     for key in expected:
         if isinstance(current[key], torch.Tensor):
             check_entry(opened, key, current[key], exact_dtype=True)

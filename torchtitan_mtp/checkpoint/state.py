@@ -23,6 +23,7 @@ from torchtitan_mtp.errors import UserError
 logger = logging.getLogger(__name__)
 
 OPTIMIZER = "optimizer"
+MOMENTS = f"{OPTIMIZER}.state."
 RNG = "rng"
 _PLAIN = (type(None), bool, int, float, str)
 _WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
@@ -72,11 +73,6 @@ def parameter_of(key: str) -> str:
     return key.split(".", 2)[2].rpartition(".")[0]
 
 
-def is_moment(key: str) -> bool:
-    """Whether a flat optimizer key is per-parameter state (not a hyperparameter)."""
-    return key.startswith(f"{OPTIMIZER}.state.")
-
-
 def plain_name(name: str) -> str:
     for wrapper in _WRAPPERS:
         name = name.replace(wrapper, "")
@@ -104,18 +100,9 @@ def _plain(value: Any) -> Any:
     )
 
 
-def total_bytes(state: dict[str, Any]) -> int:
-    """Bytes of all tensors of `state`, each counted once over all ranks (global shapes)."""
-    tensors = (value for value in state.values() if isinstance(value, torch.Tensor))
-    return sum(math.prod(tensor.shape) * tensor.element_size() for tensor in tensors)
-
-
 def cast_weights(tensor: torch.Tensor, dtype: torch.dtype, what: str) -> torch.Tensor:
-    """Weights in `dtype`; `what` names them in the line.
-
-    Raises:
-        UserError: with the first value that is not finite, or is too large for `dtype`.
-    """
+    """Weights in `dtype`; `what` names them in the error, which has the first value that is not
+    finite, or is too large for `dtype`."""
     found = tensor.to(dtype)
     if is_finite(found):
         return found
@@ -148,11 +135,7 @@ def quiet() -> None:
 
 
 def check_plain(name: str, value: Any) -> None:
-    """Refuse what could be saved but not be loaded again safely.
-
-    Raises:
-        TypeError: `value` is not made of `_PLAIN`, lists, tuples, dicts and tensors.
-    """
+    """Refuse, by a TypeError, what could be saved but not be loaded again safely."""
     if isinstance(value, dict):
         for key, item in value.items():
             check_plain(f"{name}.{key}", item)

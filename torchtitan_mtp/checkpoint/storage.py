@@ -104,13 +104,16 @@ class SafeReader(FileSystemReader):
             return info.relative_path, info.offset, info.length
 
         plan = replace(plan, items=sorted(plan.items, key=span))
+        if self._manifest is None:
+            return super().read_data(plan, planner)
+        files = self._manifest.files
+        spans = [span(item) for item in plan.items]
+        pieces = {(name, n): files[name] for name, *where in spans for n in pieces_of(*where)}
         pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="checksums")
-        for name, start, length in map(span, plan.items) if self._manifest else ():
-            entry = self._manifest.files[name]
-            for number in pieces_of(start, length):
-                if (name, number) not in self._checks:
-                    check = pool.submit(check_piece, self._folder / name, entry, number)
-                    self._checks[name, number] = check
+        self._checks = {
+            (name, number): pool.submit(check_piece, self._folder / name, entry, number)
+            for (name, number), entry in pieces.items()
+        }
         try:
             return super().read_data(plan, planner)
         finally:
