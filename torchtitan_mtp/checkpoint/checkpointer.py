@@ -117,7 +117,6 @@ class Checkpointer:
         (a seed) holds the weights only; all others are full. Waits for an earlier background save.
 
         Args:
-            step: optimizer steps done.
             last: the run ends here as configured.
             force: save a full checkpoint now, due or not (a run that is being stopped).
 
@@ -251,39 +250,34 @@ class Checkpointer:
             return None
         self.wait()
         self._came_from, self._last_saved = 0, None
-        found = self._ranks.on_rank_0(self._choose)
-        if found is not None:
-            path, kind = found
-            if self.config.initial_load_path:
-                logger.info("checkpoint.initial_load_path is ignored: resuming from %s", path)
-            if kind == FULL:
-                return self._resume(path)
-            logger.warning("%s holds the model only: training starts at step 0 with it", path)
-            self._load_weights(path)
-            return 0
-        given = self.config.initial_load_path
-        if not given or self.config.initial_load_in_hf:
+        given, model_only = self.config.initial_load_path, self.config.initial_load_model_only
+        own = self._ranks.on_rank_0(self._choose)
+        if own is not None and given:
+            logger.info("checkpoint.initial_load_path is ignored: resuming from %s", own)
+        if own is None and (not given or self.config.initial_load_in_hf):
             self._check_exclude(())
-        if not given:
+            if given:
+                assert self._load_hf is not None and isinstance(self.model, Transformer)
+                exclude = self.config.exclude_from_loading
+                self.load_report = self._load_hf(Path(given), self.model, self._ranks, exclude)
             return None
-        if self.config.initial_load_in_hf:
-            assert self._load_hf is not None and isinstance(self.model, Transformer)
-            exclude = self.config.exclude_from_loading
-            self.load_report = self._load_hf(Path(given), self.model, self._ranks, exclude)
+        path = own or self._ranks.on_rank_0(lambda: folders.find_checkpoint(str(given)))
+        if own is None and model_only:
+            self._load_weights(path, other_heads=True)
             return None
-        path = self._ranks.on_rank_0(lambda: folders.find_checkpoint(given))
-        if not self.config.initial_load_model_only:
-            if self._ranks.on_rank_0(lambda: folders.kind_of(path)) != FULL:
-                raise UserError(
-                    f"{path}: holds the model only; name a full step in "
-                    "checkpoint.initial_load_path, or set checkpoint.initial_load_model_only = true"
-                )
+        if self._ranks.on_rank_0(lambda: folders.kind_of(path)) == FULL:
             return self._resume(path)
-        self._load_weights(path, other_heads=True)
-        return None
+        if own is None:
+            raise UserError(
+                f"{path}: holds the model only; name a full step in checkpoint.initial_load_path, "
+                "or set checkpoint.initial_load_model_only = true"
+            )
+        logger.warning("%s holds the model only: training starts at step 0 with it", path)
+        self._load_weights(path)
+        return 0
 
-    def _choose(self) -> tuple[Path, str] | None:
-        """The checkpoint of this run's folder to load, and its kind (rank 0)."""
+    def _choose(self) -> Path | None:
+        """The checkpoint of this run's folder to load (rank 0)."""
         asked, folder = self.config.load_step, self.folder
         folders.warn_about_leftovers(folder)
         step = folders.chosen_step(folder, asked)
@@ -299,10 +293,7 @@ class Checkpointer:
                 "renames them; then start without checkpoint.load_step to go on",
                 *(asked, newest, folder),
             )
-        if step is None:
-            return None
-        path = folders.step_folder(folder, step)
-        return path, folders.kind_of(path)
+        return None if step is None else folders.step_folder(folder, step)
 
     def _load_weights(self, path: Path, other_heads: bool = False, resume: bool = False) -> Opened:
         opened = open_checkpoint(path, self._ranks, self.config.verify)

@@ -9,8 +9,8 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -229,9 +229,7 @@ def load_opened_weights(
     wanted = {n: t for n, t in states_of.model_state(model).items() if not excluded(n, exclude)}
     offered = {name for name in stored if not excluded(name, exclude)}
     aliases = {name: {name} for name in wanted} | aliases_of(model)
-    missing = [name for name in wanted if aliases[name].isdisjoint(offered)]
-    unexpected = sorted(offered - wanted.keys())
-    check_names(opened.path, missing, unexpected, offered, other_heads)
+    report = compare_names(opened.path, wanted, offered, other_heads, aliases)
     targets = {name: tensor for name, tensor in wanted.items() if name in offered}
     cast = [
         name
@@ -241,7 +239,7 @@ def load_opened_weights(
     _read_tensors(opened, targets, aliases, stored, ranks)
     checked = {stored[n]: t for n, t in targets.items() if allow_cast or n in cast}
     ranks.on_all(lambda: _check_finite(opened, checked))
-    report = LoadReport(tuple(missing), tuple(unexpected), tuple(cast))
+    report = replace(report, cast=tuple(cast))
     log_report(opened.path, report)
     return report
 
@@ -293,14 +291,16 @@ def _unit(name: str) -> str:
     return ".".join(parts[:3]) if parts[:2] == ["mtp", "heads"] else name
 
 
-def check_names(
+def compare_names(
     path: Path,
-    missing: Sequence[str],
-    unexpected: Sequence[str],
+    wanted: Collection[str],
     offered: set[str],
     other_heads: bool,
-) -> None:
-    """Refuse what is missing or unexpected beyond what is allowed, and a head there in part."""
+    aliases: Mapping[str, set[str]],
+) -> LoadReport:
+    """What is missing or unexpected. Error: beyond what is allowed, or a head there in part."""
+    missing = tuple(name for name in wanted if aliases.get(name, {name}).isdisjoint(offered))
+    unexpected = tuple(sorted(offered.difference(wanted)))
     free = ("mtp.",) if other_heads else ()
     absent = [name for name in missing if not name.startswith(free)]
     extra = [name for name in unexpected if not name.startswith(free)]
@@ -311,13 +311,14 @@ def check_names(
             f"{path}: {found}; choose the model that it was saved from, or name them in "
             "checkpoint.exclude_from_loading"
         )
-    loaded_units = {_unit(name) for name in offered - set(unexpected)}
+    loaded_units = {_unit(name) for name in offered.intersection(wanted)}
     partial = [name for name in (*missing, *unexpected) if _unit(name) in loaded_units]
     if partial:
         raise UserError(
             f"{path}: head {_unit(partial[0])} is of another kind: {names_line(partial)} differ; "
             "set mtp.heads as it was saved, or put mtp into checkpoint.exclude_from_loading"
         )
+    return LoadReport(missing, unexpected)
 
 
 def check_entry(

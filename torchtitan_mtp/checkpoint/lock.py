@@ -35,10 +35,7 @@ def written_folders(config: JobConfig) -> dict[Path, str]:
 def lock_folders(folders: Mapping[Path, str], held: ExitStack) -> None:
     """Make folders (each with the key that sets it) and keep other runs out of them until `held` is
     closed or this process is gone: the lock is the kernel's. Its file only says who had it last.
-
-    Raises:
-        UserError: another run has one: its host, process and start; or it can't be written to.
-    """
+    Error: another run has one: its host, process and start; or it can't be written to."""
     for folder, key in folders.items():
         try:
             folder.mkdir(parents=True, exist_ok=True)

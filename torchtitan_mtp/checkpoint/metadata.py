@@ -60,14 +60,10 @@ def bare_name(name: str) -> bool:
 
 
 def read_metadata(path: Path, entry: FileEntry | None = None) -> Metadata:
-    """The `.metadata` of a DCP folder, checked.
+    """The `.metadata` of a DCP folder, compared with its entry in the manifest, where there is one.
 
-    Args:
-        entry: the file's entry in the manifest, to compare it with.
-
-    Raises:
-        UserError: the file is absent, damaged, holds anything but DCP's own classes, or the
-            folder lacks a file that it names or has it shorter than it must be.
+    Error: the file is absent, damaged, holds anything but DCP's own classes, or the folder lacks a
+    file that it names or has it shorter than it must be.
     """
     file = path / ".metadata"
     if not file.is_file():

@@ -18,12 +18,8 @@ def find_origin(config: JobConfig) -> tuple[int, str, bool]:
     """The seed of a run and the type it computes in: the configured ones; else, without a seed or
     with "auto", the run's until now, by its config.toml; else a drawn seed, and "auto". And whether
     its model has what its flavor had before it became TorchTitan's, by the checkpoint that it
-    resumes from or starts with (`keeps_earlier`).
-
-    Raises:
-        UserError: the newest checkpoint, or config.toml, is damaged; a seed is to be made where
-            there is more.
-    """
+    resumes from or starts with (`keeps_earlier`). Error: the newest checkpoint, or config.toml, is
+    damaged; a seed is to be made where there is more."""
     checkpoint, training, path = config.checkpoint, config.training, None
     seed, precision = training.seed, training.mixed_precision_param
     if checkpoint.enable:

@@ -15,10 +15,8 @@ class RemotePath:
     """A file or folder of a file system that fsspec knows: `s3://bucket/run`, `memory://run`.
 
     It goes for a `pathlib.Path` in this folder: the methods have its meanings and raise OSErrors.
-    There is no rename of a folder at one stroke (folders.py says what follows from that).
-
-    Raises:
-        UserError: no such kind of store, or its package is not installed.
+    There is no rename of a folder at one stroke (folders.py says what follows from that). Error: no
+    such kind of store, or its package is not installed.
     """
 
     def __init__(self, url: str) -> None:

@@ -94,10 +94,8 @@ def restore(
     What `exclude` (checkpoint.exclude_from_loading) names starts anew, and so does what belongs to
     it: the moments of its parameters, the schedule of a run that counts from 0. A log line says so.
     The optimizer's hyperparameters stay as they are. Generators are per rank: with another number
-    of ranks they start anew, and a log line says so.
-
-    Raises:
-        UserError: a state is absent, or the optimizers differ.
+    of ranks they start anew, and a log line says so. Error: a state is absent, or the optimizers
+    differ.
     """
     without = {*exclude, *(["lr_scheduler"] if "train_state" in exclude else [])}
     extra = {name: item for name, item in extra.items() if name not in without}

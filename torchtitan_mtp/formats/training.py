@@ -10,7 +10,7 @@ import torch
 
 from torchtitan_mtp.build import differing_sizes, write_spec_to_config
 from torchtitan_mtp.checkpoint.folders import back_up
-from torchtitan_mtp.checkpoint.load import LoadReport, check_names, excluded, log_report
+from torchtitan_mtp.checkpoint.load import LoadReport, compare_names, excluded, log_report
 from torchtitan_mtp.checkpoint.record import check_record, record_of, record_of_model
 from torchtitan_mtp.checkpoint.state import model_state
 from torchtitan_mtp.config import JobConfig
@@ -64,12 +64,9 @@ def _load(path: Path, model: Transformer, exclude: Sequence[str]) -> LoadReport:
     offered = {key for key in found.kinds if not excluded(key, exclude)}
     if any(key.startswith("mtp.") for key in wanted.keys() & offered):
         check_record(path, record_of(spec), record_of_model(model), exclude)
-    missing = [key for key in wanted if key not in offered]
-    unexpected = sorted(offered - wanted.keys())
-    check_names(path, missing, unexpected, offered, other_heads=True)
+    report = compare_names(path, wanted, offered, other_heads=True, aliases={})
     for key in wanted.keys() & offered:
         copy_full_tensor(wanted[key], found.read(key).to(wanted[key].device))
-    report = LoadReport(tuple(missing), tuple(unexpected))
     log_report(path, report)
     return report
 
