@@ -62,8 +62,7 @@ class Checkpointer:
     Attributes:
         load_report: what the last `load` left out; None before, and when nothing was loaded.
 
-    Raises:
-        UserError: last_save_in_hf with a folder in an object store.
+    Error: last_save_in_hf with a folder in an object store.
     """
 
     def __init__(
@@ -104,11 +103,9 @@ class Checkpointer:
 
     def should_save(self, step: int, last: bool = False) -> bool:
         """Whether `save(step, last)` saves: each interval, the last step, the first when asked."""
-        config = self.config
-        if not self.saves:
-            return False
-        first = step == 1 and config.enable_first_step_checkpoint
-        return last or first or (step > 0 and step % config.interval == 0)
+        first = step == 1 and self.config.enable_first_step_checkpoint
+        due = last or first or (step > 0 and step % self.config.interval == 0)
+        return self.saves and due
 
     def save(self, step: int, last: bool = False, *, force: bool = False) -> bool:
         """Save after `step` steps, if it is due; all ranks call it together.

@@ -172,13 +172,16 @@ def back_up(path: Path, kind: str = "") -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a folder; a remote one stops to count as finished first."""
+    """Remove a folder, which stops to count first, so that dying leaves no half step; and those
+    that an earlier death left."""
     if isinstance(path, RemotePath):
         for name in (MANIFEST, ".metadata"):
             (path / name).unlink(missing_ok=True)
         path.remove_tree()
     else:
-        shutil.rmtree(path)
+        for removing in path.parent.glob(f"step-*{_REMOVING}"):
+            shutil.rmtree(removing, ignore_errors=True)
+        shutil.rmtree(path.rename(path.with_name(f"{path.name}{_REMOVING}")))
 
 
 def steps_to_remove(kinds: dict[int, str], keep: int, written: int) -> list[int]:
@@ -195,16 +198,9 @@ def remove_old(folder: Path, keep: int, written: int) -> None:
     found = ((step, whole_kind(step_folder(folder, step))) for step in finished_steps(folder))
     whole = {step: kind for step, kind in found if kind is not None}
     for step in steps_to_remove(whole, keep, written):
-        path = step_folder(folder, step)
         logger.info("removing step-%d (checkpoint.keep_latest_k = %d)", step, keep)
-        if isinstance(path, RemotePath):
-            with contextlib.suppress(OSError):
-                remove(path)
-        else:
-            path.rename(path.with_name(f"{path.name}{_REMOVING}"))  # dying leaves no half step
-    if not isinstance(folder, RemotePath):
-        for removing in folder.glob(f"step-*{_REMOVING}"):  # those of an earlier death, too
-            shutil.rmtree(removing, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            remove(step_folder(folder, step))
 
 
 def find_checkpoint(path: str | os.PathLike[str]) -> Path:

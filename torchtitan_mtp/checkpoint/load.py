@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from torchtitan_mtp.checkpoint import state as states_of
+from torchtitan_mtp.checkpoint.checksums import FileEntry
 from torchtitan_mtp.checkpoint.folders import find_checkpoint
 from torchtitan_mtp.checkpoint.manifest import Manifest, read_manifest
 from torchtitan_mtp.checkpoint.metadata import read_metadata
@@ -68,15 +69,15 @@ class LoadReport:
 class Opened:
     """A checkpoint whose files are all there, and whose content is compared as it is read.
 
-    `manifest` is None where other tools wrote it; `verify`: whether to compare contents; `record`:
-    the manifest's, else what the config.toml near it says.
+    `manifest` is None where other tools wrote it; `sums`: the manifest's of its files, empty where
+    contents are not compared; `record`: the manifest's, else what the config.toml near it says.
     """
 
     path: Path
     metadata: Metadata
     manifest: Manifest | None
-    verify: bool = True
-    record: Record | None = None
+    sums: dict[str, FileEntry]
+    record: Record | None
 
     @property
     def stored(self) -> dict[str, Any]:
@@ -92,10 +93,9 @@ def open_checkpoint(path: Path, ranks: Ranks, verify: bool = True) -> Opened:
 
     def read() -> Opened:
         manifest = read_manifest(path)
-        if manifest is None:
-            return Opened(path, read_metadata(path), None, verify, record_beside(path))
-        metadata = read_metadata(path, manifest.files.get(".metadata") if verify else None)
-        return Opened(path, metadata, manifest, verify, manifest.record or record_beside(path))
+        sums = manifest.files if manifest and verify else {}
+        record = (manifest.record if manifest else None) or record_beside(path)
+        return Opened(path, read_metadata(path, sums.get(".metadata")), manifest, sums, record)
 
     opened = ranks.on_all(read)
     if opened.manifest is None and verify:
@@ -110,9 +110,7 @@ def read_states(opened: Opened, states: dict[str, Any], ranks: Ranks) -> None:
         states_of.quiet()
         dcp.load(
             states,
-            storage_reader=SafeReader(
-                opened.path, opened.metadata, opened.manifest if opened.verify else None
-            ),
+            storage_reader=SafeReader(opened.path, opened.metadata, opened.sums),
             planner=SafeLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
             process_group=ranks.group,
             no_dist=not ranks.distributed,

@@ -55,13 +55,12 @@ def read_manifest(path: Path) -> Manifest | None:
         body = json.loads(file.read_text())
         intact = body.pop("sha256") == _digest(body)
         whole = intact and all(map(bare_name, body["files"])) and body["kind"] in (FULL, MODEL_ONLY)
-        if whole:
-            check_sizes(path, {name: file["bytes"] for name, file in body["files"].items()}, NAME)
-        if whole and body["format"] == 1:
-            files = _entries_of_format_1(path, body["files"])
-            return Manifest(body["step"], body["kind"], body["world_size"], files)
-        if whole and (body["format"], body.get("piece")) == (FORMAT, PIECE):
-            files = {name: FileEntry(**entry) for name, entry in body["files"].items()}
+        if whole and body["format"] in (1, FORMAT) and body.get("piece", PIECE) == PIECE:
+            listed = body["files"]
+            check_sizes(path, {name: entry["bytes"] for name, entry in listed.items()}, NAME)
+            if body["format"] == 1:
+                _check_whole_files(path, listed)
+            files = {n: FileEntry(e["bytes"], e.get("crc32", "")) for n, e in listed.items()}
             told = body.get("record"), body.get("tokenizer")
             return Manifest(body["step"], body["kind"], body["world_size"], files, *told)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -71,8 +70,8 @@ def read_manifest(path: Path) -> Manifest | None:
     raise UserError(f"{file}: its checksum is wrong: damaged; {remedy(file)}")
 
 
-def _entries_of_format_1(path: Path, listed: dict[str, Any]) -> dict[str, FileEntry]:
-    """Entries for files that are listed with the SHA-256 of their whole content, compared here."""
+def _check_whole_files(path: Path, listed: dict[str, Any]) -> None:
+    """Error: a file is not what was written, by the SHA-256 of its whole content (format 1)."""
     for name, entry in listed.items():
         digest = hashlib.sha256()
         with (path / name).open("rb") as stream:
@@ -82,4 +81,3 @@ def _entries_of_format_1(path: Path, listed: dict[str, Any]) -> dict[str, FileEn
             raise UserError(
                 f"{path / name}: its SHA-256 is not the manifest's; {remedy(path / name)}"
             )
-    return {name: FileEntry(entry["bytes"], "") for name, entry in listed.items()}

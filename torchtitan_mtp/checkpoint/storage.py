@@ -29,7 +29,6 @@ from torch.futures import Future as TorchFuture
 from torch.utils.serialization import config
 
 from torchtitan_mtp.checkpoint.checksums import FileEntry, SummedStream, check_piece, pieces_of
-from torchtitan_mtp.checkpoint.manifest import Manifest
 from torchtitan_mtp.checkpoint.remote import RemotePath
 from torchtitan_mtp.errors import UserError
 
@@ -82,15 +81,15 @@ class SummingWriter(FileSystemWriter):
 class SafeReader(FileSystemReader):
     """DCP's reader over metadata that has been read and checked already.
 
-    With a manifest, every byte is compared with what was written before anything is made of it.
+    With sums of its files, every byte is compared before anything is made of it.
     """
 
-    def __init__(self, folder: Path, metadata: Metadata, manifest: Manifest | None = None) -> None:
+    def __init__(self, folder: Path, metadata: Metadata, sums: dict[str, FileEntry]) -> None:
         super().__init__(str(folder))
         if isinstance(folder, RemotePath):
             self.fs: Any = FsspecFileSystem()
             self.path = self.fs.init_path(str(folder))
-        self._folder, self._checked, self._manifest = folder, metadata, manifest
+        self._folder, self._checked, self._sums = folder, metadata, sums
         self._checks: dict[tuple[str, int], Future[None]] = {}
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
@@ -104,11 +103,8 @@ class SafeReader(FileSystemReader):
             return info.relative_path, info.offset, info.length
 
         plan = replace(plan, items=sorted(plan.items, key=span))
-        if self._manifest is None:
-            return super().read_data(plan, planner)
-        files = self._manifest.files
-        spans = [span(item) for item in plan.items]
-        pieces = {(name, n): files[name] for name, *where in spans for n in pieces_of(*where)}
+        spans = map(span, plan.items if self._sums else ())
+        pieces = {(name, n): self._sums[name] for name, *at in spans for n in pieces_of(*at)}
         pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="checksums")
         self._checks = {
             (name, number): pool.submit(check_piece, self._folder / name, entry, number)
@@ -120,7 +116,7 @@ class SafeReader(FileSystemReader):
             pool.shutdown(cancel_futures=True)
 
     def _slice_file(self, file: Any, sinfo: Any) -> IO[bytes]:
-        for number in pieces_of(sinfo.offset, sinfo.length) if self._manifest else ():
+        for number in pieces_of(sinfo.offset, sinfo.length) if self._sums else ():
             self._checks[sinfo.relative_path, number].result()
         return super()._slice_file(file, sinfo)
 
