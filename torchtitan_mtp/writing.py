@@ -18,18 +18,18 @@ def written_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
         OSError: it can't be written.
     """
     given, target = Path(path), Path(os.path.realpath(path))
-    in_place = given.exists() and not given.is_file()
-    aside = given if in_place else target.with_name(f".{os.getpid()}.tmp.{target.name}")
+    if given.exists() and not given.is_file():
+        yield given
+        return
+    aside = target.with_name(f".{os.getpid()}.tmp.{target.name}")
     try:
         yield aside
-        if not in_place:
-            sync(aside)
-            aside.replace(target)
-            sync(target.parent)
+        sync(aside)
+        aside.replace(target)
+        sync(target.parent)
     finally:
-        if not in_place:
-            with suppress(OSError):
-                aside.unlink()
+        with suppress(OSError):
+            aside.unlink()
 
 
 def sync(path: Path) -> None:

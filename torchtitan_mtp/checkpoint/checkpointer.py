@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.stateful import Stateful
 from torchtitan_mtp.checkpoint import folders
 from torchtitan_mtp.checkpoint import state as states_of
 from torchtitan_mtp.checkpoint.load import (
+    OTHER_STATES,
     LoadReport,
     Opened,
     excluded,
@@ -34,7 +35,7 @@ from torchtitan_mtp.checkpoint.manifest import FULL, MODEL_ONLY, Manifest
 from torchtitan_mtp.checkpoint.record import record_of_model
 from torchtitan_mtp.checkpoint.remote import RemotePath
 from torchtitan_mtp.checkpoint.resume import restore
-from torchtitan_mtp.checkpoint.state import OPTIMIZER, RNG
+from torchtitan_mtp.checkpoint.state import RNG
 from torchtitan_mtp.checkpoint.storage import SummingWriter
 from torchtitan_mtp.config import Checkpoint
 from torchtitan_mtp.data.tokenizer import Tokenizer
@@ -305,7 +306,7 @@ class Checkpointer:
 
     def _check_exclude(self, stored: Iterable[str]) -> None:
         """Every entry of exclude_from_loading means something, here or in the checkpoint."""
-        states = {"model", OPTIMIZER, RNG, "lr_scheduler", "dataloader", "train_state", *self.extra}
+        states = {"model", *OTHER_STATES, *self.extra}
         names = [*states_of.model_state(self.model), *stored, "mtp.heads.0"]
         for entry in self.config.exclude_from_loading:
             if entry not in states and not any(excluded(name, (entry,)) for name in names):

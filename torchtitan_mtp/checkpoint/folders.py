@@ -176,8 +176,8 @@ def remove(path: Path) -> None:
     that an earlier death left."""
     if isinstance(path, RemotePath):
         for name in (MANIFEST, ".metadata"):
-            (path / name).unlink(missing_ok=True)
-        path.remove_tree()
+            (path / name).remove()
+        path.remove()
     else:
         for removing in path.parent.glob(f"step-*{_REMOVING}"):
             shutil.rmtree(removing, ignore_errors=True)

@@ -40,7 +40,7 @@ from torchtitan_mtp.models.rope import rope_mismatch
 logger = logging.getLogger(__name__)
 
 # What lies beside the model in a full checkpoint, here and in TorchTitan's.
-_OTHER_STATES = {"optimizer", "lr_scheduler", "dataloader", "train_state", "rng"}
+OTHER_STATES = {"optimizer", "lr_scheduler", "dataloader", "train_state", "rng"}
 # What torch.load adds to its reason: to run what is in the file.
 _ADVICE = (
     r"Weights only load failed\.|(This file can still|Please file an).*?WeightsUnpickler error:|"
@@ -162,7 +162,7 @@ def stored_model_names(opened: Opened) -> dict[str, str]:
     keys = [
         key
         for key, entry in opened.stored.items()
-        if isinstance(entry, TensorStorageMetadata) and key.split(".")[0] not in _OTHER_STATES
+        if isinstance(entry, TensorStorageMetadata) and key.split(".")[0] not in OTHER_STATES
     ]
     # TorchTitan before v0.1 nested the model under "model."
     nested = bool(keys) and all(key.startswith("model.") for key in keys)

@@ -8,6 +8,8 @@ from pathlib import Path, PurePosixPath
 from types import SimpleNamespace
 from typing import IO, Any, cast
 
+from fsspec.core import url_to_fs  # comes with torch
+
 from torchtitan_mtp.errors import UserError
 
 
@@ -20,11 +22,9 @@ class RemotePath:
     """
 
     def __init__(self, url: str) -> None:
-        import fsspec  # comes with torch
-
         self.url = url.rstrip("/")
         try:
-            self.fs, self.path = fsspec.core.url_to_fs(self.url)
+            self.fs, self.path = url_to_fs(self.url)
         except (ImportError, ValueError) as error:
             raise UserError(f"{url}: can't be reached through fsspec: {error}") from error
 
@@ -77,11 +77,8 @@ class RemotePath:
         """A copy and a removal, in most stores."""
         self.fs.mv(self.path, target.path, recursive=True)
 
-    def unlink(self, missing_ok: bool = False) -> None:
-        if self.exists() or not missing_ok:
-            self.fs.rm_file(self.path)
-
-    def remove_tree(self) -> None:
+    def remove(self) -> None:
+        """The file, or the folder with all that is in it; nothing where there is neither."""
         if self.exists():
             self.fs.rm(self.path, recursive=True)
 
