@@ -222,8 +222,7 @@ def find_checkpoint(path: str | os.PathLike[str]) -> Path:
     own = given
     if (config := given / "config.toml").is_file():
         own = checkpoint_folder(given, load_toml(_local(config)).checkpoint.folder)
-    inside = [entry for entry in given.iterdir() if entry.is_dir()]
-    for places in ([given], [own], [given / "checkpoint"], inside):
+    for places in ([given], [own], [given / "checkpoint"], given.iterdir()):
         found = [folder for folder in places if finished_steps(folder)]
         if len(found) > 1:
             names = ", ".join(sorted(folder.name for folder in found))
