@@ -21,7 +21,7 @@ from torchtitan_mtp.checkpoint.origin import completed, find_origin
 from torchtitan_mtp.checkpoint.resume import LoaderState, TrainState, settings_of
 from torchtitan_mtp.config import JobConfig, to_toml
 from torchtitan_mtp.config.values import further_heads
-from torchtitan_mtp.data.run import loaders_of_run, micro_batches_per_step
+from torchtitan_mtp.data.run import loaders_from_config, micro_batches_per_step
 from torchtitan_mtp.data.targets import IGNORE, Batch, make_batch
 from torchtitan_mtp.data.tokenizer import build_tokenizer
 from torchtitan_mtp.distributed.agreement import agree, shared_settings
@@ -105,7 +105,7 @@ class Trainer:
         fits = functools.partial(check_run, config, model, self.device, self.world.size)
         self.ranks.on_all(lambda: fits(self.accumulation))
         self.loader, self.validation = self.ranks.on_all(
-            lambda: loaders_of_run(config, self.tokenizer, self.world.rank, self.world.size)
+            lambda: loaders_from_config(config, self.tokenizer, self.world.rank, self.world.size)
         )
         loaders = {"training": self.loader, "validation": self.validation}
         for name, loader in loaders.items():

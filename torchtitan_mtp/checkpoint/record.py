@@ -110,7 +110,7 @@ def check_tokenizer(checkpoint: Path, path: str, tokenizer: Tokenizer | None = N
     if not path or manifest is None or manifest.tokenizer is None:
         return
     ours = tokenizer or build_tokenizer(path)
-    if not ours.go_on_as(manifest.tokenizer):
+    if not ours.resume_as(manifest.tokenizer):
         place = path if path == "byte" else os.path.abspath(os.path.expanduser(path))
         raise UserError(
             f"{checkpoint}: goes with the tokenizer {manifest.tokenizer}; {place} is another, "

@@ -15,7 +15,7 @@ from torchtitan_mtp.writing import written_whole
 SUFFIXES = (".gz", ".zst")
 
 
-def decompressed(path: Path) -> Path:
+def decompress(path: Path) -> Path:
     """The contents of a .gz or .zst file, as a file in this user's folder below the temporary one.
 
     It is named by the SHA-256 of the compressed file, so it is made once for all runs, and appears
@@ -61,7 +61,7 @@ def _decompress_frames(data: BinaryIO, zstd: Any) -> Iterator[bytes]:
         raise EOFError("the file ends within a frame")
 
 
-def name_within(path: Path) -> str:
+def uncompressed_name(path: Path) -> str:
     """The name of what is in the file, in lower case: without .gz or .zst."""
     name = path.name.lower()
     return name.rpartition(".")[0] if name.endswith(SUFFIXES) else name

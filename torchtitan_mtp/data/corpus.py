@@ -1,8 +1,8 @@
-"""A random-access source as one stream of tokens an epoch, of which each lane reads a stretch.
+"""A random-access source as one stream of tokens an epoch, of which each lane reads a segment.
 
 An epoch is all documents of the split, laid end to end in an order shuffled anew, and lane l of V
-reads an equal stretch of it. So a lane's share is measured in tokens and not in documents, and a
-long document is cut over several lanes. Stretches are measured in the sizes of `Corpus.sizes`;
+reads an equal segment of it. So a lane's share is measured in tokens and not in documents, and a
+long document is cut over several lanes. Segments are measured in the sizes of `Corpus.sizes`;
 an end that falls inside a document, at a fraction f of its size, is an end at token
 round(f * tokens) for both neighbours: every token is read once an epoch, however rough the sizes.
 """
@@ -61,7 +61,7 @@ class Epoch:
     """Documents in reading order, [D] int64, and their sizes up to and with each, summed, [D]."""
 
     order: np.ndarray
-    ends: np.ndarray
+    cumulative_sizes: np.ndarray
 
 
 class Corpus:
@@ -87,7 +87,7 @@ class Corpus:
 
     @functools.cached_property
     def sizes(self) -> np.ndarray:
-        """What stretches are measured in, at the documents' numbers, int64 [len(source)]: tokens,
+        """What segments are measured in, at the documents' numbers, int64 [len(source)]: tokens,
         where they are known (bytes are) or quickly counted; else roughly in proportion. 0 of a
         record that is skipped."""
         sizes = self.source.sizes().clip(min=0)

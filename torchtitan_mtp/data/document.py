@@ -17,7 +17,7 @@ class Document(NamedTuple):
     prompt: str = ""
 
 
-def document_of(record: Any, text_field: str) -> Document:
+def to_document(record: Any, text_field: str) -> Document:
     """The document of a record {text_field: TEXT} or {"prompt": TEXT, "completion": TEXT}. Raises
     ValueError, saying what was found, if it is neither."""
     fields = record if isinstance(record, dict) else {}

@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Set
 from pathlib import Path
 
-from torchtitan_mtp.data.compressed import name_within
+from torchtitan_mtp.data.compressed import uncompressed_name
 from torchtitan_mtp.errors import UserError
 
 # What is read of a folder. A file that is named itself, or by a glob, may have any suffix: it is
@@ -192,7 +192,7 @@ def _each_once(root: Path, files: list[Path], left_out: LeftOut) -> list[Path]:
 
 def _split_of(path: Path, kinds: tuple[str, ...]) -> str | None:
     """The split that a file of those suffixes is of, by its folders' names or else its own."""
-    if name_within(path).endswith(kinds):
+    if uncompressed_name(path).endswith(kinds):
         for text in (f"{path.parent}/", path.name):
             if found := [*_SPLITS.finditer(text)]:
                 return found[-1].lastgroup

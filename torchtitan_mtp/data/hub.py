@@ -5,7 +5,7 @@ import logging
 from collections.abc import Iterator
 from typing import Any
 
-from torchtitan_mtp.data.document import Document, document_of
+from torchtitan_mtp.data.document import Document, to_document
 from torchtitan_mtp.data.files import BadRecords
 from torchtitan_mtp.errors import UserError, import_optional
 
@@ -75,7 +75,7 @@ class StreamSource:
             if number % step != first:
                 continue
             try:
-                document = document_of(record, self._text_field)
+                document = to_document(record, self._text_field)
             except ValueError as e:
                 self._bad.add(where, str(e))
                 if self._bad.count == 1:

@@ -39,42 +39,42 @@ class Lane:
     """
 
     def __init__(self, pieces: Iterator[Piece], position: Position) -> None:
-        """position: of a lane that went as far; of the first piece, for one that begins."""
+        """position: where the lane continues; the first piece's, for a new lane."""
         self._pieces = pieces
         self._first = position
-        # What the next window begins in, and what the last one looked ahead into.
-        self._open: deque[Piece] = deque()
-        self._offset = int(position.get("offset", 0))  # of the next window, in the first open piece
-        self._held = -self._offset  # open tokens from there on
+        # The piece that the next window begins in, and those read ahead for the last window.
+        self._buffer: deque[Piece] = deque()
+        self._offset = int(position.get("offset", 0))  # in the first piece
+        self._buffered = -self._offset  # tokens from there on
 
     def position(self) -> Position:
         """Where the next window begins, as plain data: the piece and the token in it."""
-        piece = self._open[0].position if self._open else self._first
+        piece = self._buffer[0].position if self._buffer else self._first
         return {**piece, "offset": self._offset}
 
     def next_window(self, seq_len: int, lookahead: int) -> Window | None:
         """The next window, of one row [S+n]; at the end of the pieces padded, then None."""
         width = seq_len + lookahead
-        while self._held < width and (piece := next(self._pieces, None)) is not None:
-            self._open.append(piece)
-            self._held += piece.stop - piece.start
-        if self._held < 2:  # a token without a next one: nothing to predict
+        while self._buffered < width and (piece := next(self._pieces, None)) is not None:
+            self._buffer.append(piece)
+            self._buffered += piece.stop - piece.start
+        if self._buffered < 2:  # a token without a next one: nothing to predict
             return None
-        window = self.cut(width)
+        window = self.peek(width)
         self._offset += seq_len
-        self._held -= seq_len
-        while self._open and self._offset >= self._open[0].stop - self._open[0].start:
-            piece = self._open.popleft()
+        self._buffered -= seq_len
+        while self._buffer and self._offset >= self._buffer[0].stop - self._buffer[0].start:
+            piece = self._buffer.popleft()
             self._offset -= piece.stop - piece.start
         return window
 
-    def cut(self, width: int) -> Window:
-        """The next tokens as far as they are there, [width], padded; `loss_mask` is of all."""
+    def peek(self, width: int) -> Window:
+        """The next `width` tokens, padded where none are buffered, with a `loss_mask` always."""
         tokens = np.zeros(width, np.int64)
         doc_ids = np.full(width, PADDING, np.int64)
         loss_mask = np.zeros(width, np.bool_)
         filled, skipped = 0, self._offset
-        for doc_id, (document, start, stop, _) in enumerate(self._open):
+        for doc_id, (document, start, stop, _) in enumerate(self._buffer):
             if filled == width:
                 break
             start += skipped
@@ -87,16 +87,15 @@ class Lane:
         return Window(*map(torch.from_numpy, (tokens, doc_ids, loss_mask)))
 
 
-def stretches(
+def corpus_pieces(
     corpus: Corpus, lane: int, num_lanes: int, position: Position, dealt: bool = False
 ) -> Iterator[Piece]:
-    """A lane's stretch of every epoch of a corpus, one epoch after another.
+    """A lane's segment of every epoch of a corpus, one epoch after another.
 
-    Lane l of V reads stretch (l + e) mod V of epoch e. A stretch that ends inside a document takes
-    the next token along, as a target that the stretch which begins with it does not have: in an
-    epoch every token that has one before it is a target of head 1 once. dealt: document i of the
-    corpus to lane i mod V, whole, as runs read, and go on reading, that began before there were
-    stretches.
+    Lane l of V reads segment (l + e) mod V of epoch e. A segment that ends inside a document also
+    reads the next token, as a target only: the segment that begins with it has it as an input
+    only. So in an epoch every token but a document's first is a target of head 1 once. dealt: whole
+    documents, document i to lane i mod V, as in runs that began before there were segments.
     """
     index = position.get("index")
     for number in itertools.count(int(position["epoch"])):
@@ -104,13 +103,14 @@ def stretches(
             order = shuffled(corpus.documents[lane::num_lanes], corpus.seed, lane, number)
             epoch, first, last = Epoch(order, np.arange(1, len(order) + 1)), 0, len(order)
         else:
-            epoch, stretch = corpus.epoch(number), (lane + number) % num_lanes
-            total = int(epoch.ends[-1])
-            first, last = (total * i // num_lanes for i in (stretch, stretch + 1))
+            epoch, segment = corpus.epoch(number), (lane + number) % num_lanes
+            total = int(epoch.cumulative_sizes[-1])
+            first, last = (total * i // num_lanes for i in (segment, segment + 1))
+        ends = epoch.cumulative_sizes
         if index is None:
-            index = int(np.searchsorted(epoch.ends, first, side="right"))
+            index = int(np.searchsorted(ends, first, side="right"))
         for i in range(index, len(epoch.order)):
-            begin, end = int(epoch.ends[i - 1]) if i else 0, int(epoch.ends[i])
+            begin, end = int(ends[i - 1]) if i else 0, int(ends[i])
             document = corpus.encode(int(epoch.order[i]))
             tokens, size = len(document.tokens), end - begin or 1
             start, stop = (
@@ -125,10 +125,10 @@ def stretches(
         index = None
 
 
-def stream_share(
+def stream_pieces(
     source: StreamSource, tokenizer: Tokenizer, lane: int, num_lanes: int, position: Position
 ) -> Iterator[Piece]:
-    """A lane's share of a sequential source, again and again, in its own order."""
+    """A lane's share of a sequential source, epoch after epoch, in the source's own order."""
     epoch, place = int(position["epoch"]), position.get("stream")
     empty = False
     while not empty:
@@ -144,7 +144,7 @@ def stream_share(
     )
 
 
-def once(
+def one_pass_pieces(
     parts: Sequence[Corpus | StreamSource], shares: Sequence[float], tokenizer: Tokenizer
 ) -> Iterator[Piece]:
     """All documents of the parts, once; it is not resumed. As long as several parts have some left,

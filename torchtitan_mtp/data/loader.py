@@ -1,9 +1,9 @@
 """Windows of tokens for every data rank, in one global order that no world size changes.
 
-The token stream of a run is V lanes, V fixed when the run begins: each reads an equal stretch of
+The token stream of a run is V lanes, V fixed when the run begins: each reads an equal segment of
 every epoch (corpus.py), and cuts it into windows (lanes.py). Window g of the run is the
 next window of lane g mod V, and a step whose global batch is B windows trains on windows
-t*B .. (t+1)*B - 1. With several sources (mixture.py) every lane has a stretch of each.
+t*B .. (t+1)*B - 1. With several sources (mixture.py) every lane has a segment of each.
 
 Data rank r of R, where R divides V, makes the windows with g mod R = r, which come from the lanes
 with l mod R = r. The position of a run is V, the next g, and for each lane and source its document
@@ -23,7 +23,7 @@ import torch
 
 from torchtitan_mtp.data.corpus import Corpus
 from torchtitan_mtp.data.hub import StreamSource
-from torchtitan_mtp.data.lanes import Lane, Position, once, stream_share, stretches
+from torchtitan_mtp.data.lanes import Lane, Position, corpus_pieces, one_pass_pieces, stream_pieces
 from torchtitan_mtp.data.mixture import Mixture
 from torchtitan_mtp.data.order import split_documents
 from torchtitan_mtp.data.sources import Source
@@ -96,7 +96,7 @@ class DataLoader:
         }
         if self.infinite:
             width = self.seq_len + self.num_future_tokens
-            # Stretches of a window at least; a lane of a stream reads whole files.
+            # Segments of a window at least; a lane of a stream reads whole files.
             most = min(
                 int(x.sizes[x.documents].sum()) // width if isinstance(x, Corpus) else x.num_shards
                 for x in self._parts
@@ -173,8 +173,8 @@ class DataLoader:
     def _lane(self, part: Corpus | StreamSource, lane: int, place: Position) -> Lane:
         if isinstance(part, Corpus):
             dealt = self._version == DEALT_DOCUMENTS
-            return Lane(stretches(part, lane, self._num_lanes, place, dealt), place)
-        return Lane(stream_share(part, self.tokenizer, lane, self._num_lanes, place), place)
+            return Lane(corpus_pieces(part, lane, self._num_lanes, place, dealt), place)
+        return Lane(stream_pieces(part, self.tokenizer, lane, self._num_lanes, place), place)
 
     def _snapshot(self) -> State:
         return {
@@ -202,9 +202,9 @@ class DataLoader:
     def _one_pass(self) -> Iterator[Window]:
         # Every rank reads and encodes the whole split, as one lane, and keeps its share: how many
         # windows there are is known to all of them at the same point, without communication.
-        lane = Lane(once(self._parts, self._mixture.shares, self.tokenizer), {})
+        lane = Lane(one_pass_pieces(self._parts, self._mixture.shares, self.tokenizer), {})
         windows = iter(partial(lane.next_window, self.seq_len, self.num_future_tokens), None)
-        padding = Lane(iter(()), {}).cut(self.seq_len + self.num_future_tokens)
+        padding = Lane(iter(()), {}).peek(self.seq_len + self.num_future_tokens)
         together = self.dp_world * self.local_batch_size
         for _, batch in itertools.groupby(enumerate(windows), lambda x: x[0] // together):
             rows = [row for number, row in batch if number % self.dp_world == self.dp_rank]
@@ -218,7 +218,7 @@ class DataLoader:
                 f"dataset {name}: the checkpoint's data position has version {version}, this"
                 f" package reads {DEALT_DOCUMENTS} and {STATE_VERSION}: update it{anew}"
             )
-        self.tokenizer.go_on_as(str(state.get("tokenizer")))
+        self.tokenizer.resume_as(str(state.get("tokenizer")))
         self.identity["tokenizer"] = self.tokenizer.fingerprint
         older = {"documents": self.identity["documents"], "shares": [1.0]}  # which lack these
         for key, mine in self.identity.items():

@@ -49,7 +49,7 @@ class Mixture:
         return bisect.bisect_right(self._bounds, (start + turn * _TURN) % 2**64)
 
 
-def configured_source(
+def source_from_config(
     config: JobConfig, table: Training | Validation
 ) -> Source | StreamSource | Mixture:
     """The documents of config.training or config.validation, without what the run writes.

@@ -9,7 +9,7 @@ from array import array
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from torchtitan_mtp.data.document import SKIPPED, Document, document_of
+from torchtitan_mtp.data.document import SKIPPED, Document, to_document
 from torchtitan_mtp.data.files import BadRecords, DataFile
 from torchtitan_mtp.errors import UserError, import_optional
 
@@ -46,7 +46,7 @@ class ParquetFile:
         group = bisect.bisect_right(self._starts, index) - 1
         table = self._group(group)
         cells = {x: table.column(x)[index - self._starts[group]].as_py() for x in self._columns}
-        return document_of(cells, self._text_field)
+        return to_document(cells, self._text_field)
 
     def _scan(self, batches: Iterable[Any], bad: BadRecords) -> None:
         from pyarrow import large_binary, large_string

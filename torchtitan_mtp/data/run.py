@@ -6,19 +6,19 @@ from functools import partial
 
 from torchtitan_mtp.config import JobConfig
 from torchtitan_mtp.data.loader import DataLoader
-from torchtitan_mtp.data.mixture import configured_source
+from torchtitan_mtp.data.mixture import source_from_config
 from torchtitan_mtp.data.tokenizer import Tokenizer
 from torchtitan_mtp.errors import UserError
 
 
-def loaders_of_run(
+def loaders_from_config(
     config: JobConfig, tokenizer: Tokenizer, rank: int, ranks: int
 ) -> tuple[DataLoader, DataLoader | None]:
     """One data rank's loaders for training and, where it is on, for validation, by the seed in
-    `config`. Errors: those of `configured_source` and `DataLoader`."""
+    `config`. Errors: those of `source_from_config` and `DataLoader`."""
     training, validation = config.training, config.validation
     assert training.seed is not None
-    source = configured_source(config, training)
+    source = source_from_config(config, training)
     held_out = validation.enable and not validation.dataset and not validation.dataset_path
     make = partial(
         DataLoader,
@@ -39,7 +39,7 @@ def loaders_of_run(
     if not validation.enable:
         return loader, None
     return loader, make(
-        source if held_out else configured_source(config, validation),
+        source if held_out else source_from_config(config, validation),
         seq_len=validation.seq_len,
         local_batch_size=validation.local_batch_size,
         split="validation" if held_out else "all",

@@ -142,9 +142,9 @@ def find_source(name: str, **options: Any) -> Source | StreamSource:
 
 
 def _open_file(path: Path, text_field: str, bad: BadRecords) -> Spans | ParquetFile:
-    file, kind = DataFile(path), compressed.name_within(path)
+    file, kind = DataFile(path), compressed.uncompressed_name(path)
     if path.name.lower() != kind:
-        file = DataFile(compressed.decompressed(path), shown=path)
+        file = DataFile(compressed.decompress(path), shown=path)
     if kind.endswith(RECORDS):
         return find_records(file, text_field, bad)
     if kind.endswith(".parquet"):

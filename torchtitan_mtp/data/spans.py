@@ -8,7 +8,7 @@ from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from torchtitan_mtp.data.document import SKIPPED, Document, document_of
+from torchtitan_mtp.data.document import SKIPPED, Document, to_document
 from torchtitan_mtp.data.files import BadRecords, DataFile
 
 MAX_CHARACTERS = 64 << 10
@@ -56,7 +56,7 @@ def _parse_record(line: bytes, text_field: str) -> Document:
         raise ValueError(_not_utf8(e)) from e
     except (ValueError, RecursionError) as e:
         raise ValueError(f"not JSON: {e}; every line must be one record") from e
-    return document_of(record, text_field)
+    return to_document(record, text_field)
 
 
 def find_texts(file: DataFile, bad: BadRecords) -> Spans:

@@ -82,7 +82,7 @@ class Tokenizer:
             return self.of_text
         return f"{self.of_text}:{','.join(map(str, self.prefix))}:{self.eos_id}"
 
-    def go_on_as(self, fingerprint: str) -> bool:
+    def resume_as(self, fingerprint: str) -> bool:
         """Frame documents as the tokenizer with this fingerprint did, of an earlier version or of
         files that have changed since; False: it gave texts other ids."""
         frame = self.usual_frame if fingerprint == self.of_text else None
@@ -153,7 +153,7 @@ class TiktokenTokenizer(Tokenizer):
             special_tokens=self.specials,
         )
         self.vocab_size = self.num_ranks + len(self.specials)
-        said = read_special_tokens(folder_of(path))
+        said = read_special_tokens(model_folder(path))
         ids = said.resolve(self.specials.get, BEGIN_OF_TEXT, END_OF_TEXT)
         prefix = () if ids.bos is None else (ids.bos,)
         self.of_text = f"tiktoken:{hashlib.sha256(data).hexdigest()}"
@@ -210,7 +210,7 @@ class HFTokenizer(Tokenizer):
             self.of_text += f":{':'.join(more) or 'whole'}"
         self.set_special(ids, prefix)
 
-    def gives_ids_of(self, ranks: TiktokenTokenizer) -> bool:
+    def has_same_ids(self, ranks: TiktokenTokenizer) -> bool:
         """Whether the two are of one model, by the number of tokens and the pattern that cuts."""
         cut, size = self._tokenizer.pre_tokenizer, self._tokenizer.get_vocab_size(False)
         pattern = json.dumps(LLAMA3_PATTERN).encode()
@@ -227,7 +227,7 @@ class HFTokenizer(Tokenizer):
         return str(self._tokenizer.decode(known, skip_special_tokens=True))
 
 
-def folder_of(path: Path) -> Path:
+def model_folder(path: Path) -> Path:
     """The model's folder that a tokenizer's file is of; Meta's lie in original/."""
     return path.parent.parent if path.parent.name == "original" else path.parent
 
@@ -260,7 +260,7 @@ def build_tokenizer(path: str) -> Tokenizer:
         if hf is None and file.is_file():
             return TiktokenTokenizer(file)
         with contextlib.suppress(UserError):  # a SentencePiece model beside a tokenizer.json
-            if hf is not None and hf.gives_ids_of(ranks := TiktokenTokenizer(file)):
+            if hf is not None and hf.has_same_ids(ranks := TiktokenTokenizer(file)):
                 ids = SpecialIds(hf.bos_id, hf.eos_id, hf.eos_ids, hf.pad_id)
                 ranks.set_special(ids, hf.prefix)
                 ranks.vocab_size = max(ranks.vocab_size, hf.vocab_size)

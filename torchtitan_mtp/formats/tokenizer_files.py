@@ -13,7 +13,7 @@ from torchtitan_mtp.data.tokenizer import (
     ByteTokenizer,
     TiktokenTokenizer,
     Tokenizer,
-    folder_of,
+    model_folder,
 )
 from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.formats.write import write_json
@@ -48,7 +48,7 @@ def copy_tokenizer(path: str, out: Path, also: tuple[str, ...] = ()) -> bool:
     if is_file := place.is_file():
         name = "tokenizer.json" if place.suffix == ".json" else "tokenizer.model"
         shutil.copyfile(place, out / name)
-        place = folder_of(place)
+        place = model_folder(place)
     else:
         wanted += TOKENIZERS
     found = [file for pattern in wanted for file in place.glob(pattern) if file.is_file()]

@@ -13,7 +13,7 @@ from torchtitan_mtp.config import JobConfig
 from torchtitan_mtp.data.document import SKIPPED, Document
 from torchtitan_mtp.data.hub import StreamSource
 from torchtitan_mtp.data.loader import DataLoader
-from torchtitan_mtp.data.mixture import Mixture, configured_source, parse_entry
+from torchtitan_mtp.data.mixture import Mixture, parse_entry, source_from_config
 from torchtitan_mtp.data.order import split_documents
 from torchtitan_mtp.data.sources import Source, find_source
 from torchtitan_mtp.data.targets import Window
@@ -88,13 +88,13 @@ def find_text(config: JobConfig, name: str | None) -> Text:
         return Text(find_source(name, split="all", key="--source", **options), WHOLE, name)
     other = validation.dataset_path or validation.dataset
     if name is None and other:
-        return Text(configured_source(config, validation), WHOLE, other)
+        return Text(source_from_config(config, validation), WHOLE, other)
     if training.seed is None:
         raise UserError(
             "--source: config.toml has no training.seed, as of an imported model, so which text it "
             "trained on, and which documents it held out, isn't known; name a text"
         )
-    source = configured_source(config, training)
+    source = source_from_config(config, training)
     about = " and ".join(mixed) or training.dataset_path or training.dataset
     if isinstance(source, Mixture) and name is not None:
         source, about = source.sources[mixed.index(name)], name

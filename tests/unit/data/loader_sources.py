@@ -124,8 +124,8 @@ def naive_lane(source, lane, num_lanes, seed, epochs):
     """A lane's tokens and numbers of its pieces of documents, whole."""
     tokens, pieces, piece = [], [], 0
     for epoch, stream in enumerate(naive_epochs(source, seed, epochs)):
-        stretch = (lane + epoch) % num_lanes
-        start, stop = (len(stream) * i // num_lanes for i in (stretch, stretch + 1))
+        segment = (lane + epoch) % num_lanes
+        start, stop = (len(stream) * i // num_lanes for i in (segment, segment + 1))
         inside = 0 < stop < len(stream) and stream[stop][1] == stream[stop - 1][1]
         for _, same in itertools.groupby(stream[start : stop + inside], lambda item: item[1]):
             part = [token for token, _ in same]

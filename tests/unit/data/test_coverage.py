@@ -12,7 +12,7 @@ import pytest
 from torchtitan_mtp.data import corpus as corpus_module
 from torchtitan_mtp.data.corpus import Corpus
 from torchtitan_mtp.data.document import Document
-from torchtitan_mtp.data.lanes import stretches
+from torchtitan_mtp.data.lanes import corpus_pieces
 from torchtitan_mtp.data.loader import DataLoader
 from torchtitan_mtp.data.sources import build_source
 from torchtitan_mtp.data.targets import IGNORE, make_batch
@@ -147,7 +147,7 @@ def test_an_epochs_stretches_hold_every_target_once_whatever_the_sizes(name, num
     corpus.sizes = 1 + np.random.default_rng(num_lanes).integers(0, 50, len(source))
     counts = np.zeros(tokenizer.vocab_size, np.int64)
     for lane in range(num_lanes):
-        for document, start, stop, position in stretches(corpus, lane, num_lanes, {"epoch": 0}):
+        for document, start, stop, position in corpus_pieces(corpus, lane, num_lanes, {"epoch": 0}):
             if position["epoch"] >= 3:
                 break
             if position["epoch"] == 2:

@@ -10,7 +10,7 @@ from torchtitan_mtp.checkpoint import lock
 from torchtitan_mtp.config import JobConfig, to_toml
 from torchtitan_mtp.data import folders
 from torchtitan_mtp.data.files import fingerprint_files
-from torchtitan_mtp.data.mixture import configured_source
+from torchtitan_mtp.data.mixture import source_from_config
 from torchtitan_mtp.data.sources import build_source
 from torchtitan_mtp.errors import UserError
 
@@ -225,13 +225,13 @@ def test_what_the_run_writes_is_no_data_at_its_second_start(tmp_path, dump, patt
     config.checkpoint.folder = saved
     config.training.dataset_path = str(root / pattern)
     config.validation.dataset_path = str(root / pattern)
-    first = configured_source(config, config.training)
+    first = source_from_config(config, config.training)
     names = [lock.NAME, f"{saved}/step-1/x.md", f"{saved}/step-2.hf/merges.txt"]
     fill(root / dump, [*names, "tb/a/wandb/config.yaml", "profile_traces/i/x.txt"])
     if dump != "outputs":  # a run that has just begun has no config.toml
         (root / dump / "config.toml").write_text(to_toml(config))
     for table in (config.training, config.validation):
-        second = configured_source(config, table)
+        second = source_from_config(config, table)
         assert names_read(second) == ["a.txt", "deep/b.md"]
         assert second.fingerprint == first.fingerprint
 

@@ -113,7 +113,7 @@ def test_resume_on_other_ranks(kind, before, after, tmp_path):
 
 
 def test_lanes_that_were_dealt_documents_go_on_so(tmp_path):
-    """A position written before stretches were: six documents, one a lane, 20 windows drawn."""
+    """A position written before there were segments: six documents, one a lane, 20 windows."""
     source = jsonl(tmp_path, TEXTS[:6])
     places = [(12, 4), (5, 4), (2, 10), (1, 22), (1, 15), (1, 8)]
     state = {

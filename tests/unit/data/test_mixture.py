@@ -8,7 +8,7 @@ import pytest
 
 from torchtitan_mtp.config import JobConfig, check, load_toml, parse_args, to_toml
 from torchtitan_mtp.data.loader import DataLoader
-from torchtitan_mtp.data.mixture import Mixture, configured_source
+from torchtitan_mtp.data.mixture import Mixture, source_from_config
 from torchtitan_mtp.data.sources import build_source
 from torchtitan_mtp.data.tokenizer import ByteTokenizer
 from torchtitan_mtp.distributed.agreement import shared_settings
@@ -138,23 +138,23 @@ def test_a_mixture_in_a_file_and_on_the_command_line(tmp_path, caplog):
     again = load_toml(tmp_path / "c.toml")
     check(again)
     with caplog.at_level(logging.INFO):
-        mixed = configured_source(again, again.training)
+        mixed = source_from_config(again, again.training)
     assert [round(share, 6) for share in mixed.shares] == [0.7, 0.3]
     assert [len(source) for source in mixed.sources] == [40, 40]
     assert mixed.sources[1][0].text == "b" * 7
     assert f"dataset {first}: 70% of the windows" in caplog.text
     config.validation.dataset_path, config.validation.text_field = str(first), "body"
-    assert len(configured_source(config, config.validation)) == 40
+    assert len(source_from_config(config, config.validation)) == 40
 
 
 def test_a_single_dataset_with_another_text_field(tmp_path):
     config = JobConfig()
     config.training.dataset_path = str(corpus(tmp_path, "a", "body"))
     config.training.text_field = "body"
-    assert configured_source(config, config.training)[1].text == "a" * 12
+    assert source_from_config(config, config.training)[1].text == "a" * 12
     config.training.text_field = "text"
     with pytest.raises(UserError, match=r"string 'text'"):
-        configured_source(config, config.training)[1]
+        source_from_config(config, config.training)[1]
 
 
 @pytest.mark.parametrize(
@@ -179,7 +179,7 @@ def test_a_single_dataset_with_another_text_field(tmp_path):
 def test_what_a_mixture_cannot_be(entries, message):
     with pytest.raises(UserError, match=message) as error:
         config = config_of(*entries)
-        configured_source(config, config.training)
+        source_from_config(config, config.training)
     assert "\n" not in str(error.value)
 
 

@@ -430,10 +430,10 @@ def test_an_eos_that_is_null_is_a_token_that_was_added_for_it(tmp_path, config, 
     ours = build_tokenizer(str(tmp_path))
     assert (ours.eos_id, ours.eos_ids, ours.prefix) == (1, (1,), (2,) if template else ())
     before = ours.fingerprint.removesuffix(":1") + ":4"
-    assert ours.go_on_as(before)
+    assert ours.resume_as(before)
     assert (ours.eos_id, ours.fingerprint) == (4, before)
     for other in ("byte", before[3:], before.removesuffix(":4"), before.replace("hf:", "hf:0")):
-        assert not ours.go_on_as(other) and ours.fingerprint == before
+        assert not ours.resume_as(other) and ours.fingerprint == before
 
 
 @pytest.mark.parametrize("kind", ["byte", "ranks"])

@@ -90,7 +90,7 @@ BATCH = "training.local_batch_size"
 def test_a_run_that_cannot_fit(keys, named, gib, tmp_path, monkeypatch):
     monkeypatch.setattr(memory, "total_memory", lambda device: 24 << 30)
     monkeypatch.setattr(mesh, "local_device", lambda: torch.device("cpu"))
-    monkeypatch.setattr(trainer, "loaders_of_run", lambda *_: pytest.fail("data was read"))
+    monkeypatch.setattr(trainer, "loaders_from_config", lambda *_: pytest.fail("data was read"))
     with pytest.raises(UserError) as caught:
         Trainer(config_of(tmp_path, keys))
     torch.distributed.destroy_process_group()
