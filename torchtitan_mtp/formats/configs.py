@@ -6,7 +6,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.formats.names import GLM_EXPERTS
@@ -295,6 +295,37 @@ def read_modules(reader: Reader) -> int:
     metas = reader.count("n_future_tokens", 1) - 1
     older = reader.count("num_mtp_layers", metas, zero=True)
     return reader.count("num_nextn_predict_layers", older, zero=True)
+
+
+# ---- vLLM's speculators ----
+
+
+def medusa_config(spec: ModelSpec) -> dict[str, Any]:
+    """MedusaConfig of vLLM's: heads of one layer each, one unembedding for all.
+
+    Raises:
+        UserError: a model without such heads.
+    """
+    if not spec.heads:
+        raise UserError('holds heads of mtp.heads = "medusa" alone, and this model has none')
+    return {
+        "architectures": ["MedusaModel"],
+        "model_type": "medusa",
+        "hidden_size": spec.args.dim,
+        "vocab_size": spec.args.vocab_size,
+        "num_heads": spec.num_modules,
+        "num_hidden_layers": 1,
+        "medusa_fc_bias": False,
+        "original_lm_head": True,
+    }
+
+
+def read_medusa(reader: Reader) -> NoReturn:
+    """Refuses it: there is no trunk to run."""
+    raise UserError(
+        f"{reader.file}: MedusaModel holds heads alone, expected a whole model; import the folder "
+        "of the model that they draft for, or take the checkpoint that they came from"
+    )
 
 
 # ---- Meta ----

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Size, Tensor
 
-from torchtitan_mtp.build import spec_from_config
+from torchtitan_mtp.build import parameter_shapes, spec_from_config
 from torchtitan_mtp.checkpoint.folders import find_checkpoint, find_config
 from torchtitan_mtp.checkpoint.load import names_line
 from torchtitan_mtp.checkpoint.record import check_tokenizer, keeps_earlier, record_of, untold
@@ -83,7 +83,12 @@ def export_checkpoint(
     spec = kept
     if form.container != "dcp":  # nothing of the tokenizer goes there
         check_tokenizer(source.where, config.model.hf_assets_path)
-    tensors = _outward(source, form.names(spec), spec, dtype)
+    table = form.names(spec)
+    placed = {entry.ours for entry in table.entries}
+    if left := [key for key in parameter_shapes(spec) if key not in placed]:
+        how = "another --format with --drop_heads writes the model that they draft for"
+        logger.warning("%s: holds heads without %s; %s", out, names_line(left), how)
+    tensors = _outward(source, table, spec, dtype)
     with written_aside(Path(out), tensors.bytes) as folder:
         if form.container == "safetensors":
             write_safetensors(folder, tensors, max_shard_size)
@@ -126,7 +131,7 @@ def _fitting(form: Format, name: str, spec: ModelSpec, drop_heads: bool) -> Mode
         ways.append("write the first with --modules 1")
     if spec.heads and name in bare:
         ways.append("leave them out with --drop_heads")
-    elif bare and not fit:
+    elif spec.heads and bare:
         ways.append(f"try {', '.join(bare)} with --drop_heads")
     raise UserError(f"--format {name}: {why}; {', or '.join(ways) or 'no format here holds it'}")
 

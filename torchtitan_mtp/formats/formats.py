@@ -93,6 +93,12 @@ FORMATS: dict[str, Format] = {
         most_modules=1,
         qk_norm=True,
     ),
+    "medusa": Format(
+        *(names.medusa, "MedusaModel", configs.medusa_config, configs.read_medusa),
+        kind=None,
+        heads="medusa",
+        qkv_bias=None,
+    ),
     "meta": Format(
         *(names.meta, "", configs.meta_params, configs.read_meta, "pth"),
         heads="parallel",

@@ -173,6 +173,16 @@ def mimo_hf(spec: ModelSpec) -> Names:
     return Names(entries, repeats=repeats_of(spec))
 
 
+def medusa(spec: ModelSpec) -> Names:
+    """vLLM's MedusaModel: light heads and the one `lm_head` that they share, no trunk."""
+    unembedding = "tok_embeddings" if spec.args.tied_embeddings else "output"
+    theirs = {f"{unembedding}.weight": HEAD}
+    for k in range(spec.num_modules):
+        theirs[f"mtp.heads.{k}.linear.weight"] = f"blocks.{k}.layers.0.weight"
+    shapes = parameter_shapes(spec)
+    return Names([Entry(ours, shapes[ours], (name,)) for ours, name in theirs.items()])
+
+
 def torchtitan(spec: ModelSpec) -> Names:
     """TorchTitan's llama3, deepseek_v3 and qwen3; the last in Hugging Face's rotary layout."""
     turned = _ROTARY if spec.args.qk_norm else set()

@@ -74,7 +74,7 @@ def _load(path: Path, model: Transformer, exclude: Sequence[str]) -> LoadReport:
 def hf_format(spec: ModelSpec) -> str:
     """The HF format for a model, the first in the order of `FORMATS`. Error: there is none."""
     for name in formats_for(spec):
-        if FORMATS[name].container == "safetensors":
+        if name.endswith("_hf"):  # `medusa` is a folder of heads alone
             return name
     nearest = "mimo_hf" if spec.trunk_state == "raw" else "glm4_moe_hf"  # which takes any trunk
     nearest = "deepseek_v3_hf" if spec.block_type == "deepseek_v3" else nearest

@@ -57,7 +57,7 @@ CASES = {
 
 
 def test_every_format_is_tested():
-    assert CASES.keys() == FORMATS.keys()
+    assert {*CASES, "medusa"} == FORMATS.keys()  # of heads alone, which are not imported
 
 
 @pytest.mark.parametrize(
@@ -142,6 +142,8 @@ def test_what_a_training_leaves() -> None:
         UserError, match=r"mimo_hf: takes models with biases .*model\.args\.qkv_bias"
     ):
         hf_format(replace(raw, args=shape))
+    with pytest.raises(UserError, match="glm4_moe_hf: can't hold the 2 medusa heads"):
+        hf_format(ModelSpec(shape, "medusa", 3))  # `medusa` would leave the trunk out
     for heads in ("parallel", "medusa"):
         with pytest.raises(UserError, match=rf"glm4_moe_hf: can't hold the 2 {heads} heads"):
             hf_format(ModelSpec(shape, heads, 3))
