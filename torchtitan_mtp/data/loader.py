@@ -191,8 +191,8 @@ class DataLoader:
     def _produce(self) -> tuple[Window, State]:
         rows = []
         for _ in range(self.local_batch_size):
-            turn, lane = divmod(self._next_window, self._num_lanes)
-            source = self._mixture.pick(lane, turn)
+            index, lane = divmod(self._next_window, self._num_lanes)
+            source = self._mixture.pick(lane, index)
             row = self._lanes[lane][source].next_window(self.seq_len, self.num_future_tokens)
             assert row is not None, "an endless lane has ended"
             rows.append(row)

@@ -17,7 +17,7 @@ from torchtitan_mtp.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-_TURN = 0x9E3779B97F4A7C15  # 2^64 over the golden ratio: its multiples spread most evenly
+_STEP = 0x9E3779B97F4A7C15  # 2^64 over the golden ratio: its multiples spread most evenly
 
 
 class Mixture:
@@ -37,16 +37,16 @@ class Mixture:
         self.fingerprint = " + ".join(source.fingerprint for source in sources)
         self._bounds = [int(x * 2**64) for x in itertools.accumulate(shares)][:-1]
 
-    def pick(self, lane: int, turn: int) -> int:
-        """The source of a lane's window number `turn`.
+    def pick(self, lane: int, index: int) -> int:
+        """The source of a lane's window number `index`.
 
-        Lane and turn are a point in [0, 2^64), and so is every source's share an interval of it.
+        Lane and index are a point in [0, 2^64), and so is every source's share an interval of it.
         Lanes start at van der Corput's points, so that neighbouring lanes, which make a global
-        batch, are spread evenly over the interval; and a turn is a step of the golden ratio, which
-        spreads the windows of a lane.
+        batch, are spread evenly over the interval; and each window of a lane is a step of the golden
+        ratio on, which spreads these.
         """
         start = int(f"{lane:064b}"[::-1], 2)
-        return bisect.bisect_right(self._bounds, (start + turn * _TURN) % 2**64)
+        return bisect.bisect_right(self._bounds, (start + index * _STEP) % 2**64)
 
 
 def source_from_config(

@@ -223,8 +223,8 @@ def head_metrics(losses: Sequence[float], accuracies: Sequence[float]) -> dict[s
 
 
 def acceptance_metrics(acceptance: Acceptance) -> dict[str, float]:
-    """`mtp_head_{k}_acceptance`, k = 2..n, and `tokens_per_step`; nothing of heads that no draft
-    was compared of."""
+    """`mtp_head_{k}_acceptance`, k = 2..n, and `tokens_per_step`; heads whose
+    drafts were never compared are left out."""
     rates = {f"mtp_head_{k}_acceptance": rate for k, rate in enumerate(acceptance.marginal, 2)}
     if acceptance.tokens_per_step:
         rates["tokens_per_step"] = acceptance.tokens_per_step[-1]
