@@ -40,10 +40,10 @@ class Mixture:
     def pick(self, lane: int, index: int) -> int:
         """The source of a lane's window number `index`.
 
-        Lane and index are a point in [0, 2^64), and so is every source's share an interval of it.
+        Lane and index give a point in [0, 2^64), of which every source has an interval, its share.
         Lanes start at van der Corput's points, so that neighbouring lanes, which make a global
-        batch, are spread evenly over the interval; and each window of a lane is a step of the golden
-        ratio on, which spreads these.
+        batch, are spread evenly over the interval; and each window of a lane is one step of the
+        golden ratio further, which spreads these.
         """
         start = int(f"{lane:064b}"[::-1], 2)
         return bisect.bisect_right(self._bounds, (start + index * _STEP) % 2**64)
