@@ -37,7 +37,7 @@ def decompress(path: Path) -> Path:
                 digest.update(block)
         target = folder / digest.hexdigest()
         if not target.exists():
-            with written_whole(target) as aside, open(aside, "wb") as out, open(path, "rb") as data:
+            with written_whole(target) as part, open(part, "wb") as out, open(path, "rb") as data:
                 if kind is gzip:
                     shutil.copyfileobj(gzip.GzipFile(fileobj=data), out, 1 << 20)
                 else:

@@ -90,7 +90,7 @@ def _in_folder(root: Path, split: str, outputs: Set[str], left_out: LeftOut) -> 
     for path in itertools.chain.from_iterable(inside for _, inside in _walk(root, wanted)):
         if not path.name.lower().endswith(FOLDER_SUFFIXES):
             left_out["of other kinds"].append(path)
-        elif path.is_file() or path.is_symlink():  # a link to nothing is told when it is opened
+        elif path.is_file() or path.is_symlink():  # a dangling link fails when it is opened
             files.append(path)
     if others := [path for path in files if not _ABOUT.fullmatch(path.name)]:
         left_out["about the data"], files = sorted({*files} - {*others}), others

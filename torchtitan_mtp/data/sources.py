@@ -44,7 +44,7 @@ class Source:
     def __init__(
         self, name: str, root: Path, paths: Sequence[Path], field: str, bad_records: str, also: str
     ) -> None:
-        """`paths` in order, named in the fingerprint from the folder `root` on; `also` is told."""
+        """`paths` in order, named relative to `root` in the fingerprint; `also` is logged."""
         self.name = name
         bad = BadRecords(bad_records)
         self._files = [_open_file(path, field, bad) for path in paths]
