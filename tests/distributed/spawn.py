@@ -1,4 +1,8 @@
-"""Run a function on several gloo ranks, each a process of its own, from inside a test."""
+"""Run a function on several gloo ranks, each a process of its own, from inside a test.
+
+Ranks are forks of a server (of `multiprocessing`) that has the libraries imported and has done
+nothing else: importing them takes seconds of each rank otherwise.
+"""
 
 import faulthandler
 import os
@@ -13,6 +17,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+
+# Nothing of this checkout: the server doesn't know pytest's paths.
+LIBRARIES = [
+    "torch.distributed.fsdp",
+    "torch.distributed.checkpoint.state_dict",
+    "torchao.float8",
+    "tyro",
+]
 
 
 def run_ranks(
@@ -30,14 +42,25 @@ def run_ranks(
     # The store lives here, as torchrun's does, so the port is taken from the start and no other
     # process can have it before rank 0 does.
     store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-    context = mp.get_context("spawn")
+    environment = {
+        **os.environ,
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",  # join the store of the parent, start none
+        "CUDA_VISIBLE_DEVICES": "",  # gloo's ranks compute on the CPU, however many GPUs there are
+    }
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(LIBRARIES)
+    stderr = Connection(os.dup(2))  # of now; the server has that of its start
     processes, connections = [], []
     try:
         for rank in range(world_size):
             receiver, sender = context.Pipe(duplex=False)
             process = context.Process(
                 target=_rank_main,
-                args=(rank, world_size, store.port, timeout, sender, fn, args),
+                args=(rank, environment, timeout, sender, stderr, fn, args),
                 daemon=True,
             )
             process.start()
@@ -46,6 +69,7 @@ def run_ranks(
             connections.append(receiver)
         return _collect(connections, processes, deadline)
     finally:
+        stderr.close()
         for process in processes:
             process.kill()
         for process in processes:
@@ -86,23 +110,16 @@ def _collect(connections: list[Connection], processes: list[Any], deadline: floa
 
 def _rank_main(
     rank: int,
-    world_size: int,
-    port: int,
+    environment: dict[str, str],
     timeout: float,
     sender: Connection,
+    stderr: Connection,
     fn: Callable[..., Any],
     args: tuple[Any, ...],
 ) -> None:
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(world_size),
-        LOCAL_WORLD_SIZE=str(world_size),
-        MASTER_ADDR="localhost",
-        MASTER_PORT=str(port),
-        TORCHELASTIC_USE_AGENT_STORE="True",  # join the store of the parent, start none
-        CUDA_VISIBLE_DEVICES="",  # gloo's ranks compute on the CPU, however many GPUs there are
-    )
+    os.dup2(stderr.fileno(), 2)
+    os.environ.clear()
+    os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank))
     faulthandler.enable()  # a rank that crashes in C says where its threads were, on stderr
     torch.set_num_threads(1)
     error, result = None, None
