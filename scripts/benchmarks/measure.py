@@ -54,8 +54,12 @@ def measure(
 
 
 def in_process(function: Callable[..., Any], *args: Any) -> Any:
-    """``function(*args)`` in a fresh process; an exception comes back as itself."""
-    context = multiprocessing.get_context("spawn")
+    """``function(*args)`` in a fresh process; an exception comes back as itself.
+
+    It is the fork of a server that has imported libraries and has done nothing else.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch.distributed.fsdp", "torchao.float8", "matplotlib"])
     with context.Pool(1) as pool:
         return pool.apply(function, args)
 

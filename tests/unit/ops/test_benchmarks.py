@@ -6,8 +6,10 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import benchmark as program
 import pytest
 
 from formats_run import SEQUENTIAL, SMALL, write_run
@@ -15,27 +17,29 @@ from formats_run import SEQUENTIAL, SMALL, write_run
 ROOT = Path(__file__).parents[3]
 
 
-def benchmark(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "scripts/benchmark.py", *arguments],
-        cwd=ROOT,
-        # At these sizes several threads only wait for one another.
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | variables,
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
+@pytest.fixture
+def benchmark(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., str]:
+    """Runs the program with these arguments, in this process; what it prints."""
+
+    def run(*arguments: str) -> str:
+        monkeypatch.chdir(ROOT)
+        monkeypatch.setattr(sys, "argv", ["scripts/benchmark.py", *arguments])
+        program.main()
+        return capsys.readouterr().out
+
+    return run
 
 
 @pytest.mark.slow
-def test_heads_beside_held_logits(tmp_path: Path) -> None:
+def test_heads_beside_held_logits(benchmark: Callable[..., str], tmp_path: Path) -> None:
     out = tmp_path / "heads.json"
     sizes = ["--layers", "2", "--dim", "64", "--vocab", "8192", "--seq-len", "1024"]
     cases = ["--cases", "parallel, head by head", "logits held"]
     rounds = ["--rounds", "1", "--repeats", "1"]
     files = ["--json", str(out), "--plot", str(tmp_path / "new" / "heads.png")]
-    run = benchmark("heads", "--heads", "1", "4", *sizes, *cases, *rounds, *files)
-    assert run.returncode == 0, run.stderr
+    printed = benchmark("heads", "--heads", "1", "4", *sizes, *cases, *rounds, *files)
     assert (tmp_path / "new" / "heads.png").read_bytes().startswith(b"\x89PNG")
     result = json.loads(out.read_text())
     rows = {row["case"]: row for row in result["rows"]}
@@ -48,16 +52,17 @@ def test_heads_beside_held_logits(tmp_path: Path) -> None:
     # One head's logits are 32 MiB: held, each with its softmax; ours has 16 MiB at a time.
     assert rows["logits held"]["more MiB"] > 4 * 32
     assert rows["parallel, head by head"]["peak / n=1"] < 1.2
-    assert "| limit: measured matmul rate | 4 |" in run.stdout
+    assert "| limit: measured matmul rate | 4 |" in printed
 
 
 @pytest.mark.slow
-def test_speed_is_tokens_over_the_rate_of_products(tmp_path: Path) -> None:
+def test_speed_is_tokens_over_the_rate_of_products(
+    benchmark: Callable[..., str], tmp_path: Path
+) -> None:
     out = tmp_path / "speed.json"
     sizes = ["--layers", "2", "--dim", "64", "--n-heads", "4", "--vocab", "64", "--seq-len", "32"]
     sizes += ["--batch-size", "2", "--matmul", "64", "--steps", "2", "--warmup", "1"]
-    run = benchmark("speed", "--dtype", "bfloat16", *sizes, "--json", str(out))
-    assert run.returncode == 0, run.stderr
+    printed = benchmark("speed", "--dtype", "bfloat16", *sizes, "--json", str(out))
     result = json.loads(out.read_text())
     assert [row["mode"] for row in result["rows"]] == ["eager", "compiled"]
     for row in result["rows"]:
@@ -65,16 +70,17 @@ def test_speed_is_tokens_over_the_rate_of_products(tmp_path: Path) -> None:
         assert (row["dtype"], row["n"]) == ("bfloat16", 1) and rate > 0
         assert row["tokens/s"] == pytest.approx(2 * 32 / row["s a step"])
         assert row["tokens/s per GFLOP/s"] == pytest.approx(row["tokens/s"] / rate)
-        assert f"| {row['mode']} | bfloat16 | 1 |" in run.stdout
+        assert f"| {row['mode']} | bfloat16 | 1 |" in printed
 
 
 @pytest.mark.slow
-def test_decode_holds_the_gain_against_the_arithmetic(tmp_path: Path) -> None:
+def test_decode_holds_the_gain_against_the_arithmetic(
+    benchmark: Callable[..., str], tmp_path: Path
+) -> None:
     write_run(tmp_path / "run", **SMALL | SEQUENTIAL)
     out = tmp_path / "decode.json"
     options = ["--max-new-tokens", "30", "--repeats", "1", "--modes", "eager", "--drafts", "1", "2"]
-    run = benchmark("decode", "--checkpoint", str(tmp_path / "run"), *options, "--json", str(out))
-    assert run.returncode == 0, run.stderr
+    benchmark("decode", "--checkpoint", str(tmp_path / "run"), *options, "--json", str(out))
     block, output = (2 * 32 + 2 * 16) * 32 + 3 * 32 * 48, 320 * 32
     trunk, module = 3 * block + output, block + 2 * 32 * 32 + output
     for drafts, row in enumerate(json.loads(out.read_text())["rows"], start=1):
@@ -90,17 +96,18 @@ def test_decode_holds_the_gain_against_the_arithmetic(tmp_path: Path) -> None:
 
 
 def test_gpu_refuses_a_cpu() -> None:
-    run = benchmark("gpu", CUDA_VISIBLE_DEVICES="")  # a GPU that is there is hidden
+    command = [sys.executable, "scripts/benchmark.py", "gpu"]
+    hidden = {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}  # a GPU that is there
+    run = subprocess.run(command, cwd=ROOT, env=os.environ | hidden, capture_output=True, text=True)
     assert run.returncode == 1
     assert run.stderr.startswith("error: benchmark gpu: found no CUDA device")
     assert run.stderr.count("\n") == 1
 
 
 @pytest.mark.slow
-def test_gpu_runs_small(tmp_path: Path) -> None:
+def test_gpu_runs_small(benchmark: Callable[..., str], tmp_path: Path) -> None:
     out = tmp_path / "gpu.json"
-    run = benchmark("gpu", "--small", "--json", str(out))
-    assert run.returncode == 0, run.stderr
+    benchmark("gpu", "--small", "--json", str(out))
     parts = json.loads(out.read_text())
     for name in ("gemm", "loss", "heads", "1B, n = 4, head by head", "8B layers, float8"):
         assert parts[name]["rows"] and not any("error" in row for row in parts[name]["rows"]), name
