@@ -169,7 +169,8 @@ def head_logits(p: Parameters, tokens: Tensor, documents: Tensor, args, mtp) -> 
 def head_loss_sums(
     p: Parameters, tokens: Tensor, documents: Tensor, args, mtp
 ) -> tuple[list[Tensor], list[int]]:
-    """Summed cross-entropy and number of targets of heads 1..n, over windows [B, S + n]."""
+    """Summed losses and number of targets of heads 1..n, over windows [B, S + n]: cross-entropy, or
+    for heads 2..n what `mtp.target` says."""
     n = mtp.num_future_tokens
     sums: list[Tensor] = [torch.zeros((), dtype=p["norm.weight"].dtype) for _ in range(n)]
     valid = [0] * n
@@ -178,10 +179,26 @@ def head_loss_sums(
         for k in range(1, n + 1):
             for i in range(len(row) - n):
                 inside = all(docs[i] == docs[j] for j in range(i, i + k + 1)) and docs[i] >= 0
-                if inside:
-                    sums[k - 1] = sums[k - 1] - all_logits[k - 1][i].log_softmax(-1)[row[i + k]]
-                    valid[k - 1] += 1
+                taught = k > 1 and mtp.target == "trunk"
+                if not inside or (taught and i + k - 1 >= len(row) - n):
+                    continue
+                loss = -all_logits[k - 1][i].log_softmax(-1)[row[i + k]]
+                if taught:
+                    trunk = all_logits[0][i + k - 1].detach()
+                    soft = distance(trunk, all_logits[k - 1][i], mtp.target_loss)
+                    loss = mtp.target_weight * soft + (1 - mtp.target_weight) * loss
+                sums[k - 1] = sums[k - 1] + loss
+                valid[k - 1] += 1
     return sums, valid
+
+
+def distance(teacher: Tensor, student: Tensor, kind: str) -> Tensor:
+    """From logits [V]: KL(p || q), total variation as half the L1 distance, or -log of its rest."""
+    p, q = teacher.softmax(-1), student.softmax(-1)
+    if kind == "kl":
+        return (p * (p / q).log()).sum()
+    variation = (p - q).abs().sum() / 2
+    return variation if kind == "tv" else -(1 - variation).log()
 
 
 def total_loss(

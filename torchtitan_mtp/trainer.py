@@ -140,7 +140,9 @@ class Trainer:
         self.metrics = MetricsProcessor(
             config,
             device=self.device,
-            flops_per_token=forward_backward_flops_per_token(self.model, training.seq_len),
+            flops_per_token=forward_backward_flops_per_token(
+                self.model, training.seq_len, config.target_loss is not None
+            ),
             peak_flops=peak_flops(self.device, self.param_dtype),
             rank=self.world.rank,
             world_size=self.world.size,
@@ -277,7 +279,8 @@ class Trainer:
         state, config = self.state, self.config
         self.heartbeat.where = f"step {state.step + 1}, reading data"
         begin = time.perf_counter()
-        batches = [make_batch(self.loader.next_window(), self.n) for _ in range(self.accumulation)]
+        windows = [self.loader.next_window() for _ in range(self.accumulation)]
+        batches = [make_batch(w, self.n, config.target_loss is not None) for w in windows]
         data_seconds = time.perf_counter() - begin
         self.heartbeat.where = f"step {state.step + 1}"
 
@@ -391,6 +394,7 @@ class Trainer:
 
 
 def loss_options(config: JobConfig) -> LossOptions:
-    """The [loss] table, and whether to compile."""
+    """The [loss] table, whether to compile, and what heads 2..n learn from head 1."""
     compiled = config.compile.enable and "loss" in config.compile.components
-    return LossOptions(**asdict(config.loss), compile=compiled)
+    options = LossOptions(**asdict(config.loss), compile=compiled)
+    return options._replace(target_loss=config.target_loss, target_weight=config.mtp.target_weight)

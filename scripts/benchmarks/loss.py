@@ -71,7 +71,8 @@ def compare(
     rows = []
     for op, measurement in {**best, "limit": limit}.items():
         size = f"{shape['n_rows']}x{shape['dim']}x{shape['vocab']}"
-        ratio = measurement.seconds / limit.seconds
+        own = limit.seconds * (8 / 6 if op.startswith("distilled") else 1)
+        ratio = measurement.seconds / own
         rows.append(
             {"size": size, "dtype": shape["dtype"], "heads": shape["n"], "op": op}
             | row_of(measurement)
@@ -81,7 +82,8 @@ def compare(
 
 
 def _limit(shape: dict[str, Any], rate: float) -> Measurement:
-    """6 n N D V FLOPs at the measured matmul rate; memory: the gradients themselves."""
+    """6 n N D V FLOPs at the measured matmul rate (a teacher's logits: 8, in its row's ratio);
+    memory: the gradients themselves."""
     n, n_rows, dim, vocab = (shape[key] for key in ("n", "n_rows", "dim", "vocab"))
     seconds = 6 * n * n_rows * dim * vocab / rate
     wall = seconds if torch.cuda.is_available() else seconds / torch.get_num_threads()

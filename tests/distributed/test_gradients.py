@@ -65,10 +65,11 @@ def step_on_rank(
     model = add_heads(build_model(args), mtp)
     model = parallelize(model, config, world, torch.float32, seed=0)
     perturb_norms(model)
-    batches = [
-        make_batch(micro_batch(rank, i, mtp.num_future_tokens), mtp.num_future_tokens)
-        for i in range(ACCUMULATION)
-    ]
+    n, taught = mtp.num_future_tokens, mtp.target == "trunk"
+    batches = [make_batch(micro_batch(rank, i, n), n, taught) for i in range(ACCUMULATION)]
+    options = LossOptions(backend=backend)
+    if taught:
+        options = options._replace(target_loss=mtp.target_loss, target_weight=mtp.target_weight)
     valid = all_reduce(torch.stack([(b.labels != IGNORE).sum((0, 1)) for b in batches]).sum(0))
     scales = head_scales(head_weights(mtp, 1, 10), valid)
     for _ in range(2):  # a second step finds whatever state the first one left behind
@@ -78,7 +79,7 @@ def step_on_rank(
         total = torch.zeros(())
         for i, batch in enumerate(batches):
             last = i == len(batches) - 1
-            out = ENGINES[mtp.engine](model, batch, scales, LossOptions(backend=backend), last)
+            out = ENGINES[mtp.engine](model, batch, scales, options, last)
             total += out.loss
         all_reduce(total)
     gradients = {}
@@ -149,6 +150,10 @@ MESHES = {  # (shard, replicate) -> cases of (mtp, activation checkpointing, sha
         (sequential(train="heads"), "none", DEEPSEEK),
         (parallel(heads="medusa"), "none", QWEN2),
         (parallel(heads="medusa", engine="joint", detach_trunk=True), "full", ARGS),
+        (parallel(target="trunk"), "none", QWEN2),
+        (parallel(target="trunk", detach_trunk=True, target_loss="tv"), "none", ARGS),
+        (parallel(target="trunk"), "full", DEEPSEEK),
+        (sequential(target="trunk", target_loss="tv", target_weight=0.7), "none", ARGS),
     ],
     (4, 1): [
         (parallel(), "none", ARGS),

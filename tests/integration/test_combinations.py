@@ -39,6 +39,7 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "mtp.share_weights": (False, True),
     "mtp.trunk_state": ("normalized", "raw"),
     "mtp.detach_trunk": (False, True),
+    "mtp.target": ("labels", "trunk"),
     "activation_checkpoint.mode": ("none", "full", "selective"),
     "activation_checkpoint.selective_ac_option": ("op", "2"),
     "model.name": ("llama3", "deepseek_v3"),

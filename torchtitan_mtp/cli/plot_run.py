@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 from torchtitan_mtp.cli.arguments import exit_status, path
 from torchtitan_mtp.cli.figures import new_figure
@@ -35,12 +36,18 @@ def plot(scalars: dict[str, list[tuple[int, float]]], out: Path) -> int:
     """Write the picture; returns the number of heads in it."""
     axes = (figure := new_figure(7, 3.6)).subplots()
     head = 0
-    while curve := scalars.get(f"loss_metrics/mtp_head_{head + 1}_loss"):
+
+    def points(tag: str) -> tuple[Any, Any]:
+        """Steps and values."""
+        steps, values = zip(*scalars[tag], strict=True) if tag in scalars else ((), ())
+        return steps, values
+
+    # (Heads that learn from the trunk have no training loss to stand beside the held-out one.)
+    while f"loss_metrics/mtp_head_{head + 1}_accuracy" in scalars:
         head += 1
-        axes.plot(*zip(*curve, strict=True), color=f"C{head - 1}", lw=1, label=f"head {head}")
-        held_out = scalars.get(f"validation_metrics/mtp_head_{head}_loss", [])
-        steps, losses = zip(*held_out, strict=True) if held_out else ((), ())
-        axes.scatter(steps, losses, c=f"C{head - 1}")
+        color, curve = f"C{head - 1}", points(f"loss_metrics/mtp_head_{head}_loss")
+        axes.plot(*curve, color=color, lw=1, label=f"head {head}")
+        axes.scatter(*points(f"validation_metrics/mtp_head_{head}_loss"), c=color)
     if head == 0:
         raise UserError("the run has no loss_metrics/mtp_head_1_loss; is it a run of this trainer?")
     axes.set(xlabel="step", ylabel="loss (nats a token)")

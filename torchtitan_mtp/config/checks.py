@@ -132,6 +132,12 @@ def _check_mtp(config: JobConfig) -> None:
             f"mtp.loss_weights has {len(mtp.loss_weights)} entries: expected none, or one for each "
             f"of heads 2..n, num_future_tokens - 1 = {n - 1}"
         )
+    for key in ("target_loss", "target_weight"):
+        if mtp.target == "labels" and getattr(mtp, key) != getattr(type(mtp), key):
+            raise UserError(
+                f"mtp.{key} = {show(getattr(mtp, key))}: is of heads that learn from the trunk; "
+                f'set mtp.target = "trunk", or leave mtp.{key} unset'
+            )
     if mtp.train == "trunk" and mtp.detach_trunk:
         raise UserError(
             "mtp.detach_trunk = true: nothing would learn from heads 2..n, which are frozen by "

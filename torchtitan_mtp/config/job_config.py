@@ -36,3 +36,9 @@ class JobConfig:
     def num_future_tokens(self) -> int:
         """n, how many future tokens each position predicts: 1 without the converter "mtp"."""
         return self.mtp.num_future_tokens if "mtp" in self.model.converters else 1
+
+    @property
+    def target_loss(self) -> str | None:
+        """`mtp.target_loss` where heads 2..n learn from the trunk; None: labels alone."""
+        taught = self.num_future_tokens > 1 and self.mtp.target == "trunk"
+        return self.mtp.target_loss if taught else None

@@ -49,12 +49,15 @@ class Batch(NamedTuple):
     doc_ids: Tensor
 
 
-def make_batch(window: Window, num_future_tokens: int) -> Batch:
+def make_batch(window: Window, num_future_tokens: int, from_head_1: bool = False) -> Batch:
     """Inputs and targets of every head for a window [B, S+n], n = `num_future_tokens`.
 
     labels[b, i, k-1] = t[i+k] where tokens i and i+k are of one document and the loss mask allows
     t[i+k], else IGNORE. The ids decide at distance k itself, so a document shorter than k, lying
     wholly between i and i+k, is seen as the boundary it is.
+
+    from_head_1: whether heads 2..n learn from head 1, which has t[i+k] as its target k-1 places
+        further on. Then i+k-1 has to be one of the S positions, too.
 
     Raises:
         ValueError: `num_future_tokens` < 1, or the window is not wider than it.
@@ -73,6 +76,9 @@ def make_batch(window: Window, num_future_tokens: int) -> Batch:
     is_target = (doc_ahead[..., 1:] == doc.unsqueeze(-1)) & (doc.unsqueeze(-1) != PADDING)
     if loss_mask is not None:
         is_target &= loss_mask.unfold(1, n + 1, 1)[..., 1:]
+    if from_head_1:
+        i, k = torch.arange(seq_len).unsqueeze(1), torch.arange(1, n + 1)
+        is_target &= (i + k - 1 < seq_len).to(tokens.device)  # [S, n]
     labels = torch.where(is_target, ahead[..., 1:], IGNORE)  # [B, S, n]
     positions = torch.arange(seq_len, device=tokens.device).expand(batch_size, seq_len)
     return Batch(

@@ -15,6 +15,7 @@ What MTP changes is how often a parameter multiplies: `output` once per head, n 
 shared head module n - 1 times. A frozen trunk costs its forward only, and where heads leave the
 trunk alone (frozen or detached) their use of `output` lacks the gradient of its weight: 4 for 6, as
 for all weights of frozen heads.
+What heads learn from the trunk costs each of them head 1's logits once more: 2P for `output`.
 Embedding look-ups, norms, softmax and the optimizer are left out, as there; recomputation is not
 counted, for it is not work that the model needs.
 """
@@ -30,11 +31,13 @@ from torchtitan_mtp.models.moe import MoE
 from torchtitan_mtp.models.transformer import Transformer
 
 
-def forward_backward_flops_per_token(model: Transformer, seq_len: int) -> int:
+def forward_backward_flops_per_token(
+    model: Transformer, seq_len: int, from_head_1: bool = False
+) -> int:
     """FLOPs of one token's forward and backward, without recomputation (formula above).
 
     Reads the shapes of `model`, on any device (meta included), sharded or not. Frozen parameters
-    are told by `requires_grad`.
+    are told by `requires_grad`. from_head_1: whether heads 2..n learn from head 1.
     """
     heads = [] if model.mtp is None else list(model.mtp.heads)
     # Where heads share weights, their module counts as often as it is applied.
@@ -50,7 +53,8 @@ def forward_backward_flops_per_token(model: Transformer, seq_len: int) -> int:
     first = 3 if trunk_trained else 1  # head 1: forward; gradients of input and weight
     trunk = first * (trunk_params + output + seq_len * trunk_attention)
     own = (3 if heads_trained else 2) * head_params + 3 * seq_len * head_attention
-    others = times * (own + (2 if detached else 3) * output * len(heads))
+    products = (2 if detached else 3) + from_head_1
+    others = times * (own + products * output * len(heads))
     return 2 * (trunk + others)
 
 

@@ -62,6 +62,7 @@ class MetricsProcessor:
         self.world_size = world_size
         self.log_freq = config.metrics.log_freq
         self.total_steps = config.training.steps
+        self.target_loss = config.target_loss
         self.color = use_color(config.metrics.disable_color_printing)
         self.clock = clock
         self.memory = MemoryMonitor(device)
@@ -109,16 +110,17 @@ class MetricsProcessor:
     ) -> None:
         """Report the steps recorded since the last call.
 
-        Losses are means over valid targets of all ranks, in nats: `head_losses` of heads 1 to n
-        (head 1's, the next token, compares with a run without MTP); `global_max_loss` head 1's
-        largest of the ranks; `global_total_loss` the weighted sum that is minimised. Accuracies
-        are fractions of 1. `n_tokens_seen` counts the whole run, all ranks.
+        Losses are means over valid targets of all ranks, in nats: `head_losses` of heads 1 to n, of
+        what each learns (head 1's, the next token, compares with a run without MTP);
+        `global_max_loss` head 1's largest of the ranks; `global_total_loss` the weighted sum that
+        is minimised. Accuracies are fractions of 1. `n_tokens_seen` counts the whole run, all
+        ranks.
         """
         elapsed = max(self.clock() - self.interval_start, 1e-9)
         steps = max(self.steps, 1)
         tps = self.tokens / elapsed / self.world_size
         rate = self.flops_per_token * tps
-        heads = head_metrics(head_losses, head_accuracies)
+        heads = head_metrics(head_losses, head_accuracies, self.target_loss)
         metrics = {
             "loss_metrics/global_avg_loss": head_losses[0],
             "loss_metrics/global_max_loss": global_max_loss,
@@ -139,7 +141,8 @@ class MetricsProcessor:
         }
         self._write(metrics, step)
         self.pace.add(elapsed, steps)
-        self._print_step(step, metrics, format_losses(head_losses, head_accuracies))
+        losses = format_losses(head_losses, head_accuracies, self.target_loss)
+        self._print_step(step, metrics, losses)
         self._start_interval()
         self.memory.reset()
 
@@ -216,9 +219,14 @@ class MetricsProcessor:
         return "  ".join(painted) + RESET
 
 
-def head_metrics(losses: Sequence[float], accuracies: Sequence[float]) -> dict[str, float]:
-    """`mtp_head_{k}_loss` and `_accuracy` for k = 1..n."""
-    metrics = {f"mtp_head_{k}_loss": loss for k, loss in enumerate(losses, 1)}
+def head_metrics(
+    losses: Sequence[float], accuracies: Sequence[float], target_loss: str | None = None
+) -> dict[str, float]:
+    """`mtp_head_{k}_loss` and `_accuracy` for k = 1..n; `mtp_head_{k}_{target_loss}`, k = 2..n, of
+    what is no cross-entropy of labels."""
+    kinds = ["loss"] + [target_loss or "loss"] * (len(losses) - 1)
+    named = enumerate(zip(kinds, losses, strict=True), 1)
+    metrics = {f"mtp_head_{k}_{kind}": loss for k, (kind, loss) in named}
     return metrics | {f"mtp_head_{k}_accuracy": rate for k, rate in enumerate(accuracies, 1)}
 
 
@@ -236,10 +244,13 @@ def figure(value: float, form: str, of: float) -> str:
     return "-" if math.isnan(of) else format(value, form)
 
 
-def format_losses(losses: Sequence[float], accuracies: Sequence[float]) -> dict[str, str]:
+def format_losses(
+    losses: Sequence[float], accuracies: Sequence[float], target_loss: str | None = None
+) -> dict[str, str]:
     """Head 1's loss, and those of heads 2..n if there are any, of losses and accuracies of all."""
     first, *others = (figure(loss, ".4f", of) for loss, of in zip(losses, accuracies, strict=True))
-    further = f"{further_heads(len(losses))}: {' '.join(others)}" if others else ""
+    kind = f" ({target_loss})" if target_loss else ""
+    further = f"{further_heads(len(losses))}{kind}: {' '.join(others)}" if others else ""
     return {"loss": f"loss: {first:>7}", "heads": further}
 
 

@@ -40,10 +40,20 @@ def forward_loss(
     hiddens, groups = model(batch), [slice(0, None)]
     if model.mtp is not None and model.mtp.detach_trunk:
         groups = [slice(0, 1), slice(1, None)]  # the others' must not train `output`
+    teacher = None
+    if options.target_loss is not None:
+        teacher = hiddens[0].detach().flatten(0, 1)
+        if head_loss is not None:
+            head_loss.teach(teacher)
     outputs = []
     for heads in groups:
-        scales = head_scales[heads]
-        compute = functools.partial(linear_cross_entropy, head_scales=scales, options=options)
+        compute = functools.partial(
+            linear_cross_entropy,
+            head_scales=head_scales[heads],
+            options=options,
+            teacher=teacher,
+            first=heads.start,
+        )
         if head_loss is not None:
             compute = functools.partial(head_loss, first=heads.start)
         labels, detach = batch.labels[..., heads], heads.start > 0

@@ -11,7 +11,7 @@ next one starts, and leaves its gradient in z; then the trunk's backward runs on
     z.backward(dz)
 
 Only one head's activations are alive at a time, memory does not grow with n, and nothing is
-computed twice.
+computed twice. (Heads that learn from head 1 come after it, and a copy of its state stays.)
 """
 
 from __future__ import annotations
@@ -60,19 +60,24 @@ class IndependentHeads(Heads):
         """As `Heads.head_by_head`."""
         z, context, _ = model.forward_trunk(batch)  # [B, S, D]
         dz = torch.zeros_like(z, dtype=torch.promote_types(z.dtype, torch.float32))
-        order = head_order(self.num_future_tokens, z.requires_grad)
+        # A frozen trunk's head 1 has no backward; where it is the teacher, it has to run first.
+        taught = head_loss.options.target_loss is not None
+        order = head_order(self.num_future_tokens, z.requires_grad and not taught)
+        last_to_output = 1 if self.detach_trunk else order[-1]
         # Not the heads' own blocks: FSDP2 has not unsharded them yet in this micro-batch.
         own = [self.block(k) for k in order]
         begin_no_sync(model, [layer for layer in model.layers.values() if layer not in own])
         losses: dict[int, LossOutput] = {}
         for k in order:
-            last = k == order[-1]
+            last = k == last_to_output
             # What no later head uses is reduced as soon as this head's backward is done.
             sync_in_next_backward(reduce, self.block(k), model.output if last else None)
-            if last and not z.requires_grad:
+            if k == order[-1] and not z.requires_grad:
                 next_backward_is_last(model, reduce)
             leaf = z.detach().requires_grad_(z.requires_grad)
             hidden = self.hidden(k, leaf, context)
+            if taught and k == 1:
+                head_loss.teach(hidden)
             losses[k] = loss_backward(model, batch, head_loss, k, hidden, last)
             if leaf.grad is not None:
                 dz += leaf.grad

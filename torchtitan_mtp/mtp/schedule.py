@@ -21,12 +21,10 @@ from torchtitan_mtp.models.transformer import Transformer
 from torchtitan_mtp.ops import HeadByHeadLoss, LossOutput, accumulation_dtype
 
 
-def head_order(n: int, trunk_trains: bool) -> list[int]:
+def head_order(n: int, head_1_last: bool) -> list[int]:
     """The heads in the order in which their losses run."""
     extra = list(range(n, 1, -1))
-    # A frozen trunk's head 1 has no backward; with a trunk that trains, head 1 comes last because
-    # it is the only one whose gradient reaches `output` under detach_trunk.
-    return [*extra, 1] if trunk_trains else [1, *extra]
+    return [*extra, 1] if head_1_last else [1, *extra]
 
 
 def loss_backward(

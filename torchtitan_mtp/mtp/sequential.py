@@ -147,11 +147,16 @@ class SequentialHeads(Heads):
         for k in range(2, n + 1):
             outputs[k] = self.hidden(k, states[k - 1], tokens[k], context)
             states[k] = outputs[k].detach().requires_grad_()
+        if head_loss.options.target_loss is not None:
+            with torch.no_grad():
+                head_loss.teach(model.norm(states[1]))
         begin_no_sync(model, (*model.layers.values(), *self.heads))
         for unit in fsdp_units(*self.heads):
             # What FSDP2 prefetches for the next backward would be freed before it.
             unit.set_reshard_after_backward(False)
-        order = head_order(n, trained)
+        # A frozen trunk's head 1 has no backward; else it comes last, for under detach_trunk it is
+        # the only one whose gradient reaches `output`.
+        order = head_order(n, head_1_last=trained)
         losses: dict[int, LossOutput] = {}
         for k in order:
             last, state, output = k == order[-1], states.pop(k), outputs.pop(k)

@@ -24,7 +24,7 @@ def chunked_linear_cross_entropy(x: LossInput) -> LossOutput:
     grad_scale = fp16_gradient_scale(x.head_scales, x.hiddens[0])
     needs_grad = [_needs_grad(t) for t in (x.weight, *x.hiddens)]
     how = (x.options, grad_scale, needs_grad, None, False)
-    tensors = (x.weight, x.labels, x.head_scales, x.row_weights)
+    tensors = (x.weight, x.labels, x.head_scales, x.row_weights, x.teacher, x.first)
     return LossOutput(*_Heads.apply(*tensors, *how, *x.hiddens))
 
 
@@ -41,6 +41,12 @@ class HeadByHeadLoss:
     def __init__(self, head_scales: Tensor, options: LossOptions) -> None:
         self.head_scales, self.options = head_scales, options
         self.d_weight: Tensor | None = None
+        self.teacher: Tensor | None = None  # [N, D]
+
+    def teach(self, state: Tensor) -> None:
+        """Head 1's state [B, S, D], for the heads after it: a copy, as its gradient takes its
+        place."""
+        self.teacher = state.detach().flatten(0, -2).clone()
 
     def __call__(
         self,
@@ -61,7 +67,8 @@ class HeadByHeadLoss:
             self.d_weight = None
         scales = self.head_scales[first : first + len(hiddens)]
         how = (self.options, grad_scale, needs_grad, d_weight, True)
-        return LossOutput(*_Heads.apply(weight, labels, scales, None, *how, *hiddens))
+        tensors = (weight, labels, scales, None, self.teacher, first)
+        return LossOutput(*_Heads.apply(*tensors, *how, *hiddens))
 
     def _weight_gradient(self, weight: Tensor, add_to_grad: bool) -> Tensor | None:
         """What the weight's gradient is added to: `.grad` where possible, else the buffer."""
@@ -78,10 +85,22 @@ class HeadByHeadLoss:
 class _Heads(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[no-untyped-def]
-        ctx, weight, labels, head_scales, row_weights, options, scale, needs_grad, dw, once, *heads
+        ctx,
+        weight,
+        labels,
+        head_scales,
+        row_weights,
+        teacher,
+        first,
+        options,
+        scale,
+        needs_grad,
+        dw,
+        once,
+        *heads,
     ):
-        """weight [V, D], labels [N, n], head_scales [n], row_weights [N, n], heads n of [N, D] ->
-        loss [], and loss sums, valid and correct targets [n]; the gradients are made here.
+        """weight to first as in `LossInput`, heads n of [N, D] -> loss [], and loss sums, valid and
+        correct targets [n]; the gradients are made here.
 
         needs_grad: whether autograd gets a gradient from here, for each of (weight, *heads).
         dw: the buffer that the weight's gradient is added to; None: a new one. once: the backward
@@ -89,7 +108,8 @@ class _Heads(torch.autograd.Function):
         """
         mm = matmul_dtype(heads[0])
         scales = head_scales if scale is None else head_scales / scale
-        arguments = (list(heads), weight, labels, scales, row_weights, mm, needs_grad, *options)
+        tensors = (list(heads), weight, labels, scales, row_weights, teacher, first)
+        arguments = (*tensors, mm, needs_grad, *options)
         if torch.compiler.is_compiling():
             results = _heads_op(*arguments)
         else:
@@ -123,7 +143,7 @@ class _Heads(torch.autograd.Function):
         d_weight, *d_hiddens = (next(rest) if need else None for need in ctx.needs_grad)
         if d_weight is not None:
             d_weight = d_weight.to(ctx.weight_dtype)
-        return d_weight, *(None,) * 8, *d_hiddens
+        return d_weight, *(None,) * 10, *d_hiddens
 
 
 def _needs_grad(tensor: Tensor) -> bool:
@@ -141,6 +161,8 @@ def _heads(
     labels: Tensor,
     head_scales: Tensor,
     row_weights: Tensor | None,
+    teacher: Tensor | None,
+    first: int,
     mm: torch.dtype,
     needs_grad: list[bool],
     *options: Any,
@@ -158,6 +180,8 @@ def _heads(
             head_scales[k],
             LossOptions(*options),
             row_weights=None if row_weights is None else row_weights[:, k],
+            teacher=teacher if first + k else None,
+            ahead=first + k,
             need_d_hidden=needs_grad[1 + k],
             in_place=in_place,
             d_weight=d_weight,
@@ -177,14 +201,14 @@ _heads_op = torch.library.custom_op(
     _heads,
     mutates_args=(),
     schema="(Tensor[] hiddens, Tensor weight, Tensor labels, Tensor head_scales, "
-    "Tensor? row_weights, ScalarType mm, bool[] needs_grad, int ignore_index, float z_loss, "
-    "float? softcap, float label_smoothing, SymInt? chunk_rows, bool compile, str backend) "
-    "-> Tensor[]",
+    "Tensor? row_weights, Tensor? teacher, int first, ScalarType mm, bool[] needs_grad, "
+    "int ignore_index, float z_loss, float? softcap, float label_smoothing, SymInt? chunk_rows, "
+    "bool compile, str backend, str? target_loss, float target_weight) -> Tensor[]",
 )
 
 
 @_heads_op.register_fake
-def _(hiddens, weight, labels, head_scales, row_weights, mm, needs_grad, *_):  # type: ignore[no-untyped-def]
+def _(hiddens, weight, labels, head_scales, row_weights, teacher, first, mm, needs_grad, *_):  # type: ignore[no-untyped-def]
     acc, n = accumulation_dtype(weight.dtype), len(hiddens)
     like = [torch.empty_like(weight, dtype=acc, memory_format=torch.contiguous_format)]
     like += [torch.empty_like(h, memory_format=torch.contiguous_format) for h in hiddens]

@@ -14,6 +14,7 @@ from torch import Tensor
 from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.ops.autograd import chunked_linear_cross_entropy
 from torchtitan_mtp.ops.chunked import LossInput, LossOutput, accumulation_dtype
+from torchtitan_mtp.ops.soft_targets import target_losses
 
 
 def naive(x: LossInput) -> LossOutput:
@@ -31,6 +32,12 @@ def naive(x: LossInput) -> LossOutput:
             label_smoothing=options.label_smoothing,
             reduction="none",
         )  # [N]
+        if x.teacher is not None and (ahead := x.first + k):
+            # (What comes around the end has no label.)
+            taught = F.linear(x.teacher, x.weight.detach()).roll(-ahead, 0).to(logits.dtype)
+            soft = target_losses(logits, taught, options.target_loss, options.softcap)[0]
+            soft = soft.squeeze(1).masked_fill(y == options.ignore_index, 0)
+            losses = torch.lerp(losses, soft, options.target_weight)
         if options.z_loss:
             lse = torch.logsumexp(logits, -1).masked_fill(y == options.ignore_index, 0)
             losses = losses + options.z_loss * lse.square()
@@ -60,8 +67,9 @@ def torch_chunked(x: LossInput) -> LossOutput:
     missing = [
         f"{name} (it is {getattr(options, name)})" for name in names if getattr(options, name)
     ]
-    if x.row_weights is not None:
-        missing.insert(0, "row_weights")
+    for name in ("row_weights", "teacher"):
+        if getattr(x, name) is not None:
+            missing.insert(0, name)
     if missing:
         raise UserError(f"linear_cross_entropy: backend 'torch' has no {missing[0]}; use 'chunked'")
     chunking = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=options.chunk_rows)

@@ -63,6 +63,8 @@ class LossInput(NamedTuple):
     head_scales: Tensor  # [n]
     row_weights: Tensor | None  # [N, n]
     options: LossOptions
+    teacher: Tensor | None = None  # [N, D], detached
+    first: int = 0  # number of the first of the heads
 
 
 class LossOutput(NamedTuple):
@@ -88,6 +90,8 @@ def head_loss_and_grad(
     options: LossOptions,
     *,
     row_weights: Tensor | None = None,
+    teacher: Tensor | None = None,
+    ahead: int = 0,
     need_d_hidden: bool = True,
     in_place: bool = False,
     d_weight: Tensor | None = None,
@@ -97,6 +101,8 @@ def head_loss_and_grad(
     autograd.
 
     hidden [N, D]; weight [V, D]; labels [N]; row_weights [N], factors of the rows' losses.
+    teacher: [N, D], states of the same unembedding, whose row i + ahead has the distribution that
+        row i learns (`LossOptions.target_loss`), for every row with a label.
     scale: [] factor of the gradients, None for 1. ``loss_sum`` is not scaled.
     in_place: the gradient overwrites ``hidden``.
     d_weight: [V, D] in `accumulation_dtype(weight.dtype)`; the weight's gradient is ADDED to it.
@@ -106,6 +112,7 @@ def head_loss_and_grad(
     acc, mm = accumulation_dtype(hidden.dtype), mm or matmul_dtype(hidden)
     device, need_grad = hidden.device, need_d_hidden or d_weight is not None
     weight, buffer = _weight_and_buffer(hidden, weight, mm, options.chunk_rows)
+    teachers = torch.empty_like(buffer if teacher is not None else buffer[:0])
     dtypes = (acc, torch.int64, torch.int64)
     losses = LossSums(*(torch.zeros((), dtype=dtype, device=device) for dtype in dtypes))
     d_hidden = None
@@ -117,11 +124,16 @@ def head_loss_and_grad(
             h = hidden[rows].to(mm)  # [C, D]
             logits = project(h, weight, buffer[: h.shape[0]])  # [C, V]
             weights = None if row_weights is None else row_weights[rows].to(acc)  # [C]
+            taught = None  # [C, V]
+            if teacher is not None:
+                t = _rows_ahead(teacher, rows, ahead).to(mm)  # [C, D]
+                taught = project(t, weight, teachers[: t.shape[0]])
             y, factor = labels[rows], None
             if options.compile and need_grad:
-                part, grad = compiled_token_losses()(logits, y, options, scale, weights, mm)
+                fused = compiled_token_losses()
+                part, grad = fused(logits, y, options, scale, weights, mm, taught)
             else:
-                part, grad, factor = token_losses(logits, y, options, need_grad, weights)
+                part, grad, factor = token_losses(logits, y, options, need_grad, weights, taught)
             for total, of_chunk in zip(losses, part, strict=True):
                 total += of_chunk
             if not need_grad:
@@ -179,6 +191,13 @@ def _row_chunks(labels: Tensor, ignore_index: int, chunk: int) -> Iterator[slice
             return
     for start in range(0, n_rows, chunk):
         yield slice(start, min(start + chunk, n_rows))
+
+
+def _rows_ahead(teacher: Tensor, rows: slice | Tensor, ahead: int) -> Tensor:
+    """Rows [C, D] of `teacher`; where it ends before, the last one, for rows without a label."""
+    if isinstance(rows, slice):
+        rows = torch.arange(rows.start, rows.stop, device=teacher.device)
+    return teacher[(rows + ahead).clamp(max=len(teacher) - 1)]
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.ops.backends import BACKENDS
 from torchtitan_mtp.ops.chunked import LossInput, LossOutput
+from torchtitan_mtp.ops.soft_targets import TARGET_LOSSES
 from torchtitan_mtp.ops.token_losses import LossOptions
 
 
@@ -22,6 +23,8 @@ def linear_cross_entropy(
     options: LossOptions | None = None,
     *,
     row_weights: Tensor | None = None,
+    teacher: Tensor | None = None,
+    first: int = 0,
     **fields: Any,
 ) -> LossOutput:
     """Cross-entropy of n heads that share one unembedding, without their whole logits.
@@ -48,6 +51,12 @@ def linear_cross_entropy(
             (z_loss=1e-4), with `LossOptions`' defaults.
         row_weights: [N] or [N, n], factors of the rows' losses, constants to autograd; None: all
             1. Valid and correct labels are counted without them.
+        teacher: [N, D], states of head 0. Of head j = `first` + k > 0, row i with a label learns
+            the distribution p that row i + j of these has under the same weight and soft cap, a
+            constant to autograd: with w = target_weight and the losses of `soft_targets`,
+            w * target_loss(p, softmax(x)) takes the place of the share w of all but the z-loss.
+            None: labels alone.
+        first: number of the first of these heads, from 0.
 
     Raises:
         UserError: shapes, dtypes or devices that do not fit, an unknown or missing backend, or an
@@ -58,22 +67,30 @@ def linear_cross_entropy(
     elif fields:
         raise _error(f"options and {', '.join(fields)} are given", "one of them")
     _check_options(options)
-    heads = _check_tensors(hiddens, weight, labels, head_scales, row_weights)
+    heads = _check_tensors(hiddens, weight, labels, head_scales, row_weights, teacher)
+    if teacher is not None:
+        if options.target_loss is None:
+            raise _error("there is a teacher and no target_loss", " or ".join(TARGET_LOSSES))
+        teacher = teacher.detach()
     if head_scales is None:
         head_scales = torch.ones(len(heads), device=weight.device)
     if row_weights is not None:
         columns = row_weights if row_weights.dim() == 2 else row_weights.unsqueeze(1)
         row_weights = columns.detach().expand(labels.shape)
-    x = LossInput(heads, weight, labels, head_scales.detach(), row_weights, options)
+    scales = head_scales.detach()
+    x = LossInput(heads, weight, labels, scales, row_weights, options, teacher, first)
     return BACKENDS[options.backend](x)
 
 
 def _check_options(options: LossOptions) -> None:
-    cap, rows = options.softcap, options.chunk_rows
+    cap, rows, target = options.softcap, options.chunk_rows, options.target_loss
+    kinds = (None, *TARGET_LOSSES)
     for name, fits, expected in (
         ("softcap", cap is None or cap > 0, "> 0 or None"),
         ("label_smoothing", 0 <= options.label_smoothing <= 1, "0 to 1"),
         ("z_loss", options.z_loss >= 0, ">= 0"),
+        ("target_loss", target in kinds, f"one of {', '.join(map(str, kinds))}"),
+        ("target_weight", 0 <= options.target_weight <= 1, "0 to 1"),
         ("chunk_rows", rows is None or rows >= 1, ">= 1 or None"),
         ("backend", options.backend in BACKENDS, f"one of {', '.join(BACKENDS)}"),
     ):
@@ -87,6 +104,7 @@ def _check_tensors(
     labels: Tensor,
     head_scales: Tensor | None,
     row_weights: Tensor | None,
+    teacher: Tensor | None,
 ) -> tuple[Tensor, ...]:
     """The hiddens as a tuple of [N, D], after a check of every shape, device and dtype."""
     if isinstance(hiddens, Tensor) and hiddens.dim() != 3:
@@ -110,6 +128,8 @@ def _check_tensors(
         _check_tensor("head_scales", head_scales, weight, {"[n]": [n]})
     if row_weights is not None:
         _check_tensor("row_weights", row_weights, weight, {"[N]": rows, "[N, n]": table})
+    if teacher is not None:
+        _check_tensor("teacher", teacher, weight, {"[N, D]": [n_rows, dim]})
     return heads
 
 

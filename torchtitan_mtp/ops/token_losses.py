@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from torchtitan_mtp.ops.soft_targets import compare_, read_teacher_, target_losses
+
 
 class LossOptions(NamedTuple):
     """What a token's loss is and how it is computed (`linear_cross_entropy`), for all heads."""
@@ -20,6 +22,8 @@ class LossOptions(NamedTuple):
     chunk_rows: int | None = None  # rows of logits alive at a time; None: by shapes and device
     compile: bool = False  # fuse the passes over a chunk's logits; "chunked" only
     backend: str = "chunked"  # ours; "naive": whole logits; "torch": torch's own
+    target_loss: str | None = None  # against a teacher, of `TARGET_LOSSES`; None: labels only
+    target_weight: float = 1.0  # its share; the rest is the label's cross-entropy
 
 
 class LossSums(NamedTuple):
@@ -36,17 +40,19 @@ def token_losses(
     options: LossOptions,
     need_grad: bool,
     weights: Tensor | None = None,
+    teacher: Tensor | None = None,
 ) -> tuple[LossSums, Tensor, Tensor]:
     """Losses of a chunk, and its logits' gradient as ``factor * G``, factor [C, 1], G [C, V].
 
-    ``logits`` [C, V] is overwritten; G lives in it. ``weights`` [C] multiply the rows' losses. For
-    the loss of a row with label y,
+    ``logits`` [C, V] is overwritten; G lives in it. So are the ``teacher``'s logits [C, V].
+    ``weights`` [C] multiply the rows' losses. For the loss of a row with label y,
 
         (1 - a) (lse - x_y) + a (lse - mean(x)) + z lse^2,    lse = logsumexp(x), a = smoothing
 
     the gradient in x_j is  f p_j - (1 - a) [j = y] - a / V  with  f = 1 + 2 z lse  and
     p_j = e_j / s, which is (f / s) * (e_j - (s / f) ((1 - a) [j = y] + a / V)). A soft cap
-    x = c tanh(u / c) adds the factor 1 - (x / c)^2.
+    x = c tanh(u / c) adds the factor 1 - (x / c)^2. With a teacher, the loss against it takes the
+    share w of all that is before z lse^2.
     """
     vocab, smoothing = logits.shape[1], options.label_smoothing
     is_valid, y = _targets(labels, options)
@@ -56,6 +62,7 @@ def token_losses(
         if need_grad:
             slope = logits.square().neg_().add_(1)  # [C, V]
         logits.mul_(options.softcap)
+    cross = None if teacher is None else read_teacher_(logits, teacher, options.softcap)
     target = logits.gather(1, y)  # [C, 1]
     mean = logits.mean(1, keepdim=True) if smoothing else None
     # The label's logit is masked while the maximum is taken: so `correct` needs no argmax.
@@ -65,11 +72,17 @@ def token_losses(
     exps = logits.sub_(maximum).exp_()  # [C, V]
     sums = exps.sum(1, keepdim=True)  # [C, 1]
     lse = maximum + sums.log()
-    part = _sums(lse, target, mean, target > others, is_valid, options, weights)
+    soft, hard = None, 1.0  # loss against the teacher [C, 1]; share of the label's
+    factor = 1 + 2 * options.z_loss * lse  # [C, 1]
+    if teacher is not None and cross is not None:
+        kind, w = options.target_loss, options.target_weight
+        soft, f, g = compare_(exps, sums, lse, teacher, cross, kind)
+        hard, factor = 1 - w, factor - w + w * f
+        exps.addcmul_(teacher, w * g / factor, value=-1)
+    part = _sums(lse, target, mean, soft, target > others, is_valid, options, weights)
     if not need_grad:
         return part, logits, sums
-    factor = 1 + 2 * options.z_loss * lse  # [C, 1]
-    per_row = sums / factor
+    per_row = hard * sums / factor
     if smoothing:
         exps.sub_(per_row * (smoothing / vocab))
     grad = exps.scatter_add_(1, y, per_row * (smoothing - 1))
@@ -92,6 +105,7 @@ def traceable_token_losses(
     scale: Tensor | None,
     weights: Tensor | None,
     dtype: torch.dtype,
+    teacher: Tensor | None = None,
 ) -> tuple[LossSums, Tensor]:
     """As `token_losses`, in a form that torch.compile fuses into three passes over [C, V], of which
     two only read.
@@ -111,9 +125,15 @@ def traceable_token_losses(
     sums = exps.sum(1, keepdim=True)
     lse = maximum + sums.log()
     mean = x.mean(1, keepdim=True) if smoothing else None
-    part = _sums(lse, target, mean, target > others, is_valid, options, weights)
-    grad = exps * ((1 + 2 * options.z_loss * lse) / sums) - smoothing / vocab
-    grad = torch.where(is_target, grad - (1 - smoothing), grad)
+    soft, d_soft, hard = None, None, 1.0
+    if teacher is not None:
+        soft, d_soft = target_losses(x, teacher, options.target_loss, cap)
+        hard = 1 - options.target_weight
+    part = _sums(lse, target, mean, soft, target > others, is_valid, options, weights)
+    grad = exps * ((hard + 2 * options.z_loss * lse) / sums) - hard * smoothing / vocab
+    grad = torch.where(is_target, grad - hard * (1 - smoothing), grad)
+    if d_soft is not None:
+        grad = grad + options.target_weight * d_soft
     if cap is not None:
         grad = grad * (1 - (x / cap).square())
     row = is_valid.to(logits.dtype)
@@ -133,15 +153,19 @@ def _sums(
     lse: Tensor,
     target: Tensor,
     mean: Tensor | None,
+    soft: Tensor | None,
     correct: Tensor,
     is_valid: Tensor,
     options: LossOptions,
     weights: Tensor | None,
 ) -> LossSums:
-    """From what is known of each row: lse, the label's logit, their mean, `correct` [C, 1]."""
+    """From what is known of each row: lse, the label's logit, their mean, the loss against a
+    teacher, `correct` [C, 1]."""
     losses = lse - target
     if mean is not None:
         losses = losses + options.label_smoothing * (target - mean)
+    if soft is not None:
+        losses = torch.lerp(losses, soft, options.target_weight)
     if options.z_loss:
         losses = losses + options.z_loss * lse.square()
     losses = losses.squeeze(1).masked_fill(~is_valid, 0)  # [C]

@@ -117,6 +117,7 @@ def test_an_unsupported_value_fails_by_name(setting):
         ("mtp.num_future_tokens=0", ">= 1 and <= 1000"),
         ("mtp.loss_weights=1,-1,1", ">= 0"),
         ("mtp.loss_scale=-1", ">= 0"),
+        ("mtp.target_weight=0", "> 0 and <= 1"),
         ("mtp.loss_scale_boundary=1.1", ">= 0 and <= 1"),
         ("mtp.curriculum_fraction=0", "> 0 and <= 1"),
     ],
@@ -174,6 +175,14 @@ def test_every_number_of_an_option_in_use_has_a_range_that_its_default_is_in():
             'mtp.train = "heads": needs mtp.num_future_tokens of at least 2, found 1',
         ),
         (
+            ["--mtp.target_loss=tv"],
+            'mtp.target_loss = "tv": is of heads that learn from the trunk; set mtp.target',
+        ),
+        (
+            ["--mtp.target_weight=0.5"],
+            "mtp.target_weight = 0.5: is of heads that learn from the trunk; set mtp.target",
+        ),
+        (
             ["--mtp.train=trunk", "--mtp.detach_trunk"],
             "mtp.detach_trunk = true: nothing would learn from heads 2..n",
         ),
@@ -194,6 +203,7 @@ def test_combinations_of_mtp(argv, start):
         ["--mtp.num_future_tokens=8", "--training.seq_len=8"],
         ["--mtp.train=heads", "--mtp.init=copy_last_layer"],
         ["--mtp.train=trunk", "--mtp.loss_scale=0"],
+        ["--mtp.target=trunk", "--mtp.target_loss=lk", "--mtp.target_weight=0.5"],
     ],
 )
 def test_combinations_of_mtp_that_are_fine(argv):

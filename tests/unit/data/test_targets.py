@@ -36,6 +36,14 @@ def test_documents_shorter_than_the_depth_by_hand():
     assert batch.positions.tolist() == [[0, 1, 2, 3]]
 
 
+def test_targets_that_head_1_has_inside_the_window_by_hand():
+    """Head k's at i is head 1's at i + k - 1, which has to be one of the S = 4 positions."""
+    batch = make_batch(window([10, 11, 12, 13, 14, 15, 16], [0] * 7), 3, from_head_1=True)
+    assert batch.labels.tolist() == [[[11, 12, 13], [12, 13, 14], [13, 14, X], [14, X, X]]]
+    batch = make_batch(window([1, 2, 3, 4, 5, 6, 7], [0, 0, 1, 2, 2, 2, 2]), 3, from_head_1=True)
+    assert batch.labels.tolist() == [[[2, X, X], [X, X, X], [X, X, X], [5, X, X]]]
+
+
 def test_padding_is_neither_source_nor_target():
     pad = PADDING
     batch = make_batch(window([1, 2, 3, 0, 0, 0], [0, 0, 0, pad, pad, pad]), 2)

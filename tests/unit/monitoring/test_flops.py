@@ -56,7 +56,7 @@ GROUPED = {
 }
 
 
-def counted_flops_per_token(model: Transformer, n: int) -> float:
+def counted_flops_per_token(model: Transformer, n: int, taught: bool = False) -> float:
     """One naive step under PyTorch's counter, which counts the products that really run."""
     batch = Batch(
         tokens=torch.zeros(B, S, dtype=torch.long),
@@ -69,7 +69,10 @@ def counted_flops_per_token(model: Transformer, n: int) -> float:
     counter = FlopCounterMode(display=False, custom_mapping=GROUPED)
     with sdpa_kernel(SDPBackend.MATH), counter:
         loss = torch.zeros(())
-        for k, h in enumerate(model(batch)):
+        hiddens = model(batch)
+        for k, h in enumerate(hiddens):
+            if taught and k:
+                F.linear(hiddens[0].detach(), model.output.weight.detach())
             weight = model.output.weight.detach() if detached and k else model.output.weight
             loss = loss + F.cross_entropy(
                 F.linear(h, weight).flatten(0, 1), batch.labels[..., k].flatten()
@@ -92,16 +95,30 @@ def counted_flops_per_token(model: Transformer, n: int) -> float:
         MTP(num_future_tokens=3, detach_trunk=True),
         MTP(num_future_tokens=3, train="trunk"),
         MTP(num_future_tokens=3, heads="sequential", train="trunk"),
+        MTP(num_future_tokens=3, target="trunk"),
+        MTP(num_future_tokens=3, heads="sequential", share_weights=True, target="trunk"),
+        MTP(num_future_tokens=3, train="heads", target="trunk"),
     ],
-    ids=lambda m: f"{m.heads}-{m.num_future_tokens}-{m.train}-{m.share_weights}-{m.detach_trunk}",
+    ids=lambda m: "-".join(
+        str(getattr(m, key))
+        for key in (
+            "heads",
+            "num_future_tokens",
+            "train",
+            "share_weights",
+            "detach_trunk",
+            "target",
+        )
+    ),
 )
 def test_formula_equals_the_flop_counter(mtp: MTP, args: ModelArgs) -> None:
     with torch.device("meta"):
         model = build(mtp, args)
     model.to_empty(device="cpu").init_buffers()
     # The counter sees unmasked attention, S keys for every query, where the formula has S / 2.
-    expected = forward_backward_flops_per_token(model, 2 * S)
-    assert counted_flops_per_token(model, mtp.num_future_tokens) == expected
+    taught = mtp.target == "trunk"
+    expected = forward_backward_flops_per_token(model, 2 * S, taught)
+    assert counted_flops_per_token(model, mtp.num_future_tokens, taught) == expected
 
 
 def block_params() -> int:

@@ -137,6 +137,22 @@ def test_tags_and_values_in_the_event_file(config: JobConfig, clock: Clock, tmp_
     assert 0 < events["memory/max_reserved(%)"][0][1] < 100
 
 
+def test_losses_against_the_trunk_have_tags_of_their_own(
+    config: JobConfig, clock: Clock, tmp_path: Path, log: pytest.LogCaptureFixture
+) -> None:
+    """A divergence under the name of a cross-entropy would be compared with one."""
+    config.model.converters = ["mtp"]
+    config.mtp.num_future_tokens, config.mtp.target, config.mtp.target_loss = 3, "trunk", "tv"
+    metrics = processor(config, clock)
+    metrics.log(10, **LOSSES, n_tokens_seen=1000)  # type: ignore[arg-type]
+    metrics.close()
+    events = read_events(tmp_path)
+    renamed = {f"loss_metrics/mtp_head_{k}_loss": f"loss_metrics/mtp_head_{k}_tv" for k in (2, 3)}
+    assert set(events) == TORCHTITAN_TAGS | {renamed.get(tag, tag) for tag in OUR_TAGS}
+    assert events["loss_metrics/mtp_head_3_tv"] == [(10, 3.5)]
+    assert "heads 2-3 (tv): 3.0000 3.5000" in log.text
+
+
 def test_first_interval_counts_its_one_step(
     config: JobConfig, clock: Clock, tmp_path: Path
 ) -> None:

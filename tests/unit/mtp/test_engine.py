@@ -20,6 +20,7 @@ from torchtitan_mtp.mtp import ENGINES, forward_loss, head_scales, head_weights
 from torchtitan_mtp.mtp.transform import FAMILIES
 from torchtitan_mtp.ops import LossOptions
 
+MIXED = {"target_loss": "tv", "target_weight": 0.7}
 CASES = [
     MTP(num_future_tokens=1),
     MTP(num_future_tokens=2, loss_scale=0.5),
@@ -36,6 +37,14 @@ CASES = [
     MTP(heads="medusa", num_future_tokens=3, detach_trunk=True),
     MTP(num_future_tokens=3, train="trunk"),
     MTP(heads="sequential", num_future_tokens=3, train="trunk"),
+    MTP(num_future_tokens=4, loss_weights=[0.5, 2.0, 1.0], target="trunk"),
+    MTP(num_future_tokens=3, detach_trunk=True, target="trunk", target_loss="tv"),
+    MTP(num_future_tokens=3, train="heads", target="trunk", target_loss="lk"),
+    MTP(heads="sequential", num_future_tokens=3, target="trunk", target_loss="lk"),
+    MTP(heads="sequential", num_future_tokens=3, target="trunk", share_weights=True, **MIXED),
+    MTP(heads="sequential", num_future_tokens=3, detach_trunk=True, target="trunk", **MIXED),
+    MTP(heads="medusa", num_future_tokens=4, target="trunk", **MIXED),
+    MTP(heads="medusa", num_future_tokens=3, detach_trunk=True, target="trunk"),
 ]
 
 
@@ -79,12 +88,15 @@ ways = pytest.mark.parametrize(
 def test_loss_and_gradients_are_the_naive_ones(mtp, shape):
     """In all runs, for what is naive takes long."""
     window = small_window(2, 9 + mtp.num_future_tokens)
-    batch = make_batch(window, mtp.num_future_tokens)
+    batch, options = make_batch(window, mtp.num_future_tokens, mtp.target == "trunk"), {}
+    if mtp.target == "trunk":
+        options = {"target_loss": mtp.target_loss, "target_weight": mtp.target_weight}
     model = small_model(mtp, torch.float64, **SHAPES[shape])
     loss, losses, expected = naive_gradients(model, window, mtp)
-    for run, (engine, options) in RUNS.items():
+    for run, (engine, how) in RUNS.items():
         model.zero_grad()
-        out = ENGINES[engine](model, batch, scales_of(mtp, batch), options, True)
+        how = how._replace(**options)
+        out = ENGINES[engine](model, batch, scales_of(mtp, batch), how, True)
         # head_scales are float32 whatever the model is.
         torch.testing.assert_close(out.loss, loss, rtol=1e-6, atol=0)
         valid = out.valid.clamp(min=1)

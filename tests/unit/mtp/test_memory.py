@@ -26,15 +26,16 @@ def peak(n: int, mode: str, **table) -> int:
     model = small_model(mtp, **shape)
     apply_activation_checkpointing(model, ActivationCheckpoint(mode=mode), mtp.engine)
     tokens = torch.randint(VOCAB, (1, SEQ + n), generator=torch.Generator().manual_seed(0))
-    batch = make_batch(Window(tokens, torch.zeros_like(tokens)), n)
+    batch = make_batch(Window(tokens, torch.zeros_like(tokens)), n, mtp.target == "trunk")
     scales = torch.full((n,), 1 / SEQ)
-    ENGINES[mtp.engine](model, batch, scales, LossOptions(), True)
+    options = LossOptions(target_loss=mtp.target_loss if mtp.target == "trunk" else None)
+    ENGINES[mtp.engine](model, batch, scales, options, True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with torch.profiler.profile(
             profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]
         ) as profile:
-            ENGINES[mtp.engine](model, batch, scales, LossOptions(), True)
+            ENGINES[mtp.engine](model, batch, scales, options, True)
     alive = most = 0
     for event in profile.profiler.kineto_results.events():
         if event.name() == "[memory]":
@@ -68,6 +69,14 @@ def test_what_a_head_keeps(name):
     assert eight - plain <= max(8 * states, own) * STATE + few
     if states:
         assert eight - four > 4 * (states - 1) * STATE  # as the table in the docs says
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if "checkpointed" not in name])
+def test_heads_that_learn_from_the_trunk_keep_no_more(name):
+    """But its state and the chunk of its logits, once."""
+    table, mode, states = CASES[name]
+    four, eight = (peak(n, mode, target="trunk", **table) for n in (4, 8))
+    assert eight - four <= 4 * states * STATE + STATE / 2
 
 
 def test_no_second_gradient_of_the_unembedding():

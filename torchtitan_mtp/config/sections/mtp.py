@@ -30,6 +30,19 @@ class MTP:
     loss_weights: list[float] = setting(list, at_least=0)
     """Weight of each of heads 2..n within the reduction; empty: all 1."""
 
+    target: Literal["labels", "trunk"] = "labels"
+    """What heads 2..n learn: the tokens themselves ("labels"), or what the trunk's own head 1 makes
+    of the position before each, without a gradient to it ("trunk"; not at a window's last k - 1
+    positions for head k). Head 1 learns labels. Held-out losses are of labels."""
+
+    target_loss: Literal["kl", "lk", "tv"] = "kl"
+    """Loss between the trunk's distribution p and a head's q: "kl": KL(p || q); "lk": -log a (arXiv
+    2602.23881), "tv": 1 - a (arXiv 2606.12370), where a = sum min(p, q) is the rate at which
+    speculative sampling accepts the head's drafts."""
+
+    target_weight: float = setting(1.0, above=0, at_most=1)
+    """Share of the loss against the trunk; the rest is the cross-entropy of labels."""
+
     loss_scale_schedule: Literal["constant", "linear", "step"] = "constant"
     """loss_scale over the run: constant, a line to loss_scale_final, or one step down to it."""
 
