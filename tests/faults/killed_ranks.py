@@ -173,6 +173,10 @@ def kill_in_save(good: Path, folder: Path, ranks: int, mode: str, seconds: float
 def main() -> None:
     base, count = Path(sys.argv[1]), int(sys.argv[2])
     rng, found = random.Random(0), Counter()
+    torch.set_num_threads(1)  # forking
+    warm = run_to(base / "warm", 2, 1, "disabled")  # here, so that no fork imports what this does
+    warm.checkpointer.save(2)
+    assert make_run(base / "warm", 1, "disabled").checkpointer.load() == 2
     for ranks in (1, 2):
         good = base / f"good-{ranks}"
         good.mkdir(parents=True)

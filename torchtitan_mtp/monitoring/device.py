@@ -1,5 +1,6 @@
 """What the device can do (FLOP/s), which precision it prefers, and how much memory is in use."""
 
+import functools
 import logging
 import re
 import statistics
@@ -36,8 +37,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     """The rate, in FLOP/s, that counts as 100% in MFU; None when it is not known.
 
     On CUDA the data sheet's dense bfloat16 rate, whatever `dtype` is, as is the custom. A CPU has
-    no such figure: there it is that of the fastest product of a linear layer in `dtype`, measured
-    now.
+    no such figure: there it is that of the fastest product of a linear layer in `dtype`.
     """
     if device.type == "cpu":
         rate = max(measure_linear_rates(dtype))
@@ -52,9 +52,10 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     return known
 
 
+@functools.cache
 def measure_linear_rates(dtype: torch.dtype) -> list[float]:
     """FLOP/s of a square linear layer's three products on this CPU: one thread's, times the threads
-    torch uses.
+    torch uses. Measured once a process.
 
     All three (y = x @ weight.T, and the gradients of x and weight), because a CPU without bfloat16
     units may have a fast kernel for one of them, and take ten times as long for another. One

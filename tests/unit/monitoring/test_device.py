@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections.abc import Iterator
 from types import SimpleNamespace
 
 import pytest
@@ -56,10 +57,12 @@ def test_an_unknown_device_is_logged_by_name(
 
 def test_rates_are_plausible_quick_and_leave_the_threads() -> None:
     threads, start = torch.get_num_threads(), time.perf_counter()
+    measure_linear_rates.cache_clear()
     rates = measure_linear_rates(torch.float32)
     assert len(rates) == 3 and all(1e8 < rate < 1e14 for rate in rates)
     assert time.perf_counter() - start < 2
     assert torch.get_num_threads() == threads
+    assert measure_linear_rates(torch.float32) is rates  # once a process
 
 
 # FLOP/s of a thread by whether the factors are transposed: what a CPU without bfloat16 units did
@@ -68,7 +71,7 @@ RATES = {(False, False): 2.4e9, (False, True): 15.6e9, (True, False): 23.5e9}
 
 
 @pytest.fixture
-def cpu_without_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+def cpu_without_bfloat16(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Its clock, moved on by products alone."""
     now, product = [0.0], torch.Tensor.__matmul__
 
@@ -79,6 +82,9 @@ def cpu_without_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(torch.Tensor, "__matmul__", timed)
     monkeypatch.setattr(device_module, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    measure_linear_rates.cache_clear()
+    yield
+    measure_linear_rates.cache_clear()
 
 
 def test_the_peak_is_that_of_the_fastest_product_of_a_layer(cpu_without_bfloat16: None) -> None:
