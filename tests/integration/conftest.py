@@ -1,9 +1,8 @@
 """Trainings inside the test process: one thread, and nothing of one test is left for the next."""
 
+import contextlib
 import logging
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,11 +10,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from torchtitan_mtp.train import main
+
 LAUNCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "TORCH_FR_BUFFER_SIZE")
 
 
-@pytest.fixture(autouse=True)
-def own_world() -> Iterator[None]:
+@contextlib.contextmanager
+def a_world() -> Iterator[None]:
     kept = {name: os.environ.pop(name) for name in LAUNCH if name in os.environ}
     threads, logger = torch.get_num_threads(), logging.getLogger("torchtitan_mtp")
     level, propagate = logger.level, logger.propagate
@@ -33,9 +34,15 @@ def own_world() -> Iterator[None]:
     logger.propagate = propagate
 
 
+@pytest.fixture(autouse=True)
+def own_world() -> Iterator[None]:
+    with a_world():
+        yield
+
+
 @pytest.fixture(scope="session", params=["parallel", "sequential"])
 def trained_run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run, by the command, that has learned to write ASCII; not to be changed."""
+    """The folder of a run that has learned to write ASCII; not to be changed."""
     folder: Path = tmp_path_factory.mktemp(request.param)
     options = {
         "job.dump_folder": str(folder),
@@ -53,11 +60,6 @@ def trained_run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
         "checkpoint.enable": "true",
     }
     arguments = [part for name, value in options.items() for part in (f"--{name}", value)]
-    subprocess.run(
-        [sys.executable, "-m", "torchtitan_mtp.train", *arguments],
-        cwd=Path(__file__).resolve().parents[2],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        check=True,
-        capture_output=True,
-    )
+    with a_world():
+        assert main(arguments) == 0
     return folder

@@ -15,6 +15,8 @@ from torch import Tensor
 from formats_run import LLAMA_3_1, QWEN, QWEN2, RAW, SEQUENTIAL, SMALL, weights, write_run
 from runs import TINY, config_of, same, train, weights_of
 from torchtitan_mtp.cli.export_checkpoint import main as export_command
+from torchtitan_mtp.cli.generate import main as generate_command
+from torchtitan_mtp.cli.import_checkpoint import main as import_command
 from torchtitan_mtp.config import load_toml
 from torchtitan_mtp.data.targets import Batch
 from torchtitan_mtp.errors import UserError
@@ -322,29 +324,23 @@ def run(*command: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_the_scripts(tmp_path: Path) -> None:
+def test_the_programs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One by its script; tests/unit/cli has the other scripts' calls."""
     write_run(tmp_path / "run", **SMALL, **SEQUENTIAL)
-    arguments = ["--format", "glm4_moe_hf", "--max_shard_size", "100KB", "--dtype", "bfloat16"]
+    name = ["--format", "glm4_moe_hf"]
+    arguments = [*name, "--max_shard_size", "100KB", "--dtype", "bfloat16"]
     done = run(
         "scripts/export_checkpoint.py", str(tmp_path / "run"), str(tmp_path / "hf"), *arguments
     )
     assert done.returncode == 0 and "2 sequential heads" in done.stdout, done.stderr
-    done = run(
-        "scripts/import_checkpoint.py", str(tmp_path / "hf"), str(tmp_path / "back"), *arguments[:2]
-    )
-    assert done.returncode == 0, done.stderr
-    done = run(
-        "scripts/generate.py", str(tmp_path / "back"), "--prompt", "def", "--max_new_tokens", "8",
-        "--compare",
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    done = run(
-        "scripts/export_checkpoint.py", str(tmp_path / "run"), str(tmp_path / "x"),
-        "--format", "lama_hf",
-    )  # fmt: skip
-    assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].endswith("did you mean llama_hf?")
-    assert "Traceback" not in done.stderr
+    assert import_command([str(tmp_path / "hf"), str(tmp_path / "back"), *name]) == 0
+    decode = "--prompt", "def", "--max_new_tokens", "8", "--compare"
+    assert generate_command([str(tmp_path / "back"), *decode]) == 0
+    capsys.readouterr()
+    wrong = str(tmp_path / "run"), str(tmp_path / "x"), "--format", "lama_hf"
+    assert export_command(wrong) == 1
+    errors = capsys.readouterr().err
+    assert errors.endswith("did you mean llama_hf?\n") and "Traceback" not in errors
 
 
 def start(folder: Path, source: Path, **changes) -> tuple[dict[str, Tensor], Trainer]:

@@ -37,6 +37,7 @@ def run(trained_run: Path) -> Path:
     return trained_run
 
 
+@pytest.mark.parametrize("trained_run", ["parallel"], indirect=True)
 def test_the_command_of_the_quickstart(run: Path, tmp_path: Path) -> None:
     command = "--prompt", "def ", "--max_new_tokens", "20", "--speculative", "--compare"
     done = subprocess.run(
