@@ -13,9 +13,13 @@ from torch import Size
 from torchtitan_mtp.config import MTP, JobConfig
 from torchtitan_mtp.config.sections.model import ModelArgs as SizeKeys
 from torchtitan_mtp.config.setting import options
+from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.models.args import ModelArgs, ModelSpec
 from torchtitan_mtp.models.flavors import flavors, model_args
-from torchtitan_mtp.models.transformer import Transformer, build_model
+from torchtitan_mtp.models.hf import HFTrunk
+from torchtitan_mtp.models.hf_config import read_config, sizes_of_config
+from torchtitan_mtp.models.transformer import build_model
+from torchtitan_mtp.models.trunk import Trunk
 from torchtitan_mtp.mtp.transform import add_heads, spec_with_heads
 
 
@@ -28,6 +32,15 @@ def model_args_from_config(
     the flavor had before it became TorchTitan's.
     """
     model, training = config.model, config.training
+    if model.name == "hf":
+        longest = max(min_seq_len, training.seq_len, config.validation.seq_len)
+        args = sizes_of_config(read_config(model.hf_assets_path), longest, model.attn_mask_type)
+        if (args.vocab_size or 0) < tokenizer_vocab:
+            raise UserError(
+                f"{model.hf_assets_path}: its tokenizer makes ids up to {tokenizer_vocab - 1}, its "
+                f"model has vocab_size = {args.vocab_size}; take the model's own tokenizer"
+            )
+        return args
     return model_args(
         model.name,
         model.flavor,
@@ -48,12 +61,21 @@ def model_from_config(
     *,
     min_seq_len: int = 0,
     earlier: bool = False,
-) -> Transformer:
+) -> Trunk:
     """A run's model with its heads, on the meta device; `model.spec` has its sizes. Arguments and
-    errors: those of `model_args_from_config` and `spec_with_heads`."""
+    errors: those of `model_args_from_config`, `HFTrunk` and `spec_with_heads`."""
     args = model_args_from_config(config, tokenizer_vocab, min_seq_len=min_seq_len, earlier=earlier)
-    model = build_model(args, dtype)
-    model.softcap = config.loss.softcap
+    model: Trunk
+    if config.model.name == "hf":
+        model = HFTrunk(read_config(config.model.hf_assets_path), args, dtype)
+        if config.loss.softcap not in (None, model.softcap):
+            raise UserError(
+                f"loss.softcap = {config.loss.softcap}: the model of {config.model.hf_assets_path} "
+                f"has {model.softcap or 'none'}, as config.json says; unset it"
+            )
+    else:
+        model = build_model(args, dtype)
+        model.softcap = config.loss.softcap
     return add_heads(model, config.mtp) if config.num_future_tokens > 1 else model
 
 
@@ -62,7 +84,10 @@ def spec_from_config(config: JobConfig, vocab_size: int, earlier: bool = False) 
     `max_seq_len` is what it trained with."""
     args = model_args_from_config(config, 0, earlier=earlier)
     args = replace(args, vocab_size=vocab_size, max_seq_len=config.training.seq_len)
-    return spec_with_heads(args, config.mtp) if config.num_future_tokens > 1 else ModelSpec(args)
+    spec = ModelSpec(args)
+    if config.model.name == "hf":
+        spec = replace(spec, hf_config=read_config(config.model.hf_assets_path).to_diff_dict())
+    return spec_with_heads(spec, config.mtp) if config.num_future_tokens > 1 else spec
 
 
 def write_spec_to_config(config: JobConfig, spec: ModelSpec) -> None:
@@ -89,7 +114,7 @@ def write_spec_to_config(config: JobConfig, spec: ModelSpec) -> None:
 def _table_of(spec: ModelSpec) -> MTP:
     """The [mtp] table of the heads of a model that has some."""
     told: dict[str, Any] = vars(spec).copy()  # `add_heads` refuses a family that is not there
-    del told["args"]
+    del told["args"], told["hf_config"]
     return MTP(**told)
 
 

@@ -17,7 +17,7 @@ from torchtitan_mtp.distributed.balance import apart_from_training
 from torchtitan_mtp.distributed.mesh import all_reduce
 from torchtitan_mtp.distributed.ranks import Ranks
 from torchtitan_mtp.errors import UserError
-from torchtitan_mtp.models.transformer import Transformer
+from torchtitan_mtp.models.trunk import Trunk
 from torchtitan_mtp.monitoring.missing_targets import MissingTargets
 from torchtitan_mtp.ops import LossOptions, linear_cross_entropy
 
@@ -126,7 +126,7 @@ def send_to_host(values: Tensor) -> Callable[[], list[float]]:
 
 
 def find_cause(
-    model: Transformer, options: LossOptions, device: torch.device, batches: Sequence[Batch]
+    model: Trunk, options: LossOptions, device: torch.device, batches: Sequence[Batch]
 ) -> str:
     """The first rank, head and place whose hidden state or loss is not finite, by a forward anew.
 

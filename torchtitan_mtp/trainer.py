@@ -39,7 +39,7 @@ from torchtitan_mtp.distributed.ranks import Ranks
 from torchtitan_mtp.distributed.shared_cores import SharedCores
 from torchtitan_mtp.distributed.stopping import Stopping
 from torchtitan_mtp.formats.training import hf_format, load_hf_weights, save_in_hf
-from torchtitan_mtp.models.transformer import Transformer
+from torchtitan_mtp.models.trunk import Trunk
 from torchtitan_mtp.monitoring.device import peak_flops, resolve_auto_dtype
 from torchtitan_mtp.monitoring.flops import forward_backward_flops_per_token
 from torchtitan_mtp.monitoring.gc import GarbageCollection
@@ -84,7 +84,7 @@ class Trainer:
 
     # ---------------------------------------------------------------- build
 
-    def _build(self) -> Transformer:
+    def _build(self) -> Trunk:
         """Tokenizer, data loaders, and the model on the meta device, checked against the memory."""
         self.seed, dtype, earlier = self.ranks.on_rank_0(lambda: find_origin(self.config))
         auto = dtype == "auto"
@@ -113,10 +113,10 @@ class Trainer:
             agree({f"{name} data: {key}": value for key, value in identity.items()})
         return model
 
-    def _build_training(self, model: Transformer) -> None:
+    def _build_training(self, model: Trunk) -> None:
         """The parallelized model on its device, optimizer, scheduler and checkpointer."""
         config, training = self.config, self.config.training
-        self.loss_options = loss_options(config)
+        self.loss_options = loss_options(config, model.softcap)
         self.model = self._parallelize(model)
         self.engine = ENGINES[config.mtp.engine]
         self.float8_scales = float8_scales_after_step(config)
@@ -160,7 +160,7 @@ class Trainer:
         self.heartbeat = Heartbeat(config.comm.train_timeout_seconds)
         self.gc = GarbageCollection(training.gc_freq, debug=training.gc_debug, rank=self.world.rank)
 
-    def _parallelize(self, model: Transformer) -> Transformer:
+    def _parallelize(self, model: Trunk) -> Trunk:
         config = self.config
         if "quantize.linear.float8" in config.model.converters:
             convert_to_float8(model, config.quantize.linear.float8, config.compile.enable)
@@ -393,8 +393,8 @@ class Trainer:
             dist.destroy_process_group()
 
 
-def loss_options(config: JobConfig) -> LossOptions:
-    """The [loss] table, whether to compile, and what heads 2..n learn from head 1."""
+def loss_options(config: JobConfig, softcap: float | None) -> LossOptions:
+    """The [loss] table, the model's softcap, compilation, and what heads 2..n learn from head 1."""
     compiled = config.compile.enable and "loss" in config.compile.components
-    options = LossOptions(**asdict(config.loss), compile=compiled)
-    return options._replace(target_loss=config.target_loss, target_weight=config.mtp.target_weight)
+    own = {"softcap": softcap, "compile": compiled, "target_loss": config.target_loss}
+    return LossOptions(**asdict(config.loss) | own | {"target_weight": config.mtp.target_weight})

@@ -19,7 +19,7 @@ from torchtitan_mtp.distributed.ranks import Ranks
 from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.inference.acceptance import Acceptance, text_agreement
 from torchtitan_mtp.inference.stats import ratio
-from torchtitan_mtp.models.transformer import Transformer
+from torchtitan_mtp.models.trunk import Trunk
 from torchtitan_mtp.monitoring.baselines import comparison_table, skip_bigram_entropies
 from torchtitan_mtp.monitoring.step_losses import StepLosses
 from torchtitan_mtp.ops import LossOptions, linear_cross_entropy
@@ -49,7 +49,7 @@ class TextMetrics:
 
 @torch.no_grad()
 def evaluate_batches(
-    model: Transformer, batches: Iterable[Batch], device: torch.device, options: LossOptions
+    model: Trunk, batches: Iterable[Batch], device: torch.device, options: LossOptions
 ) -> TextMetrics:
     """Losses, accuracies and acceptance on batches, over all ranks."""
     n = model.spec.num_future_tokens
@@ -69,7 +69,7 @@ def evaluate_batches(
 
 
 def evaluate_windows(
-    model: Transformer,
+    model: Trunk,
     windows: Iterable[Window],
     tokenizer: Tokenizer,
     *,
@@ -86,7 +86,9 @@ def evaluate_windows(
             labels.append(batch.labels[..., 0].flatten())
             yield batch
 
-    found = evaluate_batches(model, read(), model.norm.weight.device, LossOptions(softcap=softcap))
+    found = evaluate_batches(
+        model, read(), model.output.weight.device, LossOptions(softcap=softcap)
+    )
     if not labels:
         raise UserError("the text is empty: nothing to evaluate on")
     return replace(found, num_bytes=count_bytes(torch.cat(labels), tokenizer))

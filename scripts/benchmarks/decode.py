@@ -15,7 +15,7 @@ from torchtitan_mtp.inference import generate, load_for_inference
 from torchtitan_mtp.inference.decoding import Decoder, most_drafts
 from torchtitan_mtp.inference.load import find_device
 from torchtitan_mtp.inference.sampling import Sampler
-from torchtitan_mtp.models.transformer import Transformer
+from torchtitan_mtp.models.trunk import Trunk
 
 PROMPTS = (
     "class Reader:\n    def __init__(self, path):\n",
@@ -71,7 +71,7 @@ def run(
 
 
 def row(
-    model: Transformer,
+    model: Trunk,
     texts: list[list[int]],
     max_new_tokens: int,
     mode: str,
@@ -122,7 +122,7 @@ def row(
     }
 
 
-def products(model: Transformer, drafts: int) -> tuple[int, int]:
+def products(model: Trunk, drafts: int) -> tuple[int, int]:
     """Multiplications of a token with weights: in the trunk and head 1, in drafting heads."""
 
     def matrices(module: torch.nn.Module) -> int:
@@ -133,9 +133,7 @@ def products(model: Transformer, drafts: int) -> tuple[int, int]:
 
 
 @torch.inference_mode()
-def cost_of_tokens(
-    model: Transformer, text: list[int], n: int, compile: bool, repeats: int
-) -> float:
+def cost_of_tokens(model: Trunk, text: list[int], n: int, compile: bool, repeats: int) -> float:
     """Time of the trunk's forward over n tokens after `text` over that over one."""
     decoder = Decoder(model, [text], 200, 0, Sampler(), compile)
     decoder.prefill()

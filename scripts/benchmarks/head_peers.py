@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from torchtitan_mtp.data.targets import Batch
-from torchtitan_mtp.models.transformer import Transformer
+from torchtitan_mtp.models.trunk import Trunk
 from torchtitan_mtp.ops import LossOptions
 
 
@@ -22,7 +22,7 @@ def _cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
 
 
 def held_logits(
-    model: Transformer, batch: Batch, head_scales: Tensor, options: LossOptions, last: bool
+    model: Trunk, batch: Batch, head_scales: Tensor, options: LossOptions, last: bool
 ) -> None:
     """Every depth's logits, then the losses: Megatron-Core, MaxText and TorchTitan 0.3.0."""
     logits = [F.linear(h, model.output.weight) for h in model(batch)]  # n of [B, S, V]
@@ -34,7 +34,7 @@ def held_logits(
 
 
 def checkpointed_logits(
-    model: Transformer, batch: Batch, head_scales: Tensor, options: LossOptions, last: bool
+    model: Trunk, batch: Batch, head_scales: Tensor, options: LossOptions, last: bool
 ) -> None:
     """Meta lingua's way: activation checkpointing around each head's projection and loss."""
     losses = [

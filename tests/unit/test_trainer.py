@@ -49,11 +49,12 @@ def test_train_state_is_plain_data():
 def test_every_key_of_the_loss_table_is_passed_on():
     config = JobConfig()
     config.loss.chunk_rows, config.loss.z_loss = 7, 1e-4
-    assert loss_options(config) == LossOptions(chunk_rows=7, z_loss=1e-4)
+    options = loss_options(config, softcap=30.0)  # the model's, which may be its own
+    assert options == LossOptions(chunk_rows=7, z_loss=1e-4, softcap=30.0)
     config.compile.enable = True
-    assert loss_options(config).compile
+    assert loss_options(config, None).compile
     config.compile.components = ["model"]
-    assert not loss_options(config).compile
+    assert not loss_options(config, None).compile
 
 
 def test_the_backends_of_the_loss_table_are_the_ops():

@@ -41,11 +41,11 @@ from torchtitan_mtp.config import Checkpoint
 from torchtitan_mtp.data.tokenizer import Tokenizer
 from torchtitan_mtp.distributed.ranks import Ranks
 from torchtitan_mtp.errors import UserError
-from torchtitan_mtp.models.transformer import Transformer
+from torchtitan_mtp.models.trunk import Trunk
 
 logger = logging.getLogger(__name__)
 
-LoadWeights = Callable[[Path, Transformer, Ranks, Sequence[str]], LoadReport]
+LoadWeights = Callable[[Path, Trunk, Ranks, Sequence[str]], LoadReport]
 
 
 class Checkpointer:
@@ -255,7 +255,7 @@ class Checkpointer:
         if own is None and (not given or self.config.initial_load_in_hf):
             self._check_exclude(())
             if given:
-                assert self._load_hf is not None and isinstance(self.model, Transformer)
+                assert self._load_hf is not None and isinstance(self.model, Trunk)
                 exclude = self.config.exclude_from_loading
                 self.load_report = self._load_hf(Path(given), self.model, self._ranks, exclude)
             return None

@@ -23,9 +23,12 @@ from torchtitan_mtp.data.tokenizer import Tokenizer, build_tokenizer
 from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.models.args import ROPE_SCALINGS, LatentArgs, ModelArgs, ModelSpec, MoEArgs
 from torchtitan_mtp.models.flavors import EARLIER_FLAVORS
-from torchtitan_mtp.models.transformer import Transformer
+from torchtitan_mtp.models.trunk import Trunk
 
 logger = logging.getLogger(__name__)
+
+# Of a config.json: what decides nothing that a model computes.
+_SAID_ELSEWHERE = {"architectures", "dtype", "transformers_version", "use_cache", "model_type"}
 
 # The fields of a ModelSpec, and the optimizer's name; of a run the loss's softcap, of an export the
 # format.
@@ -65,7 +68,7 @@ def record_of_model(
     model: nn.Module, optimizer: torch.optim.Optimizer | None = None
 ) -> Record | None:
     """None for a model of another program."""
-    if not isinstance(model, Transformer):
+    if not isinstance(model, Trunk):
         return None
     name = "" if optimizer is None else type(optimizer).__name__
     return record_of(model.spec, name) | {"softcap": model.softcap}
@@ -133,6 +136,8 @@ def constants(record: Record) -> Record:
         "mtp.num_future_tokens": spec.num_future_tokens,
         "optimizer.name": record["optimizer"],
     }
+    told = (spec.hf_config or {}).items()
+    found |= {f"config.json {key}": value for key, value in told if key not in _SAID_ELSEWHERE}
     if "softcap" in record:
         found["loss.softcap"] = record["softcap"] or "none"
     if spec.heads == "sequential":

@@ -10,7 +10,7 @@ from typing import Any
 
 from torchtitan_mtp.distributed.memory import check_memory
 from torchtitan_mtp.errors import UserError
-from torchtitan_mtp.models.transformer import Transformer
+from torchtitan_mtp.models.trunk import Trunk
 
 
 def path(text: str) -> Path:
@@ -19,13 +19,13 @@ def path(text: str) -> Path:
     return Path(os.path.expanduser(text))
 
 
-def check_generation(model: Transformer, what: str, rows: int, tokens: int) -> None:
+def check_generation(model: Trunk, what: str, rows: int, tokens: int) -> None:
     """UserError where keys and values of `rows` texts of `tokens`, of which `what` names the
     arguments, can't fit."""
     blocks: list[Any] = list(model.layers.values())
     shapes = [block.attention.cache_shape for block in blocks]
     width = sum(heads * sum(widths) for heads, *widths in shapes)
-    weight = model.norm.weight
+    weight = model.output.weight
     check_memory({what: rows * tokens * width * weight.element_size()}, weight.device)
 
 

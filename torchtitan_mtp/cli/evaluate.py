@@ -33,7 +33,7 @@ from torchtitan_mtp.inference import load_for_inference
 from torchtitan_mtp.inference.acceptance import Acceptance, Continuation, measure_continuation
 from torchtitan_mtp.inference.held_out import Text, find_text
 from torchtitan_mtp.inference.load import DTYPES, find_device
-from torchtitan_mtp.models.transformer import Transformer
+from torchtitan_mtp.models.trunk import Trunk
 from torchtitan_mtp.validation import TextMetrics, evaluate_windows
 from torchtitan_mtp.writing import written_whole
 
@@ -114,7 +114,7 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 
 def measure_on_text(
-    args: argparse.Namespace, text: Text, model: Transformer, tokenizer: Tokenizer, run: JobConfig
+    args: argparse.Namespace, text: Text, model: Trunk, tokenizer: Tokenizer, run: JobConfig
 ) -> TextMetrics:
     """The heads on windows of the text."""
     validation, training = run.validation, run.training
@@ -126,11 +126,11 @@ def measure_on_text(
     size = 16 * (n + 1) * batch_size * seq_len  # bytes: labels and the like, int64
     check_memory({f"--batch_size {batch_size}, --seq_len {seq_len}": size}, torch.device("cpu"))
     windows = text.windows(tokenizer, n, seq_len, batch_size)
-    return evaluate_windows(model, windows, tokenizer, batches=batches, softcap=run.loss.softcap)
+    return evaluate_windows(model, windows, tokenizer, batches=batches, softcap=model.softcap)
 
 
 def measure_on_continuation(
-    args: argparse.Namespace, text: Text, model: Transformer, tokenizer: Tokenizer
+    args: argparse.Namespace, text: Text, model: Trunk, tokenizer: Tokenizer
 ) -> Continuation:
     """The heads on the model's greedy continuation of prompts from the text."""
     name = "--prompt_tokens and --max_new_tokens"
@@ -142,7 +142,7 @@ def measure_on_continuation(
     return measure_continuation(model, prompts, args.max_new_tokens, eos_id=tokenizer.eos_ids)
 
 
-def check_length(model: Transformer, length: int, what: str) -> None:
+def check_length(model: Trunk, length: int, what: str) -> None:
     if length > model.args.max_seq_len:
         longest = model.args.max_seq_len
         raise UserError(f"{what}: {length} tokens, but the model takes {longest} at most")
@@ -205,7 +205,7 @@ def rates_of(acceptance: Acceptance) -> dict[str, list[float]]:
 
 def evaluate_heads(
     args: argparse.Namespace,
-    model: Transformer,
+    model: Trunk,
     tokenizer: Tokenizer,
     run: JobConfig,
     console: Console,
@@ -248,7 +248,7 @@ def evaluate_heads(
 
 def evaluate_tasks(
     args: argparse.Namespace,
-    model: Transformer,
+    model: Trunk,
     tokenizer: Tokenizer,
     run: JobConfig,
     console: Console,

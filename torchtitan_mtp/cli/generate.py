@@ -32,7 +32,7 @@ from torchtitan_mtp.inference.load import DTYPES, find_device
 from torchtitan_mtp.inference.sampling import Sampler
 from torchtitan_mtp.inference.stats import ratio
 from torchtitan_mtp.inference.text_stream import TextStream
-from torchtitan_mtp.models.transformer import Transformer
+from torchtitan_mtp.models.trunk import Trunk
 
 Message = dict[str, str]  # role, content
 Prompt = str | list[Message]
@@ -194,7 +194,7 @@ def acceptance_table(stats: Stats) -> Table:
 
 
 def comparison(
-    model: Transformer, prompt: list[int], plain: list[int], speculative: list[int], greedy: bool
+    model: Trunk, prompt: list[int], plain: list[int], speculative: list[int], greedy: bool
 ) -> str:
     """One line: did both ways give the same tokens, and if not, was it a tie?"""
     if plain == speculative:
@@ -214,7 +214,7 @@ def comparison(
 
 
 def comparisons(
-    model: Transformer, prompts: list[list[int]], runs: dict[str, Generation], greedy: bool
+    model: Trunk, prompts: list[list[int]], runs: dict[str, Generation], greedy: bool
 ) -> list[str]:
     """`comparison` of each prompt; those that are identical, together."""
     texts = zip(prompts, runs["plain"].tokens, runs["speculative"].tokens, strict=True)
@@ -233,16 +233,16 @@ def comparisons(
     ]
 
 
-def sampling(args: argparse.Namespace, config: JobConfig) -> dict[str, Any]:
+def sampling(args: argparse.Namespace, model: Trunk) -> dict[str, Any]:
     """What `generate` and `Sampler` take."""
     names = ("temperature", "top_k", "top_p", "seed")
-    return {name: getattr(args, name) for name in names} | {"softcap": config.loss.softcap}
+    return {name: getattr(args, name) for name in names} | {"softcap": model.softcap}
 
 
 def continue_prompts(
     args: argparse.Namespace,
     asked: list[Prompt],
-    model: Transformer,
+    model: Trunk,
     tokenizer: Tokenizer,
     config: JobConfig,
     chat: Any,
@@ -252,7 +252,7 @@ def continue_prompts(
     length, seen = max(map(len, prompts)) + args.max_new_tokens, config.training.seq_len
     name = f"--max_new_tokens {args.max_new_tokens} for {len(prompts)} prompt(s)"
     check_generation(model, name, len(prompts), length)
-    options = sampling(args, config) | {"eos_id": tokenizer.eos_ids, "compile": args.compile}
+    options = sampling(args, model) | {"eos_id": tokenizer.eos_ids, "compile": args.compile}
     drafting: dict[str, Any] = {"speculative": True, "num_draft": args.num_draft}
     speculative = args.speculative or args.compare
     ways: dict[str, dict[str, Any]] = {"speculative": drafting} if speculative else {"plain": {}}
@@ -289,7 +289,7 @@ def continue_prompts(
 
 def converse(
     args: argparse.Namespace,
-    model: Transformer,
+    model: Trunk,
     tokenizer: Tokenizer,
     config: JobConfig,
     chat: Any,
@@ -302,8 +302,8 @@ def converse(
         raise UserError("--interactive goes without --compare, --compile and --num_draft auto")
     check(model, [[tokenizer.eos_id]], args.max_new_tokens)
     check_generation(model, f"--max_new_tokens {args.max_new_tokens}", 1, args.max_new_tokens)
-    options = sampling(args, config) | {"eos_id": tokenizer.eos_ids}
-    Sampler(**sampling(args, config))  # what they must not be is said before anything is typed
+    options = sampling(args, model) | {"eos_id": tokenizer.eos_ids}
+    Sampler(**sampling(args, model))  # what they must not be is said before anything is typed
     if args.speculative:
         options |= {"speculative": True, "num_draft": most_drafts(model, args.num_draft)}
     seq_len = config.training.seq_len
@@ -334,7 +334,7 @@ def converse(
 
 
 def answer(
-    model: Transformer, prompt: list[int], most: int, shown: TextStream, options: dict[str, Any]
+    model: Trunk, prompt: list[int], most: int, shown: TextStream, options: dict[str, Any]
 ) -> None:
     """Write what follows the prompt to stdout as it comes, its cost to stderr."""
     stats = None

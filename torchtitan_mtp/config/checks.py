@@ -18,6 +18,7 @@ def check(config: JobConfig, given: Collection[str] = ()) -> None:
     for option in options(JobConfig).values():
         if not option.is_table:
             _check_key(option, option.get(config))
+    _check_model(config)
     _check_run(config)
     _check_float8(config)
     if "mtp" in config.model.converters:
@@ -34,6 +35,23 @@ def _check_key(option: Option, value: object) -> None:
             raise UserError(f"{option.name} = {show(value)}: expected {expected}")
     if rule.distinct and isinstance(value, list) and len(set(value)) < len(value):
         raise UserError(f"{option.name} = {show(value)}: an entry is there twice; remove one")
+
+
+def _check_model(config: JobConfig) -> None:
+    model = config.model
+    if model.name != "hf":
+        return
+    if model.args.given() or model.vocab_size is not None:
+        key = f"args.{next(iter(model.args.given()))}" if model.args.given() else "vocab_size"
+        raise UserError(
+            f'model.{key}: model.name = "hf" takes all sizes from config.json in '
+            "model.hf_assets_path; unset it"
+        )
+    if model.hf_assets_path in ("", "byte"):
+        raise UserError(
+            f'model.hf_assets_path = {show(model.hf_assets_path)}: model.name = "hf" needs the '
+            "folder of a model, with its config.json; name it"
+        )
 
 
 def _check_run(config: JobConfig) -> None:

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import (
 )
 
 from torchtitan_mtp.config import ActivationCheckpoint
-from torchtitan_mtp.models.transformer import Transformer
+from torchtitan_mtp.models.trunk import Trunk
 from torchtitan_mtp.mtp.engine import backward_follows_forward
 
 # Worth keeping: attention, every second matrix product, and which experts a token goes to, which is
@@ -51,7 +51,7 @@ def _selective_contexts() -> Any:
 
 
 def apply_activation_checkpointing(
-    model: Transformer, config: ActivationCheckpoint, engine: str = "head_by_head"
+    model: Trunk, config: ActivationCheckpoint, engine: str = "head_by_head"
 ) -> None:
     """Make blocks recompute their activations in the backward, heads' included.
 

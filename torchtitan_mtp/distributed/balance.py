@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from torchtitan_mtp.distributed.mesh import all_reduce
-from torchtitan_mtp.models.transformer import Transformer
+from torchtitan_mtp.models.trunk import Trunk
 
 
-def weigh_balance_losses(model: Transformer, head_weights: Sequence[float], sequences: int) -> None:
+def weigh_balance_losses(model: Trunk, head_weights: Sequence[float], sequences: int) -> None:
     """Set what each mixture's sequence-wise loss counts in a step of `sequences`, over all ranks
     and micro-batches: alpha for their mean, times the weight of the head that the mixture is part
     of (of a module that serves several heads, their mean).
@@ -31,7 +31,7 @@ def weigh_balance_losses(model: Transformer, head_weights: Sequence[float], sequ
 
 
 @contextmanager
-def apart_from_training(model: Transformer) -> Iterator[None]:
+def apart_from_training(model: Trunk) -> Iterator[None]:
     """For forwards without a backward: they leave no parameter gathered and count no tokens."""
     counts = [(c := moe.tokens_per_expert, c.clone()) for _, moe in model.named_moe_layers()]
     with torch.no_grad():
@@ -67,7 +67,7 @@ class ExpertLoads(NamedTuple):
 
 
 @torch.no_grad()
-def balance_experts(model: Transformer, rest: Sequence[str] = ()) -> ExpertLoads | None:
+def balance_experts(model: Trunk, rest: Sequence[str] = ()) -> ExpertLoads | None:
     """Move every expert's bias once, after a step, by what the step's tokens were; count anew.
 
     An expert with fewer tokens than the mean gains `load_balance_coeff`, one with more loses it.

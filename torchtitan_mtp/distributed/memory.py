@@ -10,7 +10,7 @@ import torch
 from torchtitan_mtp.config import JobConfig
 from torchtitan_mtp.distributed.mesh import launch_number
 from torchtitan_mtp.errors import UserError
-from torchtitan_mtp.models.transformer import Transformer
+from torchtitan_mtp.models.trunk import Trunk
 
 GIB = 1024**3
 LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
@@ -41,7 +41,7 @@ def check_memory(needs: Mapping[str, int], device: torch.device) -> None:
 
 
 def check_run(
-    config: JobConfig, model: Transformer, device: torch.device, ranks: int, accumulation: int
+    config: JobConfig, model: Trunk, device: torch.device, ranks: int, accumulation: int
 ) -> None:
     """Error: a training of `model` (on meta) can't fit, whatever is sharded or computed twice."""
     training, validation, n = config.training, config.validation, config.num_future_tokens

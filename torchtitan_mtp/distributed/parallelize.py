@@ -19,14 +19,13 @@ from torch.distributed.tensor import Shard
 from torchtitan_mtp.config import JobConfig
 from torchtitan_mtp.distributed.activation_checkpoint import apply_activation_checkpointing
 from torchtitan_mtp.distributed.mesh import World
-from torchtitan_mtp.models.init import init_weights
-from torchtitan_mtp.models.transformer import Transformer
+from torchtitan_mtp.models.trunk import Trunk
 from torchtitan_mtp.mtp.engine import backward_follows_forward
 
 
 def parallelize(
-    model: Transformer, config: JobConfig, world: World, param_dtype: torch.dtype, seed: int
-) -> Transformer:
+    model: Trunk, config: JobConfig, world: World, param_dtype: torch.dtype, seed: int
+) -> Trunk:
     """Checkpointing, compilation and FSDP2, block by block; then memory and weights.
 
     The model comes from the meta device with its converters applied (heads, float8). It returns
@@ -41,7 +40,7 @@ def parallelize(
     model.tie_weights()
     if config.training.enable_cpu_offload:
         _move_buffers(model, world.device)
-    init_weights(model, seed)
+    model.init_weights(seed)
     return model
 
 
@@ -52,9 +51,7 @@ def _move_buffers(model: nn.Module, device: torch.device) -> None:
             module._buffers[name] = buffer.to(device)
 
 
-def apply_fsdp(
-    model: Transformer, config: JobConfig, world: World, param_dtype: torch.dtype
-) -> None:
+def apply_fsdp(model: Trunk, config: JobConfig, world: World, param_dtype: torch.dtype) -> None:
     """Shard parameters over `dp_shard`, replicate over `dp_replicate`: FSDP2, HSDP, replication.
 
     One rank takes the same way: its shard is the whole parameter, its mixed precision FSDP2's.

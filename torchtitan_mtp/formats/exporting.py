@@ -143,6 +143,10 @@ def formats_for(spec: ModelSpec) -> list[str]:
 
 def refusal(form: Format, spec: ModelSpec) -> str:
     """What of the model has no place in the format or its config; "" where all has."""
+    if spec.hf_config is not None:
+        return (
+            f"is of this project's models, this one is transformers' {spec.hf_config['model_type']}"
+        )
     if form.kind not in (None, spec.block_type):
         return "is for models of another kind"
     for key, what in (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -12,22 +13,25 @@ from torchtitan_mtp.build import differing_sizes, write_spec_to_config
 from torchtitan_mtp.checkpoint.folders import back_up
 from torchtitan_mtp.checkpoint.load import LoadReport, compare_names, excluded, log_report
 from torchtitan_mtp.checkpoint.record import check_record, record_of, record_of_model
-from torchtitan_mtp.checkpoint.state import model_state
+from torchtitan_mtp.checkpoint.state import cast_weights, model_state
 from torchtitan_mtp.config import JobConfig
 from torchtitan_mtp.distributed.ranks import Ranks
 from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.formats.exporting import export_checkpoint, formats_for, refusal
 from torchtitan_mtp.formats.formats import FORMATS
+from torchtitan_mtp.formats.hf_trunk import TrunkFolder
 from torchtitan_mtp.formats.importing import format_of, inward, open_model
 from torchtitan_mtp.models.args import ModelSpec
+from torchtitan_mtp.models.hf import HFTrunk
+from torchtitan_mtp.models.hf_config import read_config
 from torchtitan_mtp.models.init import copy_full_tensor
-from torchtitan_mtp.models.transformer import Transformer
+from torchtitan_mtp.models.trunk import Trunk
 
 logger = logging.getLogger(__name__)
 
 
 def load_hf_weights(
-    path: Path, model: Transformer, ranks: Ranks, exclude: Sequence[str] = ()
+    path: Path, model: Trunk, ranks: Ranks, exclude: Sequence[str] = ()
 ) -> LoadReport:
     """Load a folder in one of the HF formats into a materialised (also sharded) model, in place.
 
@@ -37,7 +41,8 @@ def load_hf_weights(
     Raises:
         UserError: on every rank: a damaged folder, another architecture, or another shape.
     """
-    return ranks.on_all(lambda: _load(path, model, exclude))
+    load = _load_own if isinstance(model, HFTrunk) else _load
+    return ranks.on_all(lambda: load(path, model, exclude))
 
 
 def config_of_hf(path: Path) -> JobConfig:
@@ -52,7 +57,7 @@ def config_of_hf(path: Path) -> JobConfig:
     return config
 
 
-def _load(path: Path, model: Transformer, exclude: Sequence[str]) -> LoadReport:
+def _load(path: Path, model: Trunk, exclude: Sequence[str]) -> LoadReport:
     name = format_of(path)
     spec, tensors = open_model(name, path)
     if different := differing_sizes(model.args, spec.args):
@@ -60,13 +65,39 @@ def _load(path: Path, model: Transformer, exclude: Sequence[str]) -> LoadReport:
     wanted = {key: t for key, t in model_state(model).items() if not excluded(key, exclude)}
     if model.args.tied_embeddings:
         wanted.pop("output.weight", None)
-    found = inward(tensors, FORMATS[name], spec, model.norm.weight.dtype)
+    found = inward(tensors, FORMATS[name], spec, model.output.weight.dtype)
     offered = {key for key in found.kinds if not excluded(key, exclude)}
     if any(key.startswith("mtp.") for key in wanted.keys() & offered):
         check_record(path, record_of(spec), record_of_model(model), exclude)
     report = compare_names(path, wanted, offered, other_heads=True, aliases={})
     for key in wanted.keys() & offered:
         copy_full_tensor(wanted[key], found.read(key).to(wanted[key].device))
+    log_report(path, report)
+    return report
+
+
+def _load_own(path: Path, model: Any, exclude: Sequence[str]) -> LoadReport:
+    """`_load` for a trunk that is transformers' own."""
+    told, ours = read_config(str(path)).to_diff_dict(), model.spec.hf_config
+    record = record_of(ModelSpec(model.args, hf_config=told))
+    check_record(path, record, record_of(ModelSpec(model.args, hf_config=ours)), exclude)
+    folder = TrunkFolder(path, model)
+    wanted = {key: t for key, t in model_state(model).items() if not excluded(key, exclude)}
+    if model.args.tied_embeddings:
+        wanted.pop(f"{model.output_name}.weight", None)
+    offered = {name for name in folder.rest if not folder.ignored(name)}
+    for name, value in folder.read():
+        if name not in wanted:
+            continue
+        target = wanted[name]
+        if value.shape != target.shape:
+            shapes = f"{tuple(value.shape)}, expected {tuple(target.shape)}"
+            raise UserError(f"{path}: {name} has the shape {shapes}, as config.json says")
+        value = cast_weights(value, target.dtype, f"{path}: {name}")
+        copy_full_tensor(target, value.to(target.device))
+        offered.add(name)
+    report = compare_names(path, wanted, offered, other_heads=True, aliases={})
+    report = LoadReport(report.missing, tuple(folder.rest))
     log_report(path, report)
     return report
 
@@ -84,7 +115,7 @@ def hf_format(spec: ModelSpec) -> str:
     )
 
 
-def save_in_hf(step: Path, model: Transformer, dtype: torch.dtype | None) -> Path:
+def save_in_hf(step: Path, model: Trunk, dtype: torch.dtype | None) -> Path:
     """Export a finished step-N beside itself, as step-N.hf, in the format that holds its heads; in
     the step's own dtype where `dtype` can't hold it: the end of a training must not be lost."""
     name = hf_format(model.spec)

@@ -29,7 +29,7 @@ from torchtitan_mtp.data.targets import IGNORE, Batch, Window, make_batch
 from torchtitan_mtp.inference.decoding import generate
 from torchtitan_mtp.inference.rows import EndIds
 from torchtitan_mtp.inference.stats import DraftCounts, expected_tokens_per_step, ratio
-from torchtitan_mtp.models.transformer import Transformer
+from torchtitan_mtp.models.trunk import Trunk
 
 UNKNOWN = -1  # in place of a token: nothing to compare a draft with
 
@@ -89,7 +89,7 @@ def count_agreement(drafts: Tensor, own: Tensor) -> Tensor:
     return counts.flatten(1, -2).sum(1)
 
 
-def text_agreement(model: Transformer, hiddens: Sequence[Tensor], labels: Tensor) -> Tensor:
+def text_agreement(model: Trunk, hiddens: Sequence[Tensor], labels: Tensor) -> Tensor:
     """`count_agreement` on a given text [4, n-1], from its n hidden states [B, S, D] and its labels
     [B, S, n]."""
     if len(hiddens) == 1:
@@ -115,7 +115,7 @@ def _next_choices(chosen: Tensor, n: int) -> Tensor:
 
 @torch.inference_mode()
 def measure_continuation(
-    model: Transformer,
+    model: Trunk,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     *,
@@ -158,7 +158,7 @@ def count_steps(runs: Sequence[int], drafts: int) -> int:
 
 
 def _drafts(
-    model: Transformer, prompts: Sequence[Sequence[int]], new: Sequence[Sequence[int]]
+    model: Trunk, prompts: Sequence[Sequence[int]], new: Sequence[Sequence[int]]
 ) -> tuple[Tensor, Tensor]:
     """Drafts of heads 2..n at every position of prompt and continuation, and head 1's choices for
     their places, UNKNOWN before the prompt's last position and after the end: [B, L, n-1] each."""
@@ -173,5 +173,5 @@ def _drafts(
     own = _next_choices(chosen, n)
     own[chosen == UNKNOWN] = UNKNOWN  # no step begins there
     batch = make_batch(Window(text, torch.zeros_like(text)), n)
-    hiddens = model(Batch(*(t.to(model.norm.weight.device) for t in batch)))
+    hiddens = model(Batch(*(t.to(model.output.weight.device) for t in batch)))
     return model.output.argmax(hiddens[1:]).cpu(), own

@@ -31,12 +31,12 @@ from torchtitan_mtp.inference.drafting import Plan, build_drafter
 from torchtitan_mtp.inference.rows import EndIds, Generation, Rows
 from torchtitan_mtp.inference.sampling import Sampler
 from torchtitan_mtp.inference.text_stream import TextStream
-from torchtitan_mtp.models.transformer import Transformer
+from torchtitan_mtp.models.trunk import Trunk
 
 
 @torch.inference_mode()
 def generate(
-    model: Transformer,
+    model: Trunk,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     *,
@@ -96,7 +96,7 @@ class Decoder:
 
     def __init__(
         self,
-        model: Transformer,
+        model: Trunk,
         prompts: Sequence[Sequence[int]],
         max_new_tokens: int,
         num_draft: int,
@@ -191,7 +191,7 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @torch.inference_mode()
-def states_of(model: Transformer, texts: Sequence[Sequence[int]]) -> Tensor:
+def states_of(model: Trunk, texts: Sequence[Sequence[int]]) -> Tensor:
     """Head 1's states [B, S, D] at the tokens of B texts, of which the longest has S."""
     check(model, texts, 1)
     decoder = Decoder(model, texts, 1, 0, Sampler())
@@ -199,12 +199,12 @@ def states_of(model: Transformer, texts: Sequence[Sequence[int]]) -> Tensor:
 
 
 @torch.inference_mode()
-def next_logits(model: Transformer, text: Sequence[int]) -> Tensor:
+def next_logits(model: Trunk, text: Sequence[int]) -> Tensor:
     """Head 1's logits [V] for the token after `text`."""
     return model.output(states_of(model, [text])[0, -1])
 
 
-def most_drafts(model: Transformer, num_draft: int | Literal["auto"] | None) -> int:
+def most_drafts(model: Trunk, num_draft: int | Literal["auto"] | None) -> int:
     """The most tokens that a step drafts: `num_draft`, or all that the heads can."""
     if model.mtp is None:
         raise UserError(
@@ -219,7 +219,7 @@ def most_drafts(model: Transformer, num_draft: int | Literal["auto"] | None) -> 
     return num_draft
 
 
-def check(model: Transformer, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+def check(model: Trunk, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
     """UserError where there is nothing to continue, or nothing to continue it with."""
     if not prompts or not all(len(prompt) for prompt in prompts):
         raise UserError("the prompt is empty: give at least one token to go on from")

@@ -27,7 +27,7 @@ from torchtitan_mtp.inference.cache import (
 from torchtitan_mtp.inference.sampling import Noise, Sampler
 from torchtitan_mtp.inference.stacking import first_heads, stack
 from torchtitan_mtp.models.heads import Heads
-from torchtitan_mtp.models.transformer import Transformer
+from torchtitan_mtp.models.trunk import Trunk
 from torchtitan_mtp.mtp.medusa import MedusaHeads
 from torchtitan_mtp.mtp.parallel import ParallelHeads
 from torchtitan_mtp.mtp.sequential import SequentialHeads
@@ -79,10 +79,10 @@ class ParallelDrafter:
 
     reads = "z"
 
-    def __init__(self, model: Transformer, positions: Positions, num_draft: int) -> None:
+    def __init__(self, model: Trunk, positions: Positions, num_draft: int) -> None:
         self.model, self.positions = model, positions
         self.lengths = CacheLengths(positions.batch, [0] * num_draft)
-        self.states = positions.states(len(model.norm.weight))
+        self.states = positions.states(model.args.dim)
         assert model.mtp is not None
         self._take(list(model.mtp.heads)[:num_draft])
 
@@ -155,7 +155,7 @@ class SequentialDrafter:
     n = 2, the new positions alone).
     """
 
-    def __init__(self, model: Transformer, positions: Positions, num_draft: int) -> None:
+    def __init__(self, model: Trunk, positions: Positions, num_draft: int) -> None:
         self.model, self.positions = model, positions
         depths = range(2, num_draft + 2)
         self.lengths = CacheLengths(positions.batch, [k - 1 for k in depths])
@@ -164,7 +164,7 @@ class SequentialDrafter:
         self.modules: list[Any] = [heads.module(k) for k in depths]
         self.caches = [LayerCache(m.block.attention, positions) for m in self.modules]
         # What the first module reads, as `ParallelDrafter` says.
-        self.states = positions.states(len(model.norm.weight))
+        self.states = positions.states(model.args.dim)
         self.reads = "raw" if heads.trunk_state == "raw" else "h"
 
     def draft(self, tokens: Tensor, plan: Plan, sampler: Sampler) -> Tensor | None:
@@ -192,7 +192,7 @@ DRAFTERS: dict[type[Heads], type[Drafter]] = {
 }
 
 
-def build_drafter(model: Transformer, positions: Positions, num_draft: int) -> Drafter:
+def build_drafter(model: Trunk, positions: Positions, num_draft: int) -> Drafter:
     """What drafts up to `num_draft` tokens a step with the model's heads."""
     assert model.mtp is not None
     drafter = DRAFTERS[type(model.mtp)]

@@ -30,7 +30,7 @@ from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.inference.chat import chat_tokenizer, render
 from torchtitan_mtp.inference.decoding import generate, states_of
 from torchtitan_mtp.inference.text_stream import TextStream
-from torchtitan_mtp.models.transformer import Transformer
+from torchtitan_mtp.models.trunk import Trunk
 
 logger = logging.getLogger(__name__)
 
@@ -48,13 +48,13 @@ class HarnessModel(TemplateLM):
     tokenizer_name = ""
 
     def __init__(
-        self, model: Transformer, tokenizer: Tokenizer, config: JobConfig, batch_size: int = 8
+        self, model: Trunk, tokenizer: Tokenizer, config: JobConfig, batch_size: int = 8
     ) -> None:
         super().__init__()
         self.model, self.tok, self.batch_size = model, tokenizer, batch_size
-        self.softcap, self.max_length = config.loss.softcap, config.training.seq_len
+        self.softcap, self.max_length = self.model.softcap, config.training.seq_len
         self.tokenizer_name = config.model.hf_assets_path
-        self._device = model.norm.weight.device
+        self._device = model.output.weight.device
         self._generations = 0
 
     @cached_property

@@ -18,7 +18,7 @@ from torchtitan_mtp.distributed.ranks import Ranks
 from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.formats.tokenizer_files import check_rows
 from torchtitan_mtp.formats.training import config_of_hf, load_hf_weights
-from torchtitan_mtp.models.transformer import Transformer
+from torchtitan_mtp.models.trunk import Trunk
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
 
@@ -39,7 +39,7 @@ def load_for_inference(
     path: str | os.PathLike[str],
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
-) -> tuple[Transformer, Tokenizer, JobConfig]:
+) -> tuple[Trunk, Tokenizer, JobConfig]:
     """The model of a checkpoint with its weights and heads, its tokenizer and its run's config.
 
     path: a step-N folder, a run's folder, or a folder that `export_checkpoint.py` wrote in one of

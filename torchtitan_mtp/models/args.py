@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,8 @@ class ModelSpec:
 
     args: the trunk's. heads: the family ("parallel", ...), or "" for none, where
     `num_future_tokens` is 1.
-    trunk_state: what the first sequential head reads (`mtp.trunk_state`).
+    trunk_state: what the first sequential head reads (`mtp.trunk_state`). hf_config: of a trunk of
+    transformers its config.json, which defines it; `args` then only has its sizes.
     """
 
     args: ModelArgs
@@ -148,6 +149,7 @@ class ModelSpec:
     num_future_tokens: int = 1
     share_weights: bool = False
     trunk_state: Literal["normalized", "raw"] = "normalized"
+    hf_config: dict[str, Any] | None = None
 
     @property
     def num_modules(self) -> int:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from torchtitan_mtp.models.args import ModelArgs
+from torchtitan_mtp.models.layers import NormParams
 from torchtitan_mtp.models.rope import apply_rope
 
 FLEX_MIN_HEAD_DIM = 16  # of FlexAttention's kernels on GPUs
@@ -27,6 +28,16 @@ class AttentionContext(NamedTuple):
     cos: Tensor  # [B or 1, S, 1, rope_dim / 2] float32
     sin: Tensor
     mask: Tensor | BlockMask | None
+
+    def run(
+        self,
+        block: nn.Module,
+        x: Tensor,
+        cache: KVCache | None = None,
+        norm: NormParams | None = None,
+    ) -> Tensor:
+        """As `BlockContext.run`."""
+        return block(x, self, cache, norm)
 
 
 # The KV cache of one attention layer: stores new k, v [B, KV, S, hd], returns all of them to

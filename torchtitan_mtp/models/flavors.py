@@ -127,7 +127,7 @@ def model_args(
     attention heads or experts that don't fit.
     """
     if family not in flavors:
-        raise UserError(f'model.name = "{family}": expected one of {", ".join(flavors)}')
+        raise UserError(f'model.name = "{family}": expected one of {", ".join(flavors)}, hf')
     if flavor not in flavors[family]:
         names = ", ".join(flavors[family])
         mixture = family == "qwen3" and flavor in _MIXTURES

@@ -6,27 +6,40 @@ when it is built and `TrunkOutput` for every batch, and knows nothing else of th
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from torchtitan_mtp.data.targets import Batch
 from torchtitan_mtp.models.args import ModelArgs
-from torchtitan_mtp.models.attention import AttentionContext
 from torchtitan_mtp.models.layers import NormParams
 from torchtitan_mtp.ops import HeadByHeadLoss, LossOutput
 
 if TYPE_CHECKING:
-    from torchtitan_mtp.models.transformer import Transformer
+    from torchtitan_mtp.models.trunk import Trunk
 
 
 class TrunkParts(NamedTuple):
-    """What heads are built from: the trunk's sizes, its last block, its final norm."""
+    """What heads are built from: the trunk's sizes, its last block, its final norm; the block that
+    heads copy, and what makes a norm of theirs."""
 
     args: ModelArgs
     last_layer: nn.Module
-    norm: nn.RMSNorm
+    norm: nn.Module
+    head_layer: nn.Module
+    new_norm: Callable[[], nn.Module]
+
+
+class BlockContext(Protocol):
+    """What all blocks share in one forward, beside their input."""
+
+    def run(
+        self, block: nn.Module, x: Tensor, cache: Any = None, norm: NormParams | None = None
+    ) -> Tensor:
+        """A block's output [B, S, D] on x [B, S, D]. A `norm` is applied to it inside the block's
+        call, so that a checkpointed or compiled block keeps nothing for it."""
 
 
 class TrunkOutput(NamedTuple):
@@ -39,7 +52,7 @@ class TrunkOutput(NamedTuple):
     """
 
     state: Tensor
-    context: AttentionContext
+    context: BlockContext
     embedded: Tensor | None = None
 
 
@@ -72,7 +85,7 @@ class Heads(nn.Module):
         raise NotImplementedError
 
     def head_by_head(
-        self, model: Transformer, batch: Batch, head_loss: HeadByHeadLoss, reduce: bool
+        self, model: Trunk, batch: Batch, head_loss: HeadByHeadLoss, reduce: bool
     ) -> dict[int, LossOutput]:
         """The forwards and backwards of one micro-batch: each head's loss by its number 1..n.
 
@@ -83,9 +96,9 @@ class Heads(nn.Module):
     def trunk_input(self, state: Tensor, detach: bool = True) -> tuple[Tensor, NormParams]:
         """The trunk's state and final norm as a head reads them: detached under `detach_trunk`,
         unless `detach` is false (head 1)."""
-        scale, eps = self.trunk_parts.norm.weight, self.trunk_parts.norm.eps
-        assert eps is not None
+        norm = self.trunk_parts.norm
+        weights: dict[str, Tensor] = dict(norm.named_parameters())
         # (Without gradients there is nothing to detach, and one kind of call less to compile.)
         if self.detach_trunk and detach and torch.is_grad_enabled():
-            return state.detach(), NormParams(scale.detach(), eps)
-        return state, NormParams(scale, eps)
+            state, weights = state.detach(), {name: w.detach() for name, w in weights.items()}
+        return state, NormParams(norm, weights)

@@ -8,12 +8,14 @@ every rank draws whole parameters, one at a time, and keeps its shard.
 from __future__ import annotations
 
 import hashlib
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from torchtitan_mtp.models.transformer import Transformer
+if TYPE_CHECKING:
+    from torchtitan_mtp.models.transformer import Transformer
 
 
 @torch.no_grad()
@@ -23,6 +25,11 @@ def copy_full_tensor(param: Tensor, value: Tensor) -> None:
         # Slicing needs no communication.
         value = distribute_tensor(value, param.device_mesh, param.placements, src_data_rank=None)
     param.copy_(value)
+
+
+def seed_of(name: str, seed: int) -> int:
+    """The seed of a parameter's own random stream."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:7], "big")
 
 
 @torch.no_grad()
@@ -37,9 +44,8 @@ def init_weights(model: Transformer, seed: int) -> None:
         if param.ndim == 1 or not std:
             value.fill_(1.0 if std else 0.0)
         else:
-            digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
             generator = torch.Generator(param.device)
-            generator.manual_seed(int.from_bytes(digest[:7], "big"))
+            generator.manual_seed(seed_of(name, seed))
             cut = 100.0 if name == "tok_embeddings.weight" else 3.0
             nn.init.trunc_normal_(value, 0.0, std, -cut * std, cut * std, generator=generator)
         copy_full_tensor(param, value.to(param.dtype))

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 
 
 class FeedForward(nn.Module):
@@ -23,13 +24,13 @@ class FeedForward(nn.Module):
 
 
 class NormParams(NamedTuple):
-    """An RMSNorm of another module, to be applied inside a block's call, so that checkpointing
-    the block covers it. scale [D]."""
+    """A norm of another module, to be applied inside a block's call, so that checkpointing the
+    block covers it. weights: its parameters by name, detached or not."""
 
-    scale: Tensor
-    eps: float
+    module: nn.Module
+    weights: dict[str, Tensor]
 
 
-def rms_norm(x: Tensor, norm: NormParams) -> Tensor:
+def normalize(x: Tensor, norm: NormParams) -> Tensor:
     """x [..., D] -> [..., D]."""
-    return F.rms_norm(x, norm.scale.shape, norm.scale, norm.eps)
+    return functional_call(norm.module, norm.weights, (x,))

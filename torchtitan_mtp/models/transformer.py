@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import functools
 
 import torch
 from torch import Tensor, nn
@@ -11,12 +11,13 @@ from torchtitan_mtp.data.targets import Batch
 from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.models.args import ModelArgs, ModelSpec
 from torchtitan_mtp.models.attention import Attention, AttentionContext, KVCache, document_mask
-from torchtitan_mtp.models.heads import Heads, TrunkOutput
+from torchtitan_mtp.models.heads import Heads, TrunkOutput, TrunkParts
+from torchtitan_mtp.models.init import init_weights
 from torchtitan_mtp.models.latent_attention import LatentAttention
-from torchtitan_mtp.models.layers import FeedForward, NormParams, rms_norm
+from torchtitan_mtp.models.layers import FeedForward, NormParams, normalize
 from torchtitan_mtp.models.moe import MoE
 from torchtitan_mtp.models.rope import rope_tables
-from torchtitan_mtp.ops import LossOutput, chunked_argmax
+from torchtitan_mtp.models.trunk import Trunk, Unembedding
 
 
 class TransformerBlock(nn.Module):
@@ -51,7 +52,7 @@ class TransformerBlock(nn.Module):
         feed_forward = self.feed_forward if self.moe is None else self.moe
         assert feed_forward is not None
         x = x + feed_forward(self.ffn_norm(x))
-        return x if norm is None else rms_norm(x, norm)
+        return x if norm is None else normalize(x, norm)
 
     def init_std(self, name: str) -> float:
         """Standard deviation of the weight `name` at initialisation."""
@@ -60,41 +61,10 @@ class TransformerBlock(nn.Module):
         return 0.02
 
 
-class Unembedding(nn.Linear):
-    """The shared `output` projection. As of any linear layer, a call gives logits [..., V].
+class Transformer(Trunk):
+    """Llama-style decoder. Its parameters keep TorchTitan's names."""
 
-    Whatever else uses its weight is a method here, registered with FSDP2 (`apply_fsdp`): FSDP2
-    unshards a weight only for a forward of the module that owns it, and loses the gradient of a
-    use outside.
-    """
-
-    def loss(
-        self,
-        hiddens: Sequence[Tensor],
-        labels: Tensor,
-        compute: Callable[[list[Tensor], Tensor, Tensor], LossOutput],
-        detach: bool = False,
-    ) -> LossOutput:
-        """The loss of n heads: `compute` of n tensors [N, D], the weight and labels [N, n].
-
-        hiddens: n tensors [B, S, D]; labels [B, S, n]. `detach`: the weight gets no gradient.
-        """
-        weight = self.weight.detach() if detach else self.weight
-        return compute([h.flatten(0, 1) for h in hiddens], weight, labels.flatten(0, 1))
-
-    def argmax(self, hiddens: Sequence[Tensor]) -> Tensor:
-        """The most likely tokens [B, S, n] int64 of n tensors [B, S, D], without gradients."""
-        rows = [chunked_argmax(h.flatten(0, 1), self.weight) for h in hiddens]  # n of [N]
-        return torch.stack(rows, dim=-1).view(*hiddens[0].shape[:2], -1)
-
-
-class Transformer(nn.Module):
-    """Llama-style decoder. Its parameters keep TorchTitan's names whatever `mtp` holds.
-
-    `mtp` is the slot of the multi-token-prediction transform (`torchtitan_mtp.mtp`).
-    """
-
-    softcap: float | None = None  # loss.softcap of the run; whoever uses logits applies it
+    layers: nn.ModuleDict
 
     def __init__(self, args: ModelArgs) -> None:
         super().__init__()
@@ -113,28 +83,11 @@ class Transformer(nn.Module):
         for name, table in zip(("rope_cos", "rope_sin"), rope_tables(args, "meta"), strict=True):
             self.register_buffer(name, table, persistent=False)
 
-    @property
-    def args(self) -> ModelArgs:
-        """The trunk's sizes."""
-        return self.spec.args
-
-    def tie_weights(self) -> None:
-        """Make `output` and `tok_embeddings` one parameter where the flavor ties them."""
-        if self.args.tied_embeddings:
-            self.output.weight = self.tok_embeddings.weight
-
-    def named_blocks(self) -> Iterator[tuple[str, nn.Module]]:
-        """Every block with its name, the trunk's first: what AC, compile and FSDP2 wrap."""
-        for i, block in self.layers.items():
-            yield f"layers.{i}", block
-        if self.mtp is not None:
-            for j, head in enumerate(self.mtp.heads):
-                yield f"mtp.heads.{j}", head
-
-    def named_moe_layers(self) -> Iterator[tuple[str, MoE]]:
-        """Every mixture of experts with the name of its block; none in a dense model."""
-        for name, block in self.named_blocks():
-            yield from ((name, part) for part in block.modules() if isinstance(part, MoE))
+    def parts(self) -> TrunkParts:
+        """As `Trunk.parts`."""
+        last = self.layers[str(self.args.n_layers - 1)]
+        new_norm = functools.partial(nn.RMSNorm, self.args.dim, eps=self.args.norm_eps)
+        return TrunkParts(self.args, last, self.norm, last, new_norm)
 
     def attention_context(self, batch: Batch) -> AttentionContext:
         """Rotary angles and attention mask of a batch."""
@@ -146,10 +99,6 @@ class Transformer(nn.Module):
             self.rope_sin[batch.positions].unsqueeze(2),
             document_mask(batch.doc_ids, min_head_dim) if packed else None,
         )
-
-    def forward_trunk(self, batch: Batch) -> TrunkOutput:
-        """The trunk alone, for an engine that runs the heads itself."""
-        return self._forward_trunk(batch)
 
     def _forward_trunk(self, batch: Batch) -> TrunkOutput:
         context, heads, tokens = self.attention_context(batch), self.mtp, batch.tokens
@@ -164,10 +113,9 @@ class Transformer(nn.Module):
             x = block(x, context)
         return TrunkOutput(x, context, embedded if ahead else None)
 
-    def forward(self, batch: Batch) -> list[Tensor]:
-        """The hidden states of the n heads: n tensors [B, S, D], each normalised."""
-        trunk = self._forward_trunk(batch)
-        return [self.norm(trunk.state)] if self.mtp is None else self.mtp(trunk)
+    def init_weights(self, seed: int) -> None:
+        """As `Trunk.init_weights`."""
+        init_weights(self, seed)
 
     def init_std(self, name: str) -> float:
         """Standard deviation of the parameter `name` at initialisation (TorchTitan's scheme)."""
@@ -179,7 +127,7 @@ class Transformer(nn.Module):
         return 1.0
 
     def init_buffers(self) -> None:
-        """Fill the rotary tables and zero the experts' biases, on the device that they are on."""
+        """As `Trunk.init_buffers`: the rotary tables; and zero the experts' biases."""
         device = self.rope_cos.device
         self.rope_cos, self.rope_sin = rope_tables(self.args, device)
         for _, moe in self.named_moe_layers():

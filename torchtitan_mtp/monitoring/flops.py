@@ -28,12 +28,10 @@ from torch import nn
 from torchtitan_mtp.models.attention import Attention
 from torchtitan_mtp.models.latent_attention import LatentAttention
 from torchtitan_mtp.models.moe import MoE
-from torchtitan_mtp.models.transformer import Transformer
+from torchtitan_mtp.models.trunk import Trunk
 
 
-def forward_backward_flops_per_token(
-    model: Transformer, seq_len: int, from_head_1: bool = False
-) -> int:
+def forward_backward_flops_per_token(model: Trunk, seq_len: int, from_head_1: bool = False) -> int:
     """FLOPs of one token's forward and backward, without recomputation (formula above).
 
     Reads the shapes of `model`, on any device (meta included), sharded or not. Frozen parameters

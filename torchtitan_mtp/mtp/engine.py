@@ -19,13 +19,13 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from torchtitan_mtp.data.targets import Batch
-from torchtitan_mtp.models.transformer import Transformer
+from torchtitan_mtp.models.trunk import Trunk
 from torchtitan_mtp.mtp.schedule import end_no_sync
 from torchtitan_mtp.ops import HeadByHeadLoss, LossOptions, LossOutput, linear_cross_entropy
 
 
 def forward_loss(
-    model: Transformer,
+    model: Trunk,
     batch: Batch,
     head_scales: Tensor,
     options: LossOptions,
@@ -62,7 +62,7 @@ def forward_loss(
 
 
 def joint(
-    model: Transformer,
+    model: Trunk,
     batch: Batch,
     head_scales: Tensor,
     options: LossOptions,
@@ -83,7 +83,7 @@ def joint(
 
 
 def head_by_head(
-    model: Transformer,
+    model: Trunk,
     batch: Batch,
     head_scales: Tensor,
     options: LossOptions,
@@ -98,7 +98,7 @@ def head_by_head(
     return _together([outputs[k] for k in sorted(outputs)])
 
 
-def backward_follows_forward(model: Transformer, engine: str) -> bool:
+def backward_follows_forward(model: Trunk, engine: str) -> bool:
     """Whether each head's backward comes right after its forward: no two are alive at a time."""
     return engine == "head_by_head" and model.mtp is not None and model.mtp.independent
 
@@ -111,6 +111,6 @@ def _together(outputs: Sequence[LossOutput]) -> LossOutput:
     return LossOutput(torch.stack(losses).sum(), *(torch.cat(parts) for parts in statistics))
 
 
-Engine = Callable[[Transformer, Batch, Tensor, LossOptions, bool], LossOutput]
+Engine = Callable[[Trunk, Batch, Tensor, LossOptions, bool], LossOutput]
 
 ENGINES: dict[str, Engine] = {"head_by_head": head_by_head, "joint": joint}

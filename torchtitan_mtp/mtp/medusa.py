@@ -13,9 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torchtitan_mtp.config import MTP
-from torchtitan_mtp.models.attention import AttentionContext
-from torchtitan_mtp.models.heads import TrunkParts
-from torchtitan_mtp.models.layers import NormParams, rms_norm
+from torchtitan_mtp.models.heads import BlockContext, TrunkParts
+from torchtitan_mtp.models.layers import NormParams, normalize
 from torchtitan_mtp.mtp.parallel import IndependentHeads
 
 
@@ -29,7 +28,7 @@ class MedusaHead(nn.Module):
     def forward(self, h: Tensor, trunk_norm: NormParams | None = None) -> Tensor:
         """h_k [B, S, D] from h_1; with the trunk's final norm, from the state before it."""
         if trunk_norm is not None:
-            h = rms_norm(h, trunk_norm)
+            h = normalize(h, trunk_norm)
         return h + F.silu(self.linear(h))
 
     def init_std(self, name: str) -> float:
@@ -45,7 +44,7 @@ class MedusaHeads(IndependentHeads):
         heads = (MedusaHead(trunk.args.dim) for _ in range(mtp.num_future_tokens - 1))
         self.heads = nn.ModuleList(heads)
 
-    def hidden(self, k: int, state: Tensor, context: AttentionContext) -> Tensor:
+    def hidden(self, k: int, state: Tensor, context: BlockContext) -> Tensor:
         """As `IndependentHeads.hidden`. The final norm is applied inside the head's call, so that
         checkpointing keeps the trunk's state alone for the backward."""
         if k == 1:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from torchtitan_mtp.config import MTP
-from torchtitan_mtp.models.transformer import Transformer
+from torchtitan_mtp.models.trunk import Trunk
 
 
 def loss_scale(mtp: MTP, step: int, steps: int) -> float:
@@ -60,7 +60,7 @@ def head_scales(weights: list[float], valid: Tensor) -> Tensor:
 
 
 def clear_unused_gradients(
-    model: Transformer, weights: Sequence[float], targets: Sequence[float]
+    model: Trunk, weights: Sequence[float], targets: Sequence[float]
 ) -> list[str]:
     """Set the gradients to None of head modules that no weighted loss used in this step (they are
     zero), and return the modules' names. The optimizer then skips them: no weight decay, no step

@@ -23,9 +23,8 @@ from torch import Tensor, nn
 
 from torchtitan_mtp.config import MTP
 from torchtitan_mtp.data.targets import Batch
-from torchtitan_mtp.models.attention import AttentionContext
-from torchtitan_mtp.models.heads import Heads, TrunkOutput, TrunkParts
-from torchtitan_mtp.models.transformer import Transformer
+from torchtitan_mtp.models.heads import BlockContext, Heads, TrunkOutput, TrunkParts
+from torchtitan_mtp.models.trunk import Trunk
 from torchtitan_mtp.mtp.schedule import (
     begin_no_sync,
     head_order,
@@ -45,7 +44,7 @@ class IndependentHeads(Heads):
         """The module that only head k = 1..n uses; None if it has none."""
         return self.heads[k - 2] if k > 1 else None
 
-    def hidden(self, k: int, state: Tensor, context: AttentionContext) -> Tensor:
+    def hidden(self, k: int, state: Tensor, context: BlockContext) -> Tensor:
         """Head k's hidden state [B, S, D] from `TrunkOutput.state`."""
         raise NotImplementedError
 
@@ -55,7 +54,7 @@ class IndependentHeads(Heads):
         return [self.hidden(k, trunk.state, trunk.context) for k in heads]
 
     def head_by_head(
-        self, model: Transformer, batch: Batch, head_loss: HeadByHeadLoss, reduce: bool
+        self, model: Trunk, batch: Batch, head_loss: HeadByHeadLoss, reduce: bool
     ) -> dict[int, LossOutput]:
         """As `Heads.head_by_head`."""
         z, context, _ = model.forward_trunk(batch)  # [B, S, D]
@@ -94,15 +93,14 @@ class ParallelHeads(IndependentHeads):
 
     def __init__(self, trunk: TrunkParts, mtp: MTP) -> None:
         super().__init__(trunk, mtp.num_future_tokens, mtp.detach_trunk)
-        layers = (copy.deepcopy(trunk.last_layer) for _ in range(mtp.num_future_tokens - 1))
+        layers = (copy.deepcopy(trunk.head_layer) for _ in range(mtp.num_future_tokens - 1))
         self.heads = nn.ModuleList(layers)
 
     def block(self, k: int) -> nn.Module:
         """As `IndependentHeads.block`."""
         return super().block(k) or self.trunk_parts.last_layer
 
-    def hidden(self, k: int, state: Tensor, context: AttentionContext) -> Tensor:
-        """As `IndependentHeads.hidden`. The final norm is applied inside the block's call, so
-        that a checkpointed or compiled block keeps nothing for it."""
+    def hidden(self, k: int, state: Tensor, context: BlockContext) -> Tensor:
+        """As `IndependentHeads.hidden`."""
         state, norm = self.trunk_input(state, detach=k > 1)
-        return self.block(k)(state, context, norm=norm)
+        return context.run(self.block(k), state, norm=norm)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from torchtitan_mtp.data.targets import Batch
-from torchtitan_mtp.models.transformer import Transformer
+from torchtitan_mtp.models.trunk import Trunk
 from torchtitan_mtp.ops import HeadByHeadLoss, LossOutput, accumulation_dtype
 
 
@@ -28,7 +28,7 @@ def head_order(n: int, head_1_last: bool) -> list[int]:
 
 
 def loss_backward(
-    model: Transformer, batch: Batch, head_loss: HeadByHeadLoss, k: int, hidden: Tensor, last: bool
+    model: Trunk, batch: Batch, head_loss: HeadByHeadLoss, k: int, hidden: Tensor, last: bool
 ) -> LossOutput:
     """Head k's loss and its backward; the gradient overwrites `hidden` [B, S, D]."""
     assert model.mtp is not None
@@ -45,7 +45,7 @@ def fsdp_units(*modules: object) -> list[FSDPModule]:
     return [module for module in modules if isinstance(module, FSDPModule)]
 
 
-def begin_no_sync(model: Transformer, blocks: Iterable[nn.Module]) -> None:
+def begin_no_sync(model: Trunk, blocks: Iterable[nn.Module]) -> None:
     """Keep gradients local, as FSDP's `no_sync`: those of `blocks` and of what the heads share
     (`output`, the embedding, the root's own parameters). What they share stays unsharded too.
 
@@ -71,7 +71,7 @@ def sync_in_next_backward(reduce: bool, *units: nn.Module | None) -> None:
         unit.set_requires_gradient_sync(reduce)
 
 
-def next_backward_is_last(model: Transformer, reduce: bool) -> None:
+def next_backward_is_last(model: Trunk, reduce: bool) -> None:
     """Tell FSDP2 that the next backward is the micro-batch's last.
 
     FSDP2 reduces all gradients of a unit together, in one dtype, and accumulates those of earlier
@@ -84,7 +84,7 @@ def next_backward_is_last(model: Transformer, reduce: bool) -> None:
 
     def cast(tied: Tensor) -> None:
         hook.remove()
-        for gradient in (model.norm.weight.grad, tied.grad):
+        for gradient in (*(p.grad for p in model.norm.parameters()), tied.grad):
             if gradient is not None:
                 gradient.data = gradient.to(accumulation_dtype(gradient.dtype))
 
@@ -93,7 +93,7 @@ def next_backward_is_last(model: Transformer, reduce: bool) -> None:
         hook = model.output.weight.register_post_accumulate_grad_hook(cast)
 
 
-def end_no_sync(model: Transformer) -> None:
+def end_no_sync(model: Trunk) -> None:
     """Undo `begin_no_sync`: reshard what was kept unsharded."""
     for unit in fsdp_units(model.output, model):
         unit.set_reshard_after_backward(True, recurse=False)

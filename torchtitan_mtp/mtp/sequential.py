@@ -27,10 +27,10 @@ from torch import Tensor, nn
 
 from torchtitan_mtp.config import MTP
 from torchtitan_mtp.data.targets import Batch
-from torchtitan_mtp.models.attention import AttentionContext, KVCache
-from torchtitan_mtp.models.heads import Heads, TrunkOutput, TrunkParts
-from torchtitan_mtp.models.layers import NormParams, rms_norm
-from torchtitan_mtp.models.transformer import Transformer
+from torchtitan_mtp.models.attention import KVCache
+from torchtitan_mtp.models.heads import BlockContext, Heads, TrunkOutput, TrunkParts
+from torchtitan_mtp.models.layers import NormParams, normalize
+from torchtitan_mtp.models.trunk import Trunk
 from torchtitan_mtp.mtp.schedule import (
     begin_no_sync,
     fsdp_units,
@@ -47,18 +47,17 @@ class SequentialHead(nn.Module):
 
     def __init__(self, trunk: TrunkParts) -> None:
         super().__init__()
-        dim, eps = trunk.args.dim, trunk.args.norm_eps
-        self.enorm = nn.RMSNorm(dim, eps=eps)
-        self.hnorm = nn.RMSNorm(dim, eps=eps)
+        dim = trunk.args.dim
+        self.enorm, self.hnorm = trunk.new_norm(), trunk.new_norm()
         self.eh_proj = nn.Linear(2 * dim, dim, bias=False)
-        self.block = copy.deepcopy(trunk.last_layer)
-        self.norm = nn.RMSNorm(dim, eps=eps)
+        self.block = copy.deepcopy(trunk.head_layer)
+        self.norm = trunk.new_norm()
 
     def forward(
         self,
         h: Tensor,
         emb: Tensor,
-        context: AttentionContext,
+        context: BlockContext,
         cache: KVCache | None = None,
         trunk_norm: NormParams | None = None,
     ) -> Tensor:
@@ -67,12 +66,14 @@ class SequentialHead(nn.Module):
         With `trunk_norm`, the trunk's final norm, h is the state before that norm, applied here.
         """
         if trunk_norm is not None:
-            h = rms_norm(h, trunk_norm)
+            h = normalize(h, trunk_norm)
         x = self.eh_proj(torch.cat((self.enorm(emb), self.hnorm(h)), dim=-1))  # [B, S, 2D] -> D
-        return self.norm(self.block(x, context, cache))
+        return self.norm(context.run(self.block, x, cache))
 
     def init_std(self, name: str) -> float:
         """Standard deviation of the weight `name` at initialisation: its block's, else 0.02."""
+        if not name.startswith("block."):
+            return 0.02
         return self.block.init_std(name.removeprefix("block."))  # type: ignore[operator]
 
 
@@ -104,7 +105,7 @@ class SequentialHeads(Heads):
         seq_len = embedded.shape[1] - self.num_future_tokens + 1
         return embedded[:, k - 1 : k - 1 + seq_len]
 
-    def hidden(self, k: int, h: Tensor, emb: Tensor, context: AttentionContext) -> Tensor:
+    def hidden(self, k: int, h: Tensor, emb: Tensor, context: BlockContext) -> Tensor:
         """h_k [B, S, D], k = 2..n, from h_{k-1} and its `lookahead` embeddings [B, S, D].
 
         h_2 comes from the trunk's state. The final norm is applied inside the module's call, so
@@ -128,7 +129,7 @@ class SequentialHeads(Heads):
         return hiddens
 
     def head_by_head(
-        self, model: Transformer, batch: Batch, head_loss: HeadByHeadLoss, reduce: bool
+        self, model: Trunk, batch: Batch, head_loss: HeadByHeadLoss, reduce: bool
     ) -> dict[int, LossOutput]:
         """As `Heads.head_by_head`."""
         n = self.num_future_tokens

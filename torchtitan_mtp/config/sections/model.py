@@ -162,13 +162,14 @@ class Model:
     """The model before and after its converters."""
 
     name: str = "llama3"
-    """Model family."""
+    """Model family; "hf": the model in the folder model.hf_assets_path, run by transformers."""
 
     flavor: str = "debugmodel"
     """Size within the family; "custom" where [model.args] gives all of them."""
 
     hf_assets_path: str = setting("byte", path=True, also_named=("model.tokenizer_path",))
-    """Tokenizer: a folder with Hugging Face's files, a tokenizer file, or the word "byte"."""
+    """Tokenizer: a folder with Hugging Face's files, a tokenizer file, or the word "byte"; with
+    model.name = "hf" also the model's config.json, and its weights (initial_load_in_hf)."""
 
     vocab_size: int | None = setting(None, at_least=1)
     """Rows of the embedding; None: the flavor's, or the tokenizer's where the flavor is open."""

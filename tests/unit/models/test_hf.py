@@ -1,0 +1,153 @@
+"""A model of transformers as a trunk, with heads, against transformers alone: head 1's logits are
+those of its own forward; every head's loss and all gradients are those of models that transformers
+runs with the head in its place."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import Tensor
+
+from hf_models import CONFIGS
+from torchtitan_mtp.config import MTP
+from torchtitan_mtp.data.targets import IGNORE, Batch, Window, make_batch
+from torchtitan_mtp.models.hf import HFTrunk
+from torchtitan_mtp.models.hf_config import sizes_of_config
+from torchtitan_mtp.mtp import ENGINES, add_heads
+from torchtitan_mtp.ops import LossOptions
+
+SEQ, N = 11, 3
+SCALES = torch.tensor([0.05, 0.03, 0.02])
+
+
+def build(config: Any, mtp: MTP | None = None, mask: str = "causal") -> HFTrunk:
+    model = HFTrunk(config, sizes_of_config(config, SEQ, mask))
+    if mtp is not None:
+        add_heads(model, mtp)
+    model.to_empty(device="cpu")
+    model.tie_weights()
+    model.init_weights(seed=1)
+    with torch.no_grad():  # norms too, and light heads, as training leaves them
+        for param in model.parameters():
+            param.add_(0.05 * torch.randn_like(param))
+    return model
+
+
+def batch_of(n: int = N, boundary: int = 7) -> Batch:
+    """Two rows, of which the second has a second document."""
+    tokens = torch.randint(3, 64, (2, SEQ + n))
+    docs = torch.zeros_like(tokens)
+    docs[1, boundary:] = 1
+    return make_batch(Window(tokens, docs), n)
+
+
+def reference(config: Any, model: HFTrunk) -> Any:
+    """transformers' own model with the trunk's weights."""
+    own = transformers.AutoModelForCausalLM.from_config(config)
+    trunk = {name: t for name, t in model.state_dict().items() if not name.startswith("mtp.")}
+    report = own.load_state_dict(trunk, strict=True)
+    assert not report.missing_keys
+    return own
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_logits_of_head_1_are_transformers_own(family: str) -> None:
+    config = CONFIGS[family]()
+    model = build(config)
+    batch = batch_of(1)
+    with torch.no_grad():
+        logits = model.output(model(batch)[0])
+        if model.softcap is not None:
+            logits = model.softcap * torch.tanh(logits / model.softcap)
+        theirs = reference(config, model)(input_ids=batch.tokens, use_cache=False).logits
+    torch.testing.assert_close(logits, theirs, rtol=1e-5, atol=1e-5)
+
+
+def cross_entropy(model: Any, hidden: Tensor, labels: Tensor) -> Tensor:
+    """The sum over tokens, of logits as transformers makes them of a final state."""
+    logits = logits_of(model, hidden)
+    return F.cross_entropy(
+        logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE, reduction="sum"
+    )
+
+
+def logits_of(model: Any, hidden: Tensor) -> Tensor:
+    config = model.config
+    logits = model.get_output_embeddings()(hidden)
+    logits = logits / getattr(config, "logits_scaling", 1.0) * getattr(config, "logit_scale", 1.0)
+    if cap := getattr(config, "final_logit_softcapping", None):
+        logits = cap * torch.tanh(logits / cap)
+    return logits
+
+
+def with_layers(model: Any, layers: list[Any], kinds: list[str] | None) -> Any:
+    """transformers' inner model of other layers, the same objects."""
+    inner = copy.copy(model.base_model)
+    inner.__dict__ = dict(inner.__dict__)
+    inner._modules = dict(inner._modules)
+    inner.layers = torch.nn.ModuleList(layers)
+    inner.config = copy.deepcopy(inner.config)
+    inner.config.num_hidden_layers = len(layers)
+    if kinds is not None:
+        inner.config.layer_types = kinds
+    return inner
+
+
+def naive_losses(own: Any, heads: Any, family: str, batch: Batch) -> list[Tensor]:
+    """Sums of losses of heads 1..n, by whole forwards of transformers' models."""
+    inner = own.base_model
+    layers = list(inner.layers)
+    kinds = getattr(own.config, "layer_types", None)
+    copied = max((i for i, k in enumerate(kinds or []) if k == "full_attention"), default=-1)
+    kind = kinds[copied] if kinds else None
+    last = inner(input_ids=batch.tokens, use_cache=False).last_hidden_state
+    hiddens = [last]
+    for k in range(2, N + 1):
+        head = heads.heads[k - 2]
+        if family == "medusa":
+            hiddens.append(last + F.silu(F.linear(last, head.linear.weight)))
+        elif family == "parallel":
+            # The rest of the model, with the head as its last layer.
+            tower = with_layers(own, [*layers[:-1], head], kinds and [*kinds[:-1], kind])
+            hiddens.append(tower(input_ids=batch.tokens, use_cache=False).last_hidden_state)
+        else:
+            scale = getattr(own.config, "embedding_multiplier", 1.0)
+            emb = inner.get_input_embeddings()(batch.future_tokens[..., k - 2]) * scale
+            x = head.eh_proj(torch.cat((head.enorm(emb), head.hnorm(hiddens[-1])), dim=-1))
+            tower = with_layers(own, [head.block], kinds and [kind])
+            tower.norm = head.norm
+            hiddens.append(tower(inputs_embeds=x / scale, use_cache=False).last_hidden_state)
+    return [cross_entropy(own, h, batch.labels[..., k]) for k, h in enumerate(hiddens)]
+
+
+PAIRS = [(f, h) for f in CONFIGS for h in ("parallel", "sequential")] + [("gemma2", "medusa")]
+
+
+@pytest.mark.parametrize(("name", "family"), PAIRS)
+def test_losses_and_gradients_equal_transformers_alone(name: str, family: str) -> None:
+    config = CONFIGS[name]()
+    model = build(config, MTP(heads=family, num_future_tokens=N))
+    own = reference(config, model)
+    batch = batch_of()
+    options = LossOptions(softcap=model.softcap)
+    out = ENGINES["head_by_head"](model, batch, SCALES, options, True)
+    found = {name: p.grad for name, p in model.named_parameters()}
+
+    heads = copy.deepcopy(model.mtp)
+    heads.zero_grad()
+    sums = naive_losses(own, heads, family, batch)
+    torch.testing.assert_close(out.loss_sum.float(), torch.stack(sums), rtol=1e-5, atol=1e-5)
+    (torch.stack(sums) * SCALES).sum().backward()
+    wanted = {name: p.grad for name, p in own.named_parameters()}
+    wanted |= {f"mtp.{name}": p.grad for name, p in heads.named_parameters()}
+    assert found.keys() == wanted.keys()
+    for name, grad in wanted.items():
+        if grad is None:  # an expert that no token chose
+            assert found[name] is None or not found[name].any(), name
+        else:
+            torch.testing.assert_close(found[name], grad, rtol=1e-3, atol=2e-6, msg=name)

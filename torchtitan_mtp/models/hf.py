@@ -1,0 +1,304 @@
+"""Any decoder of transformers as a trunk: its own code and its own parameter names, behind the
+interface of `Trunk`.
+
+What a head needs of a model is in the middle of its forward: the state before or after the last
+layer, and what the model hands to each layer beside it (positions, masks). No model offers these,
+so its forward runs with taps (`taps.py`) in the place of the last layer and the final norm.
+Embedding scales, masks, windows, experts stay the model's own business; one that does something
+around its layers which heads would miss is refused.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from torchtitan_mtp.data.targets import Batch
+from torchtitan_mtp.errors import UserError
+from torchtitan_mtp.models.args import ModelArgs, ModelSpec
+from torchtitan_mtp.models.heads import TrunkOutput, TrunkParts
+from torchtitan_mtp.models.hf_config import document_masks, transformers, without_dropout
+from torchtitan_mtp.models.init import copy_full_tensor, seed_of
+from torchtitan_mtp.models.layers import NormParams, normalize
+from torchtitan_mtp.models.taps import Arguments, Around, Tap, probe, with_parts
+from torchtitan_mtp.models.trunk import Trunk, Unembedding
+
+_NORMS = ("norm", "final_layernorm", "embedding_norm", "ln_f", "final_norm")
+_LAYERS = ("layers", "h", "blocks")
+
+
+class HFContext(NamedTuple):
+    """A `BlockContext`: what heads get, as the layer that they copy; and the last layer, which may
+    be of another kind (with a sliding window)."""
+
+    heads: Arguments
+    last: Arguments
+    last_layer: tuple[nn.Module]
+
+    def run(
+        self, block: nn.Module, x: Tensor, cache: Any = None, norm: NormParams | None = None
+    ) -> Tensor:
+        """As `BlockContext.run`; cache: a transformers Cache in place of the model's."""
+        arguments = self.last if block is self.last_layer[0] else self.heads
+        changed = {} if cache is None else {"past_key_values": cache}
+        return block(x, *arguments.args, norm=norm, **arguments.kwargs | changed)
+
+
+class _Normed:
+    """Mixed into the class of a model's layers: a call may end with a norm (`BlockContext.run`)."""
+
+    def forward(self, *args: Any, norm: NormParams | None = None, **kwargs: Any) -> Any:
+        out = super().forward(*args, **kwargs)  # type: ignore[misc]
+        return out if norm is None else normalize(out, norm)
+
+
+class Names(NamedTuple):
+    """Of children: the model without its output, that one's layers and final norm, the output."""
+
+    inner: str
+    layers: str
+    norm: str
+    output: str
+
+
+def _causal_model(config: Any) -> tuple[Any, Names]:
+    """transformers' model of a config on the meta device, with an `Unembedding`.
+
+    Raises:
+        UserError: no language model, or one that is built in another way.
+    """
+    kind = f"config.json: model_type = {config.model_type!r}"
+    auto = transformers(kind).AutoModelForCausalLM
+    try:
+        with torch.device("meta"):
+            causal = auto.from_config(config)
+    except ValueError as error:
+        raise UserError(f"{kind}: transformers has no causal language model of it") from error
+    base, head = causal.base_model_prefix, causal.get_output_embeddings()
+    inner = getattr(causal, base, None)
+    layers = [n for n in _LAYERS if isinstance(getattr(inner, n, None), nn.ModuleList)]
+    norms = [n for n in _NORMS if isinstance(getattr(inner, n, None), nn.Module)]
+    outputs = [n for n, child in causal.named_children() if child is head]
+    if not (layers and norms and outputs and isinstance(head, nn.Linear)):
+        raise UserError(
+            f"{kind}: {type(causal).__name__} has no list of layers, final norm and linear output "
+            f"by names known here ({', '.join(_LAYERS)}; {', '.join(_NORMS)})"
+        )
+    if head.bias is not None:
+        raise UserError(f"{kind}: its output has a bias, which the loss here does not know")
+    output = Unembedding(*head.weight.shape[::-1], bias=False, device="meta")
+    setattr(causal, outputs[0], output)
+    return causal, Names(base, layers[0], norms[0], outputs[0])
+
+
+class HFTrunk(Trunk):
+    """A model `AutoModelForCausalLM` makes of a config, on the meta device.
+
+    config: of transformers. args: the sizes that others here ask for.
+
+    Raises:
+        UserError: a model that does around its layers what heads can't do with it.
+    """
+
+    causal: Any  # the model of transformers; the modules are this one's, too
+    around: Around
+
+    def __init__(self, config: Any, args: ModelArgs, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        config = without_dropout(config)
+        self.spec = ModelSpec(args, hf_config=config.to_diff_dict())
+        causal, self._names = _causal_model(config)
+        # No module of this one: its modules are, under their own names.
+        self.__dict__["causal"] = causal
+        for name, child in causal.named_children():
+            self.add_module(name, child)
+        self.layers_name = f"{self._names.inner}.{self._names.layers}"
+        for layer in self.layers.values():
+            layer.__class__ = type(type(layer).__name__, (_Normed, type(layer)), {})
+        for param in self.parameters():  # buffers keep their type: angles are float32
+            param.data = param.data.to(dtype)
+        self.tie_weights()
+        self.mtp = None
+        self.around = probe(causal, *self._names)
+        self.output.scale = self.around.logit_scale
+        self.softcap = self.around.softcap
+        if args.attn_mask_type == "block_causal" and not self.around.documents_by:
+            raise UserError(
+                f'model.attn_mask_type = "block_causal": {type(causal).__name__} of transformers '
+                'can\'t keep packed documents apart; set "causal"'
+            )
+
+    @property
+    def inner(self) -> Any:
+        """The model without its output."""
+        return getattr(self, self._names.inner)
+
+    @property
+    def layers(self) -> dict[str, nn.Module]:
+        """As `Trunk.layers`."""
+        return {str(i): layer for i, layer in enumerate(getattr(self.inner, self._names.layers))}
+
+    @property
+    def norm(self) -> nn.Module:  # type: ignore[override]
+        """As `Trunk.norm`."""
+        return getattr(self.inner, self._names.norm)
+
+    @property
+    def tok_embeddings(self) -> nn.Embedding:  # type: ignore[override]
+        """As `Trunk.tok_embeddings`."""
+        return self.inner.get_input_embeddings()
+
+    @property
+    def output(self) -> Unembedding:  # type: ignore[override]
+        """As `Trunk.output`."""
+        return getattr(self, self._names.output)
+
+    @property
+    def output_name(self) -> str:
+        """The name of `output` among the parameters."""
+        return self._names.output
+
+    def parts(self) -> TrunkParts:
+        """As `Trunk.parts`: heads copy the last layer with full attention."""
+        layers = list(self.layers.values())
+        return TrunkParts(
+            self.args,
+            layers[-1],
+            self.norm,
+            layers[self._head_layer],
+            functools.partial(copy.deepcopy, self.norm),
+        )
+
+    @functools.cached_property
+    def _head_layer(self) -> int:
+        kinds = getattr(self.causal.config, "layer_types", None) or []
+        full = [i for i, kind in enumerate(kinds) if kind == "full_attention"]
+        return full[-1] if full else len(self.layers) - 1
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """As `Trunk.embed`."""
+        return self._scaled(self.tok_embeddings(tokens))
+
+    def _scaled(self, x: Tensor) -> Tensor:
+        scale = self.around.embedding_scale
+        return x if scale == 1.0 else x * torch.tensor(scale, dtype=x.dtype, device=x.device)
+
+    def _forward_trunk(self, batch: Batch) -> TrunkOutput:
+        tokens, length = batch.tokens, batch.tokens.shape[1]
+        ahead = self.mtp is not None and self.mtp.reads_future_tokens
+        if ahead:  # each once, although up to n heads read it
+            tokens = torch.cat((tokens, batch.future_tokens[:, -1]), dim=1)  # [B, S+n-1]
+        embedded = self.tok_embeddings(tokens)
+        x = embedded[:, :length].contiguous() if ahead else embedded
+        inputs: dict[str, Any] = {"position_ids": batch.positions, "use_cache": False}
+        if self.args.attn_mask_type == "block_causal":
+            inputs["position_ids"] = _within_documents(batch.positions, batch.doc_ids)
+            if self.around.documents_by == "masks":
+                masks = document_masks(self.causal.config, x, inputs["position_ids"])
+                inputs["attention_mask"] = masks
+        below = self.mtp is not None and self.mtp.reads_before_last_layer
+        state, context = self.run(x, below, **inputs)
+        return TrunkOutput(state, context, self._scaled(embedded) if ahead else None)
+
+    def run(self, x: Tensor, below_last: bool = False, **inputs: Any) -> tuple[Tensor, HFContext]:
+        """The model's forward on embeddings x [B, S, D], up to its final norm or `below_last` its
+        last layer: the state there [B, S, D], and what layers got."""
+        layers: list[Any] = list(self.layers.values())
+        last_layer = layers[-1]
+        at = self._head_layer
+        layers[at] = heads = Tap(layers[at], runs=not (below_last and at == len(layers) - 1))
+        last = heads
+        if at != len(layers) - 1:
+            layers[-1] = last = Tap(layers[-1], runs=not below_last)
+        final = Tap(self.norm, runs=False)
+        with_parts(self.inner, {self._names.layers: layers, self._names.norm: final})(
+            inputs_embeds=x, **inputs
+        )
+        assert final.state is not None
+        return final.state, HFContext(heads.arguments, last.arguments, (last_layer,))
+
+    # ------------------------------------------------------------- weights
+
+    @torch.no_grad()
+    def init_weights(self, seed: int) -> None:
+        """As `Trunk.init_weights`: each module is drawn whole, as transformers has it, from a
+        random stream of its name, and every rank keeps its shard. Matrices that transformers leaves
+        as they were made (some routers) are drawn with its `initializer_range`, and a projection of
+        a head that is not transformers' with the head's `init_std`."""
+        self.init_buffers()
+        for name, module in self.named_modules():
+            params = dict(module.named_parameters(recurse=False))
+            if not params:
+                continue
+            device = next(iter(params.values())).device
+            with torch.random.fork_rng([device] if device.type != "cpu" else []):
+                torch.manual_seed(seed_of(name, seed))
+                whole = self._drawn(name, module, device)
+            for key, param in params.items():
+                copy_full_tensor(param, whole[key].to(param.dtype))
+
+    def _drawn(self, name: str, module: nn.Module, device: torch.device) -> dict[str, Tensor]:
+        """Whole parameters of a module, without those of its children."""
+        std = getattr(self.causal.config, "initializer_range", 0.02)
+        head = name.split(".")[:3] if name.startswith("mtp.") else []
+        owner: Any = self.get_submodule(".".join(head)) if head else None
+        own = owner is not None and not isinstance(owner, _Normed) and type(module) is nn.Linear
+        if own and not name.startswith(".".join((*head, "block."))):
+            std = owner.init_std(f"{name.partition('.'.join(head) + '.')[2]}.weight")
+            return {"weight": std * torch.randn(module.weight.shape, device=device)}  # type: ignore
+        whole = _materialised(module, device)
+        self.causal._init_weights(whole)
+        for param in whole.parameters(recurse=False):
+            if param.isnan().any():  # as it was
+                param.normal_(0.0, std) if param.ndim > 1 else param.zero_()
+        return dict(whole.named_parameters(recurse=False))
+
+    @torch.no_grad()
+    def init_buffers(self) -> None:
+        """As `Trunk.init_buffers`: transformers computes what is not stored of a model.
+
+        Raises:
+            UserError: it does not, for one of them.
+        """
+        for name, module in self.named_modules():
+            buffers = dict(module.named_buffers(recurse=False))
+            if not buffers:
+                continue
+            whole = _materialised(module, next(iter(buffers.values())).device)
+            self.causal._init_weights(whole)
+            for key, buffer in whole.named_buffers(recurse=False):
+                unset = buffer.is_floating_point() and buffer.isnan().any()
+                if unset and key in module._non_persistent_buffers_set:
+                    raise UserError(f"{name}.{key}: transformers does not say what is in it")
+                module._buffers[key] = torch.zeros_like(buffer) if unset else buffer
+
+
+def _materialised(module: nn.Module, device: torch.device) -> Any:
+    """A module of the same kind with memory of its own, whole, but for its children; NaN is in all
+    of it that can hold NaN."""
+    whole: Any = object.__new__(type(module))  # whatever FSDP2 makes of its class
+    whole.__dict__ = dict(module.__dict__)
+    whole._modules = {}
+    for own, tensors in (("_parameters", module._parameters), ("_buffers", module._buffers)):
+        made: dict[str, Any] = {}
+        for key, tensor in tensors.items():
+            made[key] = None
+            if tensor is not None:
+                dtype = torch.float32 if own == "_parameters" else tensor.dtype
+                made[key] = torch.zeros(tensor.shape, dtype=dtype, device=device)
+                if dtype.is_floating_point:
+                    made[key].fill_(torch.nan)
+                if own == "_parameters":
+                    made[key] = nn.Parameter(made[key])
+        setattr(whole, own, made)
+    return whole
+
+
+def _within_documents(positions: Tensor, doc_ids: Tensor) -> Tensor:
+    """Positions [B, S] that start at 0 in each document: by these transformers knows documents."""
+    starts = torch.diff(doc_ids, dim=1, prepend=doc_ids[:, :1] - 1) != 0
+    return positions - torch.where(starts, positions, 0).cummax(dim=1).values

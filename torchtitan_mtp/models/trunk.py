@@ -1,0 +1,123 @@
+"""What every trunk is to those above it: heads, engines, FSDP2, checkpoints and decoding see a
+`Trunk`, and not whose code computes it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torchtitan_mtp.data.targets import Batch
+from torchtitan_mtp.models.args import ModelArgs, ModelSpec
+from torchtitan_mtp.models.heads import Heads, TrunkOutput, TrunkParts
+from torchtitan_mtp.models.moe import MoE
+from torchtitan_mtp.ops import LossOutput, chunked_argmax
+
+
+class Unembedding(nn.Linear):
+    """The shared `output` projection. As of any linear layer, a call gives logits [..., V].
+
+    Whatever else uses its weight is a method here, registered with FSDP2 (`apply_fsdp`): FSDP2
+    unshards a weight only for a forward of the module that owns it, and loses the gradient of a
+    use outside. scale: a factor of the logits (Granite's, Cohere's).
+    """
+
+    scale = 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., D] -> [..., V]."""
+        return super().forward(self._scaled(x))
+
+    def loss(
+        self,
+        hiddens: Sequence[Tensor],
+        labels: Tensor,
+        compute: Callable[[list[Tensor], Tensor, Tensor], LossOutput],
+        detach: bool = False,
+    ) -> LossOutput:
+        """The loss of n heads: `compute` of n tensors [N, D], the weight and labels [N, n].
+
+        hiddens: n tensors [B, S, D]; labels [B, S, n]. `detach`: the weight gets no gradient.
+        """
+        weight = self.weight.detach() if detach else self.weight
+        rows = [self._scaled(h.flatten(0, 1)) for h in hiddens]
+        return compute(rows, weight, labels.flatten(0, 1))
+
+    def argmax(self, hiddens: Sequence[Tensor]) -> Tensor:
+        """The most likely tokens [B, S, n] int64 of n tensors [B, S, D], without gradients."""
+        rows = [chunked_argmax(h.flatten(0, 1), self.weight) for h in hiddens]  # n of [N]
+        return torch.stack(rows, dim=-1).view(*hiddens[0].shape[:2], -1)
+
+    def _scaled(self, x: Tensor) -> Tensor:
+        return x if self.scale == 1.0 else x * self.scale
+
+
+class Trunk(nn.Module):
+    """A decoder-only language model with a slot, `mtp`, for the multi-token-prediction transform
+    (`torchtitan_mtp.mtp`). Its parameters keep their names whatever the slot holds.
+
+    layers: its blocks by number; their names begin with `layers_name`. softcap: of the logits;
+    whoever uses these applies it.
+    """
+
+    spec: ModelSpec
+    mtp: Heads | None
+    tok_embeddings: nn.Embedding
+    layers: Any  # a mapping of blocks by number
+    norm: nn.Module
+    output: Unembedding
+    layers_name = "layers"
+    softcap: float | None = None
+
+    @property
+    def args(self) -> ModelArgs:
+        """The trunk's sizes."""
+        return self.spec.args
+
+    def parts(self) -> TrunkParts:
+        """What heads are built from."""
+        raise NotImplementedError
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """tokens [B, S] -> [B, S, D], as the first block reads them."""
+        return self.tok_embeddings(tokens)
+
+    def _forward_trunk(self, batch: Batch) -> TrunkOutput:
+        raise NotImplementedError
+
+    def forward_trunk(self, batch: Batch) -> TrunkOutput:
+        """The trunk alone, for an engine that runs the heads itself."""
+        return self._forward_trunk(batch)
+
+    def forward(self, batch: Batch) -> list[Tensor]:
+        """The hidden states of the n heads: n tensors [B, S, D], each normalised."""
+        trunk = self._forward_trunk(batch)
+        return [self.norm(trunk.state)] if self.mtp is None else self.mtp(trunk)
+
+    def init_weights(self, seed: int) -> None:
+        """Fill all parameters and buffers, materialised and maybe sharded, as the seed has it."""
+        raise NotImplementedError
+
+    def init_buffers(self) -> None:
+        """Fill the buffers that no checkpoint holds, on the device that they are on."""
+        raise NotImplementedError
+
+    def tie_weights(self) -> None:
+        """Make `output` and `tok_embeddings` one parameter where the model ties them."""
+        if self.args.tied_embeddings:
+            self.output.weight = self.tok_embeddings.weight
+
+    def named_blocks(self) -> Iterator[tuple[str, nn.Module]]:
+        """Every block with its name, the trunk's first: what AC, compile and FSDP2 wrap."""
+        for i, block in self.layers.items():
+            yield f"{self.layers_name}.{i}", block
+        if self.mtp is not None:
+            for j, head in enumerate(self.mtp.heads):
+                yield f"mtp.heads.{j}", head
+
+    def named_moe_layers(self) -> Iterator[tuple[str, MoE]]:
+        """Every mixture of experts of this project with the name of its block, if any."""
+        for name, block in self.named_blocks():
+            yield from ((name, part) for part in block.modules() if isinstance(part, MoE))
