@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 TARGET_LOSSES = ("kl", "lk", "tv")
-_PARTS = 8  # of a chunk of logits: one of them is what `read_teacher_` needs beside two chunks
+_CACHED = 2**18  # logits
 
 
 def target_losses(
@@ -42,18 +42,21 @@ def target_losses(
     return -accepted.log(), grad / accepted
 
 
+def rows_at_once(logits: Tensor) -> int:
+    """Rows of a chunk [C, V] that are compared at a time: few, so that what a pass leaves is small
+    beside the chunk; on a CPU so few that they stay in its cache through all passes."""
+    few = -(-len(logits) // 8)
+    return min(few, max(1, _CACHED // logits.shape[1])) if logits.device.type == "cpu" else few
+
+
 def read_teacher_(logits: Tensor, teacher: Tensor, softcap: float | None) -> Tensor:
     """The same in place, first half: p in the place of the teacher's logits. Returns
     sum_v p_v (log p_v - x_v) [C, 1]."""
-    rows = -(-len(logits) // _PARTS)
-    cross, buffer = logits.new_empty(len(logits), 1), torch.empty_like(teacher[:rows])
-    for x, t, total in zip(*(z.split(rows) for z in (logits, teacher, cross)), strict=True):
-        if softcap is not None:
-            t.div_(softcap).tanh_().mul_(softcap)
-        log_p = torch.log_softmax(t, 1, out=buffer[: len(t)])
-        torch.exp(log_p, out=t)
-        torch.sum(log_p.sub_(x).mul_(t), 1, keepdim=True, out=total)
-    return cross
+    if softcap is not None:
+        teacher.div_(softcap).tanh_().mul_(softcap)
+    log_p = teacher.log_softmax(1)
+    torch.exp(log_p, out=teacher)
+    return log_p.sub_(logits).mul_(teacher).sum(1, keepdim=True)
 
 
 def compare_(

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from torchtitan_mtp.ops.soft_targets import compare_, read_teacher_, target_losses
+from torchtitan_mtp.ops.soft_targets import compare_, read_teacher_, rows_at_once, target_losses
 
 
 class LossOptions(NamedTuple):
@@ -54,6 +54,15 @@ def token_losses(
     x = c tanh(u / c) adds the factor 1 - (x / c)^2. With a teacher, the loss against it takes the
     share w of all that is before z lse^2.
     """
+    if teacher is not None and len(logits) > (rows := rows_at_once(logits)):
+        tensors = (logits, labels, teacher, labels if weights is None else weights)
+        found = [
+            token_losses(x, y, options, need_grad, None if weights is None else w, t)
+            for x, y, t, w in zip(*(z.split(rows) for z in tensors), strict=True)
+        ]
+        parts, _, factors = zip(*found, strict=True)
+        totals = (torch.stack(of_rows).sum() for of_rows in zip(*parts, strict=True))
+        return LossSums(*totals), logits, torch.cat(factors)
     vocab, smoothing = logits.shape[1], options.label_smoothing
     is_valid, y = _targets(labels, options)
     slope = None
