@@ -13,8 +13,8 @@ from torchtitan_mtp.config import Float8Linear, JobConfig
 from torchtitan_mtp.config.sections.quantize import AUTO_FILTER
 from torchtitan_mtp.errors import UserError, import_optional
 
-# Whatever filter_fqns says; TorchTitan's routers are called moe.router.gate.
-_KEPT = ("output", "router.gate", "moe.router.gate")
+# Whatever filter_fqns says: outputs and routers, by TorchTitan's and by transformers' names.
+_KEPT = ("output", "lm_head", "moe.router.gate", ".gate", ".router", "shared_expert_gate")
 
 
 def convert_to_float8(model: nn.Module, float8: Float8Linear, compiled: bool = False) -> None:

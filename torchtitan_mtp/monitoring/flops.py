@@ -27,7 +27,7 @@ from torch import nn
 
 from torchtitan_mtp.models.attention import Attention
 from torchtitan_mtp.models.latent_attention import LatentAttention
-from torchtitan_mtp.models.moe import MoE
+from torchtitan_mtp.models.moe import Experts, MoE
 from torchtitan_mtp.models.trunk import Trunk
 
 
@@ -40,8 +40,9 @@ def forward_backward_flops_per_token(model: Trunk, seq_len: int, from_head_1: bo
     heads = [] if model.mtp is None else list(model.mtp.heads)
     # Where heads share weights, their module counts as often as it is applied.
     times = (model.spec.num_future_tokens - 1) // max(len(heads), 1)
-    trunk_params, trunk_attention = _count(model.layers.values(), skip=model.output)
-    head_params, head_attention = _count(heads, skip=model.output)
+    chosen = (model.spec.hf_config or {}).get("num_experts_per_tok", 1)
+    trunk_params, trunk_attention = _count(model.layers.values(), model.output, chosen)
+    head_params, head_attention = _count(heads, model.output, chosen)
     output = model.output.weight.numel()
     trunk_trained, heads_trained = (
         any(p.requires_grad for part in parts for p in part.parameters())
@@ -56,8 +57,13 @@ def forward_backward_flops_per_token(model: Trunk, seq_len: int, from_head_1: bo
     return 2 * (trunk + others)
 
 
-def _count(parts: Iterable[Any], skip: nn.Module) -> tuple[int, int]:
-    """Active linear weights and attention widths in `parts`, without the shared module `skip`."""
+def _count(parts: Iterable[Any], skip: nn.Module, chosen: int) -> tuple[int, int]:
+    """Active linear weights and attention widths in `parts`, without the shared module `skip`.
+
+    Of transformers' modules, attentions are told by their output projection (a window counts as the
+    whole sequence, a recurrent layer by its weights alone), and experts by their stacked weights
+    [E, ...], of which a token takes `chosen`.
+    """
     params = attention = 0
     for part in parts:
         for module in part.modules():
@@ -68,4 +74,23 @@ def _count(parts: Iterable[Any], skip: nn.Module) -> tuple[int, int]:
             elif isinstance(module, MoE):
                 routed = sum(weight.numel() for weight in module.experts.parameters())
                 params += routed * module.args.top_k // module.args.num_experts
+            elif isinstance(module, Experts):
+                continue
+            elif "Attention" in type(module).__name__:
+                attention += _attention_width(module)
+            elif not isinstance(module, nn.Conv1d):
+                for p in module.parameters(recurse=False):  # a router's are [E, D]
+                    times = chosen / p.shape[0] if p.ndim == 3 else p.ndim == 2
+                    params += int(p.numel() * times)
     return params, attention
+
+
+def _attention_width(module: Any) -> int:
+    """Of an attention of transformers: n_heads * head_dim, or its mean where values differ."""
+    out = getattr(module, "o_proj", None) or getattr(module, "out_proj", None)
+    if out is None:
+        return 0
+    values = out.in_features
+    if (width := getattr(module, "qk_head_dim", None)) is None:
+        return values
+    return (values + module.num_heads * width) // 2

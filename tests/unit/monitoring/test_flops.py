@@ -10,9 +10,12 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from hf_models import CONFIGS
 from torchtitan_mtp.config.sections.mtp import MTP
 from torchtitan_mtp.data.targets import Batch
 from torchtitan_mtp.models.args import LatentArgs, ModelArgs, MoEArgs
+from torchtitan_mtp.models.hf import HFTrunk
+from torchtitan_mtp.models.hf_config import sizes_of_config
 from torchtitan_mtp.models.transformer import Transformer
 from torchtitan_mtp.monitoring.flops import forward_backward_flops_per_token
 from torchtitan_mtp.mtp.transform import add_heads
@@ -151,3 +154,23 @@ def test_a_model_on_the_meta_device_counts_the_same() -> None:
         meta = build(MTP(num_future_tokens=4))
     whole = build(MTP(num_future_tokens=4))
     assert forward_backward_flops_per_token(meta, S) == forward_backward_flops_per_token(whole, S)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "deepseek_v3"])
+@pytest.mark.parametrize("heads", ["parallel", "sequential"])
+def test_a_trunk_of_transformers_counts_as_the_same_model_here(family: str, heads: str) -> None:
+    config = CONFIGS[family]()
+    args = ModelArgs(
+        dim=32, n_layers=4, n_heads=4, n_kv_heads=2, vocab_size=64, hidden_dim=48, qk_norm=False
+    )
+    if family == "deepseek_v3":
+        latent = LatentArgs(16, 16, 8, 4, 8)
+        moe = MoEArgs(num_experts=4, hidden_dim=16, top_k=2, num_shared_experts=1)
+        args = replace(args, latent=latent, moe=moe)
+    mtp = MTP(heads=heads, num_future_tokens=3)
+    own = HFTrunk(config, sizes_of_config(config, S, "causal"))
+    counts = [
+        forward_backward_flops_per_token(add_heads(model, mtp), S)
+        for model in (own, Transformer(args))
+    ]
+    assert counts[0] == counts[1]
