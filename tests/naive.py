@@ -36,17 +36,16 @@ def attention(p: Parameters, prefix: str, x: Tensor, documents: Tensor, args) ->
     q = rotate(q.unflatten(-1, (args.n_heads, -1)), args.rope_theta)
     k = rotate(k.unflatten(-1, (args.kv_heads, -1)), args.rope_theta)
     v = v.unflatten(-1, (args.kv_heads, -1))
+    apart = args.attn_mask_type == "block_causal"
+    docs = documents.tolist()
+    unseen = torch.tensor(
+        [[j > i or (apart and docs[i] != docs[j]) for j in range(seq)] for i in range(seq)]
+    )
     outputs = []
     for h in range(args.n_heads):
         g = h // (args.n_heads // args.kv_heads)
         scores = q[:, h] @ k[:, g].T / args.head_dim**0.5
-        for i in range(seq):
-            for j in range(seq):
-                apart = args.attn_mask_type == "block_causal" and documents[i] != documents[j]
-                if j > i or apart:
-                    scores = scores.index_put(
-                        (torch.tensor(i), torch.tensor(j)), torch.tensor(-torch.inf, dtype=x.dtype)
-                    )
+        scores = scores.masked_fill(unseen, -torch.inf)
         outputs.append(scores.softmax(-1) @ v[:, g])
     return torch.cat(outputs, -1) @ p[prefix + "wo.weight"].T
 
@@ -174,8 +173,9 @@ def head_loss_sums(
     n = mtp.num_future_tokens
     sums: list[Tensor] = [torch.zeros((), dtype=p["norm.weight"].dtype) for _ in range(n)]
     valid = [0] * n
-    for row, docs in zip(tokens, documents, strict=True):
-        all_logits = head_logits(p, row, docs, args, mtp)
+    for row, of_row in zip(tokens, documents, strict=True):
+        all_logits = head_logits(p, row, of_row, args, mtp)
+        docs = of_row.tolist()
         for k in range(1, n + 1):
             for i in range(len(row) - n):
                 inside = all(docs[i] == docs[j] for j in range(i, i + k + 1)) and docs[i] >= 0
