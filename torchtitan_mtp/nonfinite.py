@@ -18,7 +18,7 @@ from torchtitan_mtp.distributed.mesh import all_reduce
 from torchtitan_mtp.distributed.ranks import Ranks
 from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.models.trunk import Trunk
-from torchtitan_mtp.monitoring.missing_targets import MissingTargets
+from torchtitan_mtp.monitoring.losses import MissingTargets
 from torchtitan_mtp.ops import LossOptions, linear_cross_entropy
 
 logger = logging.getLogger(__name__)

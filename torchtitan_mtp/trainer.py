@@ -43,11 +43,9 @@ from torchtitan_mtp.models.trunk import Trunk
 from torchtitan_mtp.monitoring.device import peak_flops, resolve_auto_dtype
 from torchtitan_mtp.monitoring.flops import forward_backward_flops_per_token
 from torchtitan_mtp.monitoring.gc import GarbageCollection
+from torchtitan_mtp.monitoring.losses import MissingTargets, StepLosses
 from torchtitan_mtp.monitoring.metrics import MetricsProcessor
-from torchtitan_mtp.monitoring.missing_targets import MissingTargets
 from torchtitan_mtp.monitoring.profiling import profile_steps, snapshot_memory
-from torchtitan_mtp.monitoring.spikes import LossSpikes
-from torchtitan_mtp.monitoring.step_losses import StepLosses
 from torchtitan_mtp.mtp import (
     ENGINES,
     clear_unused_gradients,
@@ -148,7 +146,7 @@ class Trainer:
             world_size=self.world.size,
             start_step=self.state.step,
         )
-        self.spikes, self.missing = LossSpikes(), MissingTargets()
+        self.missing = MissingTargets()
         self.guard = FiniteGuard(
             self.optimizer,
             training.skip_nonfinite,
@@ -319,22 +317,12 @@ class Trainer:
 
     def _log(self, step_losses: StepLosses, lr: float, weights: list[float]) -> None:
         self.guard.settle()
-        reduced, norm, step = step_losses.reduce(), self.grad_norm.item(), self.state.step
-        self.spikes.check(step, reduced["losses"], norm)
-        loads = self.expert_loads.metrics() if self.expert_loads else {}
-        skipped = {"skipped_steps": self.state.skipped} if self.state.skipped else {}
-        self.metrics.log(
-            step,
-            global_max_loss=reduced["max_loss"],
-            global_total_loss=reduced["total"],
-            head_losses=reduced["losses"],
-            head_accuracies=reduced["accuracies"],
-            head_scales=weights,
-            grad_norm=norm,
-            lr=lr,
-            n_tokens_seen=self.state.tokens,
-            extra_metrics=loads | skipped,
-        )
+        state, heads = self.state, step_losses.reduce()
+        values = {"grad_norm": self.grad_norm.item(), "lr": lr, "n_tokens_seen": state.tokens}
+        values |= {f"mtp/head_{k}_scale": weight for k, weight in enumerate(weights, 1)}
+        values |= {"skipped_steps": state.skipped} if state.skipped else {}
+        values |= self.expert_loads.metrics() if self.expert_loads else {}
+        self.metrics.log(state.step, heads, values)
 
     # ---------------------------------------------------------------- evaluate
 
@@ -356,10 +344,7 @@ class Trainer:
             return []
         self.missing.check(where, found.targets, seen)
         self.metrics.log_validation(
-            self.state.step,
-            head_losses=found.losses,
-            head_accuracies=found.accuracies,
-            acceptance=found.acceptance,
+            *(self.state.step, found, found.acceptance),
             tokens=found.tokens * self.world.size,
             elapsed=time.perf_counter() - begin,
         )

@@ -21,22 +21,15 @@ from torchtitan_mtp.inference.acceptance import Acceptance, text_agreement
 from torchtitan_mtp.inference.stats import ratio
 from torchtitan_mtp.models.trunk import Trunk
 from torchtitan_mtp.monitoring.baselines import comparison_table, skip_bigram_entropies
-from torchtitan_mtp.monitoring.step_losses import StepLosses
+from torchtitan_mtp.monitoring.losses import HeadLosses, StepLosses
 from torchtitan_mtp.ops import LossOptions, linear_cross_entropy
 
 
 @dataclass(frozen=True)
-class TextMetrics:
-    """Metrics of n heads on a text; lists run from head 1 to head n.
+class TextMetrics(HeadLosses):
+    """Of a text, beside its losses: the acceptance of heads 2..n, the number of tokens read on this
+    rank, padding included, and the bytes of head 1's targets as UTF-8, where they were counted."""
 
-    losses: cross-entropy, nats a token. accuracies: share of targets that are the head's most
-    likely token; both nan without a target. targets: their number. tokens: the number read on this
-    rank, padding included. num_bytes: of head 1's targets, as UTF-8, where they were counted.
-    """
-
-    losses: list[float]
-    accuracies: list[float]
-    targets: list[int]
     acceptance: Acceptance
     tokens: int
     num_bytes: int = 0
@@ -62,10 +55,8 @@ def evaluate_batches(
         losses.add(*model.output.loss(hiddens, batch.labels, compute))
         agreement += text_agreement(model, hiddens, batch.labels)
         tokens += batch.tokens.numel()
-    found = losses.reduce()
-    targets = [int(count) for count in found["targets"]]
     acceptance = Acceptance(*all_reduce(agreement).tolist())
-    return TextMetrics(found["losses"], found["accuracies"], targets, acceptance, tokens)
+    return TextMetrics(**vars(losses.reduce()), acceptance=acceptance, tokens=tokens)
 
 
 def evaluate_windows(

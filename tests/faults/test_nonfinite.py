@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from runs import HEAD_BY_HEAD, SEQUENTIAL, Interrupted, config_of, finish, same, train, weights_of
 from torchtitan_mtp.errors import UserError
-from torchtitan_mtp.monitoring.spikes import LossSpikes
+from torchtitan_mtp.monitoring.losses import LossSpikes
 from torchtitan_mtp.trainer import Trainer
 
 SAVES = {"checkpoint.enable": True, "checkpoint.interval": 1}

@@ -21,6 +21,7 @@ from torchtitan_mtp.config.setting import options
 from torchtitan_mtp.inference.acceptance import Acceptance
 from torchtitan_mtp.models.args import LatentArgs, ModelArgs, MoEArgs
 from torchtitan_mtp.models.flavors import flavors
+from torchtitan_mtp.monitoring.losses import HeadLosses
 from torchtitan_mtp.trainer import Trainer
 
 TINY = ModelArgs(dim=32, n_layers=3, n_heads=4, n_kv_heads=2, multiple_of=32, rope_theta=10000.0)
@@ -151,14 +152,28 @@ def record(trainer: Trainer) -> Run:
     run, metrics = Run(start=trainer.state.step), trainer.metrics
     log, log_validation = metrics.log, metrics.log_validation
 
-    def keep(step: int, **values: Any) -> None:
-        run.logged.append({"step": step, **values})
-        log(step, **values)
+    def keep(step: int, heads: HeadLosses, others: dict[str, float]) -> None:
+        kinds = {tag: tag.split("/")[0] for tag in others}
+        extra = {tag: v for tag, v in others.items() if kinds[tag] in ("moe", "skipped_steps")}
+        values = {tag: v for tag, v in others.items() if kinds[tag] == tag and tag not in extra}
+        run.logged.append(
+            {
+                "step": step,
+                "head_losses": heads.losses,
+                "head_accuracies": heads.accuracies,
+                "global_total_loss": heads.total,
+                "global_max_loss": heads.max_loss,
+                "head_scales": [v for tag, v in others.items() if kinds[tag] == "mtp"],
+                **values,
+                "extra_metrics": extra,
+            }
+        )
+        log(step, heads, others)
 
-    def keep_validation(step: int, **values: Any) -> None:
-        run.validated.append(values["head_losses"])
-        run.acceptance.append(values["acceptance"])
-        log_validation(step, **values)
+    def keep_validation(step: int, heads: HeadLosses, acceptance: Acceptance, **rest: Any) -> None:
+        run.validated.append(heads.losses)
+        run.acceptance.append(acceptance)
+        log_validation(step, heads, acceptance, **rest)
 
     metrics.log, metrics.log_validation = keep, keep_validation  # type: ignore[method-assign]
     return run

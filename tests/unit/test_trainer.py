@@ -20,7 +20,7 @@ def test_step_losses_are_means_over_valid_targets():
     first, second = (1.5, [8.0, 3.0], [4, 3], [2, 0]), (0.5, [7.0, 0.0], [1, 0], [1, 0])
     for micro_batch in (first, second):
         losses.add(*map(torch.tensor, micro_batch))
-    assert losses.reduce() == {
+    assert vars(losses.reduce()) == {
         "losses": [3.0, 1.0],
         "accuracies": [0.6, 0.0],
         "targets": [5.0, 3.0],
@@ -34,9 +34,9 @@ def test_without_targets_there_is_no_mean(first):
     losses = StepLosses(2, torch.device("cpu"))
     losses.add(*map(torch.tensor, (0.0, [0.0, 0.0], [first, 0], [0, 0])))
     reduced, mean = losses.reduce(), 0.0 if first else math.nan
-    assert reduced["targets"] == [first, 0]
-    assert str(reduced["losses"]) == str(reduced["accuracies"]) == str([mean, math.nan])
-    assert str([reduced["total"], reduced["max_loss"]]) == str([mean, mean])
+    assert reduced.targets == [first, 0]
+    assert str(reduced.losses) == str(reduced.accuracies) == str([mean, math.nan])
+    assert str([reduced.total, reduced.max_loss]) == str([mean, mean])
 
 
 def test_train_state_is_plain_data():

@@ -4,7 +4,7 @@ import functools
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -14,6 +14,7 @@ from torchtitan_mtp.inference.acceptance import Acceptance
 from torchtitan_mtp.monitoring.backends import build_backends
 from torchtitan_mtp.monitoring.device import MemoryMonitor
 from torchtitan_mtp.monitoring.logging import RESET, use_color
+from torchtitan_mtp.monitoring.losses import HeadLosses, LossSpikes
 from torchtitan_mtp.monitoring.observer import Observer
 from torchtitan_mtp.monitoring.progress import Pace, ProgressBar
 
@@ -67,10 +68,10 @@ class MetricsProcessor:
         self.clock = clock
         self.memory = MemoryMonitor(device)
         self.backends = build_backends(config, rank)
-        self.progress = None
-        if rank == 0:
-            bar = functools.partial(ProgressBar, self.total_steps, start_step, color=self.color)
-            self.progress = Observer("progress bar", bar)
+        bar = functools.partial(ProgressBar, self.total_steps, start_step)
+        bar = functools.partial(bar, color=self.color, shown=rank == 0)
+        self.progress = Observer("progress bar", bar)
+        self.spikes = LossSpikes()
         self.step = start_step
         self.pace = Pace()
         self._start_interval()
@@ -91,45 +92,26 @@ class MetricsProcessor:
         self.steps += 1
         self.tokens += tokens
         self.data_seconds += data_seconds
-        if self.progress:
-            self.progress.update(self.step)
+        self.progress.update(self.step)
 
-    def log(
-        self,
-        step: int,
-        *,
-        global_max_loss: float,
-        global_total_loss: float,
-        head_losses: Sequence[float],
-        head_accuracies: Sequence[float],
-        head_scales: Sequence[float],
-        grad_norm: float,
-        lr: float,
-        n_tokens_seen: int,
-        extra_metrics: Mapping[str, float] | None = None,
-    ) -> None:
+    def log(self, step: int, heads: HeadLosses, others: Mapping[str, float]) -> None:
         """Report the steps recorded since the last call.
 
-        Losses are means over valid targets of all ranks, in nats: `head_losses` of heads 1 to n, of
-        what each learns (head 1's, the next token, compares with a run without MTP);
-        `global_max_loss` head 1's largest of the ranks; `global_total_loss` the weighted sum that
-        is minimised. Accuracies are fractions of 1. `n_tokens_seen` counts the whole run, all
-        ranks.
+        heads: of this step, of what each head learns; head 1's loss, the next token, compares with
+            a run without MTP. others: further metrics by their tags, `grad_norm` among them.
         """
+        self.spikes.check(step, heads.losses, others["grad_norm"])
         elapsed = max(self.clock() - self.interval_start, 1e-9)
         steps = max(self.steps, 1)
         tps = self.tokens / elapsed / self.world_size
         rate = self.flops_per_token * tps
-        heads = head_metrics(head_losses, head_accuracies, self.target_loss)
+        losses = head_metrics(heads, self.target_loss)
         metrics = {
-            "loss_metrics/global_avg_loss": head_losses[0],
-            "loss_metrics/global_max_loss": global_max_loss,
-            "loss_metrics/global_total_loss": global_total_loss,
-            **{f"loss_metrics/{tag}": value for tag, value in heads.items()},
-            **{f"mtp/head_{k}_scale": scale for k, scale in enumerate(head_scales, 1)},
-            "grad_norm": grad_norm,
-            "lr": lr,
-            "n_tokens_seen": n_tokens_seen,
+            "loss_metrics/global_avg_loss": heads.losses[0],
+            "loss_metrics/global_max_loss": heads.max_loss,
+            "loss_metrics/global_total_loss": heads.total,
+            **{f"loss_metrics/{tag}": value for tag, value in losses.items()},
+            **others,
             "throughput(tps)": tps,
             "tflops": rate / 1e12,
             **({"mfu(%)": 100 * rate / self.peak_flops} if self.peak_flops else {}),
@@ -137,45 +119,35 @@ class MetricsProcessor:
             "time_metrics/data_loading(s)": self.data_seconds / steps,
             "time_metrics/data_loading(%)": 100 * self.data_seconds / elapsed,
             **self.memory.peak(),
-            **(extra_metrics or {}),
         }
         self._write(metrics, step)
         self.pace.add(elapsed, steps)
-        losses = format_losses(head_losses, head_accuracies, self.target_loss)
-        self._print_step(step, metrics, losses)
+        self._print_step(step, metrics, format_losses(heads, self.target_loss))
         self._start_interval()
         self.memory.reset()
 
     def log_validation(
-        self,
-        step: int,
-        *,
-        head_losses: Sequence[float],
-        head_accuracies: Sequence[float],
-        acceptance: Acceptance,
-        tokens: int,
-        elapsed: float,
+        self, step: int, heads: HeadLosses, acceptance: Acceptance, *, tokens: int, elapsed: float
     ) -> None:
-        """Report held-out losses: means over valid targets of all ranks, head 1 to head n, in nats.
+        """Report losses on held-out text, and the acceptance of heads 2..n on it.
 
-        `acceptance` is that of heads 2..n on the same text, over all ranks.
         `tokens` are the input tokens of all ranks, `elapsed` the seconds that validation took; they
         are taken out of the training interval, whose throughput goes on unharmed.
         """
         self.interval_start += elapsed
         tps = tokens / max(elapsed, 1e-9) / self.world_size
         metrics = {
-            "loss": head_losses[0],
+            "loss": heads.losses[0],
             "throughput(tps)": tps,
             **{tag: peak for tag, peak in self.memory.peak().items() if "max" in tag},
-            **head_metrics(head_losses, head_accuracies),
+            **head_metrics(heads),
             **acceptance_metrics(acceptance),
         }
         self._write({f"validation_metrics/{tag}": value for tag, value in metrics.items()}, step)
         parts = {
             "step": f"validate step: {step:2}",
-            **format_losses(head_losses, head_accuracies),
-            "accuracy": "accuracy: " + " ".join(figure(a, ".1%", a) for a in head_accuracies),
+            **format_losses(heads),
+            "accuracy": "accuracy: " + " ".join(figure(a, ".1%", a) for a in heads.accuracies),
             "acceptance": format_acceptance(acceptance),
             "tps": f"tps: {round(tps):,}",
         }
@@ -183,12 +155,10 @@ class MetricsProcessor:
         self.memory.reset()
 
     def close(self) -> None:
-        """Flush and close the backends and remove the progress bar; may be called twice."""
-        if self.progress:
-            self.progress.close()
+        """Flush and close the backends and remove the progress bar."""
+        self.progress.close()
         for backend in self.backends:
             backend.close()
-        self.backends, self.progress = [], None
 
     def _write(self, metrics: Mapping[str, float], step: int) -> None:
         for backend in self.backends:
@@ -208,8 +178,7 @@ class MetricsProcessor:
             "eta": f"eta: {self.pace.time_left(self.total_steps - step)}",
         }
         logger.info(self._paint(parts))
-        if self.progress:
-            self.progress.update(step, "  ".join(parts[name] for name in ("loss", "tps", "eta")))
+        self.progress.update(step, "  ".join(parts[name] for name in ("loss", "tps", "eta")))
 
     def _paint(self, parts: Mapping[str, str]) -> str:
         """The non-empty parts on one line, each in its colour."""
@@ -219,15 +188,13 @@ class MetricsProcessor:
         return "  ".join(painted) + RESET
 
 
-def head_metrics(
-    losses: Sequence[float], accuracies: Sequence[float], target_loss: str | None = None
-) -> dict[str, float]:
+def head_metrics(heads: HeadLosses, target_loss: str | None = None) -> dict[str, float]:
     """`mtp_head_{k}_loss` and `_accuracy` for k = 1..n; `mtp_head_{k}_{target_loss}`, k = 2..n, of
     what is no cross-entropy of labels."""
-    kinds = ["loss"] + [target_loss or "loss"] * (len(losses) - 1)
-    named = enumerate(zip(kinds, losses, strict=True), 1)
+    kinds = ["loss"] + [target_loss or "loss"] * (len(heads.losses) - 1)
+    named = enumerate(zip(kinds, heads.losses, strict=True), 1)
     metrics = {f"mtp_head_{k}_{kind}": loss for k, (kind, loss) in named}
-    return metrics | {f"mtp_head_{k}_accuracy": rate for k, rate in enumerate(accuracies, 1)}
+    return metrics | {f"mtp_head_{k}_accuracy": a for k, a in enumerate(heads.accuracies, 1)}
 
 
 def acceptance_metrics(acceptance: Acceptance) -> dict[str, float]:
@@ -244,13 +211,12 @@ def figure(value: float, form: str, of: float) -> str:
     return "-" if math.isnan(of) else format(value, form)
 
 
-def format_losses(
-    losses: Sequence[float], accuracies: Sequence[float], target_loss: str | None = None
-) -> dict[str, str]:
-    """Head 1's loss, and those of heads 2..n if there are any, of losses and accuracies of all."""
-    first, *others = (figure(loss, ".4f", of) for loss, of in zip(losses, accuracies, strict=True))
+def format_losses(heads: HeadLosses, target_loss: str | None = None) -> dict[str, str]:
+    """Head 1's loss, and those of heads 2..n if there are any."""
+    pairs = zip(heads.losses, heads.accuracies, strict=True)
+    first, *others = (figure(loss, ".4f", accuracy) for loss, accuracy in pairs)
     kind = f" ({target_loss})" if target_loss else ""
-    further = f"{further_heads(len(losses))}{kind}: {' '.join(others)}" if others else ""
+    further = f"{further_heads(len(heads.losses))}{kind}: {' '.join(others)}" if others else ""
     return {"loss": f"loss: {first:>7}", "heads": further}
 
 

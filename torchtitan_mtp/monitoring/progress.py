@@ -8,8 +8,6 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from torchtitan_mtp.monitoring.logging import use_color
-
 
 class Pace:
     """Seconds a step: the mean of about the last ten lines, which from one line to the next at most
@@ -33,22 +31,24 @@ class Pace:
 
 
 class ProgressBar:
-    """Steps done, loss, speed and time left. Draws nothing where stderr is not a terminal.
+    """Steps done, loss, speed and time left; where `shown`, and stderr is a terminal.
 
     While it lives, rich redirects `sys.stderr`, so that log lines appear above the bar.
     """
 
-    def __init__(self, total_steps: int, start_step: int = 0, *, color: bool = True) -> None:
+    def __init__(
+        self, total_steps: int, start_step: int = 0, *, color: bool = True, shown: bool = True
+    ) -> None:
         self.progress = Progress(
             TextColumn("step"),
             MofNCompleteColumn(),
             BarColumn(),
             TextColumn("{task.fields[status]}"),
             TimeElapsedColumn(),
-            console=Console(stderr=True, no_color=not (color and use_color())),
+            console=Console(stderr=True, no_color=not color),
             refresh_per_second=2,
             transient=True,
-            disable=not sys.stderr.isatty(),
+            disable=not (shown and sys.stderr.isatty()),
         )
         self.task = self.progress.add_task(
             "", total=total_steps, completed=start_step, status="starting"

@@ -19,6 +19,7 @@ from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.inference.acceptance import Acceptance
 from torchtitan_mtp.monitoring import backends
 from torchtitan_mtp.monitoring.backends import metrics_folder
+from torchtitan_mtp.monitoring.losses import HeadLosses
 from torchtitan_mtp.monitoring.metrics import MetricsProcessor, acceptance_metrics
 
 CPU = torch.device("cpu")
@@ -46,15 +47,16 @@ OUR_TAGS = {
     *(f"loss_metrics/mtp_head_{k}_{what}" for k in (1, 2, 3) for what in ("loss", "accuracy")),
     *(f"mtp/head_{k}_scale" for k in (1, 2, 3)),
 }
-LOSSES = dict(
-    global_max_loss=2.75,
-    global_total_loss=9.0,
-    head_losses=[2.5, 3.0, 3.5],
-    head_accuracies=[0.5, 0.25, 0.125],
-    head_scales=[1.0, 0.5, 0.25],
-    grad_norm=1.5,
-    lr=0.001,
+HEADS = HeadLosses(
+    losses=[2.5, 3.0, 3.5],
+    accuracies=[0.5, 0.25, 0.125],
+    targets=[64, 62, 60],
+    total=9.0,
+    max_loss=2.75,
 )
+ONE_HEAD = HeadLosses([2.0], [0.5], [64], total=2.0, max_loss=2.0)
+SCALES = {f"mtp/head_{k}_scale": scale for k, scale in enumerate([1.0, 0.5, 0.25], 1)}
+OTHERS = {"grad_norm": 1.5, "lr": 0.001, **SCALES}
 
 
 class Clock:
@@ -111,7 +113,7 @@ def test_tags_and_values_in_the_event_file(config: JobConfig, clock: Clock, tmp_
     for _ in range(10):
         metrics.record_step(tokens=100, data_seconds=0.05)
     clock.now += 2.0
-    metrics.log(10, **LOSSES, n_tokens_seen=1000)  # type: ignore[arg-type]
+    metrics.log(10, HEADS, {**OTHERS, "n_tokens_seen": 1000})
     metrics.close()
     events = read_events(tmp_path)
     assert set(events) == TORCHTITAN_TAGS | OUR_TAGS
@@ -144,7 +146,7 @@ def test_losses_against_the_trunk_have_tags_of_their_own(
     config.model.converters = ["mtp"]
     config.mtp.num_future_tokens, config.mtp.target, config.mtp.target_loss = 3, "trunk", "tv"
     metrics = processor(config, clock)
-    metrics.log(10, **LOSSES, n_tokens_seen=1000)  # type: ignore[arg-type]
+    metrics.log(10, HEADS, {**OTHERS, "n_tokens_seen": 1000})
     metrics.close()
     events = read_events(tmp_path)
     renamed = {f"loss_metrics/mtp_head_{k}_loss": f"loss_metrics/mtp_head_{k}_tv" for k in (2, 3)}
@@ -161,7 +163,7 @@ def test_first_interval_counts_its_one_step(
         metrics.record_step(tokens=800, data_seconds=0.0)
         clock.now += 2.0 if step == 1 else 1.0
         if metrics.should_log(step):
-            metrics.log(step, **LOSSES, n_tokens_seen=800 * step)  # type: ignore[arg-type]
+            metrics.log(step, HEADS, {**OTHERS, "n_tokens_seen": 800 * step})
     metrics.close()
     events = read_events(tmp_path)
     assert events["time_metrics/end_to_end(s)"] == [(1, 2.0), (10, 1.0)]
@@ -183,9 +185,8 @@ def test_validation_tags_and_its_time_outside_of_training(
     clock.now += 30.0  # validation
     metrics.log_validation(
         5,
-        head_losses=[2.0, 2.5, 3.0],
-        head_accuracies=[0.5, 0.25, 0.125],
-        acceptance=Acceptance([100, 80], [60, 32], [100, 50], [60, 25]),
+        HeadLosses([2.0, 2.5, 3.0], [0.5, 0.25, 0.125], [64, 62, 60], total=3.0, max_loss=2.1),
+        Acceptance([100, 80], [60, 32], [100, 50], [60, 25]),
         tokens=600,
         elapsed=30.0,
     )
@@ -193,7 +194,7 @@ def test_validation_tags_and_its_time_outside_of_training(
         "validate step:  5  loss:  2.0000  heads 2-3: 2.5000 3.0000  accuracy: 50.0% 25.0% 12.5%  "
         "acceptance: 60.0% 40.0%  tokens/step: 1.90  tps: 20"
     )
-    metrics.log(6, **LOSSES, n_tokens_seen=1000)  # type: ignore[arg-type]
+    metrics.log(6, HEADS, {**OTHERS, "n_tokens_seen": 1000})
     metrics.close()
     events = read_events(tmp_path)
     assert events["throughput(tps)"] == [(6, 1000.0)]
@@ -231,9 +232,8 @@ def test_validation_of_a_plain_model_names_no_acceptance(
     metrics = processor(config, clock)
     metrics.log_validation(
         5,
-        head_losses=[2.0],
-        head_accuracies=[0.5],
-        acceptance=Acceptance([], [], [], []),
+        ONE_HEAD,
+        Acceptance([], [], [], []),
         tokens=600,
         elapsed=30.0,
     )
@@ -246,7 +246,7 @@ def test_without_a_peak_there_is_no_mfu(
     metrics = processor(config, clock, peak_flops=None)
     metrics.record_step(tokens=1, data_seconds=0.0)
     clock.now += 1
-    metrics.log(1, **LOSSES, n_tokens_seen=1)  # type: ignore[arg-type]
+    metrics.log(1, HEADS, {**OTHERS, "n_tokens_seen": 1})
     metrics.close()
     assert set(read_events(tmp_path)) == (TORCHTITAN_TAGS | OUR_TAGS) - {"mfu(%)"}
     assert "mfu" not in log.messages[-1] and "tflops: 0.00" in log.messages[-1]
@@ -259,7 +259,7 @@ def test_console_line_is_plain_and_complete(
     for _ in range(10):
         metrics.record_step(tokens=100, data_seconds=0.05)
     clock.now += 2.0
-    metrics.log(10, **LOSSES, n_tokens_seen=1000)  # type: ignore[arg-type]
+    metrics.log(10, HEADS, {**OTHERS, "n_tokens_seen": 1000})
     metrics.close()
     line = re.sub(r"memory: +[\d.]+GiB\([\d.]+%\)", "memory: M", log.messages[-1])
     assert line == (
@@ -272,8 +272,7 @@ def test_console_line_of_a_plain_model_names_no_heads(
     config: JobConfig, clock: Clock, log: pytest.LogCaptureFixture
 ) -> None:
     metrics = processor(config, clock)
-    one = {**LOSSES, "head_losses": [2.5], "head_accuracies": [0.5], "head_scales": [1.0]}
-    metrics.log(1, **one, n_tokens_seen=1)  # type: ignore[arg-type]
+    metrics.log(1, ONE_HEAD, OTHERS)
     metrics.close()
     assert "head" not in log.messages[-1]
 
@@ -288,7 +287,7 @@ def test_colours_only_on_a_terminal_that_wants_them(
     for disabled in (False, True):
         config.metrics.disable_color_printing = disabled
         metrics = processor(config, clock, rank=1)  # no progress bar on rank 1
-        metrics.log(1, **LOSSES, n_tokens_seen=1)  # type: ignore[arg-type]
+        metrics.log(1, HEADS, {**OTHERS, "n_tokens_seen": 1})
         assert ("\033[" in log.messages[-1]) is not disabled
 
 
@@ -345,7 +344,7 @@ def test_wandb_gets_the_config_and_the_same_tags(
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     config.metrics.enable_tensorboard, config.metrics.enable_wandb = False, True
     metrics = processor(config, clock)
-    metrics.log(1, **LOSSES, n_tokens_seen=1)  # type: ignore[arg-type]
+    metrics.log(1, HEADS, {**OTHERS, "n_tokens_seen": 1})
     metrics.close()
     assert started["config"]["training"]["steps"] == 25
     assert set(run.logged[1]) == TORCHTITAN_TAGS | OUR_TAGS and run.closed
@@ -391,15 +390,14 @@ def test_time_left_does_not_jump(
         clock.now += 300 if step == 1 else slow if step % 97 < 12 else 1
         metrics.record_step(tokens=1, data_seconds=0.0)
         if metrics.should_log(step):
-            metrics.log(step, **LOSSES, n_tokens_seen=step)  # type: ignore[arg-type]
+            metrics.log(step, HEADS, {**OTHERS, "n_tokens_seen": step})
             left[step] = log.messages[-1].split("eta: ")[1]
         if step == 4:  # validation; it is not training's time
             clock.now += 500
             metrics.log_validation(
                 step,
-                head_losses=[2.0],
-                head_accuracies=[0.5],
-                acceptance=Acceptance([], [], [], []),
+                ONE_HEAD,
+                Acceptance([], [], [], []),
                 tokens=600,
                 elapsed=500.0,
             )

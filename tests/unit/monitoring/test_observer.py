@@ -16,6 +16,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from torchtitan_mtp.config import JobConfig
 from torchtitan_mtp.inference.acceptance import Acceptance
 from torchtitan_mtp.monitoring import metrics as metrics_module
+from torchtitan_mtp.monitoring.losses import HeadLosses
 from torchtitan_mtp.monitoring.metrics import MetricsProcessor
 from torchtitan_mtp.monitoring.profiling import profile_steps, snapshot_memory
 
@@ -52,19 +53,11 @@ def config(tmp_path: Path) -> JobConfig:
 def run(config: JobConfig) -> None:
     """Thirty steps, as the trainer reports them, with a validation."""
     metrics = MetricsProcessor(config, device=CPU, flops_per_token=1e6, peak_flops=None)
-    losses = dict.fromkeys(("global_max_loss", "global_total_loss"), 1.0)
-    heads = {key: [0.5] for key in ("head_losses", "head_accuracies", "head_scales")}
+    heads = HeadLosses([0.5], [0.5], [9], 1.0, 1.0)
     for step in range(1, 31):
         metrics.record_step(tokens=1, data_seconds=0.0)
-        metrics.log(step, **losses, **heads, grad_norm=1.0, lr=0.1, n_tokens_seen=step)  # type: ignore[arg-type]
-    metrics.log_validation(
-        30,
-        head_losses=[1.0],
-        head_accuracies=[0.5],
-        acceptance=Acceptance([], [], [], []),
-        tokens=9,
-        elapsed=1.0,
-    )
+        metrics.log(step, heads, {"grad_norm": 1.0})
+    metrics.log_validation(30, heads, Acceptance([], [], [], []), tokens=9, elapsed=1.0)
     metrics.close()
 
 
