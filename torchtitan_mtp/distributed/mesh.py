@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from torchtitan_mtp.config import Comm, Parallelism
-from torchtitan_mtp.distributed.agreement import agree
+from torchtitan_mtp.distributed.ranks import agree
 from torchtitan_mtp.errors import UserError
 
 # What the driver of a GPU has in /dev, and the variables by which a user hides the GPUs.
@@ -182,4 +182,3 @@ def set_determinism(deterministic: bool, seed: int) -> None:
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
         torch.use_deterministic_algorithms(True)
-        torch.backends.cudnn.benchmark = False

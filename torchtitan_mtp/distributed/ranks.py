@@ -1,12 +1,16 @@
-"""All ranks as one: one decides, and an error is everyone's."""
+"""All ranks as one: one decides, an error is everyone's, and what each reads is the same."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TypeVar, cast
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar, cast
 
 import torch.distributed as dist
 
+from torchtitan_mtp.config import JobConfig
+from torchtitan_mtp.config.setting import options
 from torchtitan_mtp.errors import UserError
 
 T = TypeVar("T")
@@ -56,16 +60,49 @@ class Ranks:
         """
         result: T | None = None
         failure: Exception | None = None
-        message: str | None = None
         try:
             result = action()
-        except (UserError, OSError) as error:
-            failure, message = error, str(error)
         except Exception as error:  # whatever it is, the other ranks must not wait for an answer
-            failure, message = error, f"{type(error).__name__}: {error}"
-        messages = [told for told in self.gather(message) if told is not None]
-        if failure is not None and not isinstance(failure, (UserError, OSError)):
+            failure = error
+        told = isinstance(failure, (UserError, OSError))
+        what = "" if told else f"{type(failure).__name__}: "
+        messages = self.gather(None if failure is None else f"{what}{failure}")
+        if failure is not None and not told:
             raise failure  # a fault of the program, with its traceback
-        if messages:
-            raise UserError(messages[0]) from failure
+        for message in messages:
+            if message is not None:
+                raise UserError(message) from failure
         return cast(T, result)
+
+
+def agree(values: Mapping[str, Any]) -> None:
+    """See that all ranks have the same values; all call it together, and send but a hash.
+
+    Raises:
+        UserError: on every rank: the first key that differs, with each value and its ranks.
+    """
+    shown = {key: json.dumps(value, default=str) for key, value in values.items()}
+    digest = hashlib.sha256(json.dumps(shown, sort_keys=True).encode()).hexdigest()
+    if len(set(Ranks().gather(digest))) == 1:
+        return
+    everyone = Ranks().gather(shown)
+    for key in dict.fromkeys(key for rank in everyone for key in rank):
+        ranks: dict[str, list[str]] = {}
+        for rank, found in enumerate(everyone):
+            ranks.setdefault(found.get(key, "nothing"), []).append(str(rank))
+        if len(ranks) > 1:
+            told = ", ".join(
+                f"{value} on rank {', '.join(who[:4])}{', ...' if len(who) > 4 else ''}"
+                for value, who in ranks.items()
+            )
+            raise UserError(f"{key} differs between ranks: {told}; give all of them the same")
+
+
+def shared_settings(config: JobConfig) -> dict[str, Any]:
+    """Keys and values that all ranks have in common. Where a rank finds its input may differ: what
+    it finds there is compared."""
+    own = {"model.hf_assets_path", "training.dataset_path", "validation.dataset_path"}
+    own |= {"training.mixture"}
+    own |= {f"job.{key}" for key in ("config_file", "description", "print_config", "debug")}
+    keys = options(JobConfig)
+    return {k: o.get(config) for k, o in keys.items() if not o.is_table and k not in own}

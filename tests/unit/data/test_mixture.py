@@ -11,7 +11,7 @@ from torchtitan_mtp.data.loader import DataLoader
 from torchtitan_mtp.data.mixture import Mixture, source_from_config
 from torchtitan_mtp.data.sources import build_source
 from torchtitan_mtp.data.tokenizer import ByteTokenizer
-from torchtitan_mtp.distributed.agreement import shared_settings
+from torchtitan_mtp.distributed.ranks import shared_settings
 from torchtitan_mtp.errors import UserError
 
 S, N = 16, 2
