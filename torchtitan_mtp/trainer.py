@@ -24,7 +24,6 @@ from torchtitan_mtp.config.values import further_heads
 from torchtitan_mtp.data.run import loaders_from_config, micro_batches_per_step
 from torchtitan_mtp.data.targets import IGNORE, Batch, make_batch
 from torchtitan_mtp.data.tokenizer import build_tokenizer
-from torchtitan_mtp.distributed.agreement import agree, shared_settings
 from torchtitan_mtp.distributed.balance import (
     apart_from_training,
     balance_experts,
@@ -35,7 +34,7 @@ from torchtitan_mtp.distributed.heartbeat import Heartbeat
 from torchtitan_mtp.distributed.memory import check_run
 from torchtitan_mtp.distributed.mesh import all_reduce, init_world, set_determinism, set_timeout
 from torchtitan_mtp.distributed.parallelize import parallelize
-from torchtitan_mtp.distributed.ranks import Ranks
+from torchtitan_mtp.distributed.ranks import Ranks, agree, shared_settings
 from torchtitan_mtp.distributed.shared_cores import SharedCores
 from torchtitan_mtp.distributed.stopping import Stopping
 from torchtitan_mtp.formats.training import hf_format, load_hf_weights, save_in_hf
@@ -45,7 +44,7 @@ from torchtitan_mtp.monitoring.flops import forward_backward_flops_per_token
 from torchtitan_mtp.monitoring.gc import GarbageCollection
 from torchtitan_mtp.monitoring.losses import MissingTargets, StepLosses
 from torchtitan_mtp.monitoring.metrics import MetricsProcessor
-from torchtitan_mtp.monitoring.profiling import profile_steps, snapshot_memory
+from torchtitan_mtp.monitoring.profiling import Profiling
 from torchtitan_mtp.mtp import (
     ENGINES,
     clear_unused_gradients,
@@ -100,13 +99,12 @@ class Trainer:
         if config.checkpoint.last_save_in_hf:
             hf_format(model.spec)  # before the training, not after it
         self.accumulation = micro_batches_per_step(config, self.world.size)
-        fits = functools.partial(check_run, config, model, self.device, self.world.size)
-        self.ranks.on_all(lambda: fits(self.accumulation))
+        rank, size, accumulation = self.world.rank, self.world.size, self.accumulation
+        self.ranks.on_all(lambda: check_run(config, model, self.device, size, accumulation))
         self.loader, self.validation = self.ranks.on_all(
-            lambda: loaders_from_config(config, self.tokenizer, self.world.rank, self.world.size)
+            lambda: loaders_from_config(config, self.tokenizer, rank, size)
         )
-        loaders = {"training": self.loader, "validation": self.validation}
-        for name, loader in loaders.items():
+        for name, loader in (("training", self.loader), ("validation", self.validation)):
             identity = {} if loader is None else loader.identity
             agree({f"{name} data: {key}": value for key, value in identity.items()})
         return model
@@ -207,8 +205,7 @@ class Trainer:
             self.heartbeat,
             SharedCores(),
             self.stopping,
-            profile_steps(config, device=self.device, rank=rank, start_step=first - 1) as profiler,
-            snapshot_memory(config, device=self.device, rank=rank, start_step=first - 1) as memory,
+            Profiling(config, device=self.device, rank=rank, start_step=first - 1) as profiling,
         ):
             while self.state.step < steps and not self.stopping.signal:
                 self.stopping.ask()
@@ -229,8 +226,7 @@ class Trainer:
                 finally:
                     if step == steps:
                         self._save_in_hf()
-                profiler.step()
-                memory.step()
+                profiling.step()
 
     def _save(self, last: bool, stop: bool) -> None:
         """Save if a save is due, and everything if the run is told to stop before its end."""

@@ -18,7 +18,7 @@ from torchtitan_mtp.inference.acceptance import Acceptance
 from torchtitan_mtp.monitoring import metrics as metrics_module
 from torchtitan_mtp.monitoring.losses import HeadLosses
 from torchtitan_mtp.monitoring.metrics import MetricsProcessor
-from torchtitan_mtp.monitoring.profiling import profile_steps, snapshot_memory
+from torchtitan_mtp.monitoring.profiling import Profiling
 
 CPU = torch.device("cpu")
 
@@ -135,7 +135,7 @@ def test_traces_that_cannot_be_written(
         )
     else:
         (tmp_path / blocked / "held").mkdir(parents=True)
-    with profile_steps(config, device=CPU) as profiler:
+    with Profiling(config, device=CPU) as profiler:
         for _ in range(9):
             torch.ones(2) + 1
             profiler.step()
@@ -153,7 +153,7 @@ def test_snapshots_that_cannot_be_written(
     Path(config.job.dump_folder).write_text("a file")
     with (
         pytest.raises(torch.OutOfMemoryError),
-        snapshot_memory(config, device=torch.device("cuda")) as memory,
+        Profiling(config, device=torch.device("cuda")) as memory,
     ):
         for _ in range(9):
             memory.step()

@@ -8,7 +8,7 @@ import torch
 
 from torchtitan_mtp.config import JobConfig
 from torchtitan_mtp.monitoring import profiling
-from torchtitan_mtp.monitoring.profiling import profile_steps, snapshot_memory
+from torchtitan_mtp.monitoring.profiling import Profiling
 
 CPU = torch.device("cpu")
 
@@ -24,18 +24,16 @@ def config(tmp_path: Path) -> JobConfig:
 
 
 def test_off_writes_nothing(config: JobConfig, tmp_path: Path) -> None:
-    options = dict(device=CPU)
-    with profile_steps(config, **options) as profiler, snapshot_memory(config, **options) as memory:
+    with Profiling(config, device=CPU) as run:
         for _ in range(4):
-            profiler.step()
-            memory.step()
+            run.step()
     assert list(tmp_path.iterdir()) == []
 
 
 def test_trace_of_the_steps_of_the_run(config: JobConfig, tmp_path: Path) -> None:
     config.profiling.enable_profiling = True
     config.profiling.save_traces_folder = "traces"
-    with profile_steps(config, device=CPU, rank=2, start_step=30) as profiler:
+    with Profiling(config, device=CPU, rank=2, start_step=30) as profiler:
         for _ in range(3):
             torch.ones(8, 8) @ torch.ones(8, 8)
             profiler.step()
@@ -47,7 +45,7 @@ def test_trace_of_the_steps_of_the_run(config: JobConfig, tmp_path: Path) -> Non
 
 def test_without_cuda_there_are_no_snapshots(config: JobConfig, caplog) -> None:
     config.profiling.enable_memory_snapshot = True
-    with snapshot_memory(config, device=CPU) as memory:
+    with Profiling(config, device=CPU) as memory:
         memory.step()
     assert [record.getMessage()[:19] for record in caplog.records] == ["no memory snapshots"]
 
@@ -63,7 +61,7 @@ def test_snapshots_every_freq_steps_and_when_memory_runs_out(
     config.profiling.enable_memory_snapshot = True
     with (
         pytest.raises(torch.OutOfMemoryError),
-        snapshot_memory(config, device=torch.device("cuda")) as memory,
+        Profiling(config, device=torch.device("cuda")) as memory,
     ):
         for _ in range(4):
             memory.step()
