@@ -42,33 +42,36 @@ class Heartbeat:
         self._interval = max(_INTERVAL, self._world / _RANKS_A_SECOND)
         self._end = threading.Event()
         self._beats = 0
-        self._watched, self._since = "", 0.0  # where this rank has been, and since when
-        self._told = False
 
     def __enter__(self) -> Heartbeat:
         if self._world > 1:
             # A connection of its own: a wait on the job's would hold up the beats.
             store: Any = dist.distributed_c10d._get_default_store()
             self._store = dist.PrefixStore("heartbeat", store.clone())
-            threading.Thread(target=self._run, name="heartbeat", daemon=True).start()
+            for run in (self._beat, self._watch):
+                threading.Thread(target=run, name="heartbeat", daemon=True).start()
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         try:
             if self._world > 1 and error is not None and lost_contact(error):
                 reason = re.sub(r"^\[.*?\] ", "", str(error).splitlines()[0]).split(". ")[0]
-                raise LostContact(f"{self.where}: {self._missing()} ({reason})") from error
+                missing = f"no answer of another rank for {self.timeout} s, all are in {self.where}"
+                try:
+                    missing = self._missing() or missing
+                except RuntimeError:
+                    missing = "rank 0, which keeps the job's store, does not answer"
+                raise LostContact(f"{self.where}: {missing} ({reason})") from error
         finally:
             self._end.set()
 
-    def _run(self) -> None:
+    def _beat(self) -> None:
         try:
             while not self._end.is_set():
                 self._beats += 1
                 place = f"{socket.gethostname()} (process {os.getpid()})"
                 self._store.set(str(self._rank), f"{self._beats}\n{self.where}\n{place}")
                 self._end.wait(self._interval)
-                self._watch()
         except RuntimeError:
             pass  # the store went with the rank that holds it; the main thread will notice
         except Exception:
@@ -77,34 +80,24 @@ class Heartbeat:
     def _watch(self) -> None:
         """Say who is missing shortly before NCCL's watchdog ends a process that waits in vain: it
         does so without a word in Python."""
-        now = time.monotonic()
-        if self.where != self._watched:
-            self._watched, self._since, self._told = self.where, now, False
-        elif not self._told and now - self._since > 0.7 * self.timeout:
-            self._told = True
-            threading.Thread(target=self._tell, args=(self.where,), daemon=True).start()
-
-    def _tell(self, where: str) -> None:
-        with contextlib.suppress(RuntimeError):  # as in `_run`
-            missing = self._named()
-            if missing and self.where == where:
-                logger.error("%s for %d s: %s", where, time.monotonic() - self._since, missing)
+        where, since, told = "", 0.0, False
+        while not self._end.wait(self._interval):
+            if self.where != where:
+                where, since, told = self.where, time.monotonic(), False
+            elif not told and time.monotonic() - since > 0.7 * self.timeout:
+                told = True
+                with contextlib.suppress(RuntimeError):  # as in `_beat`
+                    missing = self._missing()
+                    if missing and self.where == where:
+                        logger.error("%s for %d s: %s", where, time.monotonic() - since, missing)
 
     def _missing(self) -> str:
-        """Who has given no sign of life lately, or else who is elsewhere than this rank.
+        """The ranks that gave no sign of life lately, or else are elsewhere; "" if there are none.
 
         A rank that ends because of another one goes on beating until it knows; so who is silent
         now is the cause. It takes a few seconds: a launcher that sees the dead rank ends this one
         before, which leaves the cause as the first failure in its log.
         """
-        try:
-            otherwise = f"no answer of another rank for {self.timeout} s, all are in {self.where}"
-            return self._named() or otherwise
-        except RuntimeError:
-            return "rank 0, which keeps the job's store, does not answer"
-
-    def _named(self) -> str:
-        """The ranks whose beats stand still, or else those elsewhere; "" where there are none."""
         before = self._read()
         time.sleep(_SILENCE * self._interval)
         now = self._read()

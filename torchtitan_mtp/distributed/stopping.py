@@ -104,25 +104,22 @@ class Stopping:
             os._exit(128 + signal.SIGTERM)
 
     def _watch(self, read_end: int) -> None:
+        since = 0.0
         try:
-            self._read_signals(read_end)
+            while received := os.read(read_end, 1):
+                number = received[0]
+                if number not in SIGNALS:
+                    continue
+                if not self._noticed:
+                    self._noticed, since = number, time.monotonic()
+                    logger.warning(
+                        "%s: stopping after this step; another signal ends the run at once",
+                        signal.Signals(number).name,
+                    )
+                elif time.monotonic() - since > _ECHO or not os.environ.keys() & set(_LAUNCHERS):
+                    os._exit(128 + number)
         except Exception:  # nobody would hear a signal any more: better an early end that is saved
             self._noticed = self._noticed or signal.SIGTERM
             logger.exception("signals can't be read any more: stopping after this step")
         finally:
             os.close(read_end)
-
-    def _read_signals(self, read_end: int) -> None:
-        since = 0.0
-        while received := os.read(read_end, 1):
-            number = received[0]
-            if number not in SIGNALS:
-                continue
-            if not self._noticed:
-                self._noticed, since = number, time.monotonic()
-                logger.warning(
-                    "%s: stopping after this step; another signal ends the run at once",
-                    signal.Signals(number).name,
-                )
-            elif time.monotonic() - since > _ECHO or not os.environ.keys() & set(_LAUNCHERS):
-                os._exit(128 + number)
