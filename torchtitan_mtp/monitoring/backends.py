@@ -22,7 +22,7 @@ def _import(package: str, module: str) -> Any:
 
 
 class TensorBoard:
-    """Scalars in event files under `folder`."""
+    """Scalars in event files under `folder`, with the methods of a Weights & Biases run."""
 
     def __init__(self, folder: str) -> None:
         tensorboard = _import("tensorboard", "torch.utils.tensorboard")  # slow
@@ -38,28 +38,20 @@ class TensorBoard:
         for tag, value in metrics.items():
             self.writer.add_scalar(tag, value, step)
 
-    def close(self) -> None:
+    def finish(self) -> None:
         self.writer.close()
 
 
-class WandB:
+def start_wandb(folder: str, config: JobConfig) -> Any:
     """A Weights & Biases run; project and team from WANDB_PROJECT and WANDB_TEAM."""
-
-    def __init__(self, folder: str, config: JobConfig) -> None:
-        wandb = _import("wandb", "wandb")
-        os.makedirs(folder, exist_ok=True)
-        self.run = wandb.init(
-            project=os.environ.get("WANDB_PROJECT", "torchtitan_mtp"),
-            entity=os.environ.get("WANDB_TEAM"),
-            dir=folder,
-            config=dataclasses.asdict(config),
-        )
-
-    def log(self, metrics: Mapping[str, float], step: int) -> None:
-        self.run.log(dict(metrics), step=step)
-
-    def close(self) -> None:
-        self.run.finish()
+    wandb = _import("wandb", "wandb")
+    os.makedirs(folder, exist_ok=True)
+    return wandb.init(
+        project=os.environ.get("WANDB_PROJECT", "torchtitan_mtp"),
+        entity=os.environ.get("WANDB_TEAM"),
+        dir=folder,
+        config=dataclasses.asdict(config),
+    )
 
 
 def metrics_folder(config: JobConfig, rank: int) -> str:
@@ -86,5 +78,5 @@ def build_backends(config: JobConfig, rank: int) -> list[Observer]:
     if metrics.enable_tensorboard:
         backends.append(Observer("TensorBoard", lambda: TensorBoard(folder)))
     if metrics.enable_wandb:
-        backends.append(Observer("Weights & Biases", lambda: WandB(folder, config)))
+        backends.append(Observer("Weights & Biases", lambda: start_wandb(folder, config)))
     return backends

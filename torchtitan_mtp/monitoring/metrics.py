@@ -68,8 +68,7 @@ class MetricsProcessor:
         self.clock = clock
         self.memory = MemoryMonitor(device)
         self.backends = build_backends(config, rank)
-        bar = functools.partial(ProgressBar, self.total_steps, start_step)
-        bar = functools.partial(bar, color=self.color, shown=rank == 0)
+        bar = functools.partial(ProgressBar, self.total_steps, start_step, self.color, rank == 0)
         self.progress = Observer("progress bar", bar)
         self.spikes = LossSpikes()
         self.step = start_step
@@ -158,7 +157,7 @@ class MetricsProcessor:
         """Flush and close the backends and remove the progress bar."""
         self.progress.close()
         for backend in self.backends:
-            backend.close()
+            backend.finish()
 
     def _write(self, metrics: Mapping[str, float], step: int) -> None:
         for backend in self.backends:

@@ -37,7 +37,7 @@ class ProgressBar:
     """
 
     def __init__(
-        self, total_steps: int, start_step: int = 0, *, color: bool = True, shown: bool = True
+        self, total_steps: int, start_step: int = 0, color: bool = True, shown: bool = True
     ) -> None:
         self.progress = Progress(
             TextColumn("step"),
