@@ -7,35 +7,26 @@ held-out loss is below it has used more of the context than the current token.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 
-@dataclass(frozen=True)
-class TextEntropies:
-    """In nats: `unigram` = H(t[i]), `skip_bigram[k-1]` = H(t[i+k] | t[i]) for k = 1..n."""
-
-    unigram: float
-    skip_bigram: tuple[float, ...]
-
-
 def skip_bigram_entropies(
     tokens: ArrayLike, labels: ArrayLike, vocab_size: int, ignore_index: int = -100
-) -> TextEntropies:
-    """Empirical entropies in nats over the very pairs that a loss is taken over.
+) -> list[float]:
+    """[H(t[i]), H(t[i+1] | t[i]), ..., H(t[i+n] | t[i])] in nats, over the pairs that a loss is of.
 
     tokens: [N], padding left out. labels: [N, n], the token k ahead, or `ignore_index` where there
     is none; a distance without any pair has entropy nan. Only pairs that occur are held.
     """
     text, targets = np.asarray(tokens, dtype=np.int64), np.asarray(labels)
-    pairs = []
+    entropies = [_entropy(text)]
     for target in targets.T:
         valid = target != ignore_index
         x, y = text[valid], target[valid]
-        pairs.append(_entropy(x * vocab_size + y) - _entropy(x))  # H(Y|X) = H(X, Y) - H(X)
-    return TextEntropies(unigram=_entropy(text), skip_bigram=tuple(pairs))
+        entropies.append(_entropy(x * vocab_size + y) - _entropy(x))  # H(Y|X) = H(X, Y) - H(X)
+    return entropies
 
 
 def _entropy(symbols: np.ndarray) -> float:
@@ -48,12 +39,12 @@ def _entropy(symbols: np.ndarray) -> float:
 
 
 def comparison_table(
-    losses: Sequence[float], accuracies: Sequence[float], entropies: TextEntropies
+    losses: Sequence[float], accuracies: Sequence[float], entropies: Sequence[float]
 ) -> str:
     """Plain text: each head's held-out loss beside the text's entropy given one token."""
     header = f"{'head':>4}  {'predicts':>8}  {'held-out loss':>13}  {'H(t[i+k]|t[i])':>14}  "
     lines = [header + f"{'below':>5}  {'accuracy':>8}"]
-    rows = zip(losses, entropies.skip_bigram, accuracies, strict=True)
+    rows = zip(losses, entropies[1:], accuracies, strict=True)
     for k, (loss, entropy, accuracy) in enumerate(rows, 1):
         if np.isnan(accuracy):
             continue  # no target
@@ -62,5 +53,5 @@ def comparison_table(
             f"{k:>4}  {f't[i+{k}]':>8}  {loss:>13.4f}  {entropy:>14.4f}  {below:>5}  "
             f"{accuracy:>8.1%}"
         )
-    lines.append(f"in nats a token; entropy of single tokens H(t): {entropies.unigram:.4f}")
+    lines.append(f"in nats a token; entropy of single tokens H(t): {entropies[0]:.4f}")
     return "\n".join(lines)
