@@ -5,13 +5,14 @@ from __future__ import annotations
 import difflib
 import logging
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 
 import torch
 from torch import nn
 
 from torchtitan_mtp.config import Float8Linear, JobConfig
 from torchtitan_mtp.config.sections.quantize import AUTO_FILTER
-from torchtitan_mtp.errors import UserError, import_optional
+from torchtitan_mtp.errors import UserError
 
 # Whatever filter_fqns says: outputs and routers, by TorchTitan's and by transformers' names.
 _KEPT = ("output", "lm_head", "moe.router.gate", ".gate", ".router", "shared_expert_gate")
@@ -30,8 +31,8 @@ def convert_to_float8(model: nn.Module, float8: Float8Linear, compiled: bool = F
     # It warns of CUDA extensions that it could not load and this code does not use.
     logging.getLogger("torchao").setLevel(logging.ERROR)
     logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
-    absent = 'model.converters names "quantize.linear.float8", which needs torchao: install it'
-    ao = import_optional("torchao.float8", absent)
+    import torchao.float8 as ao
+
     has_units = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 9)
     if torch.cuda.is_available() and not has_units and not float8.emulate:
         raise UserError(
@@ -44,18 +45,14 @@ def convert_to_float8(model: nn.Module, float8: Float8Linear, compiled: bool = F
             "quantize.linear.float8 is emulated on this machine, and torch.compile can't compile "
             "the emulation; set compile.enable = false"
         )
-    if float8.recipe_name in ("rowwise", "rowwise_with_gw_hp"):
-        config = ao.Float8LinearConfig.from_recipe_name(float8.recipe_name)
-        object.__setattr__(config, "emulate", emulate)  # the config class is frozen
-    else:
-        config = ao.Float8LinearConfig(
-            enable_fsdp_float8_all_gather=float8.enable_fsdp_float8_all_gather, emulate=emulate
-        )
+    recipe = float8.recipe_name or "tensorwise"
+    gather = recipe == "tensorwise" and float8.enable_fsdp_float8_all_gather
+    config = ao.Float8LinearConfig.from_recipe_name(recipe)
+    config = replace(config, emulate=emulate, enable_fsdp_float8_all_gather=gather)
 
     filters = [entry for entry in float8.filter_fqns if entry != AUTO_FILTER]
     linear = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
     _check_filters(filters, linear)
-    recipe = float8.recipe_name or "tensorwise"
     gains = ao._auto_filter_for_recipe(recipe, []) if AUTO_FILTER in float8.filter_fqns else None
 
     def wanted(module: nn.Module, name: str) -> bool:
