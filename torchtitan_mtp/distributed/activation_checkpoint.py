@@ -38,14 +38,11 @@ def _selective_contexts() -> Any:
     seen = {True: 0, False: 0}  # products so far, in the recomputation and in the forward
 
     def policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        keep = op in _KEPT
         if op in _PRODUCTS:
             seen[context.is_recompute] += 1
-            if seen[context.is_recompute] % 2 == 0:
-                return CheckpointPolicy.PREFER_RECOMPUTE
-            return CheckpointPolicy.MUST_SAVE
-        if op in _KEPT:
-            return CheckpointPolicy.MUST_SAVE
-        return CheckpointPolicy.PREFER_RECOMPUTE
+            keep = seen[context.is_recompute] % 2 == 1
+        return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
     return create_selective_checkpoint_contexts(policy)
 
@@ -62,17 +59,13 @@ def apply_activation_checkpointing(
     does memory not grow by their activations. (Of parallel heads under the `engine` "head_by_head",
     each one's backward follows its forward.)
     """
-    held: list[nn.Module] = []
-    if model.mtp is not None and not backward_follows_forward(model, engine):
-        held = list(model.mtp.heads)
-    for head in held:
-        _checkpoint_block(head, False, config.early_stop)
-    if config.mode == "none":
-        return
-    by_op = config.mode == "selective" and config.selective_ac_option == "op"
-    every = 1 if config.mode == "full" or by_op else int(config.selective_ac_option)
-    for i, (_, block) in enumerate(model.named_blocks()):
-        if i % every == 0 and not any(block is head for head in held):
+    held = model.mtp is not None and not backward_follows_forward(model, engine)
+    option = config.selective_ac_option if config.mode == "selective" else "1"
+    by_op = option == "op"
+    for i, (name, block) in enumerate(model.named_blocks()):
+        if held and name.startswith("mtp."):
+            _checkpoint_block(block, False, config.early_stop)
+        elif config.mode != "none" and (by_op or i % int(option) == 0):
             _checkpoint_block(block, by_op, config.early_stop)
 
 

@@ -39,16 +39,11 @@ def parallelize(
     model.to_empty(device="cpu" if config.training.enable_cpu_offload else world.device)
     model.tie_weights()
     if config.training.enable_cpu_offload:
-        _move_buffers(model, world.device)
+        for module in model.modules():  # parameters alone: buffers go to where the forward runs
+            for name, buffer in module.named_buffers(recurse=False):
+                module._buffers[name] = buffer.to(world.device)
     model.init_weights(seed)
     return model
-
-
-def _move_buffers(model: nn.Module, device: torch.device) -> None:
-    """To where the forward runs; offloading takes parameters alone."""
-    for module in model.modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            module._buffers[name] = buffer.to(device)
 
 
 def apply_fsdp(model: Trunk, config: JobConfig, world: World, param_dtype: torch.dtype) -> None:
