@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
+from torchtitan_mtp.checkpoint.state import is_finite
 from torchtitan_mtp.data.targets import PADDING, Batch
 from torchtitan_mtp.distributed.balance import apart_from_training
 from torchtitan_mtp.distributed.mesh import all_reduce
@@ -24,6 +25,7 @@ from torchtitan_mtp.ops import LossOptions, linear_cross_entropy
 logger = logging.getLogger(__name__)
 
 
+@dataclass
 class FiniteGuard:
     """Leaves out, on all ranks, an update whose loss or gradient norm is not finite on one of them,
     and one for which no head has a target: decay and moments alone would move the weights.
@@ -39,18 +41,13 @@ class FiniteGuard:
     in them it began, for the message; called by all ranks together.
     """
 
-    def __init__(
-        self,
-        optimizer: torch.optim.Optimizer,
-        allowed: int,
-        counts: Any,
-        find_cause: Callable[[Sequence[Batch]], str],
-    ) -> None:
-        self.optimizer, self.allowed, self.counts = optimizer, allowed, counts
-        self.find_cause = find_cause
-        self._in_a_row = 0
-        self._missing = MissingTargets()
-        self._pending: Callable[[], bool] | None = None  # reads the verdict that is under way
+    optimizer: torch.optim.Optimizer
+    allowed: int
+    counts: Any
+    find_cause: Callable[[Sequence[Batch]], str]
+    _in_a_row: int = 0
+    _missing: MissingTargets = field(default_factory=MissingTargets)
+    _pending: Callable[[], bool] | None = None  # reads the verdict that is under way
 
     def admits(
         self, step: int, loss: Tensor, norm: Tensor, targets: list[float], batches: Sequence[Batch]
@@ -111,15 +108,12 @@ class FiniteGuard:
 
 def send_to_host(values: Tensor) -> Callable[[], list[float]]:
     """Start a copy of values [m]; the result waits for it, not at all on a CPU, and returns it."""
-    if values.device.type == "cpu":
-        return lambda: values.numpy().tolist()
-    host = torch.empty_like(values, device="cpu", pin_memory=True)
-    host.copy_(values, non_blocking=True)
-    event = torch.cuda.Event()
-    event.record()
+    host = values.to("cpu", non_blocking=True)  # of a GPU's values: to pinned memory
+    sent = torch.cuda.current_stream(values.device).record_event() if values.is_cuda else None
 
     def arrive() -> list[float]:
-        event.synchronize()
+        if sent:
+            sent.synchronize()
         return host.numpy().tolist()
 
     return arrive
@@ -151,11 +145,7 @@ def find_cause(
                         found = f"{place}: hidden state not finite"
                     elif not found and not out.loss_sum.isfinite().all():
                         found = f"{place}: loss {out.loss_sum.item()}"
-    weights = (
-        (name, p.to_local() if isinstance(p, DTensor) else p)
-        for name, p in model.named_parameters()
-    )
-    name = next((name for name, local in weights if not local.isfinite().all()), "")
+    name = next((name for name, p in model.named_parameters() if not is_finite(p)), "")
     everyone = Ranks().gather((found, name))
     weight = next((f"; {name} itself is not finite" for _, name in everyone if name), "")
     for rank, (found, _) in enumerate(everyone):
