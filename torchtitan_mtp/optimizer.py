@@ -58,18 +58,10 @@ class Schedule(LambdaLR):
     """Step it once after every optimizer step. Its state is the count of steps; the rule and the
     rates are always the present configuration's."""
 
-    def step(self, epoch: int | None = None) -> None:
-        self.optimizer._opt_called = True  # type: ignore[attr-defined]
-        super().step(epoch)  # it would warn after a first step without a target, or update
-
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from its step, by the present rule."""
-        self.last_epoch = state_dict["last_epoch"]
-        self._step_count = self.last_epoch + 1
-        factors = [factor(self.last_epoch) for factor in self.lr_lambdas]
-        self._last_lr = [b * f for b, f in zip(self.base_lrs, factors, strict=True)]
-        for group, rate in zip(self.optimizer.param_groups, self._last_lr, strict=True):
-            group["lr"] = rate
+        self.last_epoch, self._step_count = state_dict["last_epoch"] - 1, state_dict["last_epoch"]
+        self.step()
 
 
 def build_scheduler(optimizer: torch.optim.Optimizer, config: LRScheduler, steps: int) -> Schedule:
@@ -77,7 +69,9 @@ def build_scheduler(optimizer: torch.optim.Optimizer, config: LRScheduler, steps
     if config.warmup_steps > steps:
         what = "lr_scheduler.warmup_steps = %d exceeds training.steps = %d: the run is all warmup"
         logger.warning(what, config.warmup_steps, steps)
-    return Schedule(optimizer, lambda step: lr_factor(config, steps, step))
+    schedule = Schedule(optimizer, lambda step: lr_factor(config, steps, step))
+    optimizer._opt_called = True  # type: ignore[attr-defined]
+    return schedule  # it would warn after a first step without a target, or update
 
 
 def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:

@@ -25,13 +25,12 @@ def main(argv: list[str] | None = None) -> int:
         config = parse_args(argv)
         debug = config.job.debug
         return _run(config)
-    except UserError as error:
+    except (UserError, KeyboardInterrupt) as error:
         if debug:
             raise
-        return _fail(str(error))
-    except KeyboardInterrupt:  # before the first step: from there on it is a request to stop
-        if debug:
-            raise
+        if isinstance(error, UserError):
+            return _fail(str(error))
+        # From the first step on it is a request to stop.
         return _fail("interrupted before the first step; nothing was trained", 130)
 
 

@@ -3,6 +3,7 @@
 import functools
 import logging
 import re
+import resource
 import statistics
 import sys
 import time
@@ -111,7 +112,8 @@ class MemoryMonitor:
         """TorchTitan's memory tags: peaks since the last reset in GiB and in percent of the device,
         and allocator trouble."""
         if self.device.type == "cpu":
-            active = reserved = _peak_resident_bytes()
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            active = reserved = peak if sys.platform == "darwin" else peak * 1024  # Linux: KiB
             retries = ooms = 0
         else:
             stats = torch.cuda.memory_stats(self.device)
@@ -132,10 +134,3 @@ class MemoryMonitor:
     def reset(self) -> None:
         if self.device.type != "cpu":
             torch.cuda.reset_peak_memory_stats(self.device)
-
-
-def _peak_resident_bytes() -> int:
-    import resource  # not on Windows
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB

@@ -16,8 +16,7 @@ class GarbageCollection:
     """
 
     def __init__(self, gc_freq: int, *, debug: bool = False, rank: int = 0) -> None:
-        self.gc_freq = gc_freq
-        self.debug = debug
+        self.gc_freq, self.debug = gc_freq, debug
         gc.disable()
         gc.collect(1)
         if debug and rank == 0 and torch.cuda.is_available():  # it reads CUDA's allocator
