@@ -41,7 +41,7 @@ class Profiling:
         self.remembers = self.asked.enable_memory_snapshot and device.type == "cuda"
         self.snapshots = Observer("memory snapshots")
         if self.asked.enable_memory_snapshot and not self.remembers:
-            logger.warning("no memory snapshots: they are of CUDA's, this run's is %s's", device)
+            logger.warning("no memory snapshots, which are of CUDA: this run is on %s", device)
 
     def _profiler(self, device: torch.device) -> torch.profiler.profile:
         activities = [torch.profiler.ProfilerActivity.CPU]
