@@ -74,13 +74,17 @@ def _check_run(config: JobConfig) -> None:
             f"profiling.profile_freq = {profiling.profile_freq}: expected at least "
             f"profiler_warmup + profiler_active = {cycle}"
         )
-    if checkpoint.create_seed_checkpoint and not checkpoint.enable:
-        raise UserError("checkpoint.create_seed_checkpoint = true: needs checkpoint.enable = true")
     if checkpoint.initial_load_in_hf and not checkpoint.initial_load_model_only:
         raise UserError(
             "checkpoint.initial_load_in_hf = true: such a folder holds the weights only; set "
             "checkpoint.initial_load_model_only = true"
         )
+    for key in ("create_seed_checkpoint", "initial_load_in_hf", "initial_load_path"):
+        if (value := getattr(checkpoint, key)) and not checkpoint.enable:
+            raise UserError(
+                f"checkpoint.{key} = {show(value)}: needs checkpoint.enable = true (with "
+                "checkpoint.load_only = true nothing is saved); set it, or unset this"
+            )
     every = config.activation_checkpoint.selective_ac_option
     if every != "op" and not (every.isdecimal() and int(every) >= 1):
         raise UserError(

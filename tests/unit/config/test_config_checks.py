@@ -304,3 +304,11 @@ def test_a_refused_combination_names_the_file(tmp_path):
 def test_hugging_face_at_the_ends_of_a_run():
     message = refusal("--checkpoint.initial_load_in_hf", "--checkpoint.no_initial_load_model_only")
     assert "holds the weights only" in message
+
+
+@pytest.mark.parametrize("argv", [["initial_load_in_hf"], ["initial_load_path", "runs/a"]])
+def test_weights_that_would_not_be_loaded_are_refused(argv):
+    """They were left unread without a word, and the run began from scratch."""
+    message = refusal(f"--checkpoint.{argv[0]}", *argv[1:])
+    assert message.startswith(f"checkpoint.{argv[0]} = ")
+    assert "needs checkpoint.enable = true" in message

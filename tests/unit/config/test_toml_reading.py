@@ -321,14 +321,16 @@ def test_home_in_every_path(tmp_path, write, monkeypatch):
         name for name, option in known.items() if re.search(r"(_|\.)(folder|path|file)$", name)
     }
     assert len(paths) == 11
-    lines = "".join(f'{name} = "~/a b/{name}"\n' for name in paths if name != "job.config_file")
+    lines = "checkpoint.enable = true\n"
+    lines += "".join(f'{name} = "~/a b/{name}"\n' for name in paths if name != "job.config_file")
     config = parse_args(["--job.config_file", f"~/{write(lines).name}"])
     paths.remove("job.config_file")
     assert config.job.config_file == str(tmp_path / "run.toml")
     assert {n: known[n].get(config) for n in paths} == {n: f"{tmp_path}/a b/{n}" for n in paths}
     assert "~" not in to_toml(config)
     for name in paths:
-        argv = [f"--{name}=~/x", "--model.flavor=~", "--checkpoint.folder=s3://~/x"]
+        argv = ["--checkpoint.enable", "--model.flavor=~", "--checkpoint.folder=s3://~/x"]
+        argv.insert(0, f"--{name}=~/x")
         config = parse_args(argv)
         expected = "s3://~/x" if name == "checkpoint.folder" else f"{tmp_path}/x"
         assert (known[name].get(config), config.model.flavor) == (expected, "~")
