@@ -22,11 +22,11 @@ from rich.table import Table
 
 from torchtitan_mtp.cli.arguments import check_generation, exit_status, path
 from torchtitan_mtp.config import JobConfig
+from torchtitan_mtp.data.chat import chat_tokenizer, render
 from torchtitan_mtp.data.tokenizer import Tokenizer
 from torchtitan_mtp.distributed.shared_cores import SharedCores
 from torchtitan_mtp.errors import UserError, memory_told
 from torchtitan_mtp.inference import Generation, Stats, generate, load_for_inference, next_logits
-from torchtitan_mtp.inference.chat import chat_tokenizer, render
 from torchtitan_mtp.inference.decoding import check, most_drafts
 from torchtitan_mtp.inference.load import DTYPES, find_device
 from torchtitan_mtp.inference.sampling import Sampler
@@ -151,7 +151,8 @@ def encode(args: argparse.Namespace, tokenizer: Tokenizer, chat: Any, prompt: Pr
     if isinstance(prompt, str):
         return tokenizer.prompt(prompt, args.special_tokens)
     answered = prompt[-1]["role"] == "assistant"  # that is what is to be continued
-    ids: list[int] = tokenizer.encode(render(chat, prompt, not answered), special=True).tolist()
+    options = {"add_generation_prompt": not answered, "continue_final_message": answered}
+    ids: list[int] = tokenizer.encode(render(chat, prompt, **options), special=True).tolist()
     return ids
 
 

@@ -95,6 +95,8 @@ def open_source(name: str) -> Source:
     source = find_source(name, key="--source")
     if isinstance(source, StreamSource):
         raise UserError(f"--source {name}: a stream has no end; download files and give their path")
+    if source.has_conversations:
+        raise UserError(f"--source {name}: conversations, which a template spells; give texts")
     return source
 
 

@@ -16,6 +16,7 @@ from weakref import WeakValueDictionary
 
 import numpy as np
 
+from torchtitan_mtp.data.chat import encode_conversation
 from torchtitan_mtp.data.document import SKIPPED, Document
 from torchtitan_mtp.data.order import shuffled
 from torchtitan_mtp.data.parquet import CACHED_ROW_GROUPS
@@ -31,21 +32,26 @@ _BYTES_A_TOKEN = 4  # of what is not: for the begin and end tokens, which no byt
 
 @dataclass(eq=False)
 class Encoded:
-    """A document as tokens, int32: prefix, prompt, text, eos. Those before `first_target`, prefix
-    and prompt, are never targets."""
+    """A document as tokens, [T] int32: prefix, prompt, text, eos, or a conversation; and which of
+    them may be targets, [T] bool: not what a prompt has before the text, nor what others than the
+    assistant say."""
 
     tokens: np.ndarray
-    first_target: int
+    is_target: np.ndarray
 
 
 def encode_document(tokenizer: Tokenizer, document: Document, where: Callable[[], str]) -> Encoded:
     """The tokens of a document; `where` names its place if the tokenizer fails on it."""
     front = np.array(tokenizer.prefix, np.int32)
     try:
+        if document.conversation:
+            return Encoded(*encode_conversation(tokenizer, document.conversation))
         prompt, text = (
             tokenizer.encode(x) if x else front[:0] for x in (document.prompt, document.text)
         )
-    except (UserError, KeyboardInterrupt, SystemExit):
+    except UserError as e:
+        raise UserError(f"data {where()}: {e}") from e
+    except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as e:  # those written in Rust panic with BaseExceptions
         raise UserError(
@@ -53,7 +59,10 @@ def encode_document(tokenizer: Tokenizer, document: Document, where: Callable[[]
             f" ({type(e).__name__}: {str(e)[:200]}); mend it or leave it out"
         ) from e
     tokens = np.concatenate([front, prompt, text, [tokenizer.eos_id]], dtype=np.int32)
-    return Encoded(tokens, len(front) + len(prompt) if document.prompt else 0)
+    is_target = np.ones(len(tokens), np.bool_)
+    if document.prompt:
+        is_target[: len(front) + len(prompt)] = False
+    return Encoded(tokens, is_target)
 
 
 @dataclass(eq=False)
@@ -118,7 +127,7 @@ class Corpus:
     def encode(self, number: int) -> Encoded:
         """A document's tokens, of a record that is skipped none."""
         if self.skipped[number]:
-            return Encoded(np.empty(0, np.int32), 0)
+            return Encoded(np.empty(0, np.int32), np.empty(0, np.bool_))
         document = self._encoded.get(number)
         if document is None:
             where = functools.partial(self.source.where, number)

@@ -2,9 +2,10 @@
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from torchtitan_mtp.data.document import SKIPPED, Document
 from torchtitan_mtp.errors import UserError, reading
 
 WHOLE_HASH_BYTES = 1 << 30  # corpora up to this size are hashed in full
@@ -58,6 +59,17 @@ class BadRecords:
 
     def __init__(self, action: str) -> None:
         self._action, self.count, self.first = action, 0, ""
+        self.has_conversations = False  # among the records that are documents
+
+    def size_of(self, read: Callable[[], Document], where: str) -> int:
+        """UTF-8 bytes of the document that `read` gives, SKIPPED where it raises a ValueError."""
+        try:
+            document = read()
+        except ValueError as e:
+            self.add(where, str(e))
+            return SKIPPED
+        self.has_conversations |= bool(document.conversation)
+        return sum(len(part.encode()) for part in document)
 
     def add(self, where: str, found: str) -> None:
         if self._action == "stop":
@@ -67,6 +79,10 @@ class BadRecords:
             )
         self.count += 1
         self.first = self.first or f"{where}: {found}"
+
+
+def not_utf8(e: UnicodeDecodeError) -> str:
+    return f"byte {e.object[e.start]:#04x} is not UTF-8 (iconv -t utf-8 converts it)"
 
 
 def fingerprint_files(root: Path, paths: Sequence[Path]) -> str:

@@ -4,6 +4,7 @@ import fnmatch
 import functools
 import glob
 import itertools
+import json
 import os
 import re
 from collections import defaultdict
@@ -33,7 +34,7 @@ _SPLITS = re.compile(
     r"(?:(?P<train>train|training)|(?P<validation>validation|valid|dev|val)"
     r"|(?P<test>test|testing|eval|evaluation))(?=[-._ 0-9/])"
 )
-_RECORDS, _TEXTS = (*RECORDS, ".parquet"), (".txt", ".text")
+_RECORDS, _TEXTS = (*RECORDS, ".parquet", ".arrow"), (".txt", ".text")
 
 LeftOut = dict[str, list[Path]]  # why -> files and folders
 
@@ -64,8 +65,8 @@ def find_files(
         files = _in_folder(place, split, outputs, left_out)
         if not files:
             raise UserError(
-                f"data {place}: no text, .jsonl or .parquet file below it; name files of other"
-                f" kinds by a glob, {place}/**/*.SUFFIX"
+                f"data {place}: no text, .jsonl or .parquet file, no saved dataset below it; name"
+                f" files of other kinds by a glob, {place}/**/*.SUFFIX"
             )
     else:
         files = _matching(place, outputs, left_out)
@@ -86,8 +87,10 @@ def _in_folder(root: Path, split: str, outputs: Set[str], left_out: LeftOut) -> 
             left_out[why].append(path)
         return not why
 
-    files: list[Path] = []
-    for path in itertools.chain.from_iterable(inside for _, inside in _walk(root, wanted)):
+    found = list(itertools.chain.from_iterable(inside for _, inside in _walk(root, wanted)))
+    saved = {file for path in found if path.name == "state.json" for file in _saved_files(path)}
+    files = list(saved)
+    for path in sorted({*found} - saved):
         if not path.name.lower().endswith(FOLDER_SUFFIXES):
             left_out["of other kinds"].append(path)
         elif path.is_file() or path.is_symlink():  # a dangling link fails when it is opened
@@ -110,6 +113,14 @@ def _in_folder(root: Path, split: str, outputs: Set[str], left_out: LeftOut) -> 
             )
         files = kept
     return sorted(files)
+
+
+def _saved_files(state: Path) -> list[Path]:
+    """The files of a folder that `datasets` has saved, of which its state.json tells."""
+    try:
+        return [state.parent / x["filename"] for x in json.loads(state.read_bytes())["_data_files"]]
+    except (ValueError, KeyError, TypeError):
+        return []  # another program's
 
 
 def _matching(pattern: Path, outputs: Set[str], left_out: LeftOut) -> list[Path]:

@@ -42,6 +42,10 @@ class StreamSource:
         wanted = path, config, split = DATASETS.get(name, (name, None, "train"))
         self._dataset = _load(name, *wanted) if dataset is None else dataset
         self.num_shards = int(self._dataset.num_shards)
+        columns = self._dataset.features or {}  # their types
+        column = columns.get(text_field, columns.get("messages"))
+        is_text = "string" in getattr(column, "dtype", "")
+        self.has_conversations = column is not None and not is_text
         logger.info("dataset %s: a stream in %d part(s), %s", name, self.num_shards, wanted)
         self.fingerprint = f"hub:{path}:{config}:{split}:{text_field}"
 

@@ -78,11 +78,11 @@ class Lane:
             if filled == width:
                 break
             start += skipped
-            part = document.tokens[start : min(stop, start + width - filled)]
-            end = filled + len(part)
-            tokens[filled:end] = part
+            stop = min(stop, start + width - filled)
+            end = filled + max(0, stop - start)
+            tokens[filled:end] = document.tokens[start:stop]
             doc_ids[filled:end] = doc_id
-            loss_mask[filled + max(0, document.first_target - start) : end] = True
+            loss_mask[filled:end] = document.is_target[start:stop]
             filled, skipped = end, 0
         return Window(*map(torch.from_numpy, (tokens, doc_ids, loss_mask)))
 

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from torchtitan_mtp.data.chat import template_fingerprint
 from torchtitan_mtp.data.corpus import Corpus
 from torchtitan_mtp.data.hub import StreamSource
 from torchtitan_mtp.data.lanes import Lane, Position, corpus_pieces, one_pass_pieces, stream_pieces
@@ -43,6 +44,7 @@ _CAUSES = {
     "tokenizer": "model.hf_assets_path and its files as they were",
     "documents": "as many documents as there were",
     "seed": "training.seed",
+    "chat_template": "the chat template of model.hf_assets_path as it was",
     "held_out": "validation.enable, validation.dataset and training.validation_fraction",
 }
 
@@ -58,7 +60,7 @@ class DataLoader:
     number of micro-batches, the last filled with padding.
 
     Raises:
-        UserError: no document to hold out.
+        UserError: no document to hold out; conversations, and a tokenizer without a chat template.
     """
 
     source: Source | StreamSource | Mixture
@@ -93,7 +95,10 @@ class DataLoader:
             "seed": self.seed,
             "held_out": self.validation_fraction if held_out else 0.0,
             "shares": self._mixture.shares,
+            "chat_template": None,
         }
+        if any(source.has_conversations for source in self._mixture.sources):
+            self.identity["chat_template"] = template_fingerprint(self.tokenizer)
         if self.infinite:
             width = self.seq_len + self.num_future_tokens
             # Segments of a window at least; a lane of a stream reads whole files.
@@ -220,7 +225,8 @@ class DataLoader:
             )
         self.tokenizer.resume_as(str(state.get("tokenizer")))
         self.identity["tokenizer"] = self.tokenizer.fingerprint
-        older = {"documents": self.identity["documents"], "shares": [1.0]}  # which lack these
+        # Which older states lack.
+        older = {"documents": self.identity["documents"], "shares": [1.0], "chat_template": None}
         for key, mine in self.identity.items():
             found = (older | state).get(key)
             if found == mine:

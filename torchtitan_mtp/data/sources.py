@@ -16,7 +16,7 @@ from torchtitan_mtp.data.document import SKIPPED, Document
 from torchtitan_mtp.data.files import BadRecords, DataFile, fingerprint_files
 from torchtitan_mtp.data.folders import RECORDS, find_files
 from torchtitan_mtp.data.hub import DATASETS, StreamSource
-from torchtitan_mtp.data.parquet import ParquetFile
+from torchtitan_mtp.data.parquet import ArrowFile, ParquetFile
 from torchtitan_mtp.data.spans import Spans, find_records, find_texts
 from torchtitan_mtp.errors import UserError
 
@@ -36,6 +36,7 @@ class Source:
     Attributes:
         name: for messages.
         fingerprint: equal for two sources with the same documents in the same order.
+        has_conversations: some document is one, and needs a chat template.
 
     Raises:
         UserError: a file or record that can't be read, or no document in any.
@@ -54,6 +55,7 @@ class Source:
             self.fingerprint += f":{bad.count} skipped"
             told = "dataset %s: %d bad record(s) skipped, the first %s"
             logger.warning(told, name, bad.count, bad.first)
+        self.has_conversations = bad.has_conversations
         sizes = self.sizes()
         sizes = sizes[sizes != SKIPPED]
         if not sizes.size:
@@ -86,7 +88,8 @@ class Source:
         return self._files[file], index - self._starts[file]
 
     def sizes(self) -> np.ndarray:
-        """UTF-8 bytes of each document's text and prompt, or SKIPPED, int64 [documents]."""
+        """UTF-8 bytes of each document's text and prompt, or of its conversation, or SKIPPED, int64
+        [documents]."""
         return np.concatenate([file.sizes for file in self._files])
 
 
@@ -107,8 +110,9 @@ def build_source(
             c4, c4_validation, fineweb or "org/name" (streamed from the Hugging Face hub); or,
             with a path, any name.
         dataset_path: a file, a folder (read recursively) or a glob. Suffixes decide: .jsonl
-            .ndjson .json (a record a line), .parquet, else UTF-8 text; .gz and .zst of those.
-        text_field: of a record, what holds its text.
+            .ndjson .json (a record a line), .parquet, .arrow, else UTF-8 text; .gz and .zst of
+            those but .arrow.
+        text_field: of a record, what holds its text or messages.
         bad_records: "stop" at the first record that is none, or "skip" and count them.
         split: which of a folder's files; see `find_files`.
         outputs: what this run writes: no data.
@@ -149,6 +153,8 @@ def _open_file(path: Path, text_field: str, bad: BadRecords) -> Spans | ParquetF
         return find_records(file, text_field, bad)
     if kind.endswith(".parquet"):
         return ParquetFile(file, text_field, bad)
+    if kind.endswith(".arrow"):
+        return ArrowFile(file, text_field, bad)
     return find_texts(file, bad)
 
 

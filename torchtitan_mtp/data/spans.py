@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torchtitan_mtp.data.document import SKIPPED, Document, to_document
-from torchtitan_mtp.data.files import BadRecords, DataFile
+from torchtitan_mtp.data.files import BadRecords, DataFile, not_utf8
 
 MAX_CHARACTERS = 64 << 10
 
@@ -38,11 +38,8 @@ def find_records(file: DataFile, text_field: str, bad: BadRecords) -> Spans:
         for number, line in enumerate(lines, 1):
             if not line.isspace():
                 starts.append(offset)
-                try:
-                    sizes.append(sum(len(x.encode()) for x in parse(line)))
-                except ValueError as e:
-                    bad.add(f"{file.shown}:{number}", str(e))
-                    sizes.append(SKIPPED)
+                read = functools.partial(parse, line)
+                sizes.append(bad.size_of(read, f"{file.shown}:{number}"))
             offset += len(line)
     starts.append(offset)
     return Spans(file, parse, starts, sizes)
@@ -53,7 +50,7 @@ def _parse_record(line: bytes, text_field: str) -> Document:
     try:
         record = json.loads(line.split(b"\n")[0].removeprefix(codecs.BOM_UTF8).decode("utf-8"))
     except UnicodeDecodeError as e:
-        raise ValueError(_not_utf8(e)) from e
+        raise ValueError(not_utf8(e)) from e
     except (ValueError, RecursionError) as e:
         raise ValueError(f"not JSON: {e}; every line must be one record") from e
     return to_document(record, text_field)
@@ -76,7 +73,7 @@ def find_texts(file: DataFile, bad: BadRecords) -> Spans:
             # Leaves out the character that the end of the data cuts in two, if it does.
             text = codecs.getincrementaldecoder("utf-8")(errors).decode(data, final=at_end)
         except UnicodeDecodeError as e:
-            bad.add(f"{file.shown}:{file.line_number(start + e.start)}", _not_utf8(e))
+            bad.add(f"{file.shown}:{file.line_number(start + e.start)}", not_utf8(e))
             errors = "surrogateescape"
             continue
         if len(text) > MAX_CHARACTERS or not at_end:
@@ -88,7 +85,3 @@ def find_texts(file: DataFile, bad: BadRecords) -> Spans:
     if errors != "strict":
         sizes = array("q", [SKIPPED]) * len(sizes)
     return Spans(file, lambda data: Document(data.decode("utf-8")), starts, sizes)
-
-
-def _not_utf8(e: UnicodeDecodeError) -> str:
-    return f"byte {e.object[e.start]:#04x} is not UTF-8 (iconv -t utf-8 converts it)"

@@ -2,11 +2,13 @@
 
 import base64
 import contextlib
+import functools
 import hashlib
 import itertools
 import json
 import logging
 import re
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -50,12 +52,18 @@ class Tokenizer:
     eos_ids: tuple[int, ...]  # each of them ends decoding
     bos_id: int | None
     pad_id: int | None
+    place: str  # the model's folder, which has a chat template or not
     of_text: str  # equal for two tokenizers that give a text the same ids
     usual_frame: Frame | None = None  # which the fingerprint leaves out
 
     def encode(self, text: str, special: bool = False) -> np.ndarray:
         """Ids of the text, [T] int32. special: what spells a special token is that token, and no
         text as any other."""
+        raise NotImplementedError
+
+    def encode_with_offsets(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """Ids of the text, [T] int32, special tokens as such, and the characters that each stands
+        for, [T, 2]: start and stop. Of tokenizers that can have a chat template."""
         raise NotImplementedError
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -104,7 +112,7 @@ class ByteTokenizer(Tokenizer):
     eos_id = 257
     eos_ids = (257,)
     pad_id = 258
-    of_text = "byte"
+    place = of_text = "byte"
     usual_frame = (256,), 257
     ranks: Mapping[bytes, int] = {bytes([i]): i for i in range(256)}
     specials: Mapping[str, int] = {BEGIN_OF_TEXT: 256, END_OF_TEXT: 257, "<|pad|>": 258}
@@ -124,7 +132,7 @@ class ByteTokenizer(Tokenizer):
 class NoTokenizer(Tokenizer):
     """Of a model that came without one: text is refused, ids are not."""
 
-    vocab_size, prefix, eos_id, eos_ids, of_text = 0, (), -1, (), "none"
+    vocab_size, prefix, eos_id, eos_ids, place, of_text = 0, (), -1, (), "none", "none"
 
     def encode(self, text: str, special: bool = False) -> np.ndarray:
         raise UserError(_NO_TOKENIZER)
@@ -146,13 +154,8 @@ class TiktokenTokenizer(Tokenizer):
         self.ranks = _parse_ranks(path, data)
         self.num_ranks = len(self.ranks)
         self.specials = _special_tokens(self.num_ranks)
-        self._encoding = tiktoken.Encoding(
-            path.name,
-            pat_str=LLAMA3_PATTERN,
-            mergeable_ranks=self.ranks,
-            special_tokens=self.specials,
-        )
         self.vocab_size = self.num_ranks + len(self.specials)
+        self.place = str(model_folder(path))
         said = read_special_tokens(model_folder(path))
         ids = said.resolve(self.specials.get, BEGIN_OF_TEXT, END_OF_TEXT)
         prefix = () if ids.bos is None else (ids.bos,)
@@ -160,10 +163,25 @@ class TiktokenTokenizer(Tokenizer):
         self.usual_frame = (self.num_ranks,), self.num_ranks + 1
         self.set_special(ids, prefix)
 
+    @functools.cached_property
+    def _encoding(self) -> tiktoken.Encoding:
+        return tiktoken.Encoding(
+            "ranks",
+            pat_str=LLAMA3_PATTERN,
+            mergeable_ranks=dict(self.ranks),
+            special_tokens=dict(self.specials),
+        )
+
     def encode(self, text: str, special: bool = False) -> np.ndarray:
         known = frozenset(self.specials if special else ())
         encode = partial(self._encoding.encode, allowed_special=known, disallowed_special=())
         return np.concatenate([np.array(encode(part), np.int32) for part in _parts(text)])
+
+    def encode_with_offsets(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        ids = self.encode(text, special=True)
+        _, starts = self._encoding.decode_with_offsets(ids.tolist())
+        stops = np.maximum([*starts[1:], len(text)], np.add(starts, 1))  # a byte's is its character
+        return ids, np.stack([starts, stops], axis=1)
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._encoding.decode([i for i in map(int, ids) if 0 <= i < self.num_ranks])
@@ -176,6 +194,7 @@ class HFTokenizer(Tokenizer):
     def __init__(self, path: str | Path) -> None:
         path = Path(path)
         data = _read(path)
+        self.place = str(path.parent)
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(data.decode("utf-8"))
         except Exception as e:  # tokenizers raises bare Exception
@@ -188,11 +207,14 @@ class HFTokenizer(Tokenizer):
         cut = self._tokenizer.truncation or pad is not None
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
+        self._one_way = threading.Lock()  # a loader's threads encode texts and conversations
         found = read_special_tokens(path.parent, b'"ByteLevel"' in data, pad)
         vocab, own = self._tokenizer.get_vocab(), self._tokenizer.get_added_tokens_decoder()
         known = {token.content for token in own.values()}
         new = {text: special for text, special in found.tokens.items() if text not in known}
         self._tokenizer.add_tokens([AddedToken(text, special=s) for text, s in new.items()])
+        added = self._tokenizer.get_added_tokens_decoder()
+        self.specials = {token.content: i for i, token in added.items()}
         ends = [text for text in _ENDS if text in known] or _ENDS  # Gemma's </s> is HTML's
         ids = found.resolve(self._tokenizer.token_to_id, "", *ends)
         if ids.eos is None:
@@ -217,10 +239,18 @@ class HFTokenizer(Tokenizer):
         return size == ranks.num_ranks and cut is not None and pattern in cut.__getstate__()
 
     def encode(self, text: str, special: bool = False) -> np.ndarray:
+        return np.array(self._encode(text, special).ids, np.int32)
+
+    def encode_with_offsets(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        encoding = self._encode(text, special=True)
+        return np.array(encoding.ids, np.int32), np.array(encoding.offsets).reshape(-1, 2)
+
+    def _encode(self, text: str, special: bool) -> tokenizers.Encoding:
         # A lone surrogate (JSON can spell one) has no UTF-8; "?" stands for it.
         text = text.encode("utf-8", errors="replace").decode("utf-8")
-        self._tokenizer.encode_special_tokens = not special
-        return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int32)
+        with self._one_way:
+            self._tokenizer.encode_special_tokens = not special
+            return self._tokenizer.encode(text, add_special_tokens=False)
 
     def decode(self, ids: Sequence[int]) -> str:
         known = [i for i in map(int, ids) if 0 <= i < self.vocab_size]
@@ -263,6 +293,7 @@ def build_tokenizer(path: str) -> Tokenizer:
             if hf is not None and hf.has_same_ids(ranks := TiktokenTokenizer(file)):
                 ids = SpecialIds(hf.bos_id, hf.eos_id, hf.eos_ids, hf.pad_id)
                 ranks.set_special(ids, hf.prefix)
+                ranks.specials = hf.specials
                 ranks.vocab_size = max(ranks.vocab_size, hf.vocab_size)
                 return ranks
     if hf is not None:

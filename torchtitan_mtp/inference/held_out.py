@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from torchtitan_mtp.config import JobConfig
+from torchtitan_mtp.data.chat import encode_conversation
 from torchtitan_mtp.data.document import SKIPPED, Document
 from torchtitan_mtp.data.hub import StreamSource
 from torchtitan_mtp.data.loader import DataLoader
@@ -49,6 +50,8 @@ class Text:
         prompts = []
         for j, document in enumerate(documents):
             tokens = tokenizer.prompt(document.prompt + document.text)
+            if document.conversation:
+                tokens = encode_conversation(tokenizer, document.conversation)[0].tolist()
             share = count * (j + 1) // len(documents) - count * j // len(documents)
             room = max(0, len(tokens) - length)
             starts = {room * i // (share + 1) for i in range(1, share + 1)}

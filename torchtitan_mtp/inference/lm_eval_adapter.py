@@ -25,9 +25,9 @@ from lm_eval.models.utils import (
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from torchtitan_mtp.config import JobConfig
+from torchtitan_mtp.data.chat import chat_tokenizer, render
 from torchtitan_mtp.data.tokenizer import Tokenizer
 from torchtitan_mtp.errors import UserError
-from torchtitan_mtp.inference.chat import chat_tokenizer, render
 from torchtitan_mtp.inference.decoding import generate, states_of
 from torchtitan_mtp.inference.text_stream import TextStream
 from torchtitan_mtp.models.trunk import Trunk
@@ -85,11 +85,13 @@ class HarnessModel(TemplateLM):
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
         """The text of a conversation; without its system message where the template takes none."""
+        asked = add_generation_prompt
+        options = {"add_generation_prompt": asked, "continue_final_message": not asked}
         try:
-            return render(self.tokenizer, chat_history, add_generation_prompt)
+            return render(self.tokenizer, chat_history, **options)
         except UserError:
             others = [message for message in chat_history if message["role"] != "system"]
-            return render(self.tokenizer, others, add_generation_prompt)
+            return render(self.tokenizer, others, **options)
 
     @torch.inference_mode()
     def _loglikelihood_tokens(

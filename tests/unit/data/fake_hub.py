@@ -1,4 +1,4 @@
-"""A stand-in for datasets.IterableDataset: the four things that StreamSource uses of it."""
+"""A stand-in for datasets.IterableDataset: the five things that StreamSource uses of it."""
 
 
 class FakeIterableDataset:
@@ -6,8 +6,9 @@ class FakeIterableDataset:
     that was drawn, a new iteration starts at the loaded state, and `state_dict` does not show a
     loaded state before that."""
 
-    def __init__(self, shards):
+    def __init__(self, shards, features=None):
         self._shards = shards
+        self.features = features
         self._state = {"shard": 0, "record": 0}
         self._starting = self._state
 

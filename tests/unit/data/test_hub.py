@@ -78,7 +78,7 @@ def test_wrong_records_are_left_out_when_asked_and_told_once(caplog):
     assert documents(stream) == [Document("a"), Document("b")]
     assert [x.getMessage() for x in caplog.records] == [
         "bad records are left out, the first: org/name: record 1: expected an object with a string"
-        " 'text', or strings 'prompt' and 'completion'; found {'body': 'str'}"
+        " 'text', strings 'prompt' and 'completion', or 'messages'; found {'body': 'str'}"
     ]
 
 

@@ -51,3 +51,11 @@ def test_writes_a_tokenizer_that_reads_back(run, text, tmp_path, capsys):
 def test_errors_are_one_line_and_a_status(run, text, tmp_path, arguments, message):
     with pytest.raises(SystemExit, match=f"^error: .*{message}"):
         run("--source", text, "--output", tmp_path / "x.tiktoken", *arguments)
+
+
+def test_conversations_are_no_text(run, tmp_path):
+    talk = '{"messages": [{"role": "assistant", "content": "a"}]}'
+    (tmp_path / "a.jsonl").write_text(talk)
+    options = ["--vocab_size", 300, "--output", tmp_path / "x.tiktoken"]
+    with pytest.raises(SystemExit, match=r"^error: --source .*a\.jsonl: conversations"):
+        run("--source", tmp_path / "a.jsonl", *options)

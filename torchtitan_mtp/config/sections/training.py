@@ -63,14 +63,15 @@ class Training:
 
     bad_records: Literal["stop", "skip"] = "stop"
     """What is done about records of training and validation data that are no JSON, no UTF-8, or
-    without text: "stop" at the first one, before training, or "skip" and count them."""
+    without text or messages: "stop" at the first one, before training, or "skip" and count them."""
 
     accept_changed_data: bool = False
     """Resume at the checkpoint's place in the data though files have changed since (a record was
     mended), where there are as many records as before, skipped ones included."""
 
     text_field: str = "text"
-    """Of a record (.jsonl, .parquet, the hub's), the field that holds its text."""
+    """Of a record (.jsonl, .parquet, the hub's), the field that holds its text, or its messages if
+    they are not in "messages"."""
 
     mixture: list[str] = field(default_factory=list)
     """Several sources instead of one: of each its share of the tokens, a space, and a dataset,
@@ -135,7 +136,7 @@ class Validation:
     """File or folder of the source, where it needs one."""
 
     text_field: str = "text"
-    """Of a record, the field that holds its text."""
+    """Of a record, the field that holds its text or messages."""
 
     local_batch_size: int = setting(8, at_least=1)
     """Sequences of one validation batch on one rank."""
