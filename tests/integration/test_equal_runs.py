@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 import torch
@@ -28,6 +29,18 @@ FAMILIES = {
     "experts_head_by_head": {**HEAD_BY_HEAD, "model.name": "deepseek_v3"},
 }
 family = pytest.mark.parametrize("keys", FAMILIES.values(), ids=FAMILIES.keys())
+
+
+def crossed(options: dict[str, dict], **only: str) -> pytest.MarkDecorator:
+    """Every option with every family, but for those in `only`: these with the families that stand
+    there, and with the others in the exhaustive tests."""
+    cases = []
+    for name in options:
+        wanted = only.get(re.sub(r"\W+", "_", name), " ".join(FAMILIES)).split()
+        for family, keys in FAMILIES.items():
+            marks = [] if family in wanted else [pytest.mark.exhaustive]
+            cases.append(pytest.param(keys, name, marks=marks, id=f"{family}-{name}"))
+    return pytest.mark.parametrize(("keys", "name"), cases)
 
 
 @pytest.fixture(scope="module")
@@ -125,8 +138,8 @@ SAME_TO_THE_BIT = {
 }
 
 
-@pytest.mark.parametrize("name", SAME_TO_THE_BIT)
-@family
+# Three that know nothing of heads.
+@crossed(SAME_TO_THE_BIT, deterministic="experts", gc_every_step="chain", profiling="joint")
 def test_the_same_to_the_bit(keys, name, plain, tmp_path):
     if name == "cpu offload" and torch.cuda.is_available():
         pytest.skip("weights that start on the CPU come from other random numbers than a GPU's")
@@ -150,8 +163,15 @@ ALMOST_THE_SAME = {
 }
 
 
-@pytest.mark.parametrize("name", ALMOST_THE_SAME)
-@family
+# Each family is compiled once; the optimizer knows nothing of heads.
+@crossed(
+    ALMOST_THE_SAME,
+    compile_eager="head_by_head",
+    compile_aot_eager="joint chain experts",
+    compile_aot_eager_ac_op="head_by_head experts_head_by_head",
+    foreach="experts",
+    for_loop="chain",
+)
 def test_the_same_but_for_rounding(keys, name, plain, tmp_path):
     run = train(config_of(tmp_path, THREE, keys, ALMOST_THE_SAME[name]))
     torch.testing.assert_close(run.losses, plain(keys).losses, rtol=1e-5, atol=0)
