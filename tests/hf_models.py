@@ -82,6 +82,9 @@ CONFIGS: dict[str, Callable[[], Any]] = {
         "Qwen3NextConfig", shared_expert_intermediate_size=16, **_EXPERTS, **_LINEAR
     ),
     "qwen3_5": _make("Qwen3_5TextConfig", **_LINEAR),
+    "qwen3_5_moe": _make(
+        "Qwen3_5MoeTextConfig", shared_expert_intermediate_size=16, **_EXPERTS, **_LINEAR
+    ),
     "deepseek_v3": _make(
         "DeepseekV3Config",
         **_DEEPSEEK,

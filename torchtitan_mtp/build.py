@@ -17,7 +17,7 @@ from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.models.args import ModelArgs, ModelSpec
 from torchtitan_mtp.models.flavors import flavors, model_args
 from torchtitan_mtp.models.hf import HFTrunk
-from torchtitan_mtp.models.hf_config import read_config, sizes_of_config
+from torchtitan_mtp.models.hf_config import config_of, read_config, sizes_of_config
 from torchtitan_mtp.models.transformer import build_model
 from torchtitan_mtp.models.trunk import Trunk
 from torchtitan_mtp.mtp.transform import add_heads, spec_with_heads
@@ -83,10 +83,10 @@ def spec_from_config(config: JobConfig, vocab_size: int, earlier: bool = False) 
     """The sizes of a run's stored weights, from its configuration and the rows of their embedding;
     `max_seq_len` is what it trained with."""
     args = model_args_from_config(config, 0, earlier=earlier)
-    args = replace(args, vocab_size=vocab_size, max_seq_len=config.training.seq_len)
-    spec = ModelSpec(args)
+    spec = ModelSpec(replace(args, vocab_size=vocab_size, max_seq_len=config.training.seq_len))
     if config.model.name == "hf":
-        spec = replace(spec, hf_config=read_config(config.model.hf_assets_path).to_diff_dict())
+        told = read_config(config.model.hf_assets_path).to_diff_dict()
+        spec = ModelSpec(replace(spec.args, vocab_size=args.vocab_size), hf_config=told)
     return spec_with_heads(spec, config.mtp) if config.num_future_tokens > 1 else spec
 
 
@@ -140,15 +140,20 @@ def differing_sizes(ours: ModelArgs, theirs: ModelArgs) -> Collection[str]:
     return [f"{key} = {a.get(key)}, not {b.get(key)}" for key in a | b if a.get(key) != b.get(key)]
 
 
+def model_of_spec(spec: ModelSpec) -> Trunk:
+    """On the meta device, with its heads. Error: heads of a family that is not there."""
+    model: Trunk
+    if spec.hf_config is None:
+        model = build_model(spec.args)
+    else:
+        model = HFTrunk(config_of(spec.hf_config), spec.args)
+    return add_heads(model, _table_of(spec)) if spec.heads else model
+
+
 def parameter_shapes(spec: ModelSpec) -> dict[str, Size]:
     """Name -> shape of every parameter and expert's bias; of two tied names, the embedding's alone.
-
-    Raises:
-        UserError: heads of a family that is not there.
-    """
-    model = build_model(spec.args)
-    if spec.heads:
-        add_heads(model, _table_of(spec))
+    Errors: those of `model_of_spec`."""
+    model = model_of_spec(spec)
     biases = {n: b.shape for n, b in model.named_buffers() if n.endswith(".expert_bias")}
     return {name: param.shape for name, param in model.named_parameters()} | biases
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from native_folders import write_native
 from runs import train
 from torchtitan_mtp.build import model_args_from_config
 from torchtitan_mtp.config import load_toml
@@ -22,9 +23,12 @@ from torchtitan_mtp.mtp import add_heads
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted((ROOT / "train_configs").glob("*.toml"))
+NATIVE = "finetune_native_mtp"  # whose model is in a folder
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.stem)
+@pytest.mark.parametrize(
+    "recipe", [r for r in RECIPES if r.stem != NATIVE], ids=lambda recipe: recipe.stem
+)
 def test_a_recipes_model_builds(recipe):
     """On the meta device: every shape fits, and the heads are there."""
     config = load_toml(recipe)
@@ -44,6 +48,27 @@ def test_a_recipes_model_builds(recipe):
         assert model.mtp is None
     apply_activation_checkpointing(model, config.activation_checkpoint)
     assert forward_backward_flops_per_token(model, config.training.seq_len) > 0
+
+
+def test_the_recipe_of_a_released_models_module_trains(tmp_path):
+    """On a small folder in Qwen3-Next's layout; out comes that folder with another module."""
+    config, source = load_toml(ROOT / "train_configs" / f"{NATIVE}.toml"), tmp_path / "model"
+    write_native(source, "qwen3_next")
+    config.model.hf_assets_path, config.job.dump_folder = str(source), str(tmp_path / "run")
+    config.training.steps, config.training.seq_len, config.lr_scheduler.warmup_steps = 2, 32, 0
+    (tmp_path / "text.txt").write_text("the cat and the dog " * 200)
+    config.training.dataset_path = str(tmp_path / "text.txt")
+    config.metrics.enable_tensorboard = False
+    train(config)
+    out = tmp_path / "run" / "checkpoint" / "step-2.hf"
+    files = {file.name for file in source.iterdir()}
+    assert files == {file.name for file in out.iterdir()}
+    differing = [name for name in files if not same_file(source / name, out / name)]
+    assert differing == ["model-00003-of-00003.safetensors"]
+
+
+def same_file(a: Path, b: Path) -> bool:
+    return a.read_bytes() == b.read_bytes()
 
 
 @pytest.mark.parametrize("name", ["debug_parallel", "debug_sequential"])

@@ -27,8 +27,9 @@ from torchtitan_mtp.models.trunk import Trunk
 
 logger = logging.getLogger(__name__)
 
-# Of a config.json: what decides nothing that a model computes.
+# Of a config.json: what decides nothing that a trunk computes.
 _SAID_ELSEWHERE = {"architectures", "dtype", "transformers_version", "use_cache", "model_type"}
+_SAID_ELSEWHERE |= {"num_nextn_predict_layers", "mtp_num_hidden_layers"}
 
 # The fields of a ModelSpec, and the optimizer's name; of a run the loss's softcap, of an export the
 # format.

@@ -17,7 +17,7 @@ import torch
 from torchtitan_mtp.build import model_summary
 from torchtitan_mtp.cli.arguments import exit_status
 from torchtitan_mtp.errors import UserError
-from torchtitan_mtp.formats import DEFAULT_SHARD_SIZE, FORMATS, export_checkpoint
+from torchtitan_mtp.formats import DEFAULT_SHARD_SIZE, FORMATS, SAME, export_checkpoint
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -39,7 +39,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         "checkpoint", type=os.path.expanduser, help="a step-N folder, or a run's folder"
     )
     parser.add_argument("out", type=os.path.expanduser, help="the folder to make")
-    parser.add_argument("--format", required=True, help=f"one of {', '.join(FORMATS)}")
+    parser.add_argument("--format", required=True, help=f"one of {', '.join((*FORMATS, SAME))}")
     parser.add_argument("--dtype", choices=DTYPES, help="of the weights; default: as stored")
     parser.add_argument(
         "--max_shard_size", default=str(DEFAULT_SHARD_SIZE), help="of a file; default: 5GB"
@@ -48,6 +48,13 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         "--drop_heads", action="store_true", help="leave out heads that the format can't hold"
     )
     parser.add_argument("--modules", type=int, help="further heads to write; default: all")
+    parser.add_argument(
+        "--from",
+        dest="origin",
+        default="",
+        type=os.path.expanduser,
+        help="same only: the folder that the run began from; default: its model.hf_assets_path",
+    )
     return parser.parse_args(argv)
 
 
@@ -64,6 +71,7 @@ def main(argv: list[str] | None = None) -> int:
             max_shard_size=parse_size(args.max_shard_size),
             drop_heads=args.drop_heads,
             modules=args.modules,
+            origin=args.origin,
         )
         print(f"wrote {args.out}: {args.format}, {model_summary(spec)}")
 

@@ -33,6 +33,7 @@ from torchtitan_mtp.formats.formats import (
 )
 from torchtitan_mtp.formats.names import Names, swap_halves, to_halves
 from torchtitan_mtp.formats.read import Kind, Tensors, dcp_tensors, read_json
+from torchtitan_mtp.formats.same import SAME, write_same
 from torchtitan_mtp.formats.tokenizer_files import GENERATION, copy_tokenizer, write_tokenizer_json
 from torchtitan_mtp.formats.write import (
     write_dcp,
@@ -58,6 +59,7 @@ def export_checkpoint(
     max_shard_size: int = DEFAULT_SHARD_SIZE,
     drop_heads: bool = False,
     modules: int | None = None,
+    origin: str = "",
 ) -> ModelSpec:
     """Write the model of a checkpoint into the new folder `out`; what was written.
 
@@ -67,14 +69,27 @@ def export_checkpoint(
         max_shard_size: bytes of a safetensors file.
         drop_heads: leave out heads that the format can't hold.
         modules: of the further heads, write the first so many; None: all.
+        origin: the folder that a model of transformers came from, where it is not at the run's
+            model.hf_assets_path any more.
 
     Raises:
         UserError: `out` exists; a model that the format can't hold; a tensor that has no place.
     """
-    form = find_format(format_name)
+    form = None if format_name == SAME else find_format(format_name)
     config = load_toml(find_config(checkpoint))
+    config.model.hf_assets_path = origin or config.model.hf_assets_path
     source = dcp_tensors(find_checkpoint(checkpoint))
-    spec = spec_from_config(config, vocabulary_of(source), keeps_earlier(config, source.where))
+    rows = 0 if config.model.name == "hf" else vocabulary_of(source)
+    spec = spec_from_config(config, rows, keeps_earlier(config, source.where))
+    if form is not None and spec.hf_config is not None:
+        other = f'holds no model of model.name = "hf"; --format {SAME} does'
+        raise UserError(f"--format {format_name}: {other}")
+    if form is None:
+        if dtype is not None:
+            raise UserError(f"--dtype: --format {SAME} keeps that of each tensor; leave it out")
+        check_tokenizer(source.where, config.model.hf_assets_path)
+        origin, spec = config.model.hf_assets_path, _first(spec, modules)
+        return write_same(source, Path(origin), spec, Path(out), drop_heads)
     check_tensors(source, names.torchtitan(spec), spec.args)
     kept = _fitting(form, format_name, _first(spec, modules), drop_heads)
     for k in range(kept.num_modules, spec.num_modules):

@@ -68,7 +68,7 @@ def to_pairs(x: Tensor, head_dim: int) -> Tensor:
 
 def swap_halves(x: Tensor) -> Tensor:
     """[R, 2 * C] with the halves of its columns in each other's place; its own inverse."""
-    return x.roll(x.shape[1] // 2, dims=1)
+    return x.roll(x.shape[-1] // 2, dims=-1)
 
 
 # Words of our names and of theirs; and those of the parts of an MTP module.

@@ -7,7 +7,7 @@ import logging
 import math
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,11 +46,12 @@ class Kind(NamedTuple):
 @dataclass(frozen=True)
 class Tensors:
     """Tensors by name, of a checkpoint or to be written as one; `where` names the place that they
-    come from, `read` gives one, on a CPU."""
+    come from, `read` gives one, on a CPU; `files` where each lies, of a folder of such files."""
 
     where: Path
     kinds: dict[str, Kind]
     read: Callable[[str], Tensor]
+    files: Mapping[str, Path] = field(default_factory=dict)
 
     @property
     def bytes(self) -> int:
@@ -114,7 +115,7 @@ def _file_tensors(where: Path, files: Sequence[Path], index: Mapping[str, str]) 
                 what = f"differs by up to {far:.3g} from that of {chosen.name}"
                 logger.warning("%s: its %s is not read, and %s", file, name, what)
     kinds = {name: held[file][name] for name, file in file_of.items()}
-    return Tensors(where, kinds, lambda name: _read(file_of[name], name))
+    return Tensors(where, kinds, lambda name: _read(file_of[name], name), file_of)
 
 
 def _read(file: Path, name: str) -> Tensor:

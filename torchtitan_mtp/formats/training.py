@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from torchtitan_mtp.formats.exporting import export_checkpoint, formats_for, ref
 from torchtitan_mtp.formats.formats import FORMATS
 from torchtitan_mtp.formats.hf_trunk import TrunkFolder
 from torchtitan_mtp.formats.importing import format_of, inward, open_model
+from torchtitan_mtp.formats.native_modules import contract_of, misfit
+from torchtitan_mtp.formats.same import SAME, refusal_of_same
 from torchtitan_mtp.models.args import ModelSpec
 from torchtitan_mtp.models.hf import HFTrunk
 from torchtitan_mtp.models.hf_config import read_config
@@ -81,8 +84,11 @@ def _load_own(path: Path, model: Any, exclude: Sequence[str]) -> LoadReport:
     told, ours = read_config(str(path)).to_diff_dict(), model.spec.hf_config
     record = record_of(ModelSpec(model.args, hf_config=told))
     check_record(path, record, record_of(ModelSpec(model.args, hf_config=ours)), exclude)
-    folder = TrunkFolder(path, model)
     wanted = {key: t for key, t in model_state(model).items() if not excluded(key, exclude)}
+    heads = model.spec.heads == "sequential" and any(key.startswith("mtp.") for key in wanted)
+    folder = TrunkFolder(path, model, contract_of(model.spec) if heads else None)
+    if folder.modules and (why := misfit(replace(model.spec, num_future_tokens=2))):
+        raise UserError(f"{path}: {why}; set it so, or exclude mtp from loading")
     if model.args.tied_embeddings:
         wanted.pop(f"{model.output_name}.weight", None)
     offered = {name for name in folder.rest if not folder.ignored(name)}
@@ -92,18 +98,24 @@ def _load_own(path: Path, model: Any, exclude: Sequence[str]) -> LoadReport:
         target = wanted[name]
         if value.shape != target.shape:
             shapes = f"{tuple(value.shape)}, expected {tuple(target.shape)}"
-            raise UserError(f"{path}: {name} has the shape {shapes}, as config.json says")
+            where = f"{path}: {folder.on_disk(name)}"
+            raise UserError(f"{where} has the shape {shapes}, as config.json says")
         value = cast_weights(value, target.dtype, f"{path}: {name}")
         copy_full_tensor(target, value.to(target.device))
         offered.add(name)
     report = compare_names(path, wanted, offered, other_heads=True, aliases={})
-    report = LoadReport(report.missing, tuple(folder.rest))
+    report = LoadReport(report.missing, (*folder.rest, *folder.copies))
     log_report(path, report)
     return report
 
 
 def hf_format(spec: ModelSpec) -> str:
-    """The HF format for a model, the first in the order of `FORMATS`. Error: there is none."""
+    """The HF format for a model, the first in the order of `FORMATS`; of a trunk of transformers
+    `SAME`. Error: there is none."""
+    if spec.hf_config is not None:
+        if why := refusal_of_same(spec):
+            raise UserError(f"checkpoint.last_save_in_hf = true: {why}; unset it")
+        return SAME
     for name in formats_for(spec):
         if name.endswith("_hf"):  # `medusa` is a folder of heads alone
             return name
@@ -119,6 +131,7 @@ def save_in_hf(step: Path, model: Trunk, dtype: torch.dtype | None) -> Path:
     """Export a finished step-N beside itself, as step-N.hf, in the format that holds its heads; in
     the step's own dtype where `dtype` can't hold it: the end of a training must not be lost."""
     name = hf_format(model.spec)
+    dtype = None if name == SAME else dtype
     out = step.with_name(f"{step.name}.hf")
     if out.exists():
         back_up(out, "before")

@@ -86,7 +86,7 @@ def write_safetensors(folder: Path, tensors: Tensors, max_shard_size: int) -> No
 
     split = split_torch_state_dict_into_shards(_shapes(tensors), max_shard_size=max_shard_size)
     for name, shard in split.filename_to_tensors.items():
-        _write_shard(folder / name, tensors, shard)
+        write_shard(folder / name, tensors, shard)
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         write_json(folder / INDEX, index)
@@ -98,8 +98,9 @@ def _shapes(tensors: Tensors) -> dict[str, Tensor]:
     return {n: torch.empty(kind.shape, dtype=kind.dtype, device="meta") for n, kind in kinds}
 
 
-def _write_shard(file: Path, tensors: Tensors, names: Sequence[str]) -> None:
-    """The safetensors format: length of the header, the header as JSON, the tensors' bytes."""
+def write_shard(file: Path, tensors: Tensors, names: Sequence[str]) -> None:
+    """Some tensors in the safetensors format: length of the header, the header as JSON, the
+    tensors' bytes."""
     kinds = tensors.kinds
     names = sorted(names, key=lambda name: -kinds[name].dtype.itemsize)  # so that all are aligned
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}

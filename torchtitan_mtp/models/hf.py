@@ -169,12 +169,13 @@ class HFTrunk(Trunk):
             self.args,
             layers[-1],
             self.norm,
-            layers[self._head_layer],
+            layers[self.head_layer],
             functools.partial(copy.deepcopy, self.norm),
         )
 
     @functools.cached_property
-    def _head_layer(self) -> int:
+    def head_layer(self) -> int:
+        """The number of the layer that heads copy."""
         kinds = getattr(self.causal.config, "layer_types", None) or []
         full = [i for i, kind in enumerate(kinds) if kind == "full_attention"]
         return full[-1] if full else len(self.layers) - 1
@@ -209,7 +210,7 @@ class HFTrunk(Trunk):
         last layer: the state there [B, S, D], and what layers got."""
         layers: list[Any] = list(self.layers.values())
         last_layer = layers[-1]
-        at = self._head_layer
+        at = self.head_layer
         layers[at] = heads = Tap(layers[at], runs=not (below_last and at == len(layers) - 1))
         last = heads
         if at != len(layers) - 1:

@@ -25,22 +25,37 @@ def read_config(folder: str) -> Any:
     """transformers' config of a model's folder.
 
     Raises:
-        UserError: no config.json of a model that transformers has, in plain weights, of text alone.
+        UserError: no config.json of a model that transformers has, in plain weights, of text, or
+            with a language model in it that transformers loads alone.
     """
-    auto = transformers('model.name = "hf"').AutoConfig
+    package = transformers('model.name = "hf"')
     try:
-        config = auto.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).partition("\n")[0]
+        told, _ = package.PretrainedConfig.get_config_dict(folder, local_files_only=True)
+        if told.get("model_type") == "mimo":  # Qwen2's code, but for its modules
+            config = package.Qwen2Config.from_dict(told | {"model_type": "qwen2"})
+        else:
+            auto = package.AutoConfig
+            config = auto.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # each key has a validator of its own
+        reason = " ".join(str(error).split())[:200]
         raise UserError(f"{folder}: no config.json that transformers can read: {reason}") from error
-    if config.get_text_config() is not config:
-        raise UserError(
-            f"{folder}: model_type = {config.model_type!r} is a model of more than text; expected "
-            "one of text alone"
-        )
     if getattr(config, "quantization_config", None) is not None:
         raise UserError(f"{folder}: its weights are quantised; take the folder before that")
-    return config
+    text = config.get_text_config()
+    if text is not config:
+        alone = package.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+        if alone is None or alone.config_class is not type(text):
+            raise UserError(
+                f"{folder}: model_type = {config.model_type!r} is a model of more than text; "
+                "expected one of text alone"
+            )
+        text.architectures = config.architectures
+    return text
+
+
+def config_of(told: dict[str, Any]) -> Any:
+    """transformers' config of what `to_diff_dict` told of one."""
+    return transformers('model.name = "hf"').AutoConfig.for_model(**told)
 
 
 def sizes_of_config(config: Any, max_seq_len: int, attn_mask_type: str | None) -> ModelArgs:
