@@ -302,7 +302,7 @@ def test_tasks(pair: Pair, tasks: Path, options: dict[str, Any]) -> None:
 
 def harness(model: Any, **options: Any) -> HarnessModel:
     config = JobConfig()
-    config.training.seq_len, config.loss.softcap = 64, 3.0
+    config.training.seq_len, model.softcap = 64, 3.0
     return HarnessModel(model, ByteTokenizer(), config, **options)
 
 
