@@ -6,7 +6,6 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from torchtitan_mtp.distributed.memory import check_memory
 from torchtitan_mtp.errors import UserError
@@ -22,11 +21,12 @@ def path(text: str) -> Path:
 def check_generation(model: Trunk, what: str, rows: int, tokens: int) -> None:
     """UserError where keys and values of `rows` texts of `tokens`, of which `what` names the
     arguments, can't fit."""
-    blocks: list[Any] = list(model.layers.values())
-    shapes = [block.attention.cache_shape for block in blocks]
-    width = sum(heads * sum(widths) for heads, *widths in shapes)
-    weight = model.output.weight
-    check_memory({what: rows * tokens * width * weight.element_size()}, weight.device)
+    args, weight = model.args, model.output.weight
+    width = 2 * args.kv_heads * args.head_dim
+    if args.latent is not None:
+        width = args.latent.kv_lora_rank + args.latent.qk_rope_head_dim
+    size = rows * tokens * args.n_layers * width * weight.element_size()
+    check_memory({what: size}, weight.device)
 
 
 def exit_status(program: Callable[[], None]) -> int:

@@ -124,6 +124,10 @@ _CLASSES = {
 _MOST = 2000  # beyond any model's; the names of millions of layers would fill the memory
 
 
+class Unsupported(UserError):
+    """A model that is not built here, though transformers may have it."""
+
+
 class Reader:
     """Values of a config file, each missing or unfit one refused by name."""
 
@@ -185,7 +189,7 @@ class Reader:
         """The value is one of `allowed` (the first where it is absent)."""
         if (value := self.values.get(key, allowed[0])) not in allowed:
             only = " and ".join(repr(other) for other in allowed if other is not None)
-            raise UserError(f"{self.file}: {key} = {value!r} is not supported here, only {only}")
+            raise Unsupported(f"{self.file}: {key} = {value!r} is not supported here, only {only}")
 
 
 _ROPE = "rope_scaling", "rope_parameters"  # the first that there is counts, to transformers
@@ -234,7 +238,7 @@ def read_dense(
     reader.expect("hidden_act", "silu")
     window = reader.values.get("sliding_window")
     if "MistralForCausalLM" in reader.architectures() and window is not None:
-        raise UserError(
+        raise Unsupported(
             f"{reader.file}: sliding_window = {window!r} is not supported here; null is the same "
             "model where no text is longer than the window: set it for such texts"
         )
@@ -263,7 +267,7 @@ def read_dense(
 def read_glm4_moe(reader: Reader) -> ModelArgs:
     """The trunk of a Glm4MoeConfig that `glm4_moe_config` wrote; real mixtures are refused."""
     if (experts := reader.values.get("n_routed_experts")) != GLM_EXPERTS:
-        raise UserError(
+        raise Unsupported(
             f"{reader.file}: n_routed_experts = {experts!r}: GLM's mixtures of experts are not "
             f"supported here, only dense models written as glm4_moe_hf, with {GLM_EXPERTS}"
         )

@@ -19,7 +19,7 @@ from torchtitan_mtp.config import MTP, JobConfig, load_toml, to_toml
 from torchtitan_mtp.config.values import HERE
 from torchtitan_mtp.data.tokenizer import build_tokenizer
 from torchtitan_mtp.errors import UserError, memory_told
-from torchtitan_mtp.formats.configs import Reader, read_modules
+from torchtitan_mtp.formats.configs import Reader, Unsupported, read_modules
 from torchtitan_mtp.formats.formats import (
     FORMATS,
     Format,
@@ -131,7 +131,7 @@ def format_of(folder: Path) -> str:
     for architecture in found:
         if architecture in known:
             return known[architecture]
-    raise UserError(
+    raise Unsupported(
         f"{file}: architectures = {found} is not supported here, only {', '.join(known)}"
     )
 

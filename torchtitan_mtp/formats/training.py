@@ -18,6 +18,7 @@ from torchtitan_mtp.checkpoint.state import cast_weights, model_state
 from torchtitan_mtp.config import JobConfig
 from torchtitan_mtp.distributed.ranks import Ranks
 from torchtitan_mtp.errors import UserError
+from torchtitan_mtp.formats.configs import Unsupported
 from torchtitan_mtp.formats.exporting import export_checkpoint, formats_for, refusal
 from torchtitan_mtp.formats.formats import FORMATS
 from torchtitan_mtp.formats.hf_trunk import TrunkFolder
@@ -49,14 +50,27 @@ def load_hf_weights(
 
 
 def config_of_hf(path: Path) -> JobConfig:
-    """The configuration of a run of the model in an HF folder, with the folder's tokenizer.
+    """The configuration of a run of the model in an HF folder, with the folder's tokenizer: in
+    this project's code where a format knows it, else in transformers' own.
 
     Raises:
-        UserError: no readable config.json, or a model of another kind.
+        UserError: no readable config.json, or a model that neither knows.
     """
     config = JobConfig()
-    write_spec_to_config(config, open_model(format_of(path), path)[0])
     config.model.hf_assets_path = str(path)
+    try:
+        spec = open_model(format_of(path), path)[0]
+    except Unsupported as unknown:
+        try:
+            theirs = read_config(str(path))
+        except UserError:
+            raise unknown from None
+        logger.info("%s; transformers' own code runs it", unknown)
+        longest = getattr(theirs, "max_position_embeddings", 2048)
+        config.model.name = "hf"
+        config.training.seq_len = config.validation.seq_len = longest
+    else:
+        write_spec_to_config(config, spec)
     return config
 
 

@@ -11,15 +11,13 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from torchtitan_mtp.models.args import ModelArgs
-from torchtitan_mtp.models.attention import AttentionContext, KVCache
-from torchtitan_mtp.models.rope import rope_tables
+from torchtitan_mtp.models.attention import KVCache
+from torchtitan_mtp.models.trunk import Trunk
 
 # Picks positions from a tensor [B, max_len, ...] as [B, size, ...], to read or to write.
 Index = tuple[Any, Any]
@@ -47,14 +45,14 @@ class Span(NamedTuple):
     """`size` consecutive positions of every row, from `starts[b]` on: what one forward computes.
 
     where: picks them from a tensor by position. end: the forward attends to keys before this one.
-    context: rotary angles, and which keys each position sees.
+    context: a `BlockContext`, with rotary angles, and which keys each position sees.
     """
 
     starts: RowPositions
     size: int
     where: Index
     end: int
-    context: AttentionContext
+    context: Any
 
     def columns(self, positions: RowPositions) -> RowPositions:
         """Where `positions[b]` lies in row b of the span; 0 for a finished row, left behind it."""
@@ -64,15 +62,12 @@ class Span(NamedTuple):
 
 
 class Positions:
-    """Makes the spans of a generation: positions 0 .. max_len - 1 of `batch` rows.
+    """Makes the spans of a generation: positions 0 .. max_len - 1 of `batch` rows."""
 
-    like: a weight, for its device and dtype.
-    """
-
-    def __init__(self, args: ModelArgs, batch: int, max_len: int, like: Tensor) -> None:
+    def __init__(self, model: Trunk, batch: int, max_len: int) -> None:
+        like = model.tok_embeddings.weight
         self.batch, self.max_len, device = batch, max_len, like.device
-        # As long as this generation, whatever length the model was trained at.
-        self.cos, self.sin = rope_tables(replace(args, max_seq_len=max_len), device)
+        self.context = model.spans(max_len)
         self.all = torch.arange(max_len, device=device)
         self.rows = torch.arange(batch, device=device).unsqueeze(1)  # [B, 1]
         # What a score is raised by: attention would make it of a bool mask in every layer.
@@ -106,14 +101,15 @@ class Positions:
         """
         _, where = index = self.index(starts, size)
         end = self.max_len if isinstance(starts, Tensor) else max(starts) + size
-        # [B or 1, size, 1, hd/2]
-        cos, sin = (t[where].view(-1, size, 1, t.shape[-1]) for t in (self.cos, self.sin))
-        mask = None
-        # A single query at the end, or all from the start: plain causal attention, and faster.
-        if not isinstance(where, slice) or (size > 1 and where.start > 0):
-            visible = self.all[:end] <= self.all[where].view(-1, size, 1)  # [B or 1, size, end]
-            mask = torch.where(visible, self.seen, self.unseen).unsqueeze(1)
-        return Span(starts, size, index, end, AttentionContext(cos, sin, mask))
+
+        def mask(window: int | None = None) -> Tensor:
+            keys, at = self.all[:end], self.all[where].view(-1, size, 1)
+            visible = keys <= at  # [B or 1, size, end]
+            if window is not None:
+                visible = visible & (keys > at - window)
+            return torch.where(visible, self.seen, self.unseen).unsqueeze(1)
+
+        return Span(starts, size, index, end, self.context(where, size, end, mask))
 
 
 def shift_index(index: Index, by: int) -> Index:
@@ -125,14 +121,18 @@ def shift_index(index: Index, by: int) -> Index:
 
 
 class LayerCache:
-    """Keys and values of one attention, [B, KV, max_len, hd] each, allocated once; of a latent one
-    what these are made of."""
+    """Keys and values of a block's attention, [B, KV, max_len, hd] each, allocated once; of a
+    latent one what these are made of."""
 
-    def __init__(self, attention: Any, positions: Positions) -> None:
-        like = attention.wo.weight
-        heads, *widths = attention.cache_shape
+    def __init__(self, block: Any, positions: Positions) -> None:
+        self.positions, self.k, self.v = positions, torch.empty(0), torch.empty(0)
+        # Of transformers' blocks the first keys and values tell how wide they are.
+        if shape := getattr(getattr(block, "attention", None), "cache_shape", None):
+            self._allocate(positions.seen, *shape)
+
+    def _allocate(self, like: Tensor, heads: int, *widths: int) -> None:
         # Zeros: a masked key still takes part in the arithmetic, and 0 * NaN is NaN.
-        room = positions.batch, heads, positions.max_len
+        room = self.positions.batch, heads, self.positions.max_len
         self.k, self.v = (like.new_zeros(*room, width) for width in widths)
 
     def at(self, span: Span) -> KVCache:
@@ -141,6 +141,8 @@ class LayerCache:
 
     def update(self, span: Span, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store k, v [B, KV, size, hd] at the span; all up to its end, [B, KV, end, hd] each."""
+        if not self.k.numel():
+            self._allocate(k, k.shape[1], k.shape[-1], v.shape[-1])
         own_k, own_v = self.k[: len(k)], self.v[: len(v)]  # there may be room for more rows
         own_k.transpose(1, 2)[span.where] = k.transpose(1, 2)
         own_v.transpose(1, 2)[span.where] = v.transpose(1, 2)

@@ -60,14 +60,17 @@ def generate(
             distribution is.
         num_draft: drafts a step, at most (and by default) n - 1; "auto" takes the number that
             has paid best of late (`DraftLength`).
-        compile: compile a step; the first steps of a batch size wait for it.
+        compile: compile a step of this project's blocks; the first of a batch size wait for it.
         texts: one of each prompt, if any; they take its new tokens and know its stop strings.
 
     Raises:
-        UserError: speculative without heads, an empty prompt, a number out of range.
+        UserError: speculative without heads, compile without blocks of this project, an empty
+            prompt, a number out of range.
     """
     begin = time.perf_counter()
     check(model, prompts, max_new_tokens)
+    if compile and not model.native_blocks:
+        raise UserError('compile: not where transformers runs the model ("hf"); leave it out')
     sampler = Sampler(temperature, top_k, top_p, seed, softcap)
     most = most_drafts(model, num_draft) if speculative else 0
     decoder = Decoder(model, prompts, max_new_tokens, most, sampler, compile)
@@ -110,8 +113,8 @@ class Decoder:
         self.compiled_window = 1 + num_draft if compile else 0
         if compile:  # generations of about the same length share what was compiled
             max_len = -(-max_len // 128) * 128
-        self.positions = Positions(model.args, len(prompts), max_len, weight)
-        self.caches = [LayerCache(b.attention, self.positions) for b in model.layers.values()]
+        self.positions = Positions(model, len(prompts), max_len)
+        self.caches = [LayerCache(block, self.positions) for block in model.layers.values()]
         self.drafter = build_drafter(model, self.positions, num_draft) if num_draft else None
         tokens = torch.zeros(len(prompts), max_len + num_draft + 1, dtype=torch.long)
         for row, prompt in zip(tokens, prompts, strict=True):
@@ -166,9 +169,8 @@ class Decoder:
     def trunk(self, span: Span) -> Tensor:
         """Embedding, layers (the last one is head 1's) and final norm: head 1's h [B, size, D].
         What the drafting heads need of it is kept."""
-        x = z = self.model.tok_embeddings(self.tokens[span.where])
-        for block, cache in zip(self.model.layers.values(), self.caches, strict=True):
-            z, x = x, block(x, span.context, cache.at(span))
+        caches = [cache.at(span) for cache in self.caches]
+        z, x = self.model.forward_span(self.tokens, span.where, span.context, caches)
         h = self.model.norm(x)
         if self.drafter is not None:
             self.drafter.states[span.where] = {"z": z, "raw": x, "h": h}[self.drafter.reads]

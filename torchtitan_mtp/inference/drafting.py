@@ -91,7 +91,7 @@ class ParallelDrafter:
         block, at = stack(blocks), self.positions.repeat
         counts = range(1, len(blocks) + 1)
         self.heads = {count: (first_heads(block, count), at(count)) for count in counts}
-        self.cache = LayerCache(block.attention, at(len(blocks)))
+        self.cache = LayerCache(block, at(len(blocks)))
 
     def draft(self, tokens: Tensor, plan: Plan, sampler: Sampler) -> Tensor | None:
         """Write drafts for t[p+2] .. t[p+1+count] into tokens [B, >= max_len].
@@ -116,17 +116,17 @@ class ParallelDrafter:
 
 
 class UnstackedDrafter(ParallelDrafter):
-    """The same for blocks that can't be stacked (experts, latent attention): head by head."""
+    """The same for blocks that aren't stacked (experts, latent, transformers'): head by head."""
 
     def _take(self, blocks: Sequence[Any]) -> None:
         self.blocks = blocks
-        self.caches = [LayerCache(block.attention, self.positions) for block in blocks]
+        self.caches = [LayerCache(block, self.positions) for block in blocks]
 
     def hidden(self, window: Span, plan: Plan) -> Tensor:
         """As `ParallelDrafter.hidden`."""
         z, columns = self.states[window.where], window.columns(plan.last)
         heads = zip(self.blocks[: plan.drafts], self.caches, strict=False)
-        states = [block(z, window.context, cache.at(window)) for block, cache in heads]
+        states = [window.context.run(block, z, cache.at(window)) for block, cache in heads]
         return self.model.norm(torch.cat([take(h, columns) for h in states], dim=1))
 
 
@@ -162,7 +162,7 @@ class SequentialDrafter:
         # A cache a depth, not a module: a shared module has one for each time it is applied.
         heads = cast(SequentialHeads, model.mtp)
         self.modules: list[Any] = [heads.module(k) for k in depths]
-        self.caches = [LayerCache(m.block.attention, positions) for m in self.modules]
+        self.caches = [LayerCache(m.block, positions) for m in self.modules]
         # What the first module reads, as `ParallelDrafter` says.
         self.states = positions.states(model.args.dim)
         self.reads = "raw" if heads.trunk_state == "raw" else "h"
@@ -174,7 +174,7 @@ class SequentialDrafter:
         drawn_from: list[Tensor] = []
         h = self.states[window.where]  # [B, size, D]
         for j in range(plan.drafts):
-            emb = self.model.tok_embeddings(tokens[shift_index(window.where, j + 1)])
+            emb = self.model.embed(tokens[shift_index(window.where, j + 1)])
             h = self.modules[j](h, emb, window.context, self.caches[j].at(window))
             logits = self.model.output(take(h, columns))  # [B, 1, V]
             drafts, q = sampler.draft(logits, plan.noise, j)
@@ -196,6 +196,7 @@ def build_drafter(model: Trunk, positions: Positions, num_draft: int) -> Drafter
     """What drafts up to `num_draft` tokens a step with the model's heads."""
     assert model.mtp is not None
     drafter = DRAFTERS[type(model.mtp)]
-    if drafter is ParallelDrafter and (model.args.latent or model.args.moe):
+    stacks = model.native_blocks and not (model.args.latent or model.args.moe)
+    if drafter is ParallelDrafter and not stacks:
         drafter = UnstackedDrafter
     return drafter(model, positions, num_draft)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -20,8 +21,10 @@ from torch import Tensor, nn
 from torchtitan_mtp.data.targets import Batch
 from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.models.args import ModelArgs, ModelSpec
+from torchtitan_mtp.models.attention import KVCache
 from torchtitan_mtp.models.heads import TrunkOutput, TrunkParts
 from torchtitan_mtp.models.hf_config import document_masks, transformers, without_dropout
+from torchtitan_mtp.models.hf_spans import HFSpan, HFSpans, SpanCache
 from torchtitan_mtp.models.init import copy_full_tensor, seed_of
 from torchtitan_mtp.models.layers import NormParams, normalize
 from torchtitan_mtp.models.taps import Arguments, Around, Tap, probe, with_parts
@@ -42,9 +45,9 @@ class HFContext(NamedTuple):
     def run(
         self, block: nn.Module, x: Tensor, cache: Any = None, norm: NormParams | None = None
     ) -> Tensor:
-        """As `BlockContext.run`; cache: a transformers Cache in place of the model's."""
+        """As `BlockContext.run`."""
         arguments = self.last if block is self.last_layer[0] else self.heads
-        changed = {} if cache is None else {"past_key_values": cache}
+        changed = {} if cache is None else {"past_key_values": SpanCache(lambda _: cache)}
         return block(x, *arguments.args, norm=norm, **arguments.kwargs | changed)
 
 
@@ -104,6 +107,7 @@ class HFTrunk(Trunk):
         UserError: a model that does around its layers what heads can't do with it.
     """
 
+    native_blocks = False
     causal: Any  # the model of transformers; the modules are this one's, too
     around: Around
 
@@ -205,11 +209,15 @@ class HFTrunk(Trunk):
         state, context = self.run(x, below, **inputs)
         return TrunkOutput(state, context, self._scaled(embedded) if ahead else None)
 
-    def run(self, x: Tensor, below_last: bool = False, **inputs: Any) -> tuple[Tensor, HFContext]:
+    def run(
+        self, x: Tensor, below_last: bool = False, dry: bool = False, **inputs: Any
+    ) -> tuple[Tensor, HFContext]:
         """The model's forward on embeddings x [B, S, D], up to its final norm or `below_last` its
-        last layer: the state there [B, S, D], and what layers got."""
+        last layer: the state there [B, S, D], and what layers got; if `dry`, without any layer."""
         layers: list[Any] = list(self.layers.values())
         last_layer = layers[-1]
+        if dry:
+            layers = [Tap(layer, runs=False) for layer in layers]
         at = self.head_layer
         layers[at] = heads = Tap(layers[at], runs=not (below_last and at == len(layers) - 1))
         last = heads
@@ -221,6 +229,23 @@ class HFTrunk(Trunk):
         )
         assert final.state is not None
         return final.state, HFContext(heads.arguments, last.arguments, (last_layer,))
+
+    # ------------------------------------------------------------- decoding
+
+    def spans(self, max_len: int) -> HFSpans:
+        """As `Trunk.spans`."""
+        return HFSpans(self, max_len)
+
+    def forward_span(
+        self, text: Tensor, where: Any, context: HFSpan, caches: Sequence[KVCache]
+    ) -> tuple[Tensor, Tensor]:
+        """As `Trunk.forward_span`."""
+        whole, cache = context.spans.whole, SpanCache(caches.__getitem__)
+        inputs = {"use_cache": False} if whole else context.inputs | {"past_key_values": cache}
+        x = self.tok_embeddings(text[:, : context.end] if whole else text[where])
+        z, layers = self.run(x, below_last=True, **inputs)
+        x = layers.run(layers.last_layer[0], z)
+        return (z[where], x[where]) if whole else (z, x)
 
     # ------------------------------------------------------------- weights
 

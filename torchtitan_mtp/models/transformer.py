@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -112,6 +115,30 @@ class Transformer(Trunk):
         for block in layers[:-1] if heads and heads.reads_before_last_layer else layers:
             x = block(x, context)
         return TrunkOutput(x, context, embedded if ahead else None)
+
+    def spans(self, max_len: int) -> Callable[..., AttentionContext]:
+        """As `Trunk.spans`."""
+        # As long as this generation, whatever length the model was trained at.
+        args = replace(self.args, max_seq_len=max_len)
+        tables = rope_tables(args, self.tok_embeddings.weight.device)
+
+        def context(where: Any, size: int, _: int, mask: Callable[..., Tensor]) -> AttentionContext:
+            # [B or 1, size, 1, hd/2]
+            cos, sin = (t[where].view(-1, size, 1, t.shape[-1]) for t in tables)
+            # A single query at the end, or all from the start: plain causal attention, and faster.
+            plain = isinstance(where, slice) and (size == 1 or where.start == 0)
+            return AttentionContext(cos, sin, None if plain else mask())
+
+        return context
+
+    def forward_span(
+        self, text: Tensor, where: Any, context: AttentionContext, caches: Sequence[KVCache]
+    ) -> tuple[Tensor, Tensor]:
+        """As `Trunk.forward_span`."""
+        x = z = self.tok_embeddings(text[where])
+        for block, cache in zip(self.layers.values(), caches, strict=True):
+            z, x = x, block(x, context, cache)
+        return z, x
 
     def init_weights(self, seed: int) -> None:
         """As `Trunk.init_weights`."""

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from torchtitan_mtp.data.targets import Batch
 from torchtitan_mtp.models.args import ModelArgs, ModelSpec
-from torchtitan_mtp.models.heads import Heads, TrunkOutput, TrunkParts
+from torchtitan_mtp.models.attention import KVCache
+from torchtitan_mtp.models.heads import BlockContext, Heads, TrunkOutput, TrunkParts
 from torchtitan_mtp.models.moe import MoE
 from torchtitan_mtp.ops import LossOutput, chunked_argmax
 
@@ -70,6 +71,7 @@ class Trunk(nn.Module):
     output: Unembedding
     layers_name = "layers"
     softcap: float | None = None
+    native_blocks = True  # this project's: in decoding, several run as one, and steps are compiled
 
     @property
     def args(self) -> ModelArgs:
@@ -95,6 +97,18 @@ class Trunk(nn.Module):
         """The hidden states of the n heads: n tensors [B, S, D], each normalised."""
         trunk = self._forward_trunk(batch)
         return [self.norm(trunk.state)] if self.mtp is None else self.mtp(trunk)
+
+    def spans(self, max_len: int) -> Callable[..., BlockContext]:
+        """For decoding, what makes the context of a span of positions before `max_len`: of
+        (where, size, end, mask), as in `Span`, with mask(window) -> [B or 1, 1, size, end]."""
+        raise NotImplementedError
+
+    def forward_span(
+        self, text: Tensor, where: Any, context: Any, caches: Sequence[KVCache]
+    ) -> tuple[Tensor, Tensor]:
+        """The states below and after the last layer [B, size, D] at text[where], of tokens
+        [B, >= end]; context: of that span. caches: a layer's each."""
+        raise NotImplementedError
 
     def init_weights(self, seed: int) -> None:
         """Fill all parameters and buffers, materialised and maybe sharded, as the seed has it."""

@@ -11,7 +11,7 @@ from torchtitan_mtp.inference.cache import LayerCache, Positions, shift_index, t
 
 def positions_of(batch: int, max_len: int = 10) -> Positions:
     model = random_model()
-    return Positions(model.args, batch, max_len, model.norm.weight)
+    return Positions(model, batch, max_len)
 
 
 @pytest.mark.parametrize("starts", [[3, 3], [3, 1]])
@@ -40,16 +40,16 @@ def test_plain_causal_attention_needs_no_mask() -> None:
 
 
 def test_angles_are_those_of_the_positions() -> None:
-    positions = positions_of(2)
+    positions, model = positions_of(2), random_model()
     cos = positions.span([2, 6], 2).context.cos  # [2, 2, 1, hd/2]
-    assert torch.equal(cos[1, 1, 0], positions.cos[7])
-    assert torch.equal(positions.span([4, 4], 2).context.cos[0, 1, 0], positions.cos[5])
+    assert torch.equal(cos[1, 1, 0], model.rope_cos[7])
+    assert torch.equal(positions.span([4, 4], 2).context.cos[0, 1, 0], model.rope_cos[5])
 
 
 @pytest.mark.parametrize("starts", [[1, 1], [1, 4]])
 def test_a_cache_returns_what_was_stored_and_overwrites(starts: list[int]) -> None:
     positions = positions_of(2)
-    cache = LayerCache(random_model().layers["0"].attention, positions)
+    cache = LayerCache(random_model().layers["0"], positions)
     k, v = torch.randn(2, 2, 2, 4, 8, dtype=torch.float64).unbind(0)  # [B, KV, 4, hd]
     cache.at(positions.span(starts, 4))(k, v)
     # Two of the four were rejected: the next forward starts two positions later, not four.

@@ -17,10 +17,10 @@ def test_a_stacked_block_is_each_block_on_its_rows(batch: int, qkv_bias: bool) -
     model = random_model("parallel", 4, qkv_bias=qkv_bias)
     blocks = list(model.mtp.heads)
     block = stack(blocks)
-    positions = Positions(model.args, batch, 12, model.norm.weight)
+    positions = Positions(model, batch, 12)
     rows = positions.repeat(3)
-    cache = LayerCache(block.attention, rows)
-    apart = [LayerCache(b.attention, positions) for b in blocks]
+    cache = LayerCache(block, rows)
+    apart = [LayerCache(b, positions) for b in blocks]
     for starts, size in (([0] * batch, 4), ([4, 2][:batch], 3), ([7, 5][:batch], 1)):
         x = torch.randn(3 * batch, size, 32, dtype=torch.float64)
         span, wide = positions.span(starts, size), rows.span(starts * 3, size)
