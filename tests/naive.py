@@ -193,11 +193,12 @@ def head_loss_sums(
 
 
 def distance(teacher: Tensor, student: Tensor, kind: str) -> Tensor:
-    """From logits [V]: KL(p || q), total variation as half the L1 distance, or -log of its rest."""
+    """From logits [..., V]: KL(p || q), total variation as half the L1 distance, or -log of its
+    rest; [...]."""
     p, q = teacher.softmax(-1), student.softmax(-1)
     if kind == "kl":
-        return (p * (p / q).log()).sum()
-    variation = (p - q).abs().sum() / 2
+        return (p * (p / q).log()).sum(-1)
+    variation = (p - q).abs().sum(-1) / 2
     return variation if kind == "tv" else -(1 - variation).log()
 
 

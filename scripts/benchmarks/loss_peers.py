@@ -24,15 +24,36 @@ def _cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(F.linear(hidden, weight).float(), labels, reduction="sum")
 
 
-def _ours(
-    backend: str, chunk_rows: int | None = None, compile: bool = False
-) -> Callable[[Sequence[Tensor], Tensor, Tensor], None]:
+def _ours(compile: bool = False) -> Callable[..., None]:
     def run(hiddens: Sequence[Tensor], weight: Tensor, labels: Tensor) -> None:
-        options = {"backend": backend, "chunk_rows": chunk_rows, "compile": compile}
-        out = linear_cross_entropy(hiddens, weight, labels, **options)
-        out.loss.backward()
+        linear_cross_entropy(hiddens, weight, labels, compile=compile).loss.backward()
 
     return run
+
+
+def _torchs(chunk_rows: int | None = None) -> Callable[..., None]:
+    """torch.nn.functional.linear_cross_entropy (torch 2.13 on); None: the chunk that it chooses."""
+
+    def run(hiddens: Sequence[Tensor], weight: Tensor, labels: Tensor) -> None:
+        options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=chunk_rows)
+        losses = [
+            F.linear_cross_entropy(h, weight, labels[:, k], reduction="sum", options=options)
+            for k, h in enumerate(hiddens)
+        ]
+        torch.stack(losses).sum().backward()
+
+    return run
+
+
+def naive(hiddens: Sequence[Tensor], weight: Tensor, labels: Tensor) -> None:
+    """Whole logits, with the count of what is right."""
+    losses = []
+    for k, hidden in enumerate(hiddens):
+        y, logits = labels[:, k], F.linear(hidden, weight).float()
+        losses.append(F.cross_entropy(logits, y, reduction="sum"))
+        y, found = y.unsqueeze(1), logits.detach()
+        (found.gather(1, y) > found.scatter(1, y, -torch.inf).amax(1, keepdim=True)).sum()
+    torch.stack(losses).sum().backward()
 
 
 def _distilled(kind: str, compile: bool = False) -> Callable[..., None]:
@@ -113,17 +134,17 @@ def cce(hiddens: Sequence[Tensor], weight: Tensor, labels: Tensor) -> None:
 
 
 PEERS: dict[str, Callable[[Sequence[Tensor], Tensor, Tensor], None]] = {
-    "chunked": _ours("chunked"),
-    "chunked_compiled": _ours("chunked", compile=True),
+    "chunked": _ours(),
+    "chunked_compiled": _ours(compile=True),
     **{f"distilled_{kind}": _distilled(kind) for kind in TARGET_LOSSES},
     "distilled_kl_compiled": _distilled("kl", compile=True),
-    "torch": _ours("torch"),  # the chunk that torch chooses
-    "torch_512": _ours("torch", 512),
+    "torch": _torchs(),
+    "torch_512": _torchs(512),
     "titan_chunked": titan_chunked,
     "torchtune_chunked": torchtune_chunked,
     "checkpointed": checkpointed,
     "naive_compiled": naive_compiled,
-    "naive": _ours("naive"),
+    "naive": naive,
     "liger": liger,
     "cce": cce,
 }

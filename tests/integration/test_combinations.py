@@ -2,8 +2,7 @@
 second implementation, its gradients and its own optimizer.
 
 What many train is crossed in full: two families, engine, tied embeddings and precision, all else at
-its default (of a chain in one graph, with the naive loss). To these come cases until every pair of
-values that the configuration allows is in one.
+its default. To these come cases until every pair of values that the configuration allows is in one.
 """
 
 from __future__ import annotations
@@ -33,7 +32,6 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "mtp.engine": ("head_by_head", "joint"),
     "model.args.tied_embeddings": (False, True),
     "training.mixed_precision_param": ("float32", "bfloat16"),
-    "loss.backend": ("chunked", "naive"),
     "mtp.train": ("all", "heads", "trunk"),
     "mtp.loss_scale": (1.0, 0.0),
     "mtp.share_weights": (False, True),
@@ -47,14 +45,15 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     RANKS: (1, 2),
 }
 IN_FULL = {name: FACTORS[name][:2] for name in list(FACTORS)[:4]}
+OF_CHAINS = [("mtp.share_weights", True), ("mtp.trunk_state", "raw")]
 # Pairs that the configuration refuses.
 REFUSED = {
-    *((("mtp.heads", heads), ("mtp.share_weights", True)) for heads in ("parallel", "medusa")),
-    *((("mtp.heads", heads), ("mtp.trunk_state", "raw")) for heads in ("parallel", "medusa")),
-    (("mtp.engine", "head_by_head"), ("loss.backend", "naive")),
+    *((("mtp.heads", "parallel"), of_chain) for of_chain in OF_CHAINS),
+    *((("mtp.heads", "medusa"), of_chain) for of_chain in OF_CHAINS),
+    (("mtp.heads", "sequential"), ("mtp.engine", "joint")),
+    *((("mtp.engine", "joint"), of_chain) for of_chain in OF_CHAINS),
     (("mtp.train", "trunk"), ("mtp.detach_trunk", True)),
 }
-CHAIN_IN_ONE_GRAPH = {"mtp.heads": "sequential", "mtp.engine": "joint"}  # another loss.backend only
 # Largest error of a loss, and of a gradient, each relative to the largest value. (In bfloat16 a
 # token can go to another expert.)
 TOLERANCES = {
@@ -75,8 +74,7 @@ def pairs_of(case: Case) -> Iterator[tuple[Setting, Setting]]:
 
 def is_legal(case: Case) -> bool:
     """Whether the configuration takes it."""
-    refused = CHAIN_IN_ONE_GRAPH | {"loss.backend": "chunked"}
-    return REFUSED.isdisjoint(pairs_of(case)) and not refused.items() <= case.items()
+    return REFUSED.isdisjoint(pairs_of(case))
 
 
 def all_pairs() -> list[tuple[Setting, Setting]]:
@@ -90,7 +88,7 @@ def covering_cases() -> list[Case]:
     default = {name: values[0] for name, values in FACTORS.items()}
     full = itertools.product(*IN_FULL.values())
     cases = [default | dict(zip(IN_FULL, values, strict=True)) for values in full]
-    cases = [c if is_legal(c) else c | {"loss.backend": "naive"} for c in cases]
+    cases = [case for case in cases if is_legal(case)]
     crossed = {pair for case in cases for pair in pairs_of(case)} | REFUSED
     missing = dict.fromkeys(pair for pair in all_pairs() if pair not in crossed)
     while missing:
@@ -125,13 +123,8 @@ def test_every_pair_that_the_configuration_allows_is_crossed():
             return False
         return True
 
-    names = ("mtp.heads", "mtp.engine", "loss.backend")
-    ways = [
-        dict(zip(names, values, strict=True))
-        for values in itertools.product(*(FACTORS[name] for name in names))
-    ]
-    assert [allowed(way) for way in ways] == [is_legal(way) for way in ways]
-    refused = {p for p in all_pairs() if not any(allowed(way | dict(p)) for way in ways)}
+    families = [{"mtp.heads": heads} for heads in FACTORS["mtp.heads"]]
+    refused = {p for p in all_pairs() if not any(allowed(of | dict(p)) for of in families)}
     assert refused == REFUSED
     crossed = {pair for case in CASES for pair in pairs_of(case)}
     assert crossed == set(all_pairs()) - refused
@@ -235,7 +228,7 @@ def naive_steps(ranks: list[dict[str, Any]]) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def naive() -> Callable[..., list[dict[str, Any]]]:
     """`naive_steps`, once for cases that differ in how the same is computed."""
-    how = ("mtp.engine", "training.mixed_precision_param", "loss.backend")
+    how = ("mtp.engine", "training.mixed_precision_param")
     found: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
 
     def find(case: Case, ranks: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -158,7 +158,6 @@ ALMOST_THE_SAME = {
     },
     "foreach": {"optimizer.implementation": "foreach"},
     "for-loop": {"optimizer.implementation": "for-loop"},
-    "naive loss": {"loss.backend": "naive", "mtp.engine": "joint"},
     "short chunks": {"loss.chunk_rows": 7},
 }
 

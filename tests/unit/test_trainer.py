@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import get_args, get_type_hints
 
 import pytest
 import torch
 
 from torchtitan_mtp.config import JobConfig
 from torchtitan_mtp.ops import LossOptions
-from torchtitan_mtp.ops.backends import BACKENDS
 from torchtitan_mtp.trainer import StepLosses, TrainState, loss_options
 
 
@@ -55,7 +53,3 @@ def test_every_key_of_the_loss_table_is_passed_on():
     assert loss_options(config, None).compile
     config.compile.components = ["model"]
     assert not loss_options(config, None).compile
-
-
-def test_the_backends_of_the_loss_table_are_the_ops():
-    assert get_args(get_type_hints(type(JobConfig().loss))["backend"]) == tuple(BACKENDS)

@@ -138,12 +138,10 @@ def _check_mtp(config: JobConfig) -> None:
     for key, length in lengths.items():
         if n > length:
             raise UserError(f"mtp.num_future_tokens = {n}: expected at most {key} = {length}")
-    backend, chain = config.loss.backend, mtp.heads == "sequential"
-    right = "joint" if backend != "chunked" else "head_by_head" if chain else mtp.engine
-    if n > 1 and mtp.engine != right:
+    if n > 1 and mtp.engine == "joint" and mtp.heads == "sequential":
         raise UserError(
-            f'mtp.engine = "{mtp.engine}": mtp.heads = "{mtp.heads}" has one way with loss.backend '
-            f'= "{backend}"; set mtp.engine = "{right}" or another loss.backend'
+            'mtp.engine = "joint": mtp.heads = "sequential" has one way; '
+            'set mtp.engine = "head_by_head"'
         )
     for key, value, heads, why in _FAMILY:
         if getattr(mtp, key) == value and mtp.heads != heads:

@@ -9,25 +9,26 @@ logger = logging.getLogger(__name__)
 
 
 def use_todays_words(tables: dict[str, Any], where: str) -> None:
-    """Replace in the tables of a TOML file what had another name; one line of log says so.
+    """Replace in the tables of a TOML file what had another name, or has one way now; a line of log
+    says so.
 
-    `mtp.engine` was "joint" by default, with any loss.backend, or "sequential", and a chain was
-    trained head by head under both.
+    `mtp.engine` was "joint" by default, or "sequential", and a chain was trained head by head under
+    both. `loss.backend` was "chunked" by default.
     """
-    mtp, loss, model = (tables.get(name, {}) for name in ("mtp", "loss", "model"))
-    if not all(isinstance(table, dict) for table in (mtp, loss, model)):
+    mtp, loss = (tables.get(name, {}) for name in ("mtp", "loss"))
+    if not (isinstance(mtp, dict) and isinstance(loss, dict)):
         return  # the reader refuses it
-    engine, backend = mtp.get("engine"), loss.get("backend", "chunked")
-    with_heads = isinstance(model.get("converters"), list) and "mtp" in model["converters"]
+    engine, backend = mtp.get("engine"), loss.get("backend")
     if engine == "sequential":
         mtp["engine"] = "head_by_head"
         _say(f'{where}mtp.engine = "sequential" is called "head_by_head" now')
-    elif engine == "joint" and mtp.get("heads") == "sequential" and backend == "chunked":
+    elif engine == "joint" and mtp.get("heads") == "sequential":
         mtp["engine"] = "head_by_head"
-        _say(f'{where}mtp.engine = "joint": a chain trains "head_by_head", as it always did')
-    elif engine is None and with_heads and backend in ("naive", "torch"):
-        tables["mtp"] = mtp | {"engine": "joint"}
-        _say(f'{where}mtp.engine is "joint", the one for loss.backend = "{backend}"')
+        _say(f'{where}mtp.engine = "joint": a chain trains "head_by_head", to the same gradients')
+    if backend in ("chunked", "naive", "torch"):
+        del loss["backend"]
+        if backend != "chunked":
+            _say(f'{where}loss.backend = "{backend}": computed in chunks now, the same to rounding')
 
 
 @functools.cache

@@ -1,6 +1,6 @@
 """Multi-token prediction: heads, the transform that adds them, their objective and engines."""
 
-from torchtitan_mtp.mtp.engine import ENGINES, forward_loss
+from torchtitan_mtp.mtp.engine import ENGINES
 from torchtitan_mtp.mtp.objective import clear_unused_gradients, head_scales, head_weights
 from torchtitan_mtp.mtp.transform import add_heads, copy_last_layer
 
@@ -9,7 +9,6 @@ __all__ = [
     "add_heads",
     "clear_unused_gradients",
     "copy_last_layer",
-    "forward_loss",
     "head_scales",
     "head_weights",
 ]

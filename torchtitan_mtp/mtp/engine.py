@@ -1,9 +1,8 @@
 """The two ways to run n heads forward and backward; one result.
 
-`joint` is ordinary autograd, with any backend of the loss: all hidden states, one loss, one
-backward. Its heads' blocks are checkpointed (by `apply_activation_checkpointing`), so that a
-head keeps one state [N, D] until its backward, not its activations; independent heads' gradients
-overwrite their states.
+`joint` is ordinary autograd, for heads that read nothing of one another: all hidden states, one
+loss, one backward. Their blocks are checkpointed (by `apply_activation_checkpointing`), so that a
+head keeps one state [N, D] until its backward, not its activations, and gradients overwrite states.
 
 `head_by_head` runs the heads' losses and backwards one after another, so that what a head needs for
 its backward is gone before the next one's loss; each family does it in its file.
@@ -19,46 +18,10 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from torchtitan_mtp.data.targets import Batch
+from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.models.trunk import Trunk
 from torchtitan_mtp.mtp.schedule import end_no_sync
-from torchtitan_mtp.ops import HeadByHeadLoss, LossOptions, LossOutput, linear_cross_entropy
-
-
-def forward_loss(
-    model: Trunk,
-    batch: Batch,
-    head_scales: Tensor,
-    options: LossOptions,
-    head_loss: HeadByHeadLoss | None = None,
-) -> LossOutput:
-    """The loss of all heads, with its graph where gradients are on.
-
-    head_loss: what computes it in place of `linear_cross_entropy`, for one backward of independent
-    heads; gradients overwrite states. Without gradients under FSDP2, call `reshard()` on
-    the FSDP modules afterwards: nothing else frees what a forward gathered.
-    """
-    hiddens, groups = model(batch), [slice(0, None)]
-    if model.mtp is not None and model.mtp.detach_trunk:
-        groups = [slice(0, 1), slice(1, None)]  # the others' must not train `output`
-    teacher = None
-    if options.target_loss is not None:
-        teacher = hiddens[0].detach().flatten(0, 1)
-        if head_loss is not None:
-            head_loss.teach(teacher)
-    outputs = []
-    for heads in groups:
-        compute = functools.partial(
-            linear_cross_entropy,
-            head_scales=head_scales[heads],
-            options=options,
-            teacher=teacher,
-            first=heads.start,
-        )
-        if head_loss is not None:
-            compute = functools.partial(head_loss, first=heads.start)
-        labels, detach = batch.labels[..., heads], heads.start > 0
-        outputs.append(model.output.loss(hiddens[heads], labels, compute, detach))
-    return _together(outputs)
+from torchtitan_mtp.ops import HeadByHeadLoss, LossOptions, LossOutput
 
 
 def joint(
@@ -71,13 +34,26 @@ def joint(
     """Forward and backward of one micro-batch in one graph; gradients add to `.grad`.
 
     `last_micro_batch`: whether gradients are reduced over the ranks now.
+
+    Error: the heads are a chain, whose states are needed after their losses.
     """
+    if model.mtp is not None and not model.mtp.independent:
+        raise UserError("joint: the heads are a chain; expected independent ones; use head_by_head")
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(last_micro_batch)
         model.set_is_last_backward(last_micro_batch)
-    in_place = options.backend == "chunked" and (model.mtp is None or model.mtp.independent)
-    head_loss = HeadByHeadLoss(head_scales, options) if in_place else None
-    out = forward_loss(model, batch, head_scales, options, head_loss)
+    head_loss = HeadByHeadLoss(head_scales, options)
+    hiddens, groups = model(batch), [slice(0, None)]
+    if options.target_loss is not None:
+        head_loss.teach(hiddens[0])
+    if model.mtp is not None and model.mtp.detach_trunk:
+        groups = [slice(0, 1), slice(1, None)]  # the others' must not train `output`
+    outputs = []
+    for heads in groups:
+        compute = functools.partial(head_loss, first=heads.start)
+        labels, detach = batch.labels[..., heads], heads.start > 0
+        outputs.append(model.output.loss(hiddens[heads], labels, compute, detach))
+    out = _together(outputs)
     out.loss.backward()
     return out._replace(loss=out.loss.detach())
 

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from torchtitan_mtp.ops.chunked import (
-    LossInput,
     LossOutput,
     accumulation_dtype,
     fp16_gradient_scale,
@@ -17,15 +16,6 @@ from torchtitan_mtp.ops.chunked import (
     matmul_dtype,
 )
 from torchtitan_mtp.ops.token_losses import LossOptions
-
-
-def chunked_linear_cross_entropy(x: LossInput) -> LossOutput:
-    """All heads in one pass, with one buffer for the weight's gradient."""
-    grad_scale = fp16_gradient_scale(x.head_scales, x.hiddens[0])
-    needs_grad = [_needs_grad(t) for t in (x.weight, *x.hiddens)]
-    how = (x.options, grad_scale, needs_grad, None, False)
-    tensors = (x.weight, x.labels, x.head_scales, x.row_weights, x.teacher, x.first)
-    return LossOutput(*_Heads.apply(*tensors, *how, *x.hiddens))
 
 
 class HeadByHeadLoss:
@@ -62,17 +52,17 @@ class HeadByHeadLoss:
         """
         grad_scale = fp16_gradient_scale(self.head_scales, hiddens[0])
         d_weight = self._weight_gradient(weight, grad_scale is None)
-        needs_grad = [last and self.d_weight is not None, *map(_needs_grad, hiddens)]
+        needs_grad = [last and self.d_weight is not None, *map(needs_gradient, hiddens)]
         if last:
             self.d_weight = None
         scales = self.head_scales[first : first + len(hiddens)]
         how = (self.options, grad_scale, needs_grad, d_weight, True)
         tensors = (weight, labels, scales, None, self.teacher, first)
-        return LossOutput(*_Heads.apply(*tensors, *how, *hiddens))
+        return LossOutput(*HeadsLoss.apply(*tensors, *how, *hiddens))
 
     def _weight_gradient(self, weight: Tensor, add_to_grad: bool) -> Tensor | None:
         """What the weight's gradient is added to: `.grad` where possible, else the buffer."""
-        if not _needs_grad(weight):
+        if not needs_gradient(weight):
             return None
         if self.d_weight is None:
             grad, dtype = weight.grad, accumulation_dtype(weight.dtype)
@@ -82,7 +72,7 @@ class HeadByHeadLoss:
         return self.d_weight
 
 
-class _Heads(torch.autograd.Function):
+class HeadsLoss(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[no-untyped-def]
         ctx,
@@ -99,8 +89,8 @@ class _Heads(torch.autograd.Function):
         once,
         *heads,
     ):
-        """weight to first as in `LossInput`, heads n of [N, D] -> loss [], and loss sums, valid and
-        correct targets [n]; the gradients are made here.
+        """weight to options as in `linear_cross_entropy`, row_weights [N, n], heads n of [N, D] ->
+        loss [], and loss sums, valid and correct targets [n]; the gradients are made here.
 
         needs_grad: whether autograd gets a gradient from here, for each of (weight, *heads).
         dw: the buffer that the weight's gradient is added to; None: a new one. once: the backward
@@ -146,7 +136,7 @@ class _Heads(torch.autograd.Function):
         return d_weight, *(None,) * 10, *d_hiddens
 
 
-def _needs_grad(tensor: Tensor) -> bool:
+def needs_gradient(tensor: Tensor) -> bool:
     return tensor.requires_grad and torch.is_grad_enabled()
 
 
@@ -203,7 +193,7 @@ _heads_op = torch.library.custom_op(
     schema="(Tensor[] hiddens, Tensor weight, Tensor labels, Tensor head_scales, "
     "Tensor? row_weights, Tensor? teacher, int first, ScalarType mm, bool[] needs_grad, "
     "int ignore_index, float z_loss, float? softcap, float label_smoothing, SymInt? chunk_rows, "
-    "bool compile, str backend, str? target_loss, float target_weight) -> Tensor[]",
+    "bool compile, str? target_loss, float target_weight) -> Tensor[]",
 )
 
 

@@ -54,19 +54,6 @@ _CPU_CHUNK_ROWS = 512
 _GPU_MIN_CHUNK_ROWS = 1024
 
 
-class LossInput(NamedTuple):
-    """What a backend of `linear_cross_entropy` gets, checked and of the shapes said there."""
-
-    hiddens: tuple[Tensor, ...]  # n of [N, D]
-    weight: Tensor  # [V, D]
-    labels: Tensor  # [N, n]
-    head_scales: Tensor  # [n]
-    row_weights: Tensor | None  # [N, n]
-    options: LossOptions
-    teacher: Tensor | None = None  # [N, D], detached
-    first: int = 0  # number of the first of the heads
-
-
 class LossOutput(NamedTuple):
     """Result of `linear_cross_entropy`; only `loss` carries a gradient.
 
@@ -77,8 +64,7 @@ class LossOutput(NamedTuple):
     # [n] sum of each head's token losses over its valid labels, times row_weights, unscaled
     loss_sum: Tensor
     valid: Tensor  # [n] int64, labels that are not ignore_index
-    # [n] int64, valid labels whose logit is above every other of its row; -1: backend has no count
-    correct: Tensor
+    correct: Tensor  # [n] int64, valid labels whose logit is above every other of its row
 
 
 @torch.no_grad()

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from torchtitan_mtp.errors import UserError
-from torchtitan_mtp.ops.backends import BACKENDS
-from torchtitan_mtp.ops.chunked import LossInput, LossOutput
+from torchtitan_mtp.ops.autograd import HeadsLoss, needs_gradient
+from torchtitan_mtp.ops.chunked import LossOutput, fp16_gradient_scale
 from torchtitan_mtp.ops.soft_targets import TARGET_LOSSES
 from torchtitan_mtp.ops.token_losses import LossOptions
 
@@ -40,7 +40,7 @@ def linear_cross_entropy(
     labels, into `head_scales`. So an all-ignored batch gives 0 and zero gradients, and
     accumulation over micro-batches and ranks is exact.
 
-    The gradients of the default backend are computed in the forward, and one backward uses them up.
+    The gradients are computed in the forward, and one backward uses them up.
 
     Args:
         hiddens: n tensors [N, D], or one [n, N, D].
@@ -59,8 +59,8 @@ def linear_cross_entropy(
         first: number of the first of these heads, from 0.
 
     Raises:
-        UserError: shapes, dtypes or devices that do not fit, an unknown or missing backend, or an
-            option that the backend does not have; one line that names it.
+        UserError: shapes, dtypes or devices that do not fit, or an option out of its range; one
+            line that names it.
     """
     if options is None:
         options = LossOptions(**fields)
@@ -77,9 +77,10 @@ def linear_cross_entropy(
     if row_weights is not None:
         columns = row_weights if row_weights.dim() == 2 else row_weights.unsqueeze(1)
         row_weights = columns.detach().expand(labels.shape)
-    scales = head_scales.detach()
-    x = LossInput(heads, weight, labels, scales, row_weights, options, teacher, first)
-    return BACKENDS[options.backend](x)
+    tensors = (weight, labels, head_scales.detach(), row_weights, teacher, first)
+    scale = fp16_gradient_scale(head_scales.detach(), heads[0])
+    needs_grad = [needs_gradient(tensor) for tensor in (weight, *heads)]
+    return LossOutput(*HeadsLoss.apply(*tensors, options, scale, needs_grad, None, False, *heads))
 
 
 def _check_options(options: LossOptions) -> None:
@@ -92,7 +93,6 @@ def _check_options(options: LossOptions) -> None:
         ("target_loss", target in kinds, f"one of {', '.join(map(str, kinds))}"),
         ("target_weight", 0 <= options.target_weight <= 1, "0 to 1"),
         ("chunk_rows", rows is None or rows >= 1, ">= 1 or None"),
-        ("backend", options.backend in BACKENDS, f"one of {', '.join(BACKENDS)}"),
     ):
         if not fits:
             raise _error(f"{name} is {getattr(options, name)!r}", expected)

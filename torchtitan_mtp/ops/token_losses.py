@@ -20,8 +20,7 @@ class LossOptions(NamedTuple):
     softcap: float | None = None  # cap of the logits (Gemma 2, arXiv 2408.00118, section 2)
     label_smoothing: float = 0.0  # share of the uniform distribution in the target (1512.00567)
     chunk_rows: int | None = None  # rows of logits alive at a time; None: by shapes and device
-    compile: bool = False  # fuse the passes over a chunk's logits; "chunked" only
-    backend: str = "chunked"  # ours; "naive": whole logits; "torch": torch's own
+    compile: bool = False  # fuse the passes over a chunk's logits
     target_loss: str | None = None  # against a teacher, of `TARGET_LOSSES`; None: labels only
     target_weight: float = 1.0  # its share; the rest is the label's cross-entropy
 

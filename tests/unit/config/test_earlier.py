@@ -12,9 +12,10 @@ CHAIN = 'heads = "sequential"'
 FILES = {  # lines of [mtp], of [loss], and today's engine with what the log says, if anything
     "renamed": ('engine = "sequential"', "", "head_by_head", "is called"),
     "renamed, of a chain": (f'{CHAIN}\nengine = "sequential"', "", "head_by_head", "is called"),
-    "a chain's default": (f'{CHAIN}\nengine = "joint"', "", "head_by_head", "as it always did"),
-    "default of another loss": ("", 'backend = "naive"', "joint", 'loss.backend = "naive"'),
-    "a chain of another loss": (f'{CHAIN}\nengine = "joint"', 'backend = "naive"', "joint", ""),
+    "a chain's default": (f'{CHAIN}\nengine = "joint"', "", "head_by_head", "the same gradients"),
+    "the one loss": ("", 'backend = "chunked"', "head_by_head", ""),
+    "whole logits": ('engine = "joint"', 'backend = "naive"', "joint", "in chunks now"),
+    "torch's loss": ("", 'backend = "torch"', "head_by_head", "in chunks now"),
     "joint": ('engine = "joint"', "", "joint", ""),
     "default": ("", "", "head_by_head", ""),
 }
@@ -37,7 +38,14 @@ def test_a_command_line_has_todays_words():
     heads = ["--model.converters", "mtp", "--mtp.heads", "sequential", "--mtp.engine"]
     with pytest.raises(UserError, match='expected one of "head_by_head", "joint"'):
         parse_args([*heads, "sequential"])
-    with pytest.raises(
-        UserError, match=r'"joint": .*sequential" has one way .*; set mtp.engine = "h'
-    ):
+    with pytest.raises(UserError, match=r'sequential" has one way; set mtp\.engine = "head'):
         parse_args([*heads, "joint"])
+    with pytest.raises(UserError, match=r"--loss\.backend"):
+        parse_args(["--loss.backend", "chunked"])
+
+
+def test_a_loss_that_never_was(tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_text('[loss]\nbackend = "fastest"\n')
+    with pytest.raises(UserError, match=r"run.toml: .*loss.backend"):
+        load_toml(path)

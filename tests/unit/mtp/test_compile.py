@@ -17,8 +17,8 @@ from torchtitan_mtp.distributed.mesh import init_world
 from torchtitan_mtp.distributed.parallelize import parallelize
 from torchtitan_mtp.models.args import ModelArgs
 from torchtitan_mtp.models.transformer import build_model
-from torchtitan_mtp.mtp import ENGINES, add_heads, forward_loss, head_scales, head_weights
-from torchtitan_mtp.ops import LossOptions
+from torchtitan_mtp.mtp import ENGINES, add_heads, head_scales, head_weights
+from torchtitan_mtp.ops import LossOptions, linear_cross_entropy
 
 # More than the recompilations that torch.compile allows a function (8): one a layer would raise.
 LAYERS, N = 10, 4
@@ -99,7 +99,8 @@ class SmallRun:
 
     @torch.no_grad()
     def evaluate(self, seed: int) -> None:
-        forward_loss(self.model, self.batch(seed), torch.ones(N, device=self.device), LossOptions())
+        batch = self.batch(seed)
+        self.model.output.loss(self.model(batch), batch.labels, linear_cross_entropy)
         for module in self.model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from loss_inputs import IGNORE, OPTIONS, gradients, make_inputs
 
 from tests.naive import distance
+from tests.naive_loss import naive_loss
 from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.ops import chunked, linear_cross_entropy
 from torchtitan_mtp.ops.chunked import matmul_dtype
@@ -56,10 +57,8 @@ def test_equals_definition_in_float64(kind, share, options):
     exact = gradients(loss, hiddens, weight)
     options = options | {"target_loss": kind, "target_weight": share, "teacher": hiddens[0]}
     plain = linear_cross_entropy(hiddens, weight, labels)
-    for backend in ("chunked", "naive"):
-        got = linear_cross_entropy(
-            hiddens, weight, labels, SCALES.double(), backend=backend, chunk_rows=8, **options
-        )
+    for op in (linear_cross_entropy, naive_loss):
+        got = op(hiddens, weight, labels, SCALES.double(), chunk_rows=8, **options)
         torch.testing.assert_close(got.loss_sum, torch.stack(sums).detach(), rtol=1e-10, atol=0)
         assert torch.equal(got.valid, plain.valid) and torch.equal(got.correct, plain.correct)
         found = gradients(got.loss, hiddens, weight)
@@ -86,9 +85,7 @@ def test_low_precision_close_to_float64(dtype, kind):
     exact = [h.detach().double().requires_grad_() for h in (*hiddens, weight)]
     how = {"target_loss": kind, "target_weight": 0.8}
     scales = SCALES[:2]
-    expected = linear_cross_entropy(
-        exact[:2], exact[2], labels, scales, backend="naive", teacher=exact[0], **how
-    )
+    expected = naive_loss(exact[:2], exact[2], labels, scales, teacher=exact[0], **how)
     got = linear_cross_entropy(hiddens, weight, labels, scales, teacher=hiddens[0], **how)
     torch.testing.assert_close(got.loss.double(), expected.loss, rtol=1e-4, atol=0)
     found = gradients(got.loss, hiddens, weight)
@@ -227,7 +224,6 @@ def test_two_chunks_of_logits_whatever_n(kind):
         ({"target_loss": "mse"}, "target_loss is 'mse'; expected one of None, kl, lk, tv"),
         ({"target_weight": 1.5}, "target_weight is 1.5; expected 0 to 1"),
         ({"teacher": torch.zeros(36, 16)}, r"teacher is \[36, 16\]; expected \[N, D\] = \[37, 16"),
-        ({"backend": "torch"}, "'torch' has no teacher|'torch' needs torch >= 2.13"),
     ],
 )
 def test_errors_name_what_is_wrong(change, message):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 
 import pytest
@@ -11,6 +10,7 @@ import torch.nn.functional as F
 from loss_inputs import IGNORE, OPTIONS, gradients, make_inputs
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.naive_loss import naive_loss
 from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.ops import (
     LossOptions,
@@ -19,6 +19,8 @@ from torchtitan_mtp.ops import (
     linear_cross_entropy,
 )
 from torchtitan_mtp.ops.chunked import _CPU_CHUNK_ROWS, matmul_dtype
+
+both = pytest.mark.parametrize("op", [linear_cross_entropy, naive_loss])
 
 
 def reference(hiddens, weight, labels, scales, z_loss=0.0, softcap=None, label_smoothing=0.0):
@@ -42,15 +44,13 @@ def reference(hiddens, weight, labels, scales, z_loss=0.0, softcap=None, label_s
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize("backend", ["chunked", "naive"])
-def test_equals_definition_in_float64(backend, options):
+@both
+def test_equals_definition_in_float64(op, options):
     hiddens, weight, labels = make_inputs()
     labels[:3, 0] = (hiddens[0][:3] @ weight.T).argmax(1)  # some correct ones
     scales = torch.tensor([1.0, 0.3, 0.0])
     expected = reference(hiddens, weight, labels, scales, **options)
-    got = linear_cross_entropy(
-        hiddens, weight, labels, scales, chunk_rows=8, backend=backend, **options
-    )
+    got = op(hiddens, weight, labels, scales, chunk_rows=8, **options)
     assert isinstance(got, LossOutput)
     assert got.loss.dtype == got.loss_sum.dtype == torch.float64
     assert got.valid.dtype == got.correct.dtype == torch.int64
@@ -69,24 +69,16 @@ def test_equals_definition_in_float64(backend, options):
 
 @pytest.mark.parametrize("a_head", [False, True])
 @pytest.mark.parametrize("options", [OPTIONS[0], OPTIONS[-1]], ids=str)
-@pytest.mark.parametrize("backend", ["chunked", "naive"])
-def test_row_weights_in_float64(backend, options, a_head):
+@both
+def test_row_weights_in_float64(op, options, a_head):
     """Token by token: weights of either sign, a zero among them; [N] counts for every head."""
     hiddens, weight, labels = make_inputs()
     scales = torch.tensor([1.0, 0.3, 2.0])
     weights = torch.linspace(-1, 2, labels.numel(), dtype=torch.float64).view(labels.shape)
     weights[5] = 0
     weights = weights if a_head else weights[:, 0]
-    got = linear_cross_entropy(
-        hiddens,
-        weight,
-        labels,
-        scales,
-        row_weights=weights,
-        chunk_rows=8,
-        backend=backend,
-        **options,
-    )
+    how = options | {"row_weights": weights, "chunk_rows": 8}
+    got = op(hiddens, weight, labels, scales, **how)
     sums = []
     for k in range(3):
         rows = [  # one row at a time, so that only the weights are new
@@ -98,7 +90,7 @@ def test_row_weights_in_float64(backend, options, a_head):
     expected = sum(s * total for s, total in zip(scales.double(), sums, strict=True))
     torch.testing.assert_close(got.loss, expected, rtol=1e-6, atol=0)
     torch.testing.assert_close(got.loss_sum, torch.stack(sums).detach(), rtol=1e-10, atol=0)
-    plain = linear_cross_entropy(hiddens, weight, labels, scales, backend=backend, **options)
+    plain = op(hiddens, weight, labels, scales, **options)
     assert torch.equal(got.valid, plain.valid) and torch.equal(got.correct, plain.correct)
     for a, b in zip(
         gradients(got.loss, hiddens, weight, 1.5),
@@ -126,7 +118,7 @@ def test_row_weights_compile_and_are_constants():
 def test_float32_close_to_float64(options):
     hiddens, weight, labels = make_inputs(n=2, n_rows=130, dim=32, vocab=517)
     scales = torch.tensor([1.0, 0.3])
-    expected = linear_cross_entropy(hiddens, weight, labels, scales, backend="naive", **options)
+    expected = naive_loss(hiddens, weight, labels, scales, **options)
     exact = gradients(expected.loss, hiddens, weight)
     low = [h.detach().float().requires_grad_() for h in hiddens]
     low_weight = weight.detach().float().requires_grad_()
@@ -146,7 +138,7 @@ def test_low_precision_close_to_float64(dtype, vocab):
     scales = torch.tensor([1.0, 0.3])
     exact = [h.detach().double().requires_grad_() for h in hiddens]
     exact_weight = weight.detach().double().requires_grad_()
-    expected = linear_cross_entropy(exact, exact_weight, labels, scales, backend="naive")
+    expected = naive_loss(exact, exact_weight, labels, scales)
     got = linear_cross_entropy(hiddens, weight, labels, scales)
     assert got.loss.dtype == torch.float32
     torch.testing.assert_close(got.loss.double(), expected.loss, rtol=1e-4, atol=0)
@@ -165,7 +157,7 @@ def test_low_precision_close_to_float64(dtype, vocab):
 @pytest.mark.parametrize("chunk_rows", [1, 7, 37, 1000, None])
 def test_any_number_of_heads_and_chunk_rows(n, chunk_rows):
     hiddens, weight, labels = make_inputs(n=n)
-    expected = linear_cross_entropy(hiddens, weight, labels, backend="naive")
+    expected = naive_loss(hiddens, weight, labels)
     got = linear_cross_entropy(hiddens, weight, labels, chunk_rows=chunk_rows)
     torch.testing.assert_close(got, expected)
     torch.testing.assert_close(
@@ -188,11 +180,11 @@ def test_stacked_hiddens_and_non_contiguous_inputs():
     torch.testing.assert_close(d_weight, exact[2])
 
 
-@pytest.mark.parametrize("backend", ["chunked", "naive"])
-def test_all_ignored_is_zero_with_zero_gradients(backend):
+@both
+def test_all_ignored_is_zero_with_zero_gradients(op):
     hiddens, weight, labels = make_inputs()
     labels.fill_(IGNORE)
-    got = linear_cross_entropy(hiddens, weight, labels, z_loss=1e-2, backend=backend)
+    got = op(hiddens, weight, labels, z_loss=1e-2)
     assert got.loss == 0 and got.valid.tolist() == [0, 0, 0] and got.correct.tolist() == [0, 0, 0]
     for gradient in gradients(got.loss, hiddens, weight):
         assert torch.equal(gradient, torch.zeros_like(gradient))
@@ -221,7 +213,7 @@ def test_no_rows():
 def test_extreme_logits_stay_finite():
     hiddens, weight, labels = make_inputs(dtype=torch.float32)
     large = [(h.detach() * 1e4).requires_grad_() for h in hiddens]
-    expected = linear_cross_entropy(large, weight, labels, backend="naive")
+    expected = naive_loss(large, weight, labels)
     got = linear_cross_entropy(large, weight, labels)
     torch.testing.assert_close(got.loss, expected.loss)
     torch.testing.assert_close(
@@ -229,12 +221,12 @@ def test_extreme_logits_stay_finite():
     )
 
 
-@pytest.mark.parametrize("backend", ["chunked", "naive"])
-def test_ties_are_not_correct(backend):
+@both
+def test_ties_are_not_correct(op):
     hiddens, _, labels = make_inputs(n=1, ignored=0)
     labels[0] = 0  # what argmax would say
     zeros = torch.zeros(101, 16, dtype=torch.float64)
-    got = linear_cross_entropy(hiddens, zeros, labels, backend=backend)
+    got = op(hiddens, zeros, labels)
     assert got.correct.item() == 0  # an untrained, zero unembedding has no right answers
 
 
@@ -255,15 +247,15 @@ def test_tied_weight_and_two_uses_accumulate():
     _, weight, labels = make_inputs(n=1)
     tokens = torch.arange(37) % 101
 
-    def total(backend):
+    def total(op):
         hidden = F.embedding(tokens, weight)
-        first = linear_cross_entropy([hidden], weight, labels, backend=backend)
-        second = linear_cross_entropy([hidden.tanh()], weight, labels, z_loss=0.1, backend=backend)
+        first = op([hidden], weight, labels)
+        second = op([hidden.tanh()], weight, labels, z_loss=0.1)
         return first.loss + 0.5 * second.loss
 
-    expected = torch.autograd.grad(total("naive"), weight)
+    expected = torch.autograd.grad(total(naive_loss), weight)
     weight.grad = torch.ones_like(weight)  # as accumulation over micro-batches finds it
-    total("chunked").backward()
+    total(linear_cross_entropy).backward()
     torch.testing.assert_close(weight.grad, expected[0] + 1)
 
 
@@ -427,18 +419,23 @@ def test_negative_label_is_an_error_not_a_class():
 
 def test_default_chunk_is_large_enough_for_tests_to_split():
     hiddens, weight, labels = make_inputs(n=1, n_rows=_CPU_CHUNK_ROWS + 3, ignored=0)
-    expected = linear_cross_entropy(hiddens, weight, labels, backend="naive")
+    expected = naive_loss(hiddens, weight, labels)
     torch.testing.assert_close(linear_cross_entropy(hiddens, weight, labels), expected)
 
 
 @pytest.mark.skipif(not hasattr(F, "linear_cross_entropy"), reason="torch < 2.13")
-def test_torch_backend():
+def test_equals_torchs_own():
     hiddens, weight, labels = make_inputs(dtype=torch.float32)
-    expected = linear_cross_entropy(hiddens, weight, labels)
     for rows in (None, 8):
-        got = linear_cross_entropy(hiddens, weight, labels, backend="torch", chunk_rows=rows)
-        torch.testing.assert_close(got[:3], expected[:3])
-        assert got.correct.tolist() == [-1, -1, -1]
+        got = linear_cross_entropy(hiddens, weight, labels, chunk_rows=rows)
+        how = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=rows)
+        sums = [
+            F.linear_cross_entropy(hidden, weight, y, reduction="sum", options=how)
+            for hidden, y in zip(hiddens, labels.unbind(1), strict=True)
+        ]
+        torch.testing.assert_close(got.loss_sum, torch.stack(sums).detach())
+        exact = gradients(sum(sums), hiddens, weight)
+        torch.testing.assert_close(gradients(got.loss, hiddens, weight), exact)
 
 
 @pytest.mark.parametrize(
@@ -465,7 +462,6 @@ def test_torch_backend():
             {"labels": torch.zeros(37, 1, dtype=torch.int64, device="meta")},
             "labels is on meta and weight on cpu",
         ),
-        ({"backend": "fast"}, "'fast'; expected one of chunked, naive, torch"),
         ({"softcap": 0.0}, "softcap is 0.0"),
         ({"label_smoothing": 1.5}, "label_smoothing is 1.5"),
         ({"z_loss": -1.0}, "z_loss is -1.0"),
@@ -482,29 +478,3 @@ def test_errors_name_what_is_wrong(change, message):
     with pytest.raises(UserError, match=message) as error:
         linear_cross_entropy(**arguments)
     assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize(
-    "option",
-    [
-        {"z_loss": 1e-3},
-        {"softcap": 5.0},
-        {"label_smoothing": 0.1},
-        {"row_weights": torch.ones(37)},
-    ],
-    ids=str,
-)
-def test_backend_refuses_missing_option(option):
-    hiddens, weight, labels = make_inputs(n=1, dtype=torch.float32)
-    (name,) = option
-    message = rf"'torch' has no {name}|'torch' needs torch >= 2.13"
-    with pytest.raises(UserError, match=message) as error:
-        linear_cross_entropy(hiddens, weight, labels, backend="torch", **option)
-    assert "\n" not in str(error.value)
-
-
-def test_torch_backend_names_the_version_it_needs(monkeypatch):
-    hiddens, weight, labels = make_inputs(n=1, dtype=torch.float32)
-    monkeypatch.delattr(F, "linear_cross_entropy", raising=False)
-    with pytest.raises(UserError, match=f"found {re.escape(torch.__version__)}"):
-        linear_cross_entropy(hiddens, weight, labels, backend="torch")

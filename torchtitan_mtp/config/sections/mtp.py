@@ -62,8 +62,7 @@ class MTP:
     engine: Literal["head_by_head", "joint"] = "head_by_head"
     """"head_by_head": one head's loss and backward after another, with memory flat in n and nothing
     computed twice (a chain keeps one state of each head and computes its blocks twice); "joint": in
-    one graph, which does so for parallel heads, too. The same gradients. "head_by_head" needs
-    loss.backend = "chunked", with which a chain has no other."""
+    one graph, which does so for the others, and which a chain has not. The same gradients."""
 
     share_weights: bool = False
     """Apply one sequential module n - 1 times instead of training n - 1 modules."""
@@ -90,10 +89,6 @@ class MTP:
 @dataclass
 class Loss:
     """The linear cross-entropy that every head goes through."""
-
-    backend: Literal["chunked", "naive", "torch"] = "chunked"
-    """Implementation: "chunked" holds the logits of one chunk of one head at a time, "naive" all of
-    them, "torch" is torch's own (2.13 on)."""
 
     chunk_rows: int | None = setting(None, at_least=1)
     """Tokens of one chunk; None: chosen from the sizes."""

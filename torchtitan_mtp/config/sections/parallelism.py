@@ -45,8 +45,8 @@ class Compile:
     """Compile the components."""
 
     components: list[Literal["model", "loss"]] = setting(lambda: ["model", "loss"], distinct=True)
-    """What is compiled: "model" is each transformer block, "loss" the passes of the default loss
-    backend over a chunk's logits (not worth it on CPUs)."""
+    """What is compiled: "model" is each transformer block, "loss" the passes of the loss over
+    a chunk's logits (not worth it on CPUs)."""
 
     backend: str = "inductor"
     """torch.compile's backend."""
