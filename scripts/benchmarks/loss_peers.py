@@ -46,14 +46,16 @@ def _torchs(chunk_rows: int | None = None) -> Callable[..., None]:
 
 
 def naive(hiddens: Sequence[Tensor], weight: Tensor, labels: Tensor) -> None:
-    """Whole logits, with the count of what is right."""
-    losses = []
-    for k, hidden in enumerate(hiddens):
-        y, logits = labels[:, k], F.linear(hidden, weight).float()
-        losses.append(F.cross_entropy(logits, y, reduction="sum"))
-        y, found = y.unsqueeze(1), logits.detach()
-        (found.gather(1, y) > found.scatter(1, y, -torch.inf).amax(1, keepdim=True)).sum()
+    """Whole logits, with the count of labels above every other."""
+    losses = [_counted_cross_entropy(h, weight, labels[:, k]) for k, h in enumerate(hiddens)]
     torch.stack(losses).sum().backward()
+
+
+def _counted_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    logits = F.linear(hidden, weight).float()
+    y, x = labels.unsqueeze(1), logits.detach()
+    (x.gather(1, y) > x.scatter(1, y, -torch.inf).amax(1, keepdim=True)).sum()
+    return F.cross_entropy(logits, labels, reduction="sum")
 
 
 def _distilled(kind: str, compile: bool = False) -> Callable[..., None]:
