@@ -8,7 +8,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 fast=(tests/integration/test_earlier_files.py tests/unit/{cli,config,models,mtp}
-    tests/unit/data/test_{targets,loader,tokenizer}.py tests/unit/checkpoint/test_record.py
+    tests/unit/data/test_{targets,endless_loader,one_pass,tokenizer}.py tests/unit/checkpoint/test_record.py
     tests/unit/inference/test_decoding.py
     tests/unit/ops/test_{head_by_head,linear_cross_entropy}.py
     tests/unit/test_{imports,optimizer,trainer}.py)

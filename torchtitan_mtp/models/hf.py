@@ -23,7 +23,7 @@ from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.models.args import ModelArgs, ModelSpec
 from torchtitan_mtp.models.attention import KVCache
 from torchtitan_mtp.models.heads import TrunkOutput, TrunkParts
-from torchtitan_mtp.models.hf_config import document_masks, transformers, without_dropout
+from torchtitan_mtp.models.hf_config import document_masks, transformers
 from torchtitan_mtp.models.hf_spans import HFSpan, HFSpans, SpanCache
 from torchtitan_mtp.models.init import copy_full_tensor, seed_of
 from torchtitan_mtp.models.layers import NormParams, normalize
@@ -78,7 +78,7 @@ def _causal_model(config: Any) -> tuple[Any, Names]:
     auto = transformers(kind).AutoModelForCausalLM
     try:
         with torch.device("meta"):
-            causal = auto.from_config(config)
+            causal = auto.from_config(copy.deepcopy(config))
     except ValueError as error:
         raise UserError(f"{kind}: transformers has no causal language model of it") from error
     base, head = causal.base_model_prefix, causal.get_output_embeddings()
@@ -113,7 +113,6 @@ class HFTrunk(Trunk):
 
     def __init__(self, config: Any, args: ModelArgs, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
-        config = without_dropout(config)
         self.spec = ModelSpec(args, hf_config=config.to_diff_dict())
         causal, self._names = _causal_model(config)
         # No module of this one: its modules are, under their own names.
@@ -135,6 +134,12 @@ class HFTrunk(Trunk):
                 f'model.attn_mask_type = "block_causal": {type(causal).__name__} of transformers '
                 'can\'t keep packed documents apart; set "causal"'
             )
+        self.train()
+
+    def train(self, mode: bool = True) -> HFTrunk:
+        """Never in transformers' training mode, in which some models draw random numbers (dropout,
+        a router's noise): every forward and its recomputation are the same."""
+        return super().train(False)
 
     @property
     def inner(self) -> Any:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import functools
 import logging
 from typing import Any
 
@@ -11,6 +9,11 @@ from torch import Tensor
 
 from torchtitan_mtp.errors import UserError, import_optional
 from torchtitan_mtp.models.args import ModelArgs
+
+_SAID = (
+    *("num_key_value_heads", "intermediate_size", "head_dim", "tie_word_embeddings"),
+    *("rms_norm_eps", "layer_norm_eps", "norm_eps"),
+)
 
 
 def transformers(what: str) -> Any:
@@ -59,32 +62,30 @@ def config_of(told: dict[str, Any]) -> Any:
 
 
 def sizes_of_config(config: Any, max_seq_len: int, attn_mask_type: str | None) -> ModelArgs:
-    """The sizes in a config of transformers; attn_mask_type: None for "causal"."""
-    said = functools.partial(getattr, config)
-    heads = config.num_attention_heads
-    eps = said("rms_norm_eps", None) or said("layer_norm_eps", None) or said("norm_eps", None)
+    """The sizes in a config of transformers; attn_mask_type: None for "causal". Error: it has no
+    such sizes."""
+    try:
+        heads, width = config.num_attention_heads, config.hidden_size
+        said = {key: getattr(config, key, None) for key in _SAID}
+        layers, rows = config.num_hidden_layers, config.vocab_size
+    except AttributeError as error:
+        raise UserError(
+            f"config.json: model_type = {config.model_type!r} has not the sizes of a decoder with "
+            f"attention of one width: {error}"
+        ) from error
     return ModelArgs(
-        dim=config.hidden_size,
-        n_layers=config.num_hidden_layers,
+        dim=width,
+        n_layers=layers,
         n_heads=heads,
-        n_kv_heads=said("num_key_value_heads", None) or heads,
-        vocab_size=config.vocab_size,
-        hidden_dim=said("intermediate_size", None),
-        head_size=said("head_dim", None) or config.hidden_size // heads,
-        norm_eps=eps or 1e-5,
+        n_kv_heads=said["num_key_value_heads"] or heads,
+        vocab_size=rows,
+        hidden_dim=said["intermediate_size"],
+        head_size=said["head_dim"] or width // heads,
+        norm_eps=said["rms_norm_eps"] or said["layer_norm_eps"] or said["norm_eps"] or 1e-5,
         max_seq_len=max_seq_len,
-        tied_embeddings=bool(said("tie_word_embeddings", False)),
+        tied_embeddings=bool(said["tie_word_embeddings"]),
         attn_mask_type=attn_mask_type or "causal",
     )
-
-
-def without_dropout(config: Any) -> Any:
-    """A copy whose dropouts are 0: the forward has no randomness."""
-    config = copy.deepcopy(config)
-    for key, value in config.to_dict().items():
-        if ("dropout" in key or "pdrop" in key) and isinstance(value, float):
-            setattr(config, key, 0.0)
-    return config
 
 
 def document_masks(config: Any, x: Tensor, positions: Tensor) -> dict[str, Any]:

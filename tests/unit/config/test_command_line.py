@@ -161,7 +161,7 @@ def test_the_config_file_in_both_spellings(tmp_path, spelling, equals):
         ),
         (
             ["--job.config_file", "no.toml"],
-            "no.toml: no such file; found by name: debug_deepseek_v3.toml, debug_parallel.toml, ",
+            "no.toml: no such file; found by name: add_heads_hf.toml, debug_deepseek_v3.toml, ",
         ),
         (
             ["--training.no_steps"],

@@ -210,7 +210,7 @@ def test_a_byte_order_mark_is_passed_over(write):
 
 
 def test_a_missing_file_and_a_folder(tmp_path):
-    no_file = "run.toml: no such file; found by name: debug_deepseek_v3.toml, "
+    no_file = "run.toml: no such file; found by name: add_heads_hf.toml, debug_deepseek_v3.toml, "
     assert refusal(tmp_path / "no.toml").startswith(no_file)
     assert "can't be read: Is a directory" in refusal(tmp_path)
 

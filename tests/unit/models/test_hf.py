@@ -16,6 +16,7 @@ from torch import Tensor
 from hf_models import CONFIGS
 from torchtitan_mtp.config import MTP
 from torchtitan_mtp.data.targets import IGNORE, Batch, Window, make_batch
+from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.models.hf import HFTrunk
 from torchtitan_mtp.models.hf_config import sizes_of_config
 from torchtitan_mtp.mtp import ENGINES, add_heads
@@ -151,3 +152,22 @@ def test_losses_and_gradients_equal_transformers_alone(name: str, family: str) -
             assert found[name] is None or not found[name].any(), name
         else:
             torch.testing.assert_close(found[name], grad, rtol=1e-3, atol=2e-6, msg=name)
+
+
+def test_a_forward_is_not_random() -> None:
+    """Dropout and routers' noise are of transformers' training mode, which is never entered."""
+    config = CONFIGS["mixtral"]()
+    config.attention_dropout, config.router_jitter_noise = 0.5, 0.5
+    model = build(config, MTP(heads="parallel", num_future_tokens=N))
+    model.train()
+    batch = batch_of()
+    with torch.no_grad():
+        first, second = model(batch), model(batch)
+        theirs = reference(config, model).eval()(input_ids=batch.tokens, use_cache=False).logits
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    torch.testing.assert_close(model.output(first[0]), theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_a_config_without_attentions_is_refused() -> None:
+    with pytest.raises(UserError, match="'mamba2' has not the sizes of a decoder"):
+        sizes_of_config(transformers.Mamba2Config(), SEQ, None)
