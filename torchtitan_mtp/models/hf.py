@@ -198,12 +198,7 @@ class HFTrunk(Trunk):
         return x if scale == 1.0 else x * torch.tensor(scale, dtype=x.dtype, device=x.device)
 
     def _forward_trunk(self, batch: Batch) -> TrunkOutput:
-        tokens, length = batch.tokens, batch.tokens.shape[1]
-        ahead = self.mtp is not None and self.mtp.reads_future_tokens
-        if ahead:  # each once, although up to n heads read it
-            tokens = torch.cat((tokens, batch.future_tokens[:, -1]), dim=1)  # [B, S+n-1]
-        embedded = self.tok_embeddings(tokens)
-        x = embedded[:, :length].contiguous() if ahead else embedded
+        x, embedded = self._embedded(batch)
         inputs: dict[str, Any] = {"position_ids": batch.positions, "use_cache": False}
         if self.args.attn_mask_type == "block_causal":
             inputs["position_ids"] = _within_documents(batch.positions, batch.doc_ids)
@@ -212,7 +207,7 @@ class HFTrunk(Trunk):
                 inputs["attention_mask"] = masks
         below = self.mtp is not None and self.mtp.reads_before_last_layer
         state, context = self.run(x, below, **inputs)
-        return TrunkOutput(state, context, self._scaled(embedded) if ahead else None)
+        return TrunkOutput(state, context, None if embedded is None else self._scaled(embedded))
 
     def run(
         self, x: Tensor, below_last: bool = False, dry: bool = False, **inputs: Any

@@ -104,17 +104,12 @@ class Transformer(Trunk):
         )
 
     def _forward_trunk(self, batch: Batch) -> TrunkOutput:
-        context, heads, tokens = self.attention_context(batch), self.mtp, batch.tokens
-        ahead = heads is not None and heads.reads_future_tokens
-        if ahead:  # each once, although up to n heads read it: the window is contiguous
-            tokens = torch.cat((tokens, batch.future_tokens[:, -1]), dim=1)  # [B, S+n-1]
-        x = embedded = self.tok_embeddings(tokens)
-        if ahead:
-            x = embedded[:, : batch.tokens.shape[1]].contiguous()
+        context, heads = self.attention_context(batch), self.mtp
+        x, embedded = self._embedded(batch)
         layers = list(self.layers.values())
         for block in layers[:-1] if heads and heads.reads_before_last_layer else layers:
             x = block(x, context)
-        return TrunkOutput(x, context, embedded if ahead else None)
+        return TrunkOutput(x, context, embedded)
 
     def spans(self, max_len: int) -> Callable[..., AttentionContext]:
         """As `Trunk.spans`."""

@@ -86,6 +86,16 @@ class Trunk(nn.Module):
         """tokens [B, S] -> [B, S, D], as the first block reads them."""
         return self.tok_embeddings(tokens)
 
+    def _embedded(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """Embeddings of a batch's tokens [B, S, D], and of these and the tokens after them
+        [B, S+n-1, D] where heads read them."""
+        if self.mtp is None or not self.mtp.reads_future_tokens:
+            return self.tok_embeddings(batch.tokens), None
+        # Each token once, although up to n heads read it: the window is contiguous.
+        tokens = torch.cat((batch.tokens, batch.future_tokens[:, -1]), dim=1)
+        embedded = self.tok_embeddings(tokens)
+        return embedded[:, : batch.tokens.shape[1]].contiguous(), embedded
+
     def _forward_trunk(self, batch: Batch) -> TrunkOutput:
         raise NotImplementedError
 
