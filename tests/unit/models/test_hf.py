@@ -5,6 +5,7 @@ runs with the head in its place."""
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ import transformers
 from torch import Tensor
 
 from hf_models import CONFIGS
+from tests.naive import distance
 from torchtitan_mtp.config import MTP
 from torchtitan_mtp.data.targets import IGNORE, Batch, Window, make_batch
 from torchtitan_mtp.errors import UserError
@@ -39,12 +41,12 @@ def build(config: Any, mtp: MTP | None = None, mask: str = "causal") -> HFTrunk:
     return model
 
 
-def batch_of(n: int = N, boundary: int = 7) -> Batch:
+def batch_of(n: int = N, boundary: int = 7, from_head_1: bool = False) -> Batch:
     """Two rows, of which the second has a second document."""
     tokens = torch.randint(3, 64, (2, SEQ + n))
     docs = torch.zeros_like(tokens)
     docs[1, boundary:] = 1
-    return make_batch(Window(tokens, docs), n)
+    return make_batch(Window(tokens, docs), n, from_head_1)
 
 
 def reference(config: Any, model: HFTrunk) -> Any:
@@ -69,15 +71,8 @@ def test_logits_of_head_1_are_transformers_own(family: str) -> None:
     torch.testing.assert_close(logits, theirs, rtol=1e-5, atol=1e-5)
 
 
-def cross_entropy(model: Any, hidden: Tensor, labels: Tensor) -> Tensor:
-    """The sum over tokens, of logits as transformers makes them of a final state."""
-    logits = logits_of(model, hidden)
-    return F.cross_entropy(
-        logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE, reduction="sum"
-    )
-
-
 def logits_of(model: Any, hidden: Tensor) -> Tensor:
+    """Whole logits, as transformers makes them of a final state."""
     config = model.config
     logits = model.get_output_embeddings()(hidden)
     logits = logits / getattr(config, "logits_scaling", 1.0) * getattr(config, "logit_scale", 1.0)
@@ -99,8 +94,22 @@ def with_layers(model: Any, layers: list[Any], kinds: list[str] | None) -> Any:
     return inner
 
 
-def naive_losses(own: Any, heads: Any, family: str, batch: Batch) -> list[Tensor]:
-    """Sums of losses of heads 1..n, by whole forwards of transformers' models."""
+def naive_losses(own: Any, heads: Any, mtp: MTP, batch: Batch) -> list[Tensor]:
+    """Sums of losses of heads 1..n. What a head learns from head 1 is head 1's logits where it
+    predicts the same token, k-1 positions later."""
+    logits = [logits_of(own, h) for h in naive_states(own, heads, mtp.heads, batch)]
+    sums = []
+    for k, labels in enumerate(batch.labels.unbind(-1)):
+        losses = F.cross_entropy(logits[k].mT, labels, ignore_index=IGNORE, reduction="none")
+        if k and mtp.target == "trunk":  # (what comes around the end has no label)
+            soft = distance(logits[0].detach().roll(-k, 1), logits[k], mtp.target_loss)
+            losses = mtp.target_weight * soft + (1 - mtp.target_weight) * losses
+        sums.append(losses[labels != IGNORE].sum())
+    return sums
+
+
+def naive_states(own: Any, heads: Any, family: str, batch: Batch) -> list[Tensor]:
+    """Final states of heads 1..n, by whole forwards of transformers' models."""
     inner = own.base_model
     layers = list(inner.layers)
     kinds = getattr(own.config, "layer_types", None)
@@ -123,7 +132,7 @@ def naive_losses(own: Any, heads: Any, family: str, batch: Batch) -> list[Tensor
             tower = with_layers(own, [head.block], kinds and [kind])
             tower.norm = head.norm
             hiddens.append(tower(inputs_embeds=x / scale, use_cache=False).last_hidden_state)
-    return [cross_entropy(own, h, batch.labels[..., k]) for k, h in enumerate(hiddens)]
+    return hiddens
 
 
 PAIRS = [(f, h) for f in CONFIGS for h in ("parallel", "sequential")] + [("gemma2", "medusa")]
@@ -131,25 +140,53 @@ PAIRS = [(f, h) for f in CONFIGS for h in ("parallel", "sequential")] + [("gemma
 
 @pytest.mark.parametrize(("name", "family"), PAIRS)
 def test_losses_and_gradients_equal_transformers_alone(name: str, family: str) -> None:
+    check_losses_and_gradients(CONFIGS[name](), MTP(heads=family, num_future_tokens=N))
+
+
+@pytest.mark.parametrize(
+    "mtp",
+    [
+        MTP(heads="parallel", target_loss="kl"),
+        MTP(heads="parallel", target_loss="tv", target_weight=0.7),
+        MTP(heads="sequential", target_loss="lk"),
+        MTP(heads="sequential", target_loss="kl", train="heads"),
+        MTP(heads="medusa", target_loss="tv"),
+    ],
+    ids=lambda mtp: f"{mtp.heads}-{mtp.target_loss}-{mtp.train}",
+)
+@pytest.mark.parametrize("name", ["gemma2", "qwen3"])
+def test_what_heads_learn_from_the_model_is_what_transformers_says(name: str, mtp: MTP) -> None:
     config = CONFIGS[name]()
-    model = build(config, MTP(heads=family, num_future_tokens=N))
-    own = reference(config, model)
-    batch = batch_of()
-    options = LossOptions(softcap=model.softcap)
+    if name == "gemma2":
+        config.final_logit_softcapping = 0.5  # which logits of small weights reach
+    mtp = replace(mtp, num_future_tokens=N, target="trunk")
+    check_losses_and_gradients(config, mtp)
+
+
+def check_losses_and_gradients(config: Any, mtp: MTP) -> None:
+    """Against whole logits of transformers' own modules, and autograd through them."""
+    model = build(config, mtp)
+    own, taught = reference(config, model), mtp.target == "trunk"
+    batch = batch_of(from_head_1=taught)
+    kind = mtp.target_loss if taught else None
+    options = LossOptions(
+        softcap=model.softcap, target_loss=kind, target_weight=mtp.target_weight, chunk_rows=5
+    )
     out = ENGINES["head_by_head"](model, batch, SCALES, options, True)
     found = {name: p.grad for name, p in model.named_parameters()}
 
     heads = copy.deepcopy(model.mtp)
     heads.zero_grad()
-    sums = naive_losses(own, heads, family, batch)
+    sums = naive_losses(own, heads, mtp, batch)
     torch.testing.assert_close(out.loss_sum.float(), torch.stack(sums), rtol=1e-5, atol=1e-5)
     (torch.stack(sums) * SCALES).sum().backward()
-    wanted = {name: p.grad for name, p in own.named_parameters()}
+    frozen = mtp.train == "heads"
+    wanted = {name: None if frozen else p.grad for name, p in own.named_parameters()}
     wanted |= {f"mtp.{name}": p.grad for name, p in heads.named_parameters()}
     assert found.keys() == wanted.keys()
     for name, grad in wanted.items():
-        if grad is None:  # an expert that no token chose
-            assert found[name] is None or not found[name].any(), name
+        if grad is None:  # frozen, or an expert that no token chose
+            assert found[name] is None or not (frozen or found[name].any()), name
         else:
             torch.testing.assert_close(found[name], grad, rtol=1e-3, atol=2e-6, msg=name)
 
