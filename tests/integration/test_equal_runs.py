@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 
 import pytest
 import torch
@@ -31,34 +30,38 @@ FAMILIES = {
 family = pytest.mark.parametrize("keys", FAMILIES.values(), ids=FAMILIES.keys())
 
 
-def crossed(options: dict[str, dict], **only: str) -> pytest.MarkDecorator:
-    """Every option with every family, but for those in `only`: these with the families that stand
-    there, and with the others in the exhaustive tests."""
+def crossed(options: dict[str, str]) -> pytest.MarkDecorator:
+    """Every option with the families that stand beside it, and in the exhaustive tests with all."""
     cases = []
-    for name in options:
-        wanted = only.get(re.sub(r"\W+", "_", name), " ".join(FAMILIES)).split()
+    for name, wanted in options.items():
         for family, keys in FAMILIES.items():
-            marks = [] if family in wanted else [pytest.mark.exhaustive]
+            marks = [] if family in wanted.split() else [pytest.mark.exhaustive]
             cases.append(pytest.param(keys, name, marks=marks, id=f"{family}-{name}"))
     return pytest.mark.parametrize(("keys", "name"), cases)
 
 
 @pytest.fixture(scope="module")
-def references() -> dict[tuple, Run]:
+def references() -> dict[str, Run]:
     return {}
 
 
 @pytest.fixture
-def plain(references, tmp_path):
-    """The run without further options, made once for each family."""
+def made(references, tmp_path):
+    """The run of some keys, made once."""
 
-    def run(keys: dict[str, str]) -> Run:
-        key = tuple(keys.items())
+    def run(keys: dict[str, object]) -> Run:
+        key = str(sorted(keys.items()))
         if key not in references:
-            references[key] = train(config_of(tmp_path / "plain", THREE, keys))
+            references[key] = train(config_of(tmp_path / "made", keys))
         return references[key]
 
     return run
+
+
+@pytest.fixture
+def plain(made):
+    """The run of a family without further options."""
+    return lambda keys: made(THREE | keys)
 
 
 @pytest.mark.parametrize("packed", ["causal", "block_causal"])
@@ -76,17 +79,16 @@ def test_one_future_token_is_plain_training(packed, tmp_path):
 
 
 @family
-def test_scale_zero_trains_the_trunk_as_without_heads(keys, tmp_path):
+def test_scale_zero_trains_the_trunk_as_without_heads(keys, made, tmp_path):
     off = {key: value for key, value in keys.items() if key.startswith("model.")}
     off |= {"model.converters": [], "mtp.num_future_tokens": 1}
     three = THREE | {"training.max_norm": math.inf}  # a norm over more zeros is rounded otherwise
-    without = train(config_of(tmp_path / "a", three, off))
-    zero = train(config_of(tmp_path / "b", three, keys, {"mtp.loss_scale": 0.0}))
+    without = made(three | off)
+    zero = train(config_of(tmp_path, three, keys, {"mtp.loss_scale": 0.0}))
     assert [heads[0] for heads in zero.losses] == [heads[0] for heads in without.losses]
     assert same(zero.trunk, without.weights)
     # The other heads do count where the scale is not zero.
-    one = train(config_of(tmp_path / "c", three, keys))
-    assert not same(one.trunk, without.weights)
+    assert not same(made(three | keys).trunk, without.weights)
 
 
 def test_engines_train_alike(plain):
@@ -95,14 +97,13 @@ def test_engines_train_alike(plain):
     torch.testing.assert_close(joint.losses, head_by_head.losses, rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("local", [1, 2, 3])
-@family
-def test_accumulation_is_a_larger_batch(keys, local, tmp_path):
+@crossed({"1": "chain", "2": " ".join(FAMILIES), "3": "joint experts"})
+def test_accumulation_is_a_larger_batch(keys, name, made, tmp_path):
     """The windows of a step are the same, however they are cut into micro-batches."""
     whole = {"training.local_batch_size": 6, "training.steps": 3}
-    parts = {"training.local_batch_size": local, "training.global_batch_size": 6}
-    expected = train(config_of(tmp_path / "a", whole, keys))
-    found = train(config_of(tmp_path / "b", THREE, parts, keys))
+    parts = {"training.local_batch_size": int(name), "training.global_batch_size": 6}
+    expected = made(whole | keys)
+    found = train(config_of(tmp_path, THREE, parts, keys))
     torch.testing.assert_close(found.losses, expected.losses, rtol=1e-5, atol=0)
     for key in ("global_total_loss", "grad_norm"):
         a, b = ([step[key] for step in run.logged] for run in (found, expected))
@@ -138,8 +139,22 @@ SAME_TO_THE_BIT = {
 }
 
 
-# Three that know nothing of heads.
-@crossed(SAME_TO_THE_BIT, deterministic="experts", gc_every_step="chain", profiling="joint")
+@crossed(
+    {
+        # What recomputes, moves or frees weights: each engine and a chain, one of them of experts.
+        "ac selective op": "joint experts",
+        "ac selective 2": "head_by_head chain experts_head_by_head",
+        "ac full": "head_by_head chain experts",
+        "ac full, early stop": "joint chain",
+        "cpu offload": "joint experts",
+        "resharded": "joint chain experts_head_by_head",
+        "not resharded": "head_by_head chain",
+        # These know nothing of heads.
+        "deterministic": "experts",
+        "gc every step": "chain",
+        "profiling": "joint",
+    }
+)
 def test_the_same_to_the_bit(keys, name, plain, tmp_path):
     if name == "cpu offload" and torch.cuda.is_available():
         pytest.skip("weights that start on the CPU come from other random numbers than a GPU's")
@@ -162,14 +177,17 @@ ALMOST_THE_SAME = {
 }
 
 
-# Each family is compiled once; the optimizer knows nothing of heads.
 @crossed(
-    ALMOST_THE_SAME,
-    compile_eager="head_by_head",
-    compile_aot_eager="joint chain experts",
-    compile_aot_eager_ac_op="head_by_head experts_head_by_head",
-    foreach="experts",
-    for_loop="chain",
+    {
+        # tests/unit/mtp/test_compile.py compiles every family.
+        "compile eager": "joint",
+        "compile aot_eager": "chain",
+        "compile aot_eager, ac op": "head_by_head",
+        # The optimizer knows nothing of heads.
+        "foreach": "experts",
+        "for-loop": "chain",
+        "short chunks": "joint head_by_head chain",
+    }
 )
 def test_the_same_but_for_rounding(keys, name, plain, tmp_path):
     run = train(config_of(tmp_path, THREE, keys, ALMOST_THE_SAME[name]))
@@ -197,13 +215,12 @@ def test_adam_and_its_coupled_decay(tmp_path, plain):
     assert not same(c.weights, b.weights)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@family
-def test_bfloat16_stays_close(keys, dtype, plain, tmp_path):
+@crossed({"float32": "head_by_head chain", "bfloat16": "joint experts"})
+def test_bfloat16_stays_close(keys, name, plain, tmp_path):
     """Computed in bfloat16 (8 bits of precision), with weights in either type."""
-    precision = {"training.mixed_precision_param": "bfloat16", "training.dtype": dtype}
+    precision = {"training.mixed_precision_param": "bfloat16", "training.dtype": name}
     run = train(config_of(tmp_path, THREE, keys, precision))
-    kept = {name for name, w in run.weights.items() if w.dtype != getattr(torch, dtype)}
+    kept = {name for name, w in run.weights.items() if w.dtype != getattr(torch, name)}
     assert all(name.endswith("expert_bias") for name in kept)
     assert run.losses != plain(keys).losses
     torch.testing.assert_close(run.losses, plain(keys).losses, rtol=0.02, atol=0)

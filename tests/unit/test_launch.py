@@ -20,12 +20,12 @@ ROOT = Path(__file__).resolve().parents[2]
 # $STUB_LOG: one line a call. $STUB_EXIT: the exit code. $STUB_WAIT: run until told to stop.
 TRAINER_STUB = """#!/usr/bin/env bash
 if [[ $1 == -c ]]; then echo 1; exit; fi  # the number of GPUs
-echo "$* | OMP_NUM_THREADS=${OMP_NUM_THREADS:-} PWD=$PWD" >>"$STUB_LOG"
 if [[ -n ${STUB_WAIT:-} ]]; then
     trap 'echo "got TERM" >>"$STUB_LOG"; exit 0' TERM
     trap 'echo "got INT" >>"$STUB_LOG"; exit 0' INT
-    for _ in {1..300}; do sleep 0.1; done
 fi
+echo "$* | OMP_NUM_THREADS=${OMP_NUM_THREADS:-} PWD=$PWD" >>"$STUB_LOG"
+if [[ -n ${STUB_WAIT:-} ]]; then for _ in {1..300}; do sleep 0.1; done; fi
 exit "${STUB_EXIT:-0}"
 """
 
@@ -164,6 +164,14 @@ def test_a_failed_quickstart_does_not_sample(ready: Path) -> None:
     assert len(calls(ready)) == 1
 
 
+def catches(process: int, number: int) -> bool:
+    """Whether it has a handler for a signal."""
+    status = Path(f"/proc/{process}/status").read_text()
+    found = re.search(r"^SigCgt:\s*([0-9a-f]+)", status, re.M)
+    assert found is not None
+    return bool(int(found[1], 16) >> (number - 1) & 1)
+
+
 @pytest.mark.parametrize("name", ["TERM", "INT"])
 def test_the_quickstart_passes_signals_on(ready: Path, name: str) -> None:
     process = subprocess.Popen(
@@ -172,9 +180,9 @@ def test_the_quickstart_passes_signals_on(ready: Path, name: str) -> None:
         start_new_session=True,
     )
     try:
-        while not calls(ready):
+        # The stub writes down its call once it has its traps; the script sets its own meanwhile.
+        while not (calls(ready) and catches(process.pid, signal.SIGTERM)):
             time.sleep(0.02)
-        time.sleep(3)  # the stub writes down its call just before it sets its traps
         process.send_signal(getattr(signal, f"SIG{name}"))
         assert process.wait(120) == 0  # the trainer saved and left with 0: so does the script
     finally:
