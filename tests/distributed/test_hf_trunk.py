@@ -1,14 +1,20 @@
 """A trunk that transformers runs, through everything a training adds: FSDP2 on two ranks equals one
-process, activation checkpointing and compilation change no loss and no gradient; packed documents
-are as the same documents apart."""
+process, also from a folder with modules and back into it; activation checkpointing and compilation
+change no loss and no gradient; packed documents are as the same documents apart."""
 
 from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch.distributed.tensor import DTensor
 
 from hf_models import CONFIGS
+from native_folders import tensors_of, write_native
+from runs import Run, config_of, largest_difference, same, train
 from spawn import run_ranks
 from torchtitan_mtp.config import MTP, JobConfig
 from torchtitan_mtp.data.targets import IGNORE, Batch, Window, make_batch
@@ -62,17 +68,44 @@ def parallelized(model: HFTrunk, world, ac: str = "none", compiled: bool = False
     return parallelize(model, config, world, torch.float32, seed=5)
 
 
-def on_rank(rank: int, cases) -> list:
+CASES = [(f, h) for f in FAMILIES for h in ("parallel", "sequential")]
+NATIVE = "deepseek_v3"  # a folder with two modules, which are heads 2 and 3
+
+
+def train_native(folder: Path, run: str, batch_size: int) -> Run:
+    """A step of the modules of `folder`/model, and the folder that it leaves."""
+    keys: dict[str, Any] = {"model.name": "hf", "model.hf_assets_path": str(folder / "model")}
+    keys |= {"mtp.heads": "sequential", "mtp.train": "heads", "optimizer.lr": 1e-2}
+    keys |= {"checkpoint.enable": True, "checkpoint.initial_load_in_hf": True}
+    keys |= {"checkpoint.last_save_in_hf": True, "job.dump_folder": str(folder / run)}
+    keys |= {"training.steps": 1, "training.local_batch_size": batch_size}
+    return train(config_of(folder, keys))
+
+
+def on_rank(rank: int, folder: Path) -> tuple[list, Run]:
     world = init_world(JobConfig().parallelism)
     results = []
-    for family, heads in cases:
+    for family, heads in CASES:
         torch.manual_seed(0)
         model = parallelized(built(family, heads), world)
         batch = make_batch(window_of(rank), N)
         valid = all_reduce((batch.labels != IGNORE).sum((0, 1)))
         loss, grads = step(model, batch, valid)
         results.append((all_reduce(loss.clone()), grads))
-    return results
+    return results, train_native(folder, "two ranks", 2)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("trunks")
+    write_native(path / "model", NATIVE, 2)
+    config_of(path)  # writes the corpus
+    return path
+
+
+@pytest.fixture(scope="module")
+def ranks(folder) -> list[tuple[list, Run]]:
+    return run_ranks(2, on_rank, folder, timeout=280)
 
 
 def alone(family: str, heads: str, mask: str = "causal") -> HFTrunk:
@@ -83,20 +116,41 @@ def alone(family: str, heads: str, mask: str = "causal") -> HFTrunk:
     return model
 
 
-def test_two_ranks_are_one_process() -> None:
-    cases = [(f, h) for f in FAMILIES for h in ("parallel", "sequential")]
-    results = run_ranks(2, on_rank, cases, timeout=280)
+def test_two_ranks_are_one_process(ranks) -> None:
     batches = [make_batch(window_of(rank), N) for rank in range(2)]
     batch = Batch(*(torch.cat(parts) for parts in zip(*batches, strict=True)))
     valid = (batch.labels != IGNORE).sum((0, 1))
-    for index, (family, heads) in enumerate(cases):
+    for index, (family, heads) in enumerate(CASES):
         loss, grads = step(alone(family, heads), batch, valid)
-        for found, gradients in (ranks[index] for ranks in results):
+        for found, gradients in (results[index] for results, _ in ranks):
             torch.testing.assert_close(found, loss, rtol=1e-5, atol=1e-6, msg=f"{family} {heads}")
             assert gradients.keys() == grads.keys()
             for name, grad in grads.items():
                 what = f"{family} {heads}: {name}"
                 torch.testing.assert_close(gradients[name], grad, rtol=2e-3, atol=2e-6, msg=what)
+
+
+def test_modules_of_a_folder_train_on_two_ranks_as_in_one_process(ranks, folder) -> None:
+    """And the folder that is left is the same, too."""
+    (_, first), (_, second) = ranks
+    run = train_native(folder, "alone", 4)
+    for variable in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        os.environ.pop(variable, None)
+    assert first.losses == second.losses and same(first.weights, second.weights)
+    torch.testing.assert_close(first.losses, run.losses, rtol=1e-5, atol=0)
+    assert same(first.trunk, run.trunk)  # frozen
+    assert largest_difference(first.weights, run.weights) < 5e-5
+
+    released = folder / "model"
+    left = [folder / name / "checkpoint" / "step-1.hf" for name in ("two ranks", "alone")]
+    for file in released.iterdir():
+        found = [(path / file.name).read_bytes() for path in left]
+        if file.name != "model-00003-of-00003.safetensors":
+            assert found == [file.read_bytes()] * 2, file.name
+    before, two, one = (tensors_of(path) for path in (released, *left))
+    assert before.keys() == one.keys()
+    assert largest_difference(two, one) < 5e-5
+    assert largest_difference(before, one) > 1e-3
 
 
 @pytest.fixture(scope="module")
