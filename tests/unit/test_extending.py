@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import re
+import shlex
 import subprocess
-import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from check_readme import FENCE, ROOT, copy_checkout
+
+import forked
 
 PAGE = (ROOT / "docs/extending.md").read_text(encoding="utf-8")
 SECTIONS = dict(re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", PAGE, re.M | re.S))
@@ -38,17 +40,29 @@ def apply(diff: str, checkout: Path) -> None:
         (checkout / name).write_text(text, encoding="utf-8")
 
 
-def run(commands: str, checkout: Path) -> str:
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    done = subprocess.run(
-        ["bash", "-e", "-c", commands],
-        cwd=checkout,
-        env=os.environ | {"PATH": path, "PYTHONPATH": str(checkout)},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+def commands(block: str) -> Iterator[str]:
+    """One after another, each with all its lines."""
+    command = ""
+    for line in block.replace("\\\n", "").splitlines(keepends=True):
+        command += line
+        if command.count("'") % 2 == 0:  # a quotation goes on over lines
+            yield command
+            command = ""
+
+
+def run(block: str, checkout: Path) -> str:
+    """What its commands print. What isn't Python is for bash."""
+    printed = []
+    for command in commands(block):
+        words = shlex.split(command)
+        if words[0] == "python":
+            done = forked.python(words[1:], checkout)
+        else:
+            bash = ["bash", "-c", command]
+            done = subprocess.run(bash, cwd=checkout, text=True, capture_output=True)
+        assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+        printed.append(done.stdout)
+    return "".join(printed)
 
 
 @pytest.mark.parametrize("section", SECTIONS)

@@ -1,0 +1,53 @@
+"""Python programs as forks of the server of tests/distributed/spawn.py, which has the libraries
+imported: a process of its own takes seconds for that."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+from spawn import LIBRARIES
+
+
+def python(arguments: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    """What `PYTHONPATH=folder python ARGUMENTS` does in that folder."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(LIBRARIES)
+    printed = [folder / name for name in (".stdout", ".stderr")]
+    process = context.Process(
+        target=_main, args=(arguments, folder, dict(os.environ), printed), daemon=True
+    )
+    process.start()
+    process.join()
+    assert process.exitcode is not None
+    texts = [file.read_text(encoding="utf-8") for file in printed]
+    return subprocess.CompletedProcess(arguments, process.exitcode, *texts)
+
+
+def _main(
+    arguments: list[str], folder: Path, environment: dict[str, str], printed: list[Path]
+) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(folder)
+    for descriptor, path in enumerate(printed, start=1):
+        with path.open("w") as file:
+            os.dup2(file.fileno(), descriptor)
+    # Without the folders that pytest added: they have another checkout of the package.
+    own = ("lib-dynload", "-packages", ".zip", os.path.dirname(os.__file__))
+    sys.path[:] = [str(folder), *(path for path in sys.path if path.endswith(own))]
+    sys.dont_write_bytecode = False  # what the next one imports is compiled by this one
+    match arguments:
+        case ["-c", code, *_]:
+            sys.argv = ["-c"]
+            exec(code, {"__name__": "__main__"})
+        case ["-m", module, *_]:
+            sys.argv = arguments[1:]
+            runpy.run_module(module, run_name="__main__", alter_sys=True)
+        case [script, *_]:
+            sys.argv = arguments
+            runpy.run_path(script, run_name="__main__")
