@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from torchtitan_mtp.distributed.memory import check_memory
 from torchtitan_mtp.errors import UserError
@@ -27,6 +29,12 @@ def check_generation(model: Trunk, what: str, rows: int, tokens: int) -> None:
         width = args.latent.kv_lora_rank + args.latent.qk_rope_head_dim
     size = rows * tokens * args.n_layers * width * weight.element_size()
     check_memory({what: size}, weight.device)
+
+
+def sampling(args: argparse.Namespace, model: Trunk) -> dict[str, Any]:
+    """What `generate` and `Sampler` take of the arguments."""
+    names = ("temperature", "top_k", "top_p", "seed")
+    return {name: getattr(args, name) for name in names} | {"softcap": model.softcap}
 
 
 def exit_status(program: Callable[[], None]) -> int:

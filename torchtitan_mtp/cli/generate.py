@@ -3,13 +3,13 @@
 CHECKPOINT is a step-N folder, a run's folder, whose latest step is taken, or a Hugging Face folder.
 With --speculative, heads 2..n draft and head 1 verifies; --compare decodes the same prompts both
 ways and shows what the heads gained. --interactive reads texts from the terminal, line by line.
+--output writes the answers to many prompts as records to train on.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import math
 import os
 import sys
@@ -20,9 +20,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from torchtitan_mtp.cli.arguments import check_generation, exit_status, path
+from torchtitan_mtp.cli.answers import BATCH_SIZE, check_output, write_answers
+from torchtitan_mtp.cli.arguments import check_generation, exit_status, path, sampling
+from torchtitan_mtp.cli.prompts import Message, Prompt, encode, read_prompts
 from torchtitan_mtp.config import JobConfig
-from torchtitan_mtp.data.chat import chat_tokenizer, render
+from torchtitan_mtp.data.chat import chat_tokenizer
 from torchtitan_mtp.data.tokenizer import Tokenizer
 from torchtitan_mtp.distributed.shared_cores import SharedCores
 from torchtitan_mtp.errors import UserError, memory_told
@@ -33,9 +35,6 @@ from torchtitan_mtp.inference.sampling import Sampler
 from torchtitan_mtp.inference.stats import ratio
 from torchtitan_mtp.inference.text_stream import TextStream
 from torchtitan_mtp.models.trunk import Trunk
-
-Message = dict[str, str]  # role, content
-Prompt = str | list[Message]
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
@@ -59,6 +58,15 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     )
     prompt.add_argument(
         "--interactive", action="store_true", help="ask for text, show its continuation as it comes"
+    )
+    parser.add_argument(
+        "--output",
+        type=path,
+        help="write the answers to --prompt_file FILE.jsonl as records to train on to this .jsonl "
+        "file; where it has some, go on after them",
+    )
+    parser.add_argument(
+        "--batch_size", type=int, help=f"with --output: prompts at a time; default: {BATCH_SIZE}"
     )
     parser.add_argument(
         "--chat", action="store_true", help="ask with the tokenizer's chat template"
@@ -94,66 +102,6 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 
 def number_of_drafts(text: str) -> int | str:
     return text if text == "auto" else int(text)
-
-
-def read_prompts(args: argparse.Namespace) -> list[Prompt]:
-    """The texts to continue, or with --chat the conversations.
-
-    Errors: an unreadable file, a line that is no record, no text.
-    """
-    prompts: list[Prompt] = list(args.prompt)
-    if args.prompt_file is not None:
-        try:
-            text = args.prompt_file.read_text(encoding="utf-8-sig")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"--prompt_file {args.prompt_file}: can't be read: {error}") from error
-        is_records = args.prompt_file.suffix == ".jsonl"
-        prompts = read_records(args.prompt_file, text, args.chat) if is_records else [text]
-    if not prompts or not all(prompts):
-        raise UserError("the prompt is empty: give some text to continue")
-    if args.chat:
-        return [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in prompts]
-    return prompts
-
-
-def read_records(file: os.PathLike[str], text: str, chat: bool) -> list[Prompt]:
-    """The prompts of a file of JSON records, one a line; empty lines are passed over."""
-    prompts: list[Prompt] = []
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
-            record = None
-        record = record if isinstance(record, dict) else {}
-        prompt: Any = record.get("prompt")
-        if chat:
-            prompt = record.get("messages", prompt)
-        if not isinstance(prompt, str) and not (chat and are_messages(prompt)):
-            wanted = '{"prompt": TEXT}'
-            if chat:
-                wanted += ' or {"messages": [{"role": "user", "content": TEXT}, ...]}'
-            raise UserError(f"{file}:{number}: expected {wanted}, found {line[:40]}")
-        prompts.append(prompt)
-    return prompts
-
-
-def are_messages(value: Any) -> bool:
-    return isinstance(value, list) and all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
-        for m in value
-    )
-
-
-def encode(args: argparse.Namespace, tokenizer: Tokenizer, chat: Any, prompt: Prompt) -> list[int]:
-    """The ids of a text to continue, or of a conversation in the words of its template."""
-    if isinstance(prompt, str):
-        return tokenizer.prompt(prompt, args.special_tokens)
-    answered = prompt[-1]["role"] == "assistant"  # that is what is to be continued
-    options = {"add_generation_prompt": not answered, "continue_final_message": answered}
-    ids: list[int] = tokenizer.encode(render(chat, prompt, **options), special=True).tolist()
-    return ids
 
 
 def percent(rate: float, of: int) -> str:
@@ -232,12 +180,6 @@ def comparisons(
         f"identical: both ways gave the same tokens for {same} of {len(lines)} prompts",
         *others,
     ]
-
-
-def sampling(args: argparse.Namespace, model: Trunk) -> dict[str, Any]:
-    """What `generate` and `Sampler` take."""
-    names = ("temperature", "top_k", "top_p", "seed")
-    return {name: getattr(args, name) for name in names} | {"softcap": model.softcap}
 
 
 def continue_prompts(
@@ -354,11 +296,18 @@ def run(args: argparse.Namespace) -> None:
         raise UserError("--num_draft: needs --speculative or --compare")
     if "" in args.stop:
         raise UserError("--stop: the text is empty: give one that ends the answer")
+    check_output(args)
     # What can't be read is said before a model is loaded.
     prompts = None if args.interactive else read_prompts(args)
-    model, tokenizer, config = load_for_inference(
-        args.checkpoint, find_device(args.device), DTYPES[args.dtype]
-    )
+
+    def load() -> tuple[Trunk, Tokenizer, JobConfig]:
+        device = find_device(args.device)
+        return load_for_inference(args.checkpoint, device, DTYPES[args.dtype])
+
+    if args.output is not None and prompts is not None:
+        write_answers(args, prompts, load)
+        return
+    model, tokenizer, config = load()
     chat = chat_tokenizer(config.model.hf_assets_path) if args.chat else None
     if prompts is None:
         converse(args, model, tokenizer, config, chat)
@@ -370,7 +319,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(sys.argv[1:] if argv is None else argv)
 
     def program() -> None:
-        with SharedCores(), memory_told("lower --max_new_tokens, or give fewer prompts"):
+        with SharedCores(), memory_told("lower --max_new_tokens, or give fewer prompts at a time"):
             run(args)
 
     return exit_status(program)

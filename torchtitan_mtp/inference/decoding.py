@@ -43,7 +43,7 @@ def generate(
     temperature: float = 0.0,
     top_k: int | None = None,
     top_p: float | None = None,
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
     softcap: float | None = None,
     eos_id: EndIds = None,
     speculative: bool = False,
@@ -55,7 +55,8 @@ def generate(
     the first that comes) or the token that completes a stop string.
 
     Args:
-        temperature, top_k, top_p, seed, softcap: see `Sampler`; 0 is greedy.
+        temperature, top_k, top_p, seed, softcap: see `Sampler`; 0 is greedy. A seed of each
+            prompt makes its sample what it is alone (drafts, whose number is the batch's, aside).
         speculative: draft with heads 2..n. Greedy: the tokens are the same. Sampled: their
             distribution is.
         num_draft: drafts a step, at most (and by default) n - 1; "auto" takes the number that

@@ -16,6 +16,7 @@ sampling whatever the drafts are worth; they stand as often as any rule can let 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -47,14 +48,15 @@ class Sampler:
     top_k: among the k most likely tokens. top_p: among the most likely tokens that together have
     at least this probability (Holtzman et al. 2020, arXiv 1904.09751), after top_k. softcap: as in
     training, logits are softcap * tanh(logits / softcap). All of them for drafts as for head 1.
+    seed: of all rows, or one of each, of which a row's samples then depend on its own alone.
     """
 
     temperature: float = 0.0
     top_k: int | None = None
     top_p: float | None = None
-    seed: int = 0
+    seed: int | Sequence[int] = 0
     softcap: float | None = None
-    _generator: torch.Generator | None = field(default=None, init=False)
+    _generators: list[torch.Generator] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < float("inf"):
@@ -63,18 +65,26 @@ class Sampler:
             raise UserError(f"top_k = {self.top_k}: expected 1 or more")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise UserError(f"top_p = {self.top_p}: expected more than 0, at most 1")
-        if not -(2**63) <= self.seed < 2**64:  # torch's
-            raise UserError(f"seed = {self.seed}: expected at most {2**64 - 1}")
+        self._seeds = [self.seed] if isinstance(self.seed, int) else list(self.seed)
+        for seed in self._seeds:
+            if not -(2**63) <= seed < 2**64:  # torch's
+                raise UserError(f"seed = {seed}: expected at most {2**64 - 1}")
 
     def noise(self, batch: int, drafts: int, vocab: int, device: torch.device) -> Noise | None:
         """For a step of `batch` rows with `drafts` drafts each; None when greedy."""
         if self.temperature == 0:
             return None
-        if self._generator is None:
-            self._generator = torch.Generator(device).manual_seed(self.seed)
+        if not self._generators:
+            self._generators = [torch.Generator(device).manual_seed(seed) for seed in self._seeds]
         clocks = torch.empty(batch, 2 * drafts + 1, vocab, device=device)
-        clocks.exponential_(generator=self._generator).clamp_(min=torch.finfo(clocks.dtype).tiny)
-        stands = torch.rand(batch, drafts, device=device, generator=self._generator)
+        stands = torch.empty(batch, drafts, device=device)
+        rows = batch // len(self._generators)
+        for generator, *of_rows in zip(
+            self._generators, clocks.split(rows), stands.split(rows), strict=True
+        ):
+            of_rows[0].exponential_(generator=generator)
+            of_rows[1].uniform_(generator=generator)
+        clocks.clamp_(min=torch.finfo(clocks.dtype).tiny)
         return Noise(clocks[:, :drafts], clocks[:, drafts:], stands)
 
     def draft(

@@ -10,6 +10,7 @@ import torch
 from tiny_models import FAMILIES, head_logits, random_model
 from torch import Tensor
 
+from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.inference import generate
 from torchtitan_mtp.inference.sampling import Noise, Sampler, draw
 from torchtitan_mtp.models.transformer import Transformer
@@ -179,3 +180,23 @@ def test_a_head_that_knows_what_head_1_does_is_always_right_when_sampling() -> N
                 param.zero_()
     stats = generate(model, [[1]], 61, temperature=1.0, speculative=True).stats
     assert stats.conditional == [1, 1, 1] and stats.tokens_per_step == 4
+
+
+@pytest.mark.parametrize("speculative", [False, True])
+def test_a_row_with_a_seed_of_its_own_is_what_it_is_alone(speculative: bool) -> None:
+    model, prompts, seeds = random_model("parallel", 4), [[1, 2, 3], [4], [5, 6], [4]], [7, 8, 9, 8]
+    options: dict[str, Any] = {"temperature": 1.0, "speculative": speculative}
+    rows = generate(model, prompts, 12, seed=seeds, **options).tokens
+    alone = [
+        generate(model, [prompt], 12, seed=seed, **options).tokens[0]
+        for prompt, seed in zip(prompts, seeds, strict=True)
+    ]
+    # While a row alone would draft fewer tokens, being nearer to its end, its draws are others.
+    until = 12 - 4 if speculative else 12
+    assert [row[:until] for row in rows] == [row[:until] for row in alone]
+    assert rows[1] == rows[3] and len({*map(tuple, rows)}) == 3
+
+
+def test_a_seed_of_a_row_that_torch_has_not() -> None:
+    with pytest.raises(UserError, match=f"seed = {2**64}: "):
+        Sampler(temperature=1.0, seed=[1, 2**64])
