@@ -152,6 +152,11 @@ def _check_mtp(config: JobConfig) -> None:
             f"mtp.loss_weights has {len(mtp.loss_weights)} entries: expected none, or one for each "
             f"of heads 2..n, num_future_tokens - 1 = {n - 1}"
         )
+    if mtp.loss_weights and mtp.loss_decay != 1:
+        raise UserError(
+            f"mtp.loss_decay = {show(mtp.loss_decay)}: mtp.loss_weights = {show(mtp.loss_weights)} "
+            "has the weights of heads 2..n already; unset one of them"
+        )
     for key in ("target_loss", "target_weight"):
         if mtp.target == "labels" and getattr(mtp, key) != getattr(type(mtp), key):
             raise UserError(

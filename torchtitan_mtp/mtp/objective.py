@@ -3,7 +3,9 @@
     total = CE_1 + scale(step) * reduce_{k>=2} weight_k * CE_k,    CE_k = loss_sum_k / valid_k
 
 with reduce = sum (Gloeckle et al. 2024, equation 2) or mean (DeepSeek-V3, equation 25), and
-valid_k the number of head k's targets over all ranks and micro-batches of the step.
+valid_k the number of head k's targets over all ranks and micro-batches of the step. weight_k is 1,
+`mtp.loss_weights`, or of a geometric series whose mean over the active heads is 1
+(`mtp.loss_decay`), so that their mean is FastMTP's loss (arXiv 2509.18362).
 """
 
 from __future__ import annotations
@@ -43,9 +45,11 @@ def num_active_heads(mtp: MTP, step: int, steps: int) -> int:
 def head_weights(mtp: MTP, step: int, steps: int) -> list[float]:
     """Weights of CE_1..CE_n in the total at `step` (1-based) of `steps`."""
     n, active = mtp.num_future_tokens, num_active_heads(mtp, step, steps)
-    weights = list(mtp.loss_weights) or [1.0] * (n - 1)
+    weights = list(mtp.loss_weights) or [mtp.loss_decay**j for j in range(n - 1)]
     scale = loss_scale(mtp, step, steps)
-    if mtp.loss_reduction == "mean" and active > 1:
+    if active > 1 and not mtp.loss_weights:
+        scale *= (active - 1) / sum(weights[: active - 1])
+    if active > 1 and mtp.loss_reduction == "mean":
         scale /= active - 1
     return [1.0] + [scale * w if k <= active else 0.0 for k, w in enumerate(weights, start=2)]
 

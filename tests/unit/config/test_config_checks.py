@@ -116,6 +116,8 @@ def test_an_unsupported_value_fails_by_name(setting):
         ("loss.label_smoothing=1", ">= 0 and < 1"),
         ("mtp.num_future_tokens=0", ">= 1 and <= 1000"),
         ("mtp.loss_weights=1,-1,1", ">= 0"),
+        ("mtp.loss_decay=0", "> 0 and <= 1"),
+        ("mtp.loss_decay=1.1", "> 0 and <= 1"),
         ("mtp.loss_scale=-1", ">= 0"),
         ("mtp.target_weight=0", "> 0 and <= 1"),
         ("mtp.loss_scale_boundary=1.1", ">= 0 and <= 1"),
@@ -171,6 +173,11 @@ def test_every_number_of_an_option_in_use_has_a_range_that_its_default_is_in():
             "mtp.loss_weights has 2 entries: expected none, or one for each of heads 2..n",
         ),
         (
+            ["--mtp.loss_weights=1,2,3", "--mtp.loss_decay=0.6"],
+            "mtp.loss_decay = 0.6: mtp.loss_weights = [1.0, 2.0, 3.0] has the weights of heads "
+            "2..n already; unset one of them\n",
+        ),
+        (
             ["--mtp.train=heads", "--mtp.num_future_tokens=1"],
             'mtp.train = "heads": needs mtp.num_future_tokens of at least 2, found 1',
         ),
@@ -199,6 +206,7 @@ def test_combinations_of_mtp(argv, start):
         ["--mtp.heads=sequential", "--mtp.share_weights"],
         ["--mtp.match_parameters"],
         ["--mtp.loss_weights=1,2,3"],
+        ["--mtp.loss_decay=0.6", "--mtp.loss_reduction=mean"],
         ["--mtp.num_future_tokens=1"],
         ["--mtp.num_future_tokens=8", "--training.seq_len=8"],
         ["--mtp.train=heads", "--mtp.init=copy_last_layer"],

@@ -21,6 +21,16 @@ from torchtitan_mtp.mtp.objective import head_scales, head_weights, loss_scale, 
             [1, 0.5, 1],
         ),
         (MTP(num_future_tokens=3, loss_scale=0.0), [1, 0, 0]),
+        (  # FastMTP: 0.6**(k - 1) / (1 + 0.6 + 0.36) for k = 1, 2, 3 (arXiv 2509.18362, section 3)
+            MTP(num_future_tokens=4, loss_decay=0.6, loss_reduction="mean"),
+            [1, 1 / 1.96, 0.6 / 1.96, 0.36 / 1.96],
+        ),
+        (
+            MTP(num_future_tokens=4, loss_decay=0.6, loss_scale=0.5),
+            [1, 1.5 / 1.96, 0.9 / 1.96, 0.54 / 1.96],
+        ),
+        (MTP(num_future_tokens=2, loss_decay=0.6), [1, 1]),
+        (MTP(num_future_tokens=1, loss_decay=0.6), [1]),
     ],
 )
 def test_weights(mtp, expected):
@@ -75,6 +85,20 @@ def test_the_mean_is_over_the_heads_that_are_active():
         [1.0, 0.3, 0.3, 0.0],
         pytest.approx([1.0, 0.2, 0.2, 0.2]),
     ]
+
+
+def test_decaying_weights_average_1_over_the_heads_that_are_active():
+    decayed = {"num_future_tokens": 4, "curriculum": "forward", "loss_decay": 0.5}
+    expected = [[1, 0, 0, 0], [1, 1, 0, 0], [1, 4 / 3, 2 / 3, 0], [1, 12 / 7, 6 / 7, 3 / 7]]
+    for step, weights in enumerate(expected, start=1):
+        assert head_weights(MTP(**decayed), step, 4) == pytest.approx(weights)
+        mean = [1, *(w / max(1, step - 1) for w in weights[1:])]
+        assert head_weights(MTP(**decayed, loss_reduction="mean"), step, 4) == pytest.approx(mean)
+
+
+def test_without_a_decay_weights_are_what_they_were_to_the_bit():
+    for n in (2, 4, 8, 1000):
+        assert head_weights(MTP(num_future_tokens=n, loss_scale=0.3), 1, 1)[1:] == [0.3] * (n - 1)
 
 
 def test_scales_divide_by_global_counts():

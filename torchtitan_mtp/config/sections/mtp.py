@@ -28,7 +28,11 @@ class MTP:
     """How the losses of heads 2..n are combined: their sum (Meta) or their mean (DeepSeek)."""
 
     loss_weights: list[float] = setting(list, at_least=0)
-    """Weight of each of heads 2..n within the reduction; empty: all 1."""
+    """Weight of each of heads 2..n within the reduction; empty: as loss_decay says."""
+
+    loss_decay: float = setting(1.0, above=0, at_most=1)
+    """Head k's weight becomes loss_decay^(k-2), scaled so that the mean weight of heads 2..n is 1; with
+    loss_reduction = "mean" their loss is then FastMTP's (arXiv 2509.18362: 0.6)."""
 
     target: Literal["labels", "trunk"] = "labels"
     """What heads 2..n learn: the tokens themselves ("labels"), or what the trunk's own head 1 makes
