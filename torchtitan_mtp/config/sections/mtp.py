@@ -31,8 +31,8 @@ class MTP:
     """Weight of each of heads 2..n within the reduction; empty: as loss_decay says."""
 
     loss_decay: float = setting(1.0, above=0, at_most=1)
-    """Head k's weight becomes loss_decay^(k-2), scaled so that the mean weight of heads 2..n is 1; with
-    loss_reduction = "mean" their loss is then FastMTP's (arXiv 2509.18362: 0.6)."""
+    """Head k's weight becomes loss_decay^(k-2), scaled so that heads 2..n have a mean weight of 1;
+    with loss_reduction = "mean" their loss is then FastMTP's (arXiv 2509.18362: 0.6)."""
 
     target: Literal["labels", "trunk"] = "labels"
     """What heads 2..n learn: the tokens themselves ("labels"), or what the trunk's own head 1 makes
