@@ -5,14 +5,16 @@ from __future__ import annotations
 import contextlib
 import gzip
 import json
+import logging
 import os
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -55,6 +57,7 @@ SEQUENTIAL = {"mtp.heads": "sequential"}
 HEAD_BY_HEAD = {"mtp.engine": "head_by_head"}
 JOINT = {"mtp.engine": "joint"}
 DEEPSEEK = {**SEQUENTIAL, "model.name": "deepseek_v3"}
+LAUNCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "TORCH_FR_BUFFER_SIZE")
 
 
 class Interrupted(Exception):
@@ -80,6 +83,26 @@ class Run:
     def trunk(self) -> dict[str, Tensor]:
         """The weights outside the heads."""
         return {name: w for name, w in self.weights.items() if not name.startswith("mtp.")}
+
+
+@contextlib.contextmanager
+def a_world() -> Iterator[None]:
+    """Trainings with one thread that leave nothing for the next."""
+    kept = {name: os.environ.pop(name) for name in LAUNCH if name in os.environ}
+    threads, logger = torch.get_num_threads(), logging.getLogger("torchtitan_mtp")
+    level, propagate = logger.level, logger.propagate
+    torch.set_num_threads(1)
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    for name in LAUNCH:
+        os.environ.pop(name, None)
+    os.environ.update(kept)
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(False)
+    torch.compiler.reset()
+    logger.setLevel(level)
+    logger.propagate = propagate
 
 
 def documents(count: int = 40, seed: int = 0) -> list[str]:

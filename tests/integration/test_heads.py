@@ -13,6 +13,7 @@ from runs import (
     HEAD_BY_HEAD,
     JOINT,
     SEQUENTIAL,
+    a_world,
     config_of,
     interrupt_after,
     largest_difference,
@@ -27,9 +28,15 @@ from torchtitan_mtp.trainer import Trainer
 
 FAMILIES = {"joint": JOINT, "head_by_head": HEAD_BY_HEAD, "chain": SEQUENTIAL}
 family = pytest.mark.parametrize("keys", FAMILIES.values(), ids=FAMILIES.keys())
+resumed = pytest.mark.parametrize(  # checkpoints know nothing of the engine
+    "keys",
+    [pytest.param(JOINT, marks=pytest.mark.exhaustive), HEAD_BY_HEAD, SEQUENTIAL],
+    ids=FAMILIES.keys(),
+)
 OFF = {"model.converters": [], "mtp.num_future_tokens": 1}
 SAVES = {"checkpoint.enable": True, "checkpoint.interval": 100}
 TWO = {"training.steps": 2}
+FREE = {"training.max_norm": math.inf, "training.steps": 3}
 NO_SCALE = {"mtp.loss_scale": 0.0}
 
 
@@ -46,15 +53,32 @@ def starting_weights(config):
     return seen
 
 
-@pytest.fixture
-def trunk_run(tmp_path):
+@pytest.fixture(scope="module")
+def trunk_run(tmp_path_factory):
     """A plain model, trained two steps and saved."""
-    return train(config_of(tmp_path / "trunk", TWO, OFF, SAVES)), tmp_path / "trunk" / "run"
+    folder = tmp_path_factory.mktemp("trunk")
+    with a_world():
+        return train(config_of(folder, TWO, OFF, SAVES)), folder / "run"
+
+
+@pytest.fixture(scope="module")
+def without_heads(tmp_path_factory):
+    """A plain model's run, without clipping, whose norm would be over everything."""
+    with a_world():
+        return train(config_of(tmp_path_factory.mktemp("without"), OFF, FREE))
+
+
+@pytest.fixture(scope="module", params=[JOINT, SEQUENTIAL], ids=["parallel", "chain"])
+def saved_run(request, tmp_path_factory):
+    """A family's keys, a run of two steps with n = 3, and its folder."""
+    folder = tmp_path_factory.mktemp("saved")
+    with a_world():
+        return request.param, train(config_of(folder, TWO, request.param, SAVES)), folder / "run"
 
 
 @family
 def test_training_the_heads_leaves_the_trunk_alone(keys, tmp_path):
-    changes = {"mtp.train": "heads", "training.steps": 40, "optimizer.lr": 1e-2}
+    changes = {"mtp.train": "heads", "training.steps": 20, "optimizer.lr": 1e-2}
     before = starting_weights(config_of(tmp_path / "a", keys))
     run = train(config_of(tmp_path / "b", keys, changes))
     assert same(run.trunk, {k: v for k, v in before.items() if not k.startswith("mtp.")})
@@ -66,7 +90,7 @@ def test_training_the_heads_leaves_the_trunk_alone(keys, tmp_path):
     assert run.logged[0]["grad_norm"] > 0
 
 
-@family
+@resumed
 def test_frozen_trunk_resumes(keys, tmp_path):
     changes = {"mtp.train": "heads", "training.steps": 4}
     saves = {**SAVES, "checkpoint.interval": 2, "checkpoint.last_save_model_only": False}
@@ -77,12 +101,11 @@ def test_frozen_trunk_resumes(keys, tmp_path):
 
 
 @family
-def test_detached_heads_train_the_trunk_as_without_them(keys, tmp_path):
-    """But for clipping, whose norm is over everything, and for the order of one engine's sums."""
-    free = {"training.max_norm": math.inf, "training.steps": 3}
-    without = train(config_of(tmp_path / "a", OFF, free))
-    run = train(config_of(tmp_path / "b", keys, free, {"mtp.detach_trunk": True}))
-    assert largest_difference(run.trunk, without.weights) <= (1e-6 if keys == HEAD_BY_HEAD else 0)
+def test_detached_heads_train_the_trunk_as_without_them(keys, without_heads, tmp_path):
+    """But for the order of one engine's sums."""
+    run = train(config_of(tmp_path, keys, FREE, {"mtp.detach_trunk": True}))
+    difference = largest_difference(run.trunk, without_heads.weights)
+    assert difference <= (1e-6 if keys == HEAD_BY_HEAD else 0)
 
 
 @family
@@ -127,18 +150,17 @@ def test_a_resumed_run_keeps_its_trained_heads(tmp_path):
     assert second.start == 2 and same(second.weights, whole.weights)
 
 
-@pytest.mark.parametrize("keys", [JOINT, SEQUENTIAL], ids=["parallel", "chain"])
 @pytest.mark.parametrize("n", [1, 2, 4])
-def test_heads_load_into_models_with_fewer_or_more(keys, n, tmp_path):
+def test_heads_load_into_models_with_fewer_or_more(saved_run, n, tmp_path):
     """Saved with n = 3, loaded with n: the common heads load, others start as `init` says."""
-    saved = train(config_of(tmp_path / "a", TWO, keys, SAVES))
+    keys, saved, folder = saved_run
     load = {
         "checkpoint.enable": True,
-        "checkpoint.initial_load_path": str(tmp_path / "a" / "run"),
+        "checkpoint.initial_load_path": str(folder),
         "mtp.num_future_tokens": n,
         "mtp.init": "copy_last_layer",
     }
-    start = starting_weights(config_of(tmp_path / "b", keys, load))
+    start = starting_weights(config_of(tmp_path, keys, load))
     heads = {name.split(".")[2] for name in start if name.startswith("mtp.")}
     assert heads == {str(i) for i in range(n - 1)}
     for name, weight in start.items():
@@ -150,14 +172,10 @@ def test_heads_load_into_models_with_fewer_or_more(keys, n, tmp_path):
         assert torch.equal(new, saved.weights["layers.2.attention.wq.weight"])
 
 
-def test_a_model_with_heads_loads_as_a_plain_one(tmp_path):
-    saved = train(config_of(tmp_path / "a", TWO, SAVES))
-    load = {
-        "checkpoint.enable": True,
-        "checkpoint.initial_load_path": str(tmp_path / "a" / "run"),
-    }
-    start = starting_weights(config_of(tmp_path / "b", OFF, load))
-    assert same(start, saved.trunk)
+def test_a_model_with_heads_loads_as_a_plain_one(saved_run, tmp_path):
+    _, saved, folder = saved_run
+    load = {"checkpoint.enable": True, "checkpoint.initial_load_path": str(folder)}
+    assert same(starting_weights(config_of(tmp_path, OFF, load)), saved.trunk)
 
 
 def test_modules_keep_to_the_state_that_they_were_trained_on(tmp_path):
@@ -249,13 +267,15 @@ def test_what_no_weighted_loss_reaches_does_not_change(case, tmp_path):
     def prepare(trainer: Trainer) -> None:
         train_step = trainer.train_step
 
+        weights = weights_of(trainer)
+
         def step_and_look() -> None:
-            before = weights_of(trainer)
             train_step()
             for name, weight in weights_of(trainer).items():
                 steps = moved.setdefault(name, [])
-                if not torch.equal(weight, before[name]):
+                if not torch.equal(weight, weights[name]):
                     steps.append(trainer.state.step)
+                weights[name] = weight
             for name, parameter in trainer.model.named_parameters():
                 counts[name] = int(trainer.optimizer.state.get(parameter, {}).get("step", 0))
 
@@ -272,14 +292,13 @@ def test_what_no_weighted_loss_reaches_does_not_change(case, tmp_path):
             assert steps == at and counts[name] == len(at), name
 
 
-@pytest.mark.parametrize("keys", FAMILIES.values(), ids=FAMILIES.keys())
-def test_the_trunk_of_heads_without_weight_trains_as_without_them(keys, tmp_path):
-    free = {"training.max_norm": math.inf, "training.steps": 3}
-    without = train(config_of(tmp_path / "a", OFF, free))
-    assert same(train(config_of(tmp_path / "b", keys, free, NO_SCALE)).trunk, without.weights)
+@family
+def test_the_trunk_of_heads_without_weight_trains_as_without_them(keys, without_heads, tmp_path):
+    run = train(config_of(tmp_path, keys, FREE, NO_SCALE))
+    assert same(run.trunk, without_heads.weights)
 
 
-@pytest.mark.parametrize("keys", FAMILIES.values(), ids=FAMILIES.keys())
+@resumed
 def test_heads_at_rest_resume(keys, tmp_path):
     """From a step at which they were in no update yet."""
     saves = {**SAVES, "checkpoint.interval": 3, "checkpoint.last_save_model_only": False}

@@ -31,7 +31,7 @@ def of_folder(folder) -> dict:
 @pytest.mark.parametrize("family", ["llama_tied", "qwen2", "qwen3", "deepseek_v3"])
 def test_the_native_model_of_a_folder_gives_the_same_losses(family, tmp_path) -> None:
     folder = write_folder(tmp_path / "folder", family)
-    common = {**of_folder(folder), **COPIED, "training.steps": 20, "optimizer.lr": 1e-3}
+    common = {**of_folder(folder), **COPIED, "training.steps": 8, "optimizer.lr": 1e-3}
     theirs = train(config_of(tmp_path / "hf", HF, common))
     own = config_of(tmp_path / "native", HF, common)
     own.model = config_of_hf(folder).model
@@ -39,7 +39,7 @@ def test_the_native_model_of_a_folder_gives_the_same_losses(family, tmp_path) ->
     if family == "deepseek_v3":
         own.model.args.moe.load_balance_coeff = 0.0  # transformers moves no bias
     ours = train(own)
-    assert len(ours.losses) == 20
+    assert len(ours.losses) == 8
     torch.testing.assert_close(
         torch.tensor(theirs.losses), torch.tensor(ours.losses), rtol=1e-5, atol=1e-5
     )
@@ -49,18 +49,18 @@ def test_the_native_model_of_a_folder_gives_the_same_losses(family, tmp_path) ->
     ("family", "heads"),
     [
         ("llama_tied", "parallel"),
-        ("gemma3", "sequential"),
-        ("qwen3_moe", "parallel"),
         ("granite", "medusa"),
         ("qwen3_5", "sequential"),
+        pytest.param("gemma3", "sequential", marks=pytest.mark.exhaustive),
+        pytest.param("qwen3_moe", "parallel", marks=pytest.mark.exhaustive),
     ],
 )
 def test_three_and_three_steps_are_six(family, heads, tmp_path) -> None:
     folder = write_folder(tmp_path / "folder", family)
-    keys = {**HF, **of_folder(folder), **SAVES, "mtp.heads": heads}
+    keys = {**HF, **of_folder(folder), "mtp.heads": heads}
     whole = train(config_of(tmp_path / "whole", keys))
-    first = train(config_of(tmp_path / "parts", keys), interrupt_after(3))
-    second = train(config_of(tmp_path / "parts", keys))
+    first = train(config_of(tmp_path / "parts", keys, SAVES), interrupt_after(3))
+    second = train(config_of(tmp_path / "parts", keys, SAVES))
     assert (second.start, first.losses + second.losses) == (3, whole.losses)
     assert same(second.weights, whole.weights)
 
@@ -82,10 +82,10 @@ def test_from_scratch_without_weights(tmp_path) -> None:
     """A folder's config and tokenizer alone; the seed decides the weights, on any rank."""
     folder = write_folder(tmp_path / "folder", "qwen3_next")
     (folder / "model.safetensors").unlink()
-    keys = {**HF, "model.hf_assets_path": str(folder), "checkpoint.initial_load_in_hf": False}
-    runs = [train(config_of(tmp_path / name, keys, {"training.steps": 2})) for name in "ab"]
+    keys = {"model.name": "hf", "model.hf_assets_path": str(folder), "training.steps": 1}
+    runs = [train(config_of(tmp_path / name, keys)) for name in "ab"]
     assert same(runs[0].weights, runs[1].weights)
-    other = train(config_of(tmp_path / "c", keys, {"training.steps": 2, "training.seed": 1}))
+    other = train(config_of(tmp_path / "c", keys, {"training.seed": 1}))
     assert not same(runs[0].weights, other.weights)
 
 

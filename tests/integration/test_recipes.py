@@ -79,10 +79,10 @@ def test_a_debug_recipe_trains(name, tmp_path):
     for i in range(2):
         config = load_toml(ROOT / "train_configs" / f"{name}.toml")
         config.job.dump_folder = str(tmp_path / str(i))
-        config.training.steps = 3
+        config.training.steps = 2
         runs.append(train(config))
     first, second = runs
-    assert len(first.losses) == 3 and len(first.losses[0]) == 4
+    assert len(first.losses) == 2 and len(first.losses[0]) == 4
     assert first.losses == second.losses
     assert all(torch.equal(w, second.weights[name]) for name, w in first.weights.items())
     for before, after in zip(first.losses[0], first.losses[-1], strict=True):
@@ -114,7 +114,7 @@ def test_the_launcher_trains_on_two_ranks(tmp_path):
         environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
     recipe = ROOT / "train_configs" / "debug_sequential.toml"
     arguments = ["--job.dump_folder", str(tmp_path / "run")]
-    arguments += ["--training.steps", "3", "--training.seq_len", "64"]
+    arguments += ["--training.steps", "2", "--training.seq_len", "32", "--model.args.n_layers", "2"]
     arguments += ["--metrics.enable_tensorboard", "--checkpoint.enable"]
     result = subprocess.run(
         ["bash", str(ROOT / "run_train.sh"), *arguments],
@@ -125,16 +125,17 @@ def test_the_launcher_trains_on_two_ranks(tmp_path):
         timeout=200,
     )
     assert result.returncode == 0, result.stderr[-3000:]
-    assert "step:  3" in result.stdout + result.stderr
-    assert (tmp_path / "run" / "checkpoint" / "step-3" / ".metadata").is_file()
+    assert "step:  2" in result.stdout + result.stderr
+    assert (tmp_path / "run" / "checkpoint" / "step-2" / ".metadata").is_file()
     logged = scalars(tmp_path / "run")
     losses = logged["loss_metrics/global_avg_loss"]
-    assert [step for step, _ in losses] == [1, 2, 3]
-    assert logged["n_tokens_seen"][-1][1] == 3 * 2 * 2 * 64  # steps, ranks, rows, tokens
+    assert [step for step, _ in losses] == [1, 2]
+    assert logged["n_tokens_seen"][-1][1] == 2 * 2 * 2 * 32  # steps, ranks, rows, tokens
 
     config = load_toml(recipe)
     config.job.dump_folder = str(tmp_path / "alone")
-    config.training.steps, config.training.seq_len, config.training.local_batch_size = 3, 64, 4
+    config.training.steps, config.training.seq_len, config.training.local_batch_size = 2, 32, 4
+    config.model.args.n_layers = 2
     alone = train(config)
     for k in range(1, 5):
         found = [value for _, value in logged[f"loss_metrics/mtp_head_{k}_loss"]]

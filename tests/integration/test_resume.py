@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import os
+import multiprocessing
 import signal
-import subprocess
-import sys
 import tempfile
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,18 +15,19 @@ from runs import (
     HEAD_BY_HEAD,
     SEQUENTIAL,
     SOURCES,
+    a_world,
     config_of,
     interrupt_after,
     same,
     train,
     write_corpus,
 )
+from spawn import LIBRARIES
 from torchtitan_mtp import trainer
-from torchtitan_mtp.config import load_toml, to_toml
+from torchtitan_mtp.config import load_toml
 from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.trainer import Trainer
 
-ROOT = Path(__file__).resolve().parents[2]
 SAVES = {
     "checkpoint.enable": True,
     "checkpoint.interval": 3,
@@ -74,6 +72,8 @@ def test_validation_costs_no_step_and_moves_nothing(last, tmp_path, monkeypatch)
         **DEEPSEEK,
         "validation.enable": True,
         "validation.freq": 3,
+        "validation.steps": 2,
+        "model.args.n_layers": 2,
         "model.args.norm_eps": 1e-6,
     }
     whole = train(config_of(tmp_path / "whole", keys))
@@ -96,9 +96,10 @@ def test_validation_costs_no_step_and_moves_nothing(last, tmp_path, monkeypatch)
 def test_the_present_configuration_decides_the_rate(tmp_path, caplog):
     """TorchTitan's rule by hand: warmup over 2 of 12 steps, then a line that aims at step 13."""
     caplog.set_level("INFO")
-    train(config_of(tmp_path, SAVES, {"optimizer.lr": 0.01}))
+    last = {**SAVES, "checkpoint.interval": 100}
+    train(config_of(tmp_path, last, {"optimizer.lr": 0.01}))
     longer = {"training.steps": 12, "optimizer.lr": 0.005, "optimizer.weight_decay": 0.0}
-    second = train(config_of(tmp_path, SAVES, longer))
+    second = train(config_of(tmp_path, last, longer))
     expected = [0.005 * (1 - (step - 3) / 10) for step in range(7, 13)]
     assert [step["lr"] for step in second.logged] == pytest.approx(expected, rel=1e-12)
     line = next(r.getMessage() for r in caplog.records if "changed since" in r.getMessage())
@@ -117,13 +118,13 @@ def test_the_present_configuration_decides_the_rate(tmp_path, caplog):
         "mtp.loss_weights": [0.5, 0.25],
         "activation_checkpoint.mode": "full",
     }
-    train(config_of(tmp_path, SAVES, longer, others, {"training.steps": 13}))
+    train(config_of(tmp_path, last, longer, others, {"training.steps": 13}))
     (line,) = (r.getMessage() for r in caplog.records if "changed since" in r.getMessage())
     told = line.partition(" was saved: ")[2]
     for key, value in others.items():
         assert (key in told and f"-> {value}" in told) == (key != "activation_checkpoint.mode")
     with pytest.raises(UserError, match=r'loss.softcap = "none", this run has 30.0; set it as it'):
-        train(config_of(tmp_path, SAVES, {"loss.softcap": 30.0}))
+        train(config_of(tmp_path, last, {"loss.softcap": 30.0}))
 
 
 def test_a_seed_is_not_made_of_trained_weights(tmp_path):
@@ -148,14 +149,14 @@ def test_experts_biases_resume_too(tmp_path):
     }
 
 
-@pytest.mark.parametrize("mode", ["async", "async_with_pinned_mem"])
-def test_background_saves_resume_alike(mode, tmp_path):
-    whole = train(config_of(tmp_path / "whole"))
-    keys = {**SAVES, "checkpoint.async_mode": mode}
-    train(config_of(tmp_path / "parts", keys), interrupt_after(3))
-    second = train(config_of(tmp_path / "parts", keys))
-    assert second.start == 3
-    assert same(second.weights, whole.weights)
+def test_background_saves_resume_alike(tmp_path):
+    whole = train(config_of(tmp_path))
+    for mode in ("async", "async_with_pinned_mem"):
+        keys = {**SAVES, "checkpoint.async_mode": mode}
+        train(config_of(tmp_path / mode, keys), interrupt_after(3))
+        second = train(config_of(tmp_path / mode, keys))
+        assert second.start == 3
+        assert same(second.weights, whole.weights)
 
 
 def test_accumulation_resumes_between_steps(tmp_path):
@@ -203,35 +204,29 @@ def test_a_finished_run_is_not_trained_again(tmp_path, caplog):
     assert same(again.weights, first.weights)
 
 
+TWELVE = {"training.steps": 12}
+
+
+def train_apart(folder):
+    with a_world():
+        train(config_of(folder, TWELVE, SAVES, {"checkpoint.interval": 1}))
+
+
 def test_a_killed_process_goes_on_from_its_last_whole_checkpoint(tmp_path):
-    steps = 12
-    keys = {"training.steps": steps, "model.flavor": "quickstart"}
-    whole = train(config_of(tmp_path / "whole", keys))
-    config = config_of(tmp_path, keys, SAVES, {"checkpoint.interval": 1})
-    (tmp_path / "run.toml").write_text(to_toml(config))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        environment.pop(name, None)
-    process = subprocess.Popen(
-        [
-            sys.executable,
-            "-m",
-            "torchtitan_mtp.train",
-            "--job.config_file",
-            str(tmp_path / "run.toml"),
-        ],
-        cwd=ROOT,
-        env=environment,
-        stderr=subprocess.DEVNULL,
-    )
-    folder = Path(config.job.dump_folder) / "checkpoint"
+    whole = train(config_of(tmp_path / "whole", TWELVE))
+    context = multiprocessing.get_context("forkserver")  # that of tests/distributed
+    context.set_forkserver_preload(LIBRARIES)
+    process = context.Process(target=train_apart, args=(tmp_path,), daemon=True)
+    process.start()
+    folder = tmp_path / "run" / "checkpoint"
     deadline = time.monotonic() + 120
     while not (folder / "step-4").exists():
-        assert process.poll() is None and time.monotonic() < deadline
+        assert process.is_alive() and time.monotonic() < deadline
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    second = train(config_of(tmp_path, keys, SAVES, {"checkpoint.interval": 100}))
-    assert 4 <= second.start < steps
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    second = train(config_of(tmp_path, TWELVE, SAVES, {"checkpoint.interval": 100}))
+    assert 4 <= second.start < 12
     assert second.losses == whole.losses[second.start :]
     assert same(second.weights, whole.weights)
