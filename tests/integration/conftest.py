@@ -22,6 +22,7 @@ def trained_run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
     options = {
         "job.dump_folder": str(folder),
         "model.flavor": "quickstart",
+        "model.args.n_layers": "2",
         "model.converters": "mtp",
         "mtp.heads": request.param,
         "mtp.num_future_tokens": "3",

@@ -186,8 +186,16 @@ def our_states(model, ids: Tensor, size: int) -> list[Tensor]:
     return model(Batch(ids[:, :size], future, torch.empty(0), at, torch.zeros_like(at)))
 
 
-@pytest.mark.parametrize("modules", [1, 2])
-@pytest.mark.parametrize("options", [{}, CASES["yarn"]], ids=["plain", "yarn"])
+@pytest.mark.parametrize(
+    ("options", "modules"),
+    [
+        ({}, 1),
+        (CASES["yarn"], 2),
+        pytest.param({}, 2, marks=pytest.mark.exhaustive),
+        pytest.param(CASES["yarn"], 1, marks=pytest.mark.exhaustive),
+    ],
+    ids=["plain-1", "yarn-2", "plain-2", "yarn-1"],
+)
 def test_an_imported_module_gives_their_draft_logits(tmp_path, theirs_of, modules, options):
     theirs = theirs_of(num_mtp_layers=2, **options)
     mtp = save_with_modules(theirs, tmp_path / "hf", modules)
@@ -224,8 +232,16 @@ def know_modules(monkeypatch, layers: int, count: int) -> None:
     )
 
 
-@pytest.mark.parametrize("modules", [1, 2])
-@pytest.mark.parametrize("changes", [DEEPSEEK, DEEPSEEK | PLAIN_QUERIES | YARN], ids=["a", "b"])
+@pytest.mark.parametrize(
+    ("changes", "modules"),
+    [
+        (DEEPSEEK, 1),
+        (DEEPSEEK | PLAIN_QUERIES | YARN, 2),
+        pytest.param(DEEPSEEK, 2, marks=pytest.mark.exhaustive),
+        pytest.param(DEEPSEEK | PLAIN_QUERIES | YARN, 1, marks=pytest.mark.exhaustive),
+    ],
+    ids=["a-1", "b-2", "a-2", "b-1"],
+)
 def test_transformers_runs_our_model_and_drafts_with_it(tmp_path, monkeypatch, changes, modules):
     from transformers.modeling_layers import MtpModel
 

@@ -98,6 +98,10 @@ def test_a_hugging_face_folder_and_a_model_without_heads(
     assert "no heads 2..n" in capsys.readouterr().err and not plot.exists()
 
 
+parallel = pytest.mark.parametrize("trained_run", ["parallel"], indirect=True)
+
+
+@parallel
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -185,6 +189,11 @@ def log_likelihood(model: Any, context: list[int], continuation: Sequence[int]) 
     return total
 
 
+@pytest.mark.parametrize(
+    "trained_run",
+    ["parallel", pytest.param("sequential", marks=pytest.mark.exhaustive)],
+    indirect=True,
+)
 def test_tasks_of_the_harness(
     script: ModuleType,
     trained_run: Path,
@@ -237,6 +246,7 @@ def test_tasks_of_the_harness(
     assert "--tasks: no task nothing" in capsys.readouterr().err
 
 
+@parallel
 def test_without_the_harness_it_is_named(
     script: ModuleType,
     trained_run: Path,

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import runpy
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from formats_run import LLAMA_3_1, QWEN, QWEN2, RAW, SEQUENTIAL, SMALL, weights, write_run
-from runs import TINY, config_of, same, train, weights_of
+from runs import TINY, a_world, config_of, same, train, weights_of
 from torchtitan_mtp.cli.export_checkpoint import main as export_command
 from torchtitan_mtp.cli.generate import main as generate_command
 from torchtitan_mtp.cli.import_checkpoint import main as import_command
@@ -58,15 +57,15 @@ def load(folder: Path, **options):
 @pytest.mark.parametrize(
     ("name", "changes"),
     [
-        ("llama_hf", QUICKSTART),
+        pytest.param("llama_hf", QUICKSTART, marks=pytest.mark.exhaustive),
         ("llama_hf", SMALL | LLAMA_3_1 | TIED),
         ("llama_hf", SMALL | WIDE),
-        ("qwen2_hf", QWEN2),
+        pytest.param("qwen2_hf", QWEN2, marks=pytest.mark.exhaustive),
         ("qwen2_hf", QWEN2 | LLAMA_3_1 | TIED),
         ("qwen3_hf", QWEN),
-        ("qwen3_hf", QWEN | TIED),
+        pytest.param("qwen3_hf", QWEN | TIED, marks=pytest.mark.exhaustive),
         ("glm4_moe_hf", QUICKSTART | SEQUENTIAL),
-        ("glm4_moe_hf", SMALL | LLAMA_3_1 | SEQUENTIAL),
+        pytest.param("glm4_moe_hf", SMALL | LLAMA_3_1 | SEQUENTIAL, marks=pytest.mark.exhaustive),
         ("glm4_moe_hf", QWEN | TIED | SEQUENTIAL),
         ("glm4_moe_hf", QWEN2 | SEQUENTIAL),
         ("mimo_hf", QWEN2 | RAW),
@@ -97,8 +96,16 @@ def count_drafts(model) -> list[int]:
     return sizes
 
 
-@pytest.mark.parametrize("changes", [QUICKSTART, QWEN], ids=["llama", "qwen3"])
-@pytest.mark.parametrize("modules", [1, 2])
+@pytest.mark.parametrize(
+    ("changes", "modules"),
+    [
+        (QUICKSTART, 1),
+        (QWEN, 2),
+        pytest.param(QUICKSTART, 2, marks=pytest.mark.exhaustive),
+        pytest.param(QWEN, 1, marks=pytest.mark.exhaustive),
+    ],
+    ids=["llama-1", "qwen3-2", "llama-2", "qwen3-1"],
+)
 def test_transformers_drafts_with_our_modules(tmp_path: Path, monkeypatch, changes, modules):
     changes = changes | SEQUENTIAL | {"mtp.num_future_tokens": modules + 1}
     ours, _ = write_run(tmp_path / "run", **changes)
@@ -318,21 +325,18 @@ def test_the_byte_tokenizer_goes_along(tmp_path: Path) -> None:
     assert ours.encode(text).tolist() == list(text.encode()) and ours.eos_id == 257
 
 
-def run(*command: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=280
-    )
-
-
-def test_the_programs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_programs(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
     """One by its script; tests/unit/cli has the other scripts' calls."""
     write_run(tmp_path / "run", **SMALL, **SEQUENTIAL)
     name = ["--format", "glm4_moe_hf"]
     arguments = [*name, "--max_shard_size", "100KB", "--dtype", "bfloat16"]
-    done = run(
-        "scripts/export_checkpoint.py", str(tmp_path / "run"), str(tmp_path / "hf"), *arguments
+    script = str(ROOT / "scripts" / "export_checkpoint.py")
+    monkeypatch.setattr(
+        "sys.argv", [script, str(tmp_path / "run"), str(tmp_path / "hf"), *arguments]
     )
-    assert done.returncode == 0 and "2 sequential heads" in done.stdout, done.stderr
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(script, run_name="__main__")
+    assert not ended.value.code and "2 sequential heads" in capsys.readouterr().out
     assert import_command([str(tmp_path / "hf"), str(tmp_path / "back"), *name]) == 0
     decode = "--prompt", "def", "--max_new_tokens", "8", "--compare"
     assert generate_command([str(tmp_path / "back"), *decode]) == 0
@@ -387,24 +391,32 @@ def test_modules_that_read_another_state_are_not_loaded(tmp_path: Path) -> None:
     assert all(torch.equal(started[name], saved.state_dict()[name]) for name in trunk)
 
 
+@pytest.fixture(scope="module")
+def trained_trunk(tmp_path_factory) -> tuple[dict[str, Tensor], Path]:
+    """A plain model's weights, and the Hugging Face folder that its run left."""
+    folder: Path = tmp_path_factory.mktemp("trunk")
+    plain = {"model.converters": [], "mtp.num_future_tokens": 1, "training.steps": 80}
+    saves = {"checkpoint.enable": True, "checkpoint.last_save_in_hf": True, "optimizer.lr": 1e-2}
+    with a_world():
+        weights = train(config_of(folder, plain, saves)).weights
+    return weights, folder / "run/checkpoint/step-80.hf"
+
+
 @pytest.mark.parametrize(
     ("keys", "name"),
     [({"mtp.engine": "head_by_head"}, "meta"), ({"mtp.heads": "sequential"}, "glm4_moe_hf")],
     ids=["parallel", "sequential"],
 )
-def test_heads_are_added_to_an_imported_trunk(tmp_path: Path, keys, name) -> None:
+def test_heads_are_added_to_an_imported_trunk(tmp_path: Path, trained_trunk, keys, name) -> None:
     """What finetune_add_heads.toml does, from a Hugging Face folder to another one."""
-    plain = {"model.converters": [], "mtp.num_future_tokens": 1, "training.steps": 80}
-    saves = {"checkpoint.enable": True, "checkpoint.last_save_in_hf": True, "optimizer.lr": 1e-2}
-    trunk = train(config_of(tmp_path / "trunk", plain, saves)).weights
-    given = tmp_path / "trunk/run/checkpoint/step-80.hf"
+    trunk, given = trained_trunk
     before = {file.name: file.read_bytes() for file in given.iterdir()}
 
     changes: dict[str, object] = {"mtp.train": "heads", "mtp.init": "copy_last_layer"}
     changes |= {"checkpoint.initial_load_in_hf": True, "checkpoint.initial_load_path": str(given)}
-    changes |= {"validation.enable": True, "validation.freq": 5, "training.steps": 80}
-    changes |= {"checkpoint.last_save_in_hf": False}
-    run = train(config_of(tmp_path / "heads", saves, keys, changes))
+    changes |= {"validation.enable": True, "validation.freq": 5, "training.steps": 40}
+    changes |= {"checkpoint.enable": True, "optimizer.lr": 1e-2}
+    run = train(config_of(tmp_path / "heads", keys, changes))
     assert same(run.trunk, trunk)
     first, *_, last = (acceptance.marginal for acceptance in run.acceptance)
     assert all(b > a for a, b in zip(first, last, strict=True)), (first, last)

@@ -5,9 +5,7 @@ from __future__ import annotations
 import importlib
 import io
 import json
-import os
-import subprocess
-import sys
+import runpy
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -24,7 +22,6 @@ from torchtitan_mtp.models.transformer import Transformer
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "scripts" / "generate.py"
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture(scope="module")
@@ -37,20 +34,25 @@ def run(trained_run: Path) -> Path:
     return trained_run
 
 
-@pytest.mark.parametrize("trained_run", ["parallel"], indirect=True)
-def test_the_command_of_the_quickstart(run: Path, tmp_path: Path) -> None:
+parallel = pytest.mark.parametrize("trained_run", ["parallel"], indirect=True)
+
+
+@parallel
+def test_the_command_of_the_quickstart(
+    run: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     command = "--prompt", "def ", "--max_new_tokens", "20", "--speculative", "--compare"
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), str(run), *command],
-        cwd=tmp_path,
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("def ")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", [str(SCRIPT), str(run), *command])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    printed = capsys.readouterr().out
+    assert not ended.value.code and printed.startswith("def ")
     for word in ("plain", "speculative", "tokens/step", "t+2", "t+3", "identical"):
-        assert word in done.stdout
+        assert word in printed
 
 
 def test_the_text_goes_to_stdout_alone(
@@ -232,6 +234,7 @@ def test_special_tokens_are_text_unless_asked_for(
     assert special == f"{shown}{chat.continued(ids)}\n"
 
 
+@parallel
 def test_a_model_without_a_template_is_told(
     script: ModuleType, run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -269,6 +272,7 @@ def test_a_head_that_was_never_compared_has_no_rate(script: ModuleType) -> None:
     assert "never compared" in third and "100.0% of 2" in third
 
 
+@parallel
 def test_one_token_has_no_speed(
     script: ModuleType, run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -276,6 +280,7 @@ def test_one_token_has_no_speed(
     assert "identical" in capsys.readouterr().out
 
 
+@parallel
 def test_what_is_timed_is_compiled_before(
     script: ModuleType, run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -292,6 +297,7 @@ def test_what_is_timed_is_compiled_before(
     assert set(lengths) == {256}
 
 
+@parallel
 def test_samples_are_not_judged_by_the_margin(
     script: ModuleType, run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -300,6 +306,7 @@ def test_samples_are_not_judged_by_the_margin(
     assert "two samples of one distribution" in capsys.readouterr().out
 
 
+@parallel
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

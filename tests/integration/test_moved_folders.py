@@ -24,23 +24,26 @@ from torchtitan_mtp.formats import export_checkpoint, import_checkpoint
 from torchtitan_mtp.inference import load_for_inference
 
 HERE_KEYS = {"checkpoint.enable": True, "checkpoint.interval": 2, "mtp.heads": "sequential"}
+ONE_LAYER = {"model.args.n_layers": 1}
+SMALLEST = SMALL | ONE_LAYER
 
 
 def test_a_moved_run_goes_on_and_leaves_in_other_formats(tmp_path: Path, monkeypatch) -> None:
     data = write_corpus(tmp_path, "jsonl")
-    keys = data | HERE_KEYS | {"checkpoint.last_save_in_hf": True, "training.steps": 4}
+    keys = data | ONE_LAYER | HERE_KEYS | {"training.steps": 4}
     # The tokenizer in the run's own folder, named as a user may: from the current folder.
     place = tmp_path / "made_here"
     (place / "run" / "words").mkdir(parents=True)
-    write_run(tmp_path / "bytes", **SMALL)
+    write_run(tmp_path / "bytes", **SMALLEST)
     export_checkpoint(tmp_path / "bytes", tmp_path / "hf", "llama_hf")
     shutil.copy(tmp_path / "hf" / "tokenizer.json", place / "run" / "words")
     shutil.copy(tmp_path / "hf" / "tokenizer_config.json", place / "run" / "words")
     monkeypatch.chdir(tmp_path)
     keys |= {"model.hf_assets_path": "made_here/run/words"}
     more = {"training.steps": 6, "job.dump_folder": str(place / "whole")}
-    whole = train(config_of(place, keys, more))
-    first = train(config_of(place, keys | {"job.dump_folder": "made_here/run"}))
+    whole = train(config_of(place, keys, more, {"checkpoint.enable": False}))
+    more = {"job.dump_folder": "made_here/run", "checkpoint.last_save_in_hf": True}
+    first = train(config_of(place, keys, more))
     export_checkpoint(place / "run", place / "dcp", "torchtitan", drop_heads=True)
     import_checkpoint(place / "run/checkpoint/step-4.hf", place / "back", "glm4_moe_hf")
     for folder in ("run", "dcp", "back"):
@@ -75,7 +78,7 @@ def test_a_moved_run_goes_on_and_leaves_in_other_formats(tmp_path: Path, monkeyp
 
 def test_a_moved_import_keeps_its_tokenizer(tmp_path: Path, monkeypatch) -> None:
     """And does not take that of the model which was imported into its place since."""
-    write_run(tmp_path / "run", **SMALL, **SEQUENTIAL)
+    write_run(tmp_path / "run", **SMALLEST, **SEQUENTIAL)
     export_checkpoint(tmp_path / "run", tmp_path / "a", "glm4_moe_hf")
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     tokenizer = Tokenizer.from_file(str(tmp_path / "b" / "tokenizer.json"))
@@ -108,12 +111,12 @@ def test_a_path_that_means_another_tokenizer_by_now_is_refused(tmp_path: Path, m
             ids = made["model"]["vocab"]
             ids["A"], ids["B"] = ids["B"], ids["A"]
         (tmp_path / place / "tok" / "tokenizer.json").write_text(json.dumps(made))
-        write_run(tmp_path / place / "run", **SMALL, **{"model.hf_assets_path": f"{place}/tok"})
+        write_run(tmp_path / place / "run", **SMALLEST, **{"model.hf_assets_path": f"{place}/tok"})
         monkeypatch.chdir(tmp_path)
         export_checkpoint(f"{place}/run", tmp_path / place / "hf", "llama_hf")
         import_checkpoint(tmp_path / place / "hf", tmp_path / place / "imported")
     data = write_corpus(tmp_path, "jsonl")
-    keys = data | HERE_KEYS | {"training.steps": 2, "checkpoint.interval": 1}
+    keys = data | ONE_LAYER | HERE_KEYS | {"training.steps": 2, "checkpoint.interval": 1}
     for path in ("tok", "imported/tokenizer"):
         monkeypatch.chdir(tmp_path / "a")
         named = str(tmp_path / "a" / path) if "/" in path else path
