@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+from math import inf
 from pathlib import Path
 
 import pytest
 import torch
 
 from native_folders import write_native
-from runs import train
+from runs import same, train
 from torchtitan_mtp.build import model_args_from_config
-from torchtitan_mtp.config import load_toml
+from torchtitan_mtp.cli.generate import main as generate
+from torchtitan_mtp.config import MTP, JobConfig, load_toml
 from torchtitan_mtp.data.tokenizer import build_tokenizer
 from torchtitan_mtp.distributed.activation_checkpoint import apply_activation_checkpointing
 from torchtitan_mtp.models.flavors import flavors
@@ -24,7 +27,9 @@ from torchtitan_mtp.mtp import add_heads
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted((ROOT / "train_configs").glob("*.toml"))
 NATIVE = "finetune_native_mtp"
-IN_A_FOLDER = {NATIVE, "add_heads_hf"}  # their models; docs/your_model.md trains the second
+FASTMTP, SFT = "fastmtp", "sft_keep_heads"
+# Their models; docs/your_model.md trains the first.
+IN_A_FOLDER = {"add_heads_hf", NATIVE, FASTMTP, SFT}
 
 
 @pytest.mark.parametrize(
@@ -51,21 +56,75 @@ def test_a_recipes_model_builds(recipe):
     assert forward_backward_flops_per_token(model, config.training.seq_len) > 0
 
 
-def test_the_recipe_of_a_released_models_module_trains(tmp_path):
-    """On a small folder in Qwen3-Next's layout; out comes that folder with another module."""
-    config, source = load_toml(ROOT / "train_configs" / f"{NATIVE}.toml"), tmp_path / "model"
-    write_native(source, "qwen3_next")
-    config.model.hf_assets_path, config.job.dump_folder = str(source), str(tmp_path / "run")
+def of_folder(recipe: str, layout: str, folder: Path) -> JobConfig:
+    """A recipe for two steps on a small folder in a released model's layout, which it writes."""
+    config, source = load_toml(ROOT / "train_configs" / f"{recipe}.toml"), folder / "model"
+    write_native(source, layout)
+    config.model.hf_assets_path, config.job.dump_folder = str(source), str(folder / "run")
     config.training.steps, config.training.seq_len, config.lr_scheduler.warmup_steps = 2, 32, 0
-    (tmp_path / "text.txt").write_text("the cat and the dog " * 200)
-    config.training.dataset_path = str(tmp_path / "text.txt")
+    config.training.global_batch_size = -1
     config.metrics.enable_tensorboard = False
-    train(config)
-    out = tmp_path / "run" / "checkpoint" / "step-2.hf"
+    return config
+
+
+def files_that_differ(folder: Path) -> list[str]:
+    """Of the folder that a run left beside the one that it began from, which has the same files."""
+    source, out = folder / "model", folder / "run" / "checkpoint" / "step-2.hf"
     files = {file.name for file in source.iterdir()}
     assert files == {file.name for file in out.iterdir()}
-    differing = [name for name in files if not same_file(source / name, out / name)]
-    assert differing == ["model-00003-of-00003.safetensors"]
+    return sorted(name for name in files if not same_file(source / name, out / name))
+
+
+MODULES = "model-00003-of-00003.safetensors"
+TEMPLATE = "{% for m in messages %}{{ m.content }}<|end|>{% endfor %}"
+
+
+def test_the_recipe_of_a_released_models_module_trains(tmp_path):
+    """On a small folder in Qwen3-Next's layout; out comes that folder with another module."""
+    config = of_folder(NATIVE, "qwen3_next", tmp_path)
+    (tmp_path / "text.txt").write_text("the cat and the dog " * 200)
+    config.training.dataset_path = str(tmp_path / "text.txt")
+    train(config)
+    assert files_that_differ(tmp_path) == [MODULES]
+
+
+def test_the_recipe_of_fastmtp_trains_on_the_models_own_answers(tmp_path, capsys):
+    """On a small folder in MiMo's layout, whose one module makes all drafts in the end."""
+    config = of_folder(FASTMTP, "mimo", tmp_path)
+    (tmp_path / "model" / "chat_template.jinja").write_text(TEMPLATE)
+    prompts, answers = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
+    asked = [[{"role": "user", "content": f"the {'cat ' * i}?"}] for i in range(6)]
+    prompts.write_text("".join(json.dumps({"messages": m}) + "\n" for m in asked))
+    command = ["--prompt_file", str(prompts), "--output", str(answers), "--max_new_tokens", "24"]
+    command += ["--chat", "--temperature", "1"]
+    assert generate([str(tmp_path / "model"), *command]) == 0
+    config.training.dataset_path = str(answers)
+    run = train(config)
+    assert torch.tensor(run.losses).isfinite().all() and len(run.losses[0]) == 4
+    assert files_that_differ(tmp_path) == [MODULES]
+    for folder in ("run", "run/checkpoint/step-2.hf"):
+        decode = ["--prompt", "the cat", "--max_new_tokens", "12", "--compare"]
+        capsys.readouterr()
+        assert generate([str(tmp_path / folder), *decode]) == 0
+        assert "identical" in capsys.readouterr().out
+
+
+def test_the_recipe_that_tunes_a_model_and_its_modules_trains(tmp_path):
+    """The model learns as without modules; but for the norm that is clipped, which they are in."""
+    config = of_folder(SFT, "mimo", tmp_path)
+    (tmp_path / "model" / "chat_template.jinja").write_text(TEMPLATE)
+    talk = [{"role": "user", "content": "the cat?"}, {"role": "assistant", "content": "the dog"}]
+    file = tmp_path / "conversations.jsonl"
+    file.write_text((json.dumps({"messages": talk}) + "\n") * 9)
+    config.training.dataset_path, config.training.max_norm = str(file), inf
+    with_modules = train(config)
+    weights = [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
+    assert files_that_differ(tmp_path) == weights
+    config.job.dump_folder, config.model.converters = str(tmp_path / "plain"), []
+    config.mtp, config.checkpoint.last_save_in_hf = MTP(), False
+    plain = train(config)
+    assert [losses[:1] for losses in with_modules.losses] == plain.losses
+    assert same(with_modules.trunk, plain.weights)
 
 
 def same_file(a: Path, b: Path) -> bool:

@@ -108,6 +108,8 @@ def test_the_recipes_are_there():
         "mtp_byte_7b",
         "finetune_add_heads",
         "finetune_native_mtp",
+        "fastmtp",
+        "sft_keep_heads",
         "add_heads_hf",
         "debug_deepseek_v3",
         "deepseek_v3_16b_mtp",
