@@ -4,12 +4,15 @@ same folder; resume to the bit; a frozen trunk; what is wrong with a folder, in 
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from hf_folders import write_folder
+from native_folders import write_shards
 from runs import config_of, interrupt_after, same, train
 from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.formats.training import config_of_hf
@@ -94,19 +97,77 @@ def change(folder, **values) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | values))
 
 
+def change_tensor(folder, change) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    tensors[QUERY] = change(tensors[QUERY])
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def without_tokenizer(folder, *files: str) -> None:
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    for name in files:
+        (folder / name).write_text("{}")
+
+
+def without_a_shard(folder) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    write_shards(folder, tensors, {QUERY: tensors.pop(QUERY)})
+    (folder / "model-00002-of-00003.safetensors").unlink()
+
+
+QUERY = "model.layers.0.self_attn.q_proj.weight"
+FP8 = {"quant_method": "fp8"}
+NO_TOKENIZER = "the folder holds none of tokenizer.json, tokenizer.model"
+VISION = {
+    "text_config": {"model_type": "llama"},
+    "vision_config": {"model_type": "clip_vision_model"},
+}
 WRONG = {
     "no config.json": (lambda f: (f / "config.json").unlink(), "no config.json"),
+    "no JSON": (lambda f: (f / "config.json").write_text("{'"), "config.json: not a JSON object"),
     "unknown": (lambda f: change(f, model_type="nobody"), "no config.json that transformers"),
     "code": (
         lambda f: change(f, model_type="mine", auto_map={"AutoConfig": "mine.Mine"}),
         "no config.json that transformers can read",
     ),
+    "vision": (lambda f: change(f, model_type="llava", **VISION), "'llava' is a model of more"),
+    "encoder": (lambda f: change(f, model_type="t5"), "no causal language model of it"),
     "quantised": (
-        lambda f: change(f, quantization_config={"quant_method": "fp8"}),
+        lambda f: change(f, quantization_config=FP8),
         "quantised; take the folder before that",
     ),
+    "quantised, said beside": (
+        lambda f: (f / "hf_quant_config.json").write_text("{}"),
+        "quantised; take the folder before that",
+    ),
+    "quantised, said nowhere": (
+        lambda f: change_tensor(f, lambda t: t.to(torch.float8_e4m3fn)),
+        f"{QUERY} is of torch.float8_e4m3fn, quantised; take the folder before that",
+    ),
+    "no layers": (lambda f: change(f, num_hidden_layers=0), "num_hidden_layers = 0, expected an"),
+    "no width": (lambda f: change(f, intermediate_size=0), r"leave .*mlp.* empty, \(0, 32\)"),
+    "activation": (
+        lambda f: change(f, hidden_act="nobody"),
+        "transformers can't build it: KeyError: 'nobody'",
+    ),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "model.safetensors: missing"),
+    "a lost shard": (without_a_shard, "model-00002-of-00003.safetensors: missing; download it"),
     "other sizes": (lambda f: change(f, intermediate_size=64), "has the shape"),
+    "a tensor's shape": (
+        lambda f: change_tensor(f, lambda t: t[:8].clone()),
+        rf"{QUERY} has the shape \(8, 32\), expected \(32, 32\), as config.json says",
+    ),
+    "no tokenizer": (without_tokenizer, NO_TOKENIZER),
+    "a processor alone": (
+        lambda f: without_tokenizer(f, "processor_config.json", "preprocessor_config.json"),
+        NO_TOKENIZER,
+    ),
+    "few rows": (
+        lambda f: change(f, vocab_size=100),
+        "its tokenizer makes ids up to 261, its model has vocab_size = 100",
+    ),
     "learned positions": (
         lambda f: change(f, model_type="gpt2", architectures=["GPT2LMHeadModel"]),
         "has weights in wpe, beside its layers",
@@ -114,15 +175,20 @@ WRONG = {
 }
 
 
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return write_folder(tmp_path_factory.mktemp("wrong") / "llama", "llama")
+
+
 @pytest.mark.parametrize("what", WRONG)
-def test_what_is_wrong_with_a_folder(what, tmp_path) -> None:
-    folder = write_folder(tmp_path / "folder", "llama")
+def test_what_is_wrong_with_a_folder(what, llama, tmp_path) -> None:
+    folder = shutil.copytree(llama, tmp_path / "folder")
     damage, expected = WRONG[what]
     damage(folder)
     with pytest.raises(UserError, match=expected) as caught:
         train(config_of(tmp_path / "run", HF, of_folder(folder)))
     assert "\n" not in str(caught.value)
-    assert str(folder) in str(caught.value) or "GPT2LMHeadModel" in str(caught.value)
+    assert any(said in str(caught.value) for said in (str(folder), "config.json: ", "GPT2LMHead"))
 
 
 @pytest.mark.parametrize(

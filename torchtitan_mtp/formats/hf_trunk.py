@@ -8,6 +8,7 @@ trunk that they copy.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import re
@@ -15,8 +16,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from torchtitan_mtp.checkpoint.load import names_line
 from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.formats.names import swap_halves
 from torchtitan_mtp.formats.native_modules import COPIES, Contract, architecture_of
@@ -99,7 +102,7 @@ class TrunkFolder:
         where, dtype = f"{self.tensors.where}: {name} is", self.tensors.kinds[name].dtype
         if parameter not in self.state:
             raise UserError(f"{where} no part of a module of {architecture_of(self.model.spec)}")
-        if place is not None and dtype not in DTYPES:
+        if dtype not in DTYPES:
             raise UserError(f"{where} of {dtype}, quantised; take the folder before that")
         if made.startswith(f"{base}.") and not part.startswith(f"{base}."):
             part = f"{base}.{part}"
@@ -145,10 +148,24 @@ class TrunkFolder:
         for parameter, parts in self._parts.items():
             yield from self._converted(self._converters, parameter, parts, self._read).items()
 
+    def shape(self, name: str) -> Tensor:
+        """A whole parameter without its memory."""
+        return torch.empty(self.state[name].shape, device="meta")
+
     def _read(self, ours: str) -> Tensor:
         return self.tensors.read(self.places[ours])
 
-    def written(self) -> dict[str, Callable[[Callable[[str], Tensor]], dict[str, Tensor]]]:
+    def check_parts(self, parameter: str) -> None:
+        """Error: the folder lacks some of the tensors that a parameter is made of (an expert)."""
+        lost: list[str] = []
+        with contextlib.suppress(UserError):
+            for part, back in self.written().items():
+                made_of_it = parameter in (name for name, _ in back.args[2])
+                lost += [self.on_disk(part)] if made_of_it and part not in self.places else []
+        if lost:
+            raise UserError(f"{self.tensors.where}: lacks {names_line(lost)}; download it again")
+
+    def written(self) -> dict[str, functools.partial[dict[str, Tensor]]]:
         """How to undo `read`: of each part the function that, given how parameters are read, makes
         it, and all that are made with it."""
         turned: list[Any] = [how.reverse_transform() for how in reversed(self._converters)]
@@ -164,7 +181,7 @@ class TrunkFolder:
         found: dict[str, Any] = {}
         for first, parts in groups.items():
             back = functools.partial(self._converted, turned, first, parts)
-            found |= dict.fromkeys(back(self.state.__getitem__), back)
+            found |= dict.fromkeys(back(self.shape), back)
         return found
 
     def _converted(
@@ -187,6 +204,8 @@ class TrunkFolder:
         try:
             made = how.convert(shown, model=self.causal, config=self.causal.config)
         except (ValueError, RuntimeError, KeyError) as error:
+            if converters is self._converters:
+                self.check_parts(first)
             names = ", ".join(self.on_disk(name) for name, _ in parts[:2])
             reason = str(error).partition("\n")[0]
             what = f"{first} can't be made of {names} ...: {reason}"

@@ -121,7 +121,7 @@ def _trained(source: Tensors, folder: TrunkFolder) -> Tensors:
     before, embedding = folder.tensors, folder.parameter("tok_embeddings")
     makers, kinds = folder.written(), dict(before.kinds)
     parts = {folder.on_disk(ours): ours for ours in makers}
-    shapes = functools.lru_cache(maxsize=1)(lambda back: back(folder.state.__getitem__))
+    shapes = functools.lru_cache(maxsize=1)(lambda back: back(folder.shape))
     for name, ours in parts.items():
         kinds[name] = folder.kind(ours, shapes(makers[ours])[ours])
 

@@ -111,6 +111,7 @@ def _load_own(path: Path, model: Any, exclude: Sequence[str]) -> LoadReport:
             continue
         target = wanted[name]
         if value.shape != target.shape:
+            folder.check_parts(name)
             shapes = f"{tuple(value.shape)}, expected {tuple(target.shape)}"
             where = f"{path}: {folder.on_disk(name)}"
             raise UserError(f"{where} has the shape {shapes}, as config.json says")

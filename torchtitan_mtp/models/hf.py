@@ -23,7 +23,7 @@ from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.models.args import ModelArgs, ModelSpec
 from torchtitan_mtp.models.attention import KVCache
 from torchtitan_mtp.models.heads import TrunkOutput, TrunkParts
-from torchtitan_mtp.models.hf_config import document_masks, transformers
+from torchtitan_mtp.models.hf_config import document_masks, error_line, transformers
 from torchtitan_mtp.models.hf_spans import HFSpan, HFSpans, SpanCache
 from torchtitan_mtp.models.init import copy_full_tensor, seed_of
 from torchtitan_mtp.models.layers import NormParams, normalize
@@ -32,6 +32,7 @@ from torchtitan_mtp.models.trunk import Trunk, Unembedding
 
 _NORMS = ("norm", "final_layernorm", "embedding_norm", "ln_f", "final_norm")
 _LAYERS = ("layers", "h", "blocks")
+_ALIGNED = 8  # widths of experts in torch's grouped products: 16 bytes, of bfloat16 too
 
 
 class HFContext(NamedTuple):
@@ -75,12 +76,18 @@ def _causal_model(config: Any) -> tuple[Any, Names]:
         UserError: no language model, or one that is built in another way.
     """
     kind = f"config.json: model_type = {config.model_type!r}"
-    auto = transformers(kind).AutoModelForCausalLM
+    package = transformers(kind)
+    if type(config) not in package.MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UserError(f"{kind}: transformers has no causal language model of it")
     try:
         with torch.device("meta"):
-            causal = auto.from_config(copy.deepcopy(config))
-    except ValueError as error:
-        raise UserError(f"{kind}: transformers has no causal language model of it") from error
+            causal = package.AutoModelForCausalLM.from_config(copy.deepcopy(config))
+    except Exception as error:  # a value that some part of it does not know
+        what = f"transformers can't build it: {type(error).__name__}: {error_line(error)}"
+        raise UserError(f"{kind}: {what}") from error
+    for name, param in causal.named_parameters():
+        if param.numel() == 0:
+            raise UserError(f"{kind}: its sizes leave {name} empty, {tuple(param.shape)}")
     base, head = causal.base_model_prefix, causal.get_output_embeddings()
     inner = getattr(causal, base, None)
     layers = [n for n in _LAYERS if isinstance(getattr(inner, n, None), nn.ModuleList)]
@@ -93,8 +100,15 @@ def _causal_model(config: Any) -> tuple[Any, Names]:
         )
     if head.bias is not None:
         raise UserError(f"{kind}: its output has a bias, which the loss here does not know")
+    if (count := len(getattr(inner, layers[0]))) != (said := config.num_hidden_layers):
+        what = f"num_hidden_layers = {said} in a list of {count}; expected one attention a layer"
+        raise UserError(f"{kind}: {what}")
     output = Unembedding(*head.weight.shape[::-1], bias=False, device="meta")
     setattr(causal, outputs[0], output)
+    experts = (module for module in causal.modules() if hasattr(module, "is_transposed"))
+    stacks = (param for module in experts for param in module.parameters() if param.ndim == 3)
+    if any(width % _ALIGNED for stack in stacks for width in stack.shape[1:]):
+        causal.set_experts_implementation("eager")
     return causal, Names(base, layers[0], norms[0], outputs[0])
 
 

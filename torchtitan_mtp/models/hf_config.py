@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -10,10 +11,21 @@ from torch import Tensor
 from torchtitan_mtp.errors import UserError, import_optional
 from torchtitan_mtp.models.args import ModelArgs
 
+_COUNTS = ("num_attention_heads", "hidden_size", "num_hidden_layers", "vocab_size")
 _SAID = (
     *("num_key_value_heads", "intermediate_size", "head_dim", "tie_word_embeddings"),
     *("rms_norm_eps", "layer_norm_eps", "norm_eps"),
 )
+
+
+# Where a folder says that its weights are quantised: keys of config.json, and a file beside it.
+_QUANTISATIONS = ("quantization_config", "compression_config", "quantization")
+_QUANTISED = "hf_quant_config.json"
+
+
+def error_line(error: Exception) -> str:
+    """What transformers says of something, in a line that is not too long."""
+    return " ".join(str(error).split())[:200]
 
 
 def transformers(what: str) -> Any:
@@ -40,9 +52,9 @@ def read_config(folder: str) -> Any:
             auto = package.AutoConfig
             config = auto.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # each key has a validator of its own
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{folder}: no config.json that transformers can read: {reason}") from error
-    if getattr(config, "quantization_config", None) is not None:
+        what = f"no config.json that transformers can read: {error_line(error)}"
+        raise UserError(f"{folder}: {what}") from error
+    if Path(folder, _QUANTISED).is_file() or any(told.get(key) for key in _QUANTISATIONS):
         raise UserError(f"{folder}: its weights are quantised; take the folder before that")
     text = config.get_text_config()
     if text is not config:
@@ -65,14 +77,17 @@ def sizes_of_config(config: Any, max_seq_len: int, attn_mask_type: str | None) -
     """The sizes in a config of transformers; attn_mask_type: None for "causal". Error: it has no
     such sizes."""
     try:
-        heads, width = config.num_attention_heads, config.hidden_size
+        counts = {key: getattr(config, key) for key in _COUNTS}
         said = {key: getattr(config, key, None) for key in _SAID}
-        layers, rows = config.num_hidden_layers, config.vocab_size
-    except AttributeError as error:
+    except Exception as error:  # sizes that differ from layer to layer have an error of their own
         raise UserError(
             f"config.json: model_type = {config.model_type!r} has not the sizes of a decoder with "
-            f"attention of one width: {error}"
+            f"attention of one width: {error_line(error)}"
         ) from error
+    for key, count in counts.items():
+        if not isinstance(count, int) or count < 1:
+            raise UserError(f"config.json: {key} = {count!r}, expected an integer above 0")
+    heads, width, layers, rows = counts.values()
     return ModelArgs(
         dim=width,
         n_layers=layers,

@@ -7,6 +7,7 @@ random numbers, what a model does around its layers.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 import math
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from torchtitan_mtp.errors import UserError
-from torchtitan_mtp.models.hf_config import document_masks
+from torchtitan_mtp.models.hf_config import document_masks, error_line
 
 
 class Arguments(NamedTuple):
@@ -97,12 +98,12 @@ def probe(causal: Any, base: str, layers: str, norm: str, output: str) -> Around
     # Logits as large as caps are, so that these show.
     vocab.weight.copy_(20 * draw(7, width) / math.sqrt(width))
     x = draw(1, 3, width)
+    model = with_parts(causal, {base: with_parts(inner, parts), output: vocab})
     try:
-        model = with_parts(causal, {base: with_parts(inner, parts), output: vocab})
         logits = model(inputs_embeds=x, use_cache=False).logits.float()
     except Exception as error:
-        reason = str(error).partition("\n")[0]
-        raise UserError(f"{kind}: can't be run layer by layer: {reason}") from error
+        why = _why_not(inner, model, taps, x) or f"can't be run layer by layer: {error_line(error)}"
+        raise UserError(f"{kind}: {why}") from error
     first = taps[0].state
     for tap, after in itertools.pairwise(taps):
         if not torch.equal(tap.sent, after.state):
@@ -118,6 +119,18 @@ def probe(causal: Any, base: str, layers: str, norm: str, output: str) -> Around
     if cap is None or not torch.allclose(logits, cap * torch.tanh(plain / cap), rtol=1e-4):
         raise UserError(f"{kind}: does more with its logits than to scale or cap them")
     return Around(embedding_scale, 1.0, cap, documents_by)
+
+
+def _why_not(inner: Any, model: Any, taps: Sequence[_Sender], x: Tensor) -> str:
+    """What in a model can't be run layer by layer; "" where that isn't known."""
+    if own := [name for name, _ in inner.named_buffers(recurse=False)]:
+        return f"has {', '.join(own)} beside its layers, which is not served here"
+    for tap in taps:
+        tap.sent = (tap.sent, None)
+    with contextlib.suppress(Exception):  # of another cause
+        model(inputs_embeds=x, use_cache=False)
+        return "its layers return tuples, and heads, which are layers, need states alone"
+    return ""
 
 
 def _documents_by(
@@ -152,7 +165,7 @@ class _Sender(Tap):
 
     def __init__(self, layer: nn.Module, sent: Tensor) -> None:
         super().__init__(layer, runs=False)
-        self.sent = sent
+        self.sent: Any = sent
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         super().__call__(*args, **kwargs)

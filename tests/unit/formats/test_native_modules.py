@@ -334,6 +334,7 @@ def damaged(source: Path, **changes: Tensor | None) -> None:
 
 PROJ, QUERY = f"model.layers.{LAYERS}.eh_proj.weight", f"model.layers.{LAYERS}.self_attn.q_proj"
 EXPERT = f"model.layers.{LAYERS}.mlp.experts.0.up_proj.weight"
+DOWN = f"model.layers.{LAYERS}.mlp.experts.2.down_proj.weight"
 
 
 @pytest.mark.parametrize(
@@ -341,7 +342,9 @@ EXPERT = f"model.layers.{LAYERS}.mlp.experts.0.up_proj.weight"
     [
         ({PROJ: None}, f"lacks {PROJ}; download it again"),
         ({f"{QUERY}.weight": None}, f"lacks {QUERY}.weight; download it again"),
-        ({EXPERT: None}, "mlp.experts.gate_up_proj can't be made of "),
+        ({EXPERT: None}, f"lacks 1 ({EXPERT}); download it again"),
+        ({DOWN: None}, f"lacks 1 ({DOWN}); download it again"),
+        ({EXPERT: torch.ones(16, 31)}, "mlp.experts.gate_up_proj can't be made of "),
         (
             {PROJ: torch.ones(32, 32)},
             f"{PROJ} has the shape (32, 32), expected (32, 64), as",
@@ -352,7 +355,7 @@ EXPERT = f"model.layers.{LAYERS}.mlp.experts.0.up_proj.weight"
             f"{QUERY}.weight is of torch.float8_e4m3fn, quantised; take the folder before that",
         ),
     ],
-    ids=["projection", "query", "expert", "shape", "unknown", "quantised"],
+    ids=["projection", "query", "expert", "down", "width", "shape", "unknown", "quantised"],
 )
 def test_a_module_that_is_not_as_its_contract_says(
     changes: dict[str, Tensor | None], told: str, tmp_path: Path

@@ -52,6 +52,7 @@ def batch_of(n: int = N, boundary: int = 7, from_head_1: bool = False) -> Batch:
 def reference(config: Any, model: HFTrunk) -> Any:
     """transformers' own model with the trunk's weights."""
     own = transformers.AutoModelForCausalLM.from_config(config)
+    own.set_experts_implementation(model.causal.config._experts_implementation)
     trunk = {name: t for name, t in model.state_dict().items() if not name.startswith("mtp.")}
     report = own.load_state_dict(trunk, strict=True)
     assert not report.missing_keys
@@ -205,6 +206,36 @@ def test_a_forward_is_not_random() -> None:
     torch.testing.assert_close(model.output(first[0]), theirs, rtol=1e-5, atol=1e-5)
 
 
-def test_a_config_without_attentions_is_refused() -> None:
-    with pytest.raises(UserError, match="'mamba2' has not the sizes of a decoder"):
-        sizes_of_config(transformers.Mamba2Config(), SEQ, None)
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
+def test_experts_of_any_width(name: str) -> None:
+    """Also where torch's grouped products would not take it."""
+    config = CONFIGS[name]()
+    setattr(config, "intermediate_size" if name == "gpt_oss" else "moe_intermediate_size", 6)
+    check_losses_and_gradients(config, MTP(heads="parallel", num_future_tokens=N))
+    assert build(CONFIGS[name]()).causal.config._experts_implementation == "grouped_mm"
+
+
+SMALL: dict[str, Any] = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48}
+SMALL |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+BAMBA = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_d_state": 8}
+LATENT = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4}
+LATENT |= {"v_head_dim": 8, "head_dim": 4, "num_key_value_heads": 4, "num_layers": 2}
+UNSERVED = {
+    "Bamba": (BAMBA, "BambaForCausalLM: its layers return tuples, and heads, which are layers"),
+    "FalconH1": (BAMBA | {"mamba_d_ssm": 64}, "FalconH1ForCausalLM: its layers return tuples"),
+    "Falcon": ({}, "FalconForCausalLM: its layers return tuples"),
+    "RecurrentGemma": ({"lru_width": 32}, "has normalizer beside its layers, which is not served"),
+    "LongcatFlash": (LATENT, "= 2 in a list of 1; expected one attention a layer"),
+    "Gemma4Text": ({"head_dim": 8}, "has not the sizes .* of one width: 'head_dim' is a per-layer"),
+    "Mamba2": (None, "'mamba2' has not the sizes of a decoder"),
+}
+
+
+@pytest.mark.parametrize("name", UNSERVED)
+def test_what_in_a_model_is_not_served(name: str) -> None:
+    changes, expected = UNSERVED[name]
+    make = getattr(transformers, f"{name}Config")
+    config = make() if changes is None else make(**SMALL | changes)
+    with pytest.raises(UserError, match=expected) as error:
+        HFTrunk(config, sizes_of_config(config, SEQ, None))
+    assert "\n" not in str(error.value)
