@@ -230,8 +230,8 @@ def test_gradients_are_reduced_in_the_last_micro_batch_only(name, ranks):
     for results in ranks:
         *before, last = results[f"{name} reductions"]
         assert before == [0, 0]
-        # Three layers, two heads, the embedding, the norm and `output`.
-        assert last == 8
+        # Two layers, two heads, the embedding, the norm and `output`.
+        assert last == 7
 
 
 @pytest.mark.parametrize("option", OPTIONS)

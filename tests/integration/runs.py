@@ -26,10 +26,10 @@ from torchtitan_mtp.models.flavors import flavors
 from torchtitan_mtp.monitoring.losses import HeadLosses
 from torchtitan_mtp.trainer import Trainer
 
-TINY = ModelArgs(dim=32, n_layers=3, n_heads=4, n_kv_heads=2, multiple_of=32, rope_theta=10000.0)
+TINY = ModelArgs(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, multiple_of=32, rope_theta=10000.0)
 EXPERTS = ModelArgs(
     dim=32,
-    n_layers=3,
+    n_layers=2,
     n_heads=4,
     hidden_dim=48,
     latent=LatentArgs(

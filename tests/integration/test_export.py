@@ -359,7 +359,7 @@ def start(folder: Path, source: Path, **changes) -> tuple[dict[str, Tensor], Tra
 
 def test_a_run_starts_from_a_hugging_face_folder(tmp_path: Path) -> None:
     changes = {"model.vocab_size": 320, "training.seq_len": 32, "model.flavor": "custom"}
-    changes |= {"model.args.dim": 32, "model.args.n_layers": 3, "model.args.n_heads": 4}
+    changes |= {"model.args.dim": 32, "model.args.n_layers": 2, "model.args.n_heads": 4}
     changes |= {"model.args.n_kv_heads": 2, "model.args.hidden_dim": TINY.ffn_dim}
     saved, _ = write_run(tmp_path / "saved", **changes)
     export_checkpoint(tmp_path / "saved", tmp_path / "hf", "llama_hf")
@@ -368,7 +368,7 @@ def test_a_run_starts_from_a_hugging_face_folder(tmp_path: Path) -> None:
     # Heads are not in the folder: each starts as the layer that was loaded.
     name = "attention.wq.weight"
     for k in range(2):
-        assert torch.equal(started[f"mtp.heads.{k}.{name}"], saved.layers["2"].attention.wq.weight)
+        assert torch.equal(started[f"mtp.heads.{k}.{name}"], saved.layers["1"].attention.wq.weight)
     report = trainer.checkpointer.load_report
     assert report is not None and all(key.startswith("mtp.") for key in report.missing)
 
@@ -414,7 +414,7 @@ def test_heads_are_added_to_an_imported_trunk(tmp_path: Path, trained_trunk, key
 
     changes: dict[str, object] = {"mtp.train": "heads", "mtp.init": "copy_last_layer"}
     changes |= {"checkpoint.initial_load_in_hf": True, "checkpoint.initial_load_path": str(given)}
-    changes |= {"validation.enable": True, "validation.freq": 5, "training.steps": 40}
+    changes |= {"validation.enable": True, "validation.freq": 2, "training.steps": 30}
     changes |= {"checkpoint.enable": True, "optimizer.lr": 1e-2}
     run = train(config_of(tmp_path / "heads", keys, changes))
     assert same(run.trunk, trunk)

@@ -118,7 +118,7 @@ def test_new_heads_start_as_the_last_layer_of_the_loaded_trunk(keys, trunk_run, 
     own = starting_weights(config_of(tmp_path / "b", keys, load, {"training.seed": 7}))
     assert same({k: v for k, v in copied.items() if not k.startswith("mtp.")}, trunk.weights)
     assert same({k: v for k, v in own.items() if not k.startswith("mtp.")}, trunk.weights)
-    last = "layers.2."
+    last = "layers.1."
     block = "block." if keys == SEQUENTIAL else ""
     for head in (0, 1):
         prefix = f"mtp.heads.{head}."
@@ -137,8 +137,8 @@ def test_new_heads_start_as_the_last_layer_of_the_loaded_trunk(keys, trunk_run, 
 def test_copying_without_a_checkpoint_copies_the_random_layer(tmp_path):
     start = starting_weights(config_of(tmp_path, {"mtp.init": "copy_last_layer"}))
     for name, weight in start.items():
-        if name.startswith("layers.2."):
-            assert torch.equal(start[name.replace("layers.2.", "mtp.heads.1.")], weight), name
+        if name.startswith("layers.1."):
+            assert torch.equal(start[name.replace("layers.1.", "mtp.heads.1.")], weight), name
 
 
 def test_a_resumed_run_keeps_its_trained_heads(tmp_path):
@@ -169,7 +169,7 @@ def test_heads_load_into_models_with_fewer_or_more(saved_run, n, tmp_path):
     if n == 4:
         block = "block." if keys == SEQUENTIAL else ""
         new = start[f"mtp.heads.2.{block}attention.wq.weight"]
-        assert torch.equal(new, saved.weights["layers.2.attention.wq.weight"])
+        assert torch.equal(new, saved.weights["layers.1.attention.wq.weight"])
 
 
 def test_a_model_with_heads_loads_as_a_plain_one(saved_run, tmp_path):
@@ -206,8 +206,9 @@ def test_shared_weights_are_one_module(tmp_path):
 
 
 def test_matched_parameters_are_the_plain_models(tmp_path):
-    plain = starting_weights(config_of(tmp_path / "a", OFF))
-    matched = starting_weights(config_of(tmp_path / "b", {"mtp.match_parameters": True}))
+    three = {"model.args.n_layers": 3}
+    plain = starting_weights(config_of(tmp_path / "a", three, OFF))
+    matched = starting_weights(config_of(tmp_path / "b", three, {"mtp.match_parameters": True}))
     assert sum(w.numel() for w in matched.values()) == sum(w.numel() for w in plain.values())
     assert {name.split(".")[1] for name in matched if name.startswith("layers.")} == {"0"}
 
@@ -317,5 +318,5 @@ def test_parameters_that_the_log_counts(keys, tmp_path):
     dim, kv, ffn = 32, 16, 96
     block = 2 * dim * dim + 2 * dim * kv + 3 * dim * ffn + 2 * dim
     head = block if keys == JOINT else block + 2 * dim * dim + 3 * dim
-    assert trunk == 2 * 320 * dim + 3 * block + dim
+    assert trunk == 2 * 320 * dim + 2 * block + dim
     assert sum(w.numel() for w in start.values()) == trunk + 2 * head

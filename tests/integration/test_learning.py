@@ -29,7 +29,6 @@ def test_every_head_learns_a_text_by_heart(keys, tmp_path):
     settings = {
         "training.dataset": "text",
         "training.dataset_path": str(path),
-        "model.args.n_layers": 2,
         "training.steps": 80,
         "training.local_batch_size": 4,
         "optimizer.lr": 3e-2,
