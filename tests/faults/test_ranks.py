@@ -26,7 +26,7 @@ SILENT = {"metrics.log_freq": 100}
 
 def tell(trainer: Trainer, number: int) -> None:
     os.kill(os.getpid(), number)
-    while not trainer.stopping._noticed:
+    while not trainer.stopping.noticed:
         time.sleep(0.001)
 
 
@@ -58,7 +58,7 @@ def told_in_save(trainer: Trainer, number: int) -> None:
     write = trainer.checkpointer._write
 
     def be_told(*args: Any) -> None:
-        if not trainer.stopping._noticed:
+        if not trainer.stopping.noticed:
             tell(trainer, number)
         write(*args)
 

@@ -28,9 +28,9 @@ def tell(trainer: Trainer, number: int) -> None:
     """Send this process the signal, and wait until the run has noticed."""
     os.kill(os.getpid(), number)
     deadline = time.monotonic() + 20
-    while not trainer.stopping._noticed and time.monotonic() < deadline:
+    while not trainer.stopping.noticed and time.monotonic() < deadline:
         time.sleep(0.001)
-    assert trainer.stopping._noticed == number
+    assert trainer.stopping.noticed == number
 
 
 def interrupt(trainer: Trainer, where: str, number: int) -> None:
@@ -191,7 +191,7 @@ def test_a_second_signal_ends_the_process_at_once(number):
         stopping = Stopping()
         with stopping:
             os.kill(os.getpid(), number)
-            while not stopping._noticed:
+            while not stopping.noticed:
                 time.sleep(0.001)
             os.kill(os.getpid(), number)
             threading.Event().wait(20)

@@ -35,11 +35,12 @@ class Stopping:
 
     Attributes:
         signal: what all ranks agreed to stop for; None while they go on.
+        noticed: number of the first signal that this rank got; 0 before.
     """
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
-        self._noticed = 0  # the number of the first signal that this rank got
+        self.noticed = 0
         self._group: dist.ProcessGroup | None = None
         if dist.is_initialized() and dist.get_world_size() > 1:
             self._group = dist.new_group(backend="gloo")
@@ -54,7 +55,7 @@ class Stopping:
         if self._work is not None:
             self.agreed()
         if self.signal is None and self._group is not None:
-            self._flag.fill_(self._noticed)
+            self._flag.fill_(self.noticed)
             self._work = dist.all_reduce(self._flag, dist.ReduceOp.MAX, self._group, async_op=True)
 
     def agreed(self) -> bool:
@@ -63,7 +64,7 @@ class Stopping:
             self._work.wait()
             self._work = None
         elif self._group is None:
-            self._flag.fill_(self._noticed)  # alone, there is nobody to wait for
+            self._flag.fill_(self.noticed)  # alone, there is nobody to wait for
         if self.signal is None and (number := int(self._flag)):
             self.signal = signal.Signals(number)
         return self.signal is not None
@@ -110,8 +111,8 @@ class Stopping:
                 number = received[0]
                 if number not in SIGNALS:
                     continue
-                if not self._noticed:
-                    self._noticed, since = number, time.monotonic()
+                if not self.noticed:
+                    self.noticed, since = number, time.monotonic()
                     logger.warning(
                         "%s: stopping after this step; another signal ends the run at once",
                         signal.Signals(number).name,
@@ -119,7 +120,7 @@ class Stopping:
                 elif time.monotonic() - since > _ECHO or not os.environ.keys() & set(_LAUNCHERS):
                     os._exit(128 + number)
         except Exception:  # nobody would hear a signal any more: better an early end that is saved
-            self._noticed = self._noticed or signal.SIGTERM
+            self.noticed = self.noticed or signal.SIGTERM
             logger.exception("signals can't be read any more: stopping after this step")
         finally:
             os.close(read_end)
