@@ -17,7 +17,7 @@ TEXT = "the quick brown fox jumps over the lazy dog while five wizards box "
         pytest.param(JOINT, marks=pytest.mark.exhaustive),  # computes what head_by_head does
         HEAD_BY_HEAD,
         SEQUENTIAL,
-        {**SEQUENTIAL, "mtp.share_weights": True},
+        pytest.param({**SEQUENTIAL, "mtp.share_weights": True}, marks=pytest.mark.exhaustive),
         DEEPSEEK,
         {"mtp.heads": "medusa"},
     ],
