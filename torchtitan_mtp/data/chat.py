@@ -28,17 +28,23 @@ Spans = list[tuple[int, int]]  # characters, start..stop-1
 
 @functools.cache
 def chat_tokenizer(path: str) -> Any:
-    """transformers' tokenizer of `model.hf_assets_path`. Error: no chat template, no folder, or no
-    transformers."""
+    """transformers' tokenizer of `model.hf_assets_path`. Error: no chat template, or one that is
+    no Jinja, no folder, or no transformers."""
     try:
         from transformers import AutoTokenizer
+        from transformers.utils.chat_template_utils import render_jinja_template
 
         place = Path(path).parent if Path(path).is_file() else path
         tokenizer = AutoTokenizer.from_pretrained(place, local_files_only=True)
-        tokenizer.get_chat_template()
+        template = tokenizer.get_chat_template()
     except (ImportError, OSError, ValueError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"tokenizer {path}: no chat template to be had: {reason}") from error
+    try:
+        render_jinja_template([], chat_template=template)  # is compiled
+    except Exception as error:  # of a package that may not be there
+        reason = " ".join(str(error).split())
+        raise UserError(f"tokenizer {path}: no readable chat template: {reason}") from error
     return tokenizer
 
 
@@ -78,9 +84,10 @@ def encode_conversation(tokenizer: Tokenizer, conversation: str) -> tuple[np.nda
         UserError: the template refuses the messages, or does not say where answers are.
     """
     theirs = chat_tokenizer(tokenizer.place)
-    messages, tools = json.loads(conversation).values()
+    told = json.loads(conversation)
+    messages, tools, prompt = told["messages"], told["tools"], told.get("prompt", 0)
     is_marked = _GENERATION.search(theirs.get_chat_template(tools=tools))
-    text, spans = (_marked if is_marked else _compared)(theirs, messages, tools)
+    text, spans = (_marked if is_marked else _compared)(theirs, messages, tools, prompt)
     ids, offsets = tokenizer.encode_with_offsets(text)
     is_target = np.zeros(len(ids), np.bool_)
     for start, stop in spans:
@@ -92,8 +99,11 @@ def encode_conversation(tokenizer: Tokenizer, conversation: str) -> tuple[np.nda
     return ids, is_target
 
 
-def _marked(tokenizer: Any, messages: list[Any], tools: list[Any] | None) -> tuple[str, Spans]:
-    """The text of a conversation and the spans in it that {% generation %} marks."""
+def _marked(
+    tokenizer: Any, messages: list[Any], tools: list[Any] | None, prompt: int
+) -> tuple[str, Spans]:
+    """The text of a conversation and the spans in it that {% generation %} marks, but for those in
+    the first `prompt` messages."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
     with _marking, _template_errors():
@@ -105,14 +115,20 @@ def _marked(tokenizer: Any, messages: list[Any], tools: list[Any] | None) -> tup
             **tokenizer.special_tokens_map,
         )
     (text,), (spans,) = rendered
-    return text, spans
+    before = render(tokenizer, messages[:prompt], tools=tools) if prompt else ""
+    if not text.startswith(before):
+        raise UserError("the chat template spells the prompt otherwise than before a completion")
+    return text, [span for span in spans if span[0] >= len(before)]
 
 
-def _compared(tokenizer: Any, messages: list[Any], tools: list[Any] | None) -> tuple[str, Spans]:
-    """The text of a conversation and the spans of its answers: what each adds to its prompt."""
+def _compared(
+    tokenizer: Any, messages: list[Any], tools: list[Any] | None, prompt: int
+) -> tuple[str, Spans]:
+    """The text of a conversation and the spans of its answers after the first `prompt` messages:
+    what each adds to its prompt."""
     whole, spans = render(tokenizer, messages, tools=tools), Spans()
     for i, message in enumerate(messages):
-        if message["role"] == "assistant":
+        if i >= prompt and message["role"] == "assistant":
             if i == 0:
                 raise UserError(f"no prompt comes before the assistant's first message; {_MARK}")
             before = render(tokenizer, messages[:i], tools=tools, add_generation_prompt=True)

@@ -9,6 +9,7 @@ round(f * tokens) for both neighbours: every token is read once an epoch, howeve
 
 import contextlib
 import functools
+import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,13 +17,16 @@ from weakref import WeakValueDictionary
 
 import numpy as np
 
-from torchtitan_mtp.data.chat import encode_conversation
+from torchtitan_mtp.data.chat import chat_tokenizer, encode_conversation
 from torchtitan_mtp.data.document import SKIPPED, Document
+from torchtitan_mtp.data.files import BadRecords
 from torchtitan_mtp.data.order import shuffled
 from torchtitan_mtp.data.parquet import CACHED_ROW_GROUPS
 from torchtitan_mtp.data.sources import Source
 from torchtitan_mtp.data.tokenizer import ByteTokenizer, Tokenizer
 from torchtitan_mtp.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 # A split of up to this size, in as many documents, is encoded once at the start, to be counted.
 ENCODED_BYTES = 16 << 20
@@ -40,9 +44,18 @@ class Encoded:
     is_target: np.ndarray
 
 
-def encode_document(tokenizer: Tokenizer, document: Document, where: Callable[[], str]) -> Encoded:
-    """The tokens of a document; `where` names its place if the tokenizer fails on it."""
+def encode_document(
+    tokenizer: Tokenizer,
+    document: Document,
+    where: Callable[[], str],
+    bad: BadRecords | None = None,
+) -> Encoded:
+    """The tokens of a document. One on which the tokenizer or its chat template fails is a bad
+    record, of which `where` names the place: without tokens, if `bad` skips such, else an error."""
+    bad = bad or BadRecords("stop")
     front = np.array(tokenizer.prefix, np.int32)
+    if document.conversation:
+        chat_tokenizer(tokenizer.place)  # that there is none is no fault of the record
     try:
         if document.conversation:
             return Encoded(*encode_conversation(tokenizer, document.conversation))
@@ -50,19 +63,29 @@ def encode_document(tokenizer: Tokenizer, document: Document, where: Callable[[]
             tokenizer.encode(x) if x else front[:0] for x in (document.prompt, document.text)
         )
     except UserError as e:
-        raise UserError(f"data {where()}: {e}") from e
+        return _without_tokens(bad, where(), str(e))
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as e:  # those written in Rust panic with BaseExceptions
-        raise UserError(
-            f"data {where()}: the tokenizer fails on this document"
-            f" ({type(e).__name__}: {str(e)[:200]}); mend it or leave it out"
-        ) from e
+        found = f"the tokenizer fails on this document ({type(e).__name__}: {str(e)[:200]})"
+        return _without_tokens(bad, where(), found)
     tokens = np.concatenate([front, prompt, text, [tokenizer.eos_id]], dtype=np.int32)
     is_target = np.ones(len(tokens), np.bool_)
     if document.prompt:
         is_target[: len(front) + len(prompt)] = False
     return Encoded(tokens, is_target)
+
+
+def _no_tokens() -> Encoded:
+    """What there is of a record that is skipped."""
+    return Encoded(np.empty(0, np.int32), np.empty(0, np.bool_))
+
+
+def _without_tokens(bad: BadRecords, where: str, found: str) -> Encoded:
+    bad.add(where, found)
+    if bad.count == 1:
+        logger.warning("bad records are left out, the first: %s", bad.first)
+    return _no_tokens()
 
 
 @dataclass(eq=False)
@@ -84,15 +107,20 @@ class Corpus:
         self._tokenizer = tokenizer
         self.seed = seed
         self.skipped = source.sizes() == SKIPPED
-        if self.skipped[documents].all():
-            raise UserError(
-                f"dataset {source.name}: all {len(documents)} of a split are bad records; mend"
-                " them, or change training.validation_fraction"
-            )
+        self._bad = BadRecords(source.bad_records)  # found when they are encoded
+        self.check_some()
         # Both live as long as a lane reads in them: lanes of one epoch have one order, and a
         # document that many lanes share is encoded once.
         self._epochs: WeakValueDictionary[int, Epoch] = WeakValueDictionary()
         self._encoded: WeakValueDictionary[int, Encoded] = WeakValueDictionary()
+
+    def check_some(self) -> None:
+        """Error: all records are skipped."""
+        if self.skipped[self.documents].all():
+            raise UserError(
+                f"dataset {self.source.name}: all {len(self.documents)} of a split are bad records;"
+                " mend them, or change training.validation_fraction"
+            )
 
     @functools.cached_property
     def sizes(self) -> np.ndarray:
@@ -115,6 +143,9 @@ class Corpus:
         # Encoding lets go of Python's lock. No more threads than a Parquet file keeps row groups.
         with ThreadPoolExecutor(CACHED_ROW_GROUPS) as threads:
             list(threads.map(count, np.array_split(self.documents, 64)))
+        if self._bad.count:
+            told = "dataset %s: %d bad record(s) skipped that the tokenizer or its template refuses"
+            logger.warning(told, self.source.name, self._bad.count)
         return sizes
 
     def epoch(self, number: int) -> Epoch:
@@ -127,10 +158,11 @@ class Corpus:
     def encode(self, number: int) -> Encoded:
         """A document's tokens, of a record that is skipped none."""
         if self.skipped[number]:
-            return Encoded(np.empty(0, np.int32), np.empty(0, np.bool_))
+            return _no_tokens()
         document = self._encoded.get(number)
         if document is None:
             where = functools.partial(self.source.where, number)
-            document = encode_document(self._tokenizer, self.source[number], where)
+            document = encode_document(self._tokenizer, self.source[number], where, self._bad)
             self._encoded[number] = document
+            self.skipped[number] = not len(document.tokens)
         return document

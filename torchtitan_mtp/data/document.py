@@ -4,6 +4,7 @@ import contextlib
 import json
 from typing import Any, NamedTuple
 
+_BOTH = "prompt and completion"
 SKIPPED = -1  # the size of a record that is no document, but has a number among them
 
 
@@ -13,7 +14,8 @@ class Document(NamedTuple):
     Attributes:
         text: trained on.
         prompt: comes before `text` in the same document and is read but never a target.
-        conversation: instead of a text, {"messages": [...], "tools": [...] or null} as JSON.
+        conversation: instead of a text, {"messages": [...], "tools": [...] or null} as JSON; and
+            "prompt": how many messages come before the first that is trained on, if any do.
     """
 
     text: str
@@ -22,15 +24,18 @@ class Document(NamedTuple):
 
 
 def to_document(record: Any, text_field: str) -> Document:
-    """The document of a record {text_field: TEXT}, {"prompt": TEXT, "completion": TEXT} or
-    {"messages": [...]}; `text_field` may also name the messages. Raises ValueError, saying what was
-    found, if it is none."""
+    """The document of a record {text_field: TEXT}, {"prompt": TEXT, "completion": TEXT} (or lists
+    of messages), or {"messages": [...]}; `text_field` may also name the messages. Raises
+    ValueError, saying what was found, if it is none."""
     fields = record if isinstance(record, dict) else {}
     plain = text_field in fields
     if isinstance(fields.get(text_field), list):
         return _conversation(fields, text_field)
     if not plain and "messages" in fields and "completion" not in fields:
         return _conversation(fields, "messages")
+    before, after = fields.get("prompt"), fields.get("completion")
+    if not plain and isinstance(before, list) and isinstance(after, list):
+        return _conversation(fields | {_BOTH: before + after}, _BOTH, len(before))
     text = fields[text_field] if plain else fields.get("completion")
     prompt = "" if plain else fields.get("prompt")
     if isinstance(text, str) and isinstance(prompt, str):
@@ -42,17 +47,17 @@ def to_document(record: Any, text_field: str) -> Document:
     )
 
 
-def _conversation(fields: dict[str, Any], name: str) -> Document:
+def _conversation(fields: dict[str, Any], name: str, prompt: int = 0) -> Document:
     messages, tools = (_without_nulls(fields.get(key)) for key in (name, "tools"))
     if isinstance(tools, str):  # columns have one type, tools have not
         with contextlib.suppress(ValueError):
             tools = json.loads(tools)
     if not isinstance(messages, list) or not all(map(_is_message, messages)):
         found = str(messages)[:200]
-    elif not any(message["role"] == "assistant" for message in messages):
+    elif not any(message["role"] == "assistant" for message in messages[prompt:]):
         found = "no answer of an 'assistant'"
     else:
-        record = {"messages": messages, "tools": tools}
+        record = {"messages": messages, "tools": tools} | ({"prompt": prompt} if prompt else {})
         return Document("", "", _encodable(json.dumps(record, ensure_ascii=False, default=str)))
     raise ValueError(
         f"expected {name!r} to be a list of objects with 'role' and 'content'; found {found}"

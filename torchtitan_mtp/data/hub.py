@@ -1,5 +1,7 @@
 """Datasets of the Hugging Face hub, streamed."""
 
+import contextlib
+import functools
 import itertools
 import logging
 from collections.abc import Iterator
@@ -11,6 +13,7 @@ from torchtitan_mtp.errors import UserError, import_optional
 
 logger = logging.getLogger(__name__)
 
+_LOOKED_AT = 100  # records at most, for one that is no bad one
 
 # name -> path on the hub, configuration, split
 DATASETS: dict[str, tuple[str, str | None, str]] = {
@@ -36,18 +39,29 @@ class StreamSource:
     def __init__(
         self, name: str, text_field: str = "text", dataset: Any = None, bad_records: str = "stop"
     ) -> None:
-        self.name = name
+        self.name, self.bad_records = name, bad_records
         self._text_field = text_field
-        self._bad = BadRecords(bad_records)
+        self.bad = BadRecords(bad_records)
         wanted = path, config, split = DATASETS.get(name, (name, None, "train"))
         self._dataset = _load(name, *wanted) if dataset is None else dataset
         self.num_shards = int(self._dataset.num_shards)
-        columns = self._dataset.features or {}  # their types
-        column = columns.get(text_field, columns.get("messages"))
-        is_text = "string" in getattr(column, "dtype", "")
-        self.has_conversations = column is not None and not is_text
         logger.info("dataset %s: a stream in %d part(s), %s", name, self.num_shards, wanted)
         self.fingerprint = f"hub:{path}:{config}:{split}:{text_field}"
+
+    @functools.cached_property
+    def has_conversations(self) -> bool:
+        """As of a `Source`, by the types of the columns; by the first document where the dataset
+        does not know them."""
+        if columns := self._dataset.features:
+            usual = columns.get("messages", columns.get("completion"))
+            column = columns.get(self._text_field, usual)
+            return column is not None and "string" not in getattr(column, "dtype", "")
+        records = self._dataset.shard(1, 0)  # a copy: it keeps its place
+        with contextlib.suppress(Exception):  # which is told when it is read
+            for record in itertools.islice(records, _LOOKED_AT):
+                with contextlib.suppress(ValueError):
+                    return bool(to_document(record, self._text_field).conversation)
+        return False
 
     def read(
         self, lane: int = 0, num_lanes: int = 1, state: Any = None
@@ -81,9 +95,9 @@ class StreamSource:
             try:
                 document = to_document(record, self._text_field)
             except ValueError as e:
-                self._bad.add(where, str(e))
-                if self._bad.count == 1:
-                    logger.warning("bad records are left out, the first: %s", self._bad.first)
+                self.bad.add(where, str(e))
+                if self.bad.count == 1:
+                    logger.warning("bad records are left out, the first: %s", self.bad.first)
                 continue
             yield state, document, where
             state = {"number": number + 1, "records": records.state_dict()}

@@ -99,6 +99,7 @@ def corpus_pieces(
     """
     index = position.get("index")
     for number in itertools.count(int(position["epoch"])):
+        corpus.check_some()  # else there would be no end to epochs without a piece
         if dealt:
             order = shuffled(corpus.documents[lane::num_lanes], corpus.seed, lane, number)
             epoch, first, last = Epoch(order, np.arange(1, len(order) + 1)), 0, len(order)
@@ -134,9 +135,10 @@ def stream_pieces(
     while not empty:
         empty = place is None
         for at, document, where in source.read(lane, num_lanes, place):
-            empty = False
-            tokens = encode_document(tokenizer, document, partial(str, where))
-            yield Piece(tokens, 0, len(tokens.tokens), {"epoch": epoch, "stream": at})
+            tokens = encode_document(tokenizer, document, partial(str, where), source.bad)
+            if size := len(tokens.tokens):
+                empty = False
+                yield Piece(tokens, 0, size, {"epoch": epoch, "stream": at})
         epoch, place = epoch + 1, None
     raise UserError(
         f"dataset {source.name}: lane {lane} of {num_lanes} has no documents; use fewer data ranks,"
@@ -155,7 +157,7 @@ def one_pass_pieces(
         i = min(given, key=given.__getitem__)
         if (document := next(unread[i], None)) is None:
             del given[i]
-        else:
+        elif len(document.tokens):
             given[i] += len(document.tokens) / shares[i]
             yield Piece(document, 0, len(document.tokens), {})
 
@@ -163,4 +165,5 @@ def one_pass_pieces(
 def _once(part: Corpus | StreamSource, tokenizer: Tokenizer) -> Iterator[Encoded]:
     if isinstance(part, Corpus):
         return map(part.encode, map(int, part.documents[~part.skipped[part.documents]]))
-    return (encode_document(tokenizer, x, partial(str, where)) for _, x, where in part.read())
+    read = part.read()
+    return (encode_document(tokenizer, x, partial(str, where), part.bad) for _, x, where in read)

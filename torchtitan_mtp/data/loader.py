@@ -229,7 +229,8 @@ class DataLoader:
         older = {"documents": self.identity["documents"], "shares": [1.0], "chat_template": None}
         for key, mine in self.identity.items():
             found = (older | state).get(key)
-            if found == mine:
+            # That a stream without columns has conversations was not seen before November 2026.
+            if found == mine or (key == "chat_template" and found is None):
                 continue
             if key == "source" and self.accept_changed_data:
                 told = "dataset %s: not the files of the checkpoint; going on at its place in these"

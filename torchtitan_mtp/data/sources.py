@@ -36,6 +36,7 @@ class Source:
     Attributes:
         name: for messages.
         fingerprint: equal for two sources with the same documents in the same order.
+        bad_records: what is done about them, "stop" or "skip".
         has_conversations: some document is one, and needs a chat template.
 
     Raises:
@@ -46,7 +47,7 @@ class Source:
         self, name: str, root: Path, paths: Sequence[Path], field: str, bad_records: str, also: str
     ) -> None:
         """`paths` in order, named relative to `root` in the fingerprint; `also` is logged."""
-        self.name = name
+        self.name, self.bad_records = name, bad_records
         bad = BadRecords(bad_records)
         self._files = [_open_file(path, field, bad) for path in paths]
         self._starts = list(itertools.accumulate((len(f.sizes) for f in self._files), initial=0))

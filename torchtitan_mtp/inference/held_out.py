@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 
 from torchtitan_mtp.config import JobConfig
-from torchtitan_mtp.data.chat import encode_conversation
+from torchtitan_mtp.data.corpus import encode_document
 from torchtitan_mtp.data.document import SKIPPED, Document
+from torchtitan_mtp.data.files import BadRecords
 from torchtitan_mtp.data.hub import StreamSource
 from torchtitan_mtp.data.loader import DataLoader
 from torchtitan_mtp.data.mixture import Mixture, parse_entry, source_from_config
@@ -47,11 +48,14 @@ class Text:
         One piece of a document is its middle. A document that is shorter gives itself, once.
         """
         documents = list(self._spread(self.source, count))
-        prompts = []
+        first = self.source.sources[0] if isinstance(self.source, Mixture) else self.source
+        prompts: list[list[int]] = []
+        bad = BadRecords(first.bad_records)
         for j, document in enumerate(documents):
             tokens = tokenizer.prompt(document.prompt + document.text)
             if document.conversation:
-                tokens = encode_conversation(tokenizer, document.conversation)[0].tolist()
+                encoded = encode_document(tokenizer, document, lambda: self.about, bad)
+                tokens = encoded.tokens.tolist()
             share = count * (j + 1) // len(documents) - count * j // len(documents)
             room = max(0, len(tokens) - length)
             starts = {room * i // (share + 1) for i in range(1, share + 1)}

@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy
 from tests.small import small_model
 from tests.small_tokenizers import byte_level, sentencepiece
 from torchtitan_mtp.config import MTP
+from torchtitan_mtp.data import corpus
 from torchtitan_mtp.data.chat import encode_conversation
 from torchtitan_mtp.data.corpus import encode_document
 from torchtitan_mtp.data.document import Document, to_document
@@ -155,6 +156,37 @@ def test_what_follows_the_end_of_an_answer_is_no_target(tmp_path):
     # Without a token that ends decoding, the line's end is what ends an answer.
     tokenizer = tokenizer_of(tmp_path / "b", lines, eos_token="<|endoftext|>")
     assert encode(tokenizer, TURNS[:3])[1] == [False] * (len(ids) - 3) + [True] * 3
+
+
+PROMPTED = [
+    # a record of lists of messages; its ids are those of its messages, with these targets
+    ({"prompt": TURNS[:2], "completion": TURNS[2:3]}, IDS[:12], [10, 11]),
+    ({"prompt": TURNS[:4], "completion": TURNS[4:]}, IDS, [18]),  # an earlier answer is read only
+    ({"prompt": TURNS[:2], "completion": TURNS[2:]}, IDS, [10, 11, 18]),
+    ({"prompt": [], "completion": TURNS}, IDS, [10, 11, 18]),
+]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "hub"])
+@pytest.mark.parametrize("template", [PLAIN, MARKED], ids=["plain", "marked"])
+def test_answers_in_a_prompt_are_no_targets(tmp_path, template, kind):
+    import datasets
+
+    tokenizer = tokenizer_of(tmp_path / "tokenizer", template)
+    records = [record for record, _, _ in PROMPTED]
+    source = write(tmp_path / "a.jsonl", records)
+    if kind == "parquet":
+        datasets.Dataset.from_list(records).to_parquet(tmp_path / "a.parquet")
+        source = build_source("files", str(tmp_path / "a.parquet"))
+    if kind == "hub":
+        stream = datasets.Dataset.from_list(records).to_iterable_dataset()
+        source = StreamSource("org/name", dataset=stream)
+    assert source.has_conversations
+    read = [x for _, x, _ in source.read()] if kind == "hub" else [source[i] for i in range(4)]
+    for document, (_, ids, targets) in zip(read, PROMPTED, strict=True):
+        found = encode_document(tokenizer, document, str)
+        assert found.tokens.tolist() == ids
+        assert found.is_target.nonzero()[0].tolist() == targets
 
 
 SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<unk>")
@@ -371,8 +403,12 @@ def test_prompts_of_an_evaluation_are_pieces_of_conversations(tmp_path):
     assert prompts == [IDS]
 
 
-def test_another_template_is_other_data(tmp_path):
+@pytest.mark.parametrize("kind", ["files", "stream without columns"])
+def test_another_template_is_other_data(tmp_path, kind):
     source = write(tmp_path / "a.jsonl", conversations(9))
+    if kind != "files":
+        records = [{"text": None}, *conversations(9)]  # the first of which is a bad one
+        source = StreamSource("org/name", dataset=FakeIterableDataset([records]))
     first = endless(source, tokenizer_of(tmp_path / "a"))
     state = first.state_dict()
     endless(source, tokenizer_of(tmp_path / "elsewhere")).load_state_dict(state)
@@ -396,6 +432,14 @@ BAD = {
     "no answer": ({"messages": TURNS[:2]}, f"{LIST}no answer of an 'assistant'"),
     "no object": ({"messages": ["x", *TURNS]}, rf"{LIST}\['x', "),
     "no role": ({"messages": [{"from": "human", "value": "x"}]}, rf"{LIST}\[{{'from'"),
+    "no answer to a prompt": (
+        {"prompt": TURNS[:3], "completion": TURNS[3:4]},
+        "expected 'prompt and completion' to be a list of .* no answer of an 'assistant'",
+    ),
+    "a prompt that is text": (
+        {"prompt": "x", "completion": TURNS},
+        "strings 'prompt' and 'completion', or 'messages'; found {'prompt': 'str', 'comp",
+    ),
     "no content": ({"messages": [{"role": "user"}, *TURNS]}, rf"{LIST}\[{{'role': 'user'}}, "),
 }
 
@@ -436,6 +480,59 @@ def test_templates_that_do_not_take_a_conversation(tmp_path, name):
     with pytest.raises(UserError, match=rf"a\.jsonl:1: .*{message}") as error:
         loader.next_window()
     assert "\n" not in str(error.value)
+
+
+FAILING = PLAIN.replace(
+    "{% for m in messages %}",
+    "{% for m in messages %}{% if 'bad' in m.content %}{{ raise_exception('a word') }}{% endif %}",
+)
+
+
+def talk(answer):
+    return {"messages": [TURNS[1], {"role": "assistant", "content": answer}]}
+
+
+@pytest.mark.parametrize("kind", ["counted", "estimated", "stream"])
+def test_conversations_that_the_template_refuses_are_skipped_when_asked(
+    tmp_path, kind, caplog, monkeypatch
+):
+    tokenizer = tokenizer_of(tmp_path / "tokenizer", FAILING)
+    monkeypatch.setattr(corpus, "ENCODED_BYTES", 0 if kind == "estimated" else 1 << 20)
+
+    def source_of(*answers):
+        records = [talk(answer) for answer in answers]
+        if kind == "stream":
+            shards = FakeIterableDataset([records])
+            return StreamSource("org/name", dataset=shards, bad_records="skip")
+        write(tmp_path / "a.jsonl", records)
+        return build_source("files", str(tmp_path / "a.jsonl"), bad_records="skip")
+
+    mixed = source_of("cat", "bad", "the", "very bad", "")
+    windows = list(one_pass(mixed, tokenizer, 8, 1))
+    with caplog.at_level("WARNING"):
+        loader = endless(mixed, tokenizer)
+        for _ in range(40):
+            loader.next_window()
+    told = [x.getMessage() for x in caplog.records if "bad record" in x.getMessage()]
+    where = "org/name: record 1" if kind == "stream" else f"{tmp_path}/a.jsonl:"
+    assert any(f"the first: {where}" in x and "refuses the messages: a word" in x for x in told)
+    assert any("2 bad record(s) skipped" in x for x in told) == (kind == "counted")
+    prompts = Text(mixed, WHOLE, "a text").prompts(tokenizer, 5, 99)
+    assert prompts == [encode(tokenizer, talk(x)["messages"])[0] for x in ("cat", "the", "")]
+    good = list(one_pass(source_of("cat", "the", ""), tokenizer, 8, 1))
+    assert [rows(w) for w in windows] == [rows(w) for w in good]
+    with pytest.raises(UserError, match=r"are bad records; mend them|has no documents"):
+        endless(source_of("bad", "bad"), tokenizer).next_window()
+
+
+def test_a_template_that_is_no_jinja_is_no_fault_of_a_record(tmp_path):
+    write(tmp_path / "a.jsonl", [talk("cat")])
+    source = build_source("files", str(tmp_path / "a.jsonl"), bad_records="skip")
+    tokenizer = tokenizer_of(tmp_path / "tokenizer", "{% for m in messages %}{{ m.content }")
+    with pytest.raises(
+        UserError, match=r"^tokenizer .*: no readable chat template: unexpected '}'"
+    ):
+        endless(source, tokenizer)
 
 
 def test_a_conversation_that_the_assistant_begins(tmp_path):

@@ -25,7 +25,7 @@ class CountedSource:
     """Documents whose text is their number; `NumberedTokens` knows how many tokens each has."""
 
     name = fingerprint = "counted"
-    has_conversations = False
+    has_conversations, bad_records = False, "stop"
 
     def __init__(self, sizes):
         self._sizes = np.array(sizes, np.int64)

@@ -62,8 +62,9 @@ class Training:
     """File, folder or glob of the source, where it needs one."""
 
     bad_records: Literal["stop", "skip"] = "stop"
-    """What is done about records of training and validation data that are no JSON, no UTF-8, or
-    without text or messages: "stop" at the first one, before training, or "skip" and count them."""
+    """What is done about records of training and validation data that are no JSON, no UTF-8,
+    without text or messages, or that the tokenizer or its chat template refuses: "stop" at the
+    first one, before training (but for what is refused), or "skip" and count them."""
 
     accept_changed_data: bool = False
     """Resume at the checkpoint's place in the data though files have changed since (a record was
