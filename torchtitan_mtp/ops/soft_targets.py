@@ -10,11 +10,13 @@ q (Leviathan et al. 2023, arXiv 2211.17192, corollary 3.6).
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 TARGET_LOSSES = ("kl", "lk", "tv")
-_CACHED = 2**18  # logits
+_CACHED = 2**17  # logits: 1.5 MiB with what is computed of them
 
 
 def target_losses(
@@ -42,6 +44,15 @@ def target_losses(
     return -accepted.log(), grad / accepted
 
 
+class Taught(NamedTuple):
+    """A teacher's p in a chunk of rows: p_v = exps_v / sums. cross: sum_v p_v (log p_v - x_v), of
+    kl alone."""
+
+    exps: Tensor  # [C, V]
+    sums: Tensor  # [C, 1]
+    cross: Tensor | None  # [C, 1]
+
+
 def rows_at_once(logits: Tensor) -> int:
     """Rows of a chunk [C, V] that are compared at a time: few, so that what a pass leaves is small
     beside the chunk; on a CPU so few that they stay in its cache through all passes."""
@@ -49,27 +60,34 @@ def rows_at_once(logits: Tensor) -> int:
     return min(few, max(1, _CACHED // logits.shape[1])) if logits.device.type == "cpu" else few
 
 
-def read_teacher_(logits: Tensor, teacher: Tensor, softcap: float | None) -> Tensor:
-    """The same in place, first half: p in the place of the teacher's logits. Returns
-    sum_v p_v (log p_v - x_v) [C, 1]."""
+def read_teacher_(
+    teacher: Tensor, logits: Tensor, room: Tensor, kind: str | None, softcap: float | None
+) -> Taught:
+    """The same in place, first half, from the logits of both; the teacher's [C, V] are overwritten,
+    and `room`, as many."""
     if softcap is not None:
         teacher.div_(softcap).tanh_().mul_(softcap)
-    log_p = teacher.log_softmax(1)
-    torch.exp(log_p, out=teacher)
-    return log_p.sub_(logits).mul_(teacher).sum(1, keepdim=True)
+    teacher.sub_(teacher.amax(1, keepdim=True))
+    if kind != "kl":
+        return Taught(teacher.exp_(), teacher.sum(1, keepdim=True), None)
+    exps = torch.exp(teacher, out=room[: len(teacher)])
+    sums = exps.sum(1, keepdim=True)
+    distance = teacher.sub_(logits).mul_(exps).sum(1, keepdim=True)
+    return Taught(exps, sums, distance / sums - sums.log())
 
 
 def compare_(
-    exps: Tensor, sums: Tensor, lse: Tensor, p: Tensor, cross: Tensor, kind: str | None
-) -> tuple[Tensor, Tensor, Tensor]:
+    exps: Tensor, sums: Tensor, lse: Tensor, taught: Taught, kind: str | None
+) -> tuple[Tensor, Tensor | float, Tensor]:
     """Second half, once e = exps [C, V] with sums s [C, 1] are what q is made of: losses, f and g
-    [C, 1], and t in the place of p, with which the gradient is (f e_j - g t_j) / s."""
-    if kind == "kl":
-        return cross + lse, torch.ones_like(sums), sums
+    [C, 1], and t in the place of `taught.exps`, with which the gradient is (f e_j - g t_j) / s."""
+    t, ratio = taught.exps, sums / taught.sums
+    if taught.cross is not None:
+        return taught.cross + lse, 1.0, ratio
     tiny = torch.finfo(sums.dtype).tiny
-    torch.minimum(exps, p.mul_(sums), out=p)
-    accepted = (p.sum(1, keepdim=True) / sums).clamp_(min=tiny)
-    below = p.eq_(exps).mul_(exps).sum(1, keepdim=True) / sums  # t = m e
+    torch.minimum(exps, t.mul_(ratio), out=t)
+    accepted = (t.sum(1, keepdim=True) / sums).clamp_(min=tiny)
+    below = t.eq_(exps).mul_(exps).sum(1, keepdim=True) / sums  # t = m e
     below.clamp_(min=tiny)  # a divisor, and 0 only where t is
     if kind == "tv":
         return 1 - accepted, below, torch.ones_like(sums)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -53,24 +53,52 @@ def token_losses(
     x = c tanh(u / c) adds the factor 1 - (x / c)^2. With a teacher, the loss against it takes the
     share w of all that is before z lse^2.
     """
-    if teacher is not None and len(logits) > (rows := rows_at_once(logits)):
-        tensors = (logits, labels, teacher, labels if weights is None else weights)
-        found = [
-            token_losses(x, y, options, need_grad, None if weights is None else w, t)
-            for x, y, t, w in zip(*(z.split(rows) for z in tensors), strict=True)
-        ]
-        parts, _, factors = zip(*found, strict=True)
-        totals = (torch.stack(of_rows).sum() for of_rows in zip(*parts, strict=True))
-        return LossSums(*totals), logits, torch.cat(factors)
-    vocab, smoothing = logits.shape[1], options.label_smoothing
     is_valid, y = _targets(labels, options)
-    slope = None
+    if teacher is None:
+        rows = _row_losses_(logits, y, options, need_grad)
+    else:
+        count = rows_at_once(logits)
+        room = torch.empty_like(teacher[:count])
+        groups = zip(*(t.split(count) for t in (logits, y, teacher)), strict=True)
+        found = [_row_losses_(x, y, options, need_grad, t, room) for x, y, t in groups]
+        columns = zip(*found, strict=True)
+        whole: list[Any] = [None if of[0] is None else torch.cat(of) for of in columns]
+        rows = _Rows(*whole)
+    part = _sums(*rows[:-1], is_valid, options, weights)
+    factor = rows.factor.masked_fill(~is_valid.unsqueeze(1), 0)
+    return part, logits, factor if weights is None else factor * weights.unsqueeze(1)
+
+
+class _Rows(NamedTuple):
+    """What is known of each row; [C, 1] each."""
+
+    lse: Tensor
+    target: Tensor  # the label's logit
+    mean: Tensor | None  # of the logits, with label smoothing
+    soft: Tensor | None  # loss against a teacher
+    correct: Tensor  # bool
+    factor: Tensor  # of G, for a label that counts
+
+
+def _row_losses_(
+    logits: Tensor,
+    y: Tensor,
+    options: LossOptions,
+    need_grad: bool,
+    teacher: Tensor | None = None,
+    room: Tensor | None = None,
+) -> _Rows:
+    """All passes over some rows of a chunk: G in the place of `logits`. y: labels [C, 1]."""
+    vocab, smoothing = logits.shape[1], options.label_smoothing
+    slope, kind = None, options.target_loss
     if options.softcap is not None:
         logits.div_(options.softcap).tanh_()
         if need_grad:
             slope = logits.square().neg_().add_(1)  # [C, V]
         logits.mul_(options.softcap)
-    cross = None if teacher is None else read_teacher_(logits, teacher, options.softcap)
+    taught = None
+    if teacher is not None and room is not None:
+        taught = read_teacher_(teacher, logits, room, kind, options.softcap)
     target = logits.gather(1, y)  # [C, 1]
     mean = logits.mean(1, keepdim=True) if smoothing else None
     # The label's logit is masked while the maximum is taken: so `correct` needs no argmax.
@@ -82,22 +110,19 @@ def token_losses(
     lse = maximum + sums.log()
     soft, hard = None, 1.0  # loss against the teacher [C, 1]; share of the label's
     factor = 1 + 2 * options.z_loss * lse  # [C, 1]
-    if teacher is not None and cross is not None:
-        kind, w = options.target_loss, options.target_weight
-        soft, f, g = compare_(exps, sums, lse, teacher, cross, kind)
+    if taught is not None:
+        w = options.target_weight
+        soft, f, g = compare_(exps, sums, lse, taught, kind)
         hard, factor = 1 - w, factor - w + w * f
-        exps.addcmul_(teacher, w * g / factor, value=-1)
-    part = _sums(lse, target, mean, soft, target > others, is_valid, options, weights)
-    if not need_grad:
-        return part, logits, sums
-    per_row = hard * sums / factor
-    if smoothing:
-        exps.sub_(per_row * (smoothing / vocab))
-    grad = exps.scatter_add_(1, y, per_row * (smoothing - 1))
+        exps.addcmul_(taught.exps, w * g / factor, value=-1)
+    if need_grad and hard:
+        per_row = hard * sums / factor
+        if smoothing:
+            exps.sub_(per_row * (smoothing / vocab))
+        exps.scatter_add_(1, y, per_row * (smoothing - 1))
     if slope is not None:
-        grad.mul_(slope)
-    factor = (factor / sums).masked_fill_(~is_valid.unsqueeze(1), 0)
-    return part, grad, factor if weights is None else factor * weights.unsqueeze(1)
+        exps.mul_(slope)
+    return _Rows(lse, target, mean, soft, target > others, factor / sums)
 
 
 @functools.cache
