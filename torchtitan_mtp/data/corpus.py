@@ -64,7 +64,7 @@ def encode_document(
         )
     except UserError as e:
         return _without_tokens(bad, where(), str(e))
-    except (KeyboardInterrupt, SystemExit):
+    except (KeyboardInterrupt, SystemExit, MemoryError):  # which are of no document
         raise
     except BaseException as e:  # those written in Rust panic with BaseExceptions
         found = f"the tokenizer fails on this document ({type(e).__name__}: {str(e)[:200]})"

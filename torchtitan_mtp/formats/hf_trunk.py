@@ -102,7 +102,7 @@ class TrunkFolder:
         where, dtype = f"{self.tensors.where}: {name} is", self.tensors.kinds[name].dtype
         if parameter not in self.state:
             raise UserError(f"{where} no part of a module of {architecture_of(self.model.spec)}")
-        if dtype not in DTYPES:
+        if dtype not in DTYPES and self.state[parameter].is_floating_point():
             raise UserError(f"{where} of {dtype}, quantised; take the folder before that")
         if made.startswith(f"{base}.") and not part.startswith(f"{base}."):
             part = f"{base}.{part}"

@@ -303,6 +303,17 @@ def test_a_stream_has_conversations_by_its_columns():
     assert not columns(prompt=["x"], completion=["y"])
 
 
+@pytest.mark.parametrize("record", [{"messages": TURNS}, {"text": "x"}], ids=["talk", "text"])
+def test_a_stream_without_columns_has_conversations_by_its_first_document(record):
+    import datasets
+
+    stream = datasets.IterableDataset.from_generator(lambda: iter([record, record]))
+    assert stream.features is None
+    source = StreamSource("org/name", dataset=stream)
+    assert source.has_conversations == ("messages" in record)
+    assert len(list(source.read())) == 2  # from the first one on
+
+
 @pytest.mark.parametrize("kind", ["files", "hub", "mixture"])
 def test_resuming_within_a_conversation(tmp_path, kind):
     tokenizer = tokenizer_of(tmp_path / "tokenizer")
