@@ -3,40 +3,45 @@
 from __future__ import annotations
 
 import faulthandler
+import logging
 import os
 import re
-import subprocess
-import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import fuzz
 import pytest
+import torch
+
+from torchtitan_mtp.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """What the program sets for all of its process, and forks it."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+    logging.disable(logging.NOTSET)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "count"), [("configs", 200), ("files", 50)])
-def test_nothing_but_acceptance_or_one_line(kind, count):
-    result = subprocess.run(
-        [sys.executable, "scripts/fuzz.py", kind, "--count", str(count), "--seed", "100"],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
+def test_nothing_but_acceptance_or_one_line(kind, count, one_thread, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    status = fuzz.main([kind, "--count", str(count), "--seed", "100"])
+    said = capsys.readouterr().out
+    assert status == 0, said
     counts = re.fullmatch(
-        rf"{kind}: {count} cases, (\d+) accepted, (\d+) refused in one line, 0 otherwise\n",
-        result.stdout,
+        rf"{kind}: {count} cases, (\d+) accepted, (\d+) refused in one line, 0 otherwise\n", said
     )
     assert counts and min(int(counts[1]), int(counts[2])) >= count // 20  # both happen
 
 
 def test_a_reader_that_fails_otherwise_is_counted(tmp_path, monkeypatch):
     """The fuzzer itself: tracebacks, long messages, hangs and crashes are all noticed."""
-    import fuzz
-
-    from torchtitan_mtp.errors import UserError
 
     class TwoLines(UserError):
         def __str__(self) -> str:
