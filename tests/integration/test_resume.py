@@ -65,8 +65,7 @@ def test_three_and_three_steps_are_six(family, source, tmp_path, monkeypatch):
     assert len({loss[0] for loss in whole.losses}) == 6
 
 
-@pytest.mark.parametrize("last", [False, True])
-def test_validation_costs_no_step_and_moves_nothing(last, tmp_path, monkeypatch):
+def test_validation_costs_no_step_and_moves_nothing(tmp_path, monkeypatch):
     """What was trained is saved before it is validated, experts' counts without validation's."""
     keys = {
         **DEEPSEEK,
@@ -76,20 +75,21 @@ def test_validation_costs_no_step_and_moves_nothing(last, tmp_path, monkeypatch)
         "model.args.norm_eps": 1e-6,
     }
     whole = train(config_of(tmp_path / "whole", keys))
-    step = 6 if last else 3
-
-    def out_of_memory(trainer, compare=False):
-        assert trainer.state.step < step, "out of memory"
-
-    monkeypatch.setattr(Trainer, "evaluate", out_of_memory)
     in_hf = {"checkpoint.last_save_in_hf": True}
-    with pytest.raises(AssertionError, match="out of memory"):
-        train(config_of(tmp_path / "parts", keys, SAVES, in_hf))
-    monkeypatch.undo()
-    assert (tmp_path / "parts" / "run" / "checkpoint" / "step-6.hf").exists() == last
-    second = train(config_of(tmp_path / "parts", keys, SAVES))
-    assert second.start == step and second.losses == whole.losses[step:]
-    assert same(second.weights, whole.weights)
+    for step in (3, 6):  # one within the run, and the last
+
+        def out_of_memory(trainer, compare=False, step=step):
+            assert trainer.state.step < step, "out of memory"
+
+        folder = tmp_path / f"stops-{step}"
+        with monkeypatch.context() as patch:
+            patch.setattr(Trainer, "evaluate", out_of_memory)
+            with pytest.raises(AssertionError, match="out of memory"):
+                train(config_of(folder, keys, SAVES, in_hf))
+        assert (folder / "run" / "checkpoint" / "step-6.hf").exists() == (step == 6)
+        second = train(config_of(folder, keys, SAVES))
+        assert second.start == step and second.losses == whole.losses[step:]
+        assert same(second.weights, whole.weights)
 
 
 def test_the_present_configuration_decides_the_rate(tmp_path, caplog):
