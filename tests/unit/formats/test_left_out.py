@@ -93,18 +93,26 @@ def test_a_copy_of_the_embedding_stays_tied(tmp_path: Path) -> None:
     assert import_checkpoint(hf, tmp_path / "back").args.tied_embeddings
 
 
+WITH_MODULES = {
+    "glm": ("glm4_moe_hf", SMALL | SEQUENTIAL),
+    "glm tied": ("glm4_moe_hf", QWEN | SEQUENTIAL | TIED),
+    "deepseek": ("deepseek_v3_hf", DEEPSEEK | SEQUENTIAL),
+}
+
+
 @pytest.mark.parametrize(
-    ("name", "changes"),
+    ("kind", "own"),
     [
-        ("glm4_moe_hf", SMALL | SEQUENTIAL),
-        ("glm4_moe_hf", QWEN | SEQUENTIAL | TIED),
-        ("deepseek_v3_hf", DEEPSEEK | SEQUENTIAL),
+        ("glm", "embed_tokens.weight"),
+        ("glm tied", "shared_head.head.weight"),
+        ("deepseek", "shared_head.head.weight"),
+        pytest.param("glm", "shared_head.head.weight", marks=pytest.mark.exhaustive),
+        pytest.param("glm tied", "embed_tokens.weight", marks=pytest.mark.exhaustive),
+        pytest.param("deepseek", "embed_tokens.weight", marks=pytest.mark.exhaustive),
     ],
-    ids=["glm", "glm tied", "deepseek"],
 )
-@pytest.mark.parametrize("own", ["embed_tokens.weight", "shared_head.head.weight"])
-def test_modules_with_tensors_of_their_own(tmp_path: Path, name: str, changes, own: str) -> None:
-    hf = exported(tmp_path, name, changes)
+def test_modules_with_tensors_of_their_own(tmp_path: Path, kind: str, own: str) -> None:
+    hf = exported(tmp_path, *WITH_MODULES[kind])
     layers = json.loads((hf / "config.json").read_text())["num_hidden_layers"]
     theirs = f"model.layers.{layers + 1}.{own}"
     tied = "lm_head.weight" not in load_file(hf / "model.safetensors")

@@ -4,6 +4,7 @@ came."""
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -129,8 +130,16 @@ def test_heads_are_the_modules_of_the_folder(name: str, tmp_path: Path) -> None:
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", DTYPE)
-@pytest.mark.parametrize("name", RELEASED)
+def in_turn(values: Iterable[Any]) -> list[Any]:
+    """Each released folder with one of two values; with the other exhaustively."""
+    return [
+        pytest.param(name, value, marks=() if (i + j) % 2 else pytest.mark.exhaustive)
+        for i, name in enumerate(RELEASED)
+        for j, value in enumerate(values)
+    ]
+
+
+@pytest.mark.parametrize(("name", "dtype"), in_turn(DTYPE))
 def test_untrained_the_folder_comes_back_file_for_file(
     name: str, dtype: str, tmp_path: Path
 ) -> None:
@@ -199,8 +208,7 @@ def change_config(folder: Path, **changes: Any) -> None:
     (folder / "config.json").write_text(json.dumps(told | changes, indent=2))
 
 
-@pytest.mark.parametrize("single", [False, True], ids=["shards", "one file"])
-@pytest.mark.parametrize("name", RELEASED)
+@pytest.mark.parametrize(("name", "single"), in_turn((False, True)))
 def test_new_modules_lie_as_released_ones_do(name: str, single: bool, tmp_path: Path) -> None:
     source, out = tmp_path / "model", tmp_path / "out"
     write_native(source, name, dtype=torch.bfloat16)
