@@ -1,7 +1,7 @@
 """Run a function on several gloo ranks, each a process of its own, from inside a test.
 
-Ranks are forks of a server (of `multiprocessing`) that has the libraries imported and has done
-nothing else: importing them takes seconds of each rank otherwise.
+Ranks are forks of a server (of `multiprocessing`) that has the package and its libraries imported
+and has done nothing else: importing them takes seconds of each rank otherwise.
 """
 
 import faulthandler
@@ -11,19 +11,23 @@ import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-# Nothing of this checkout: the server doesn't know pytest's paths.
-LIBRARIES = [
+ROOT = Path(__file__).parents[2]
+MODULES = [
     "torch.distributed.fsdp",
     "torch.distributed.checkpoint.state_dict",
     "torchao.float8",
     "tyro",
+    "torchtitan_mtp.trainer",
 ]
 
 
@@ -52,7 +56,9 @@ def run_ranks(
         "CUDA_VISIBLE_DEVICES": "",  # gloo's ranks compute on the CPU, however many GPUs there are
     }
     context = mp.get_context("forkserver")
-    context.set_forkserver_preload(LIBRARIES)
+    context.set_forkserver_preload(MODULES)
+    with mock.patch.dict(os.environ, PYTHONPATH=str(ROOT)):  # the server lacks pytest's paths
+        forkserver.ensure_running()
     stderr = Connection(os.dup(2))  # of now; the server has that of its start
     processes, connections = [], []
     try:

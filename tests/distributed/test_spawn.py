@@ -57,5 +57,5 @@ def test_notices_a_rank_that_dies_and_shows_where_it_was(capfd: pytest.CaptureFi
 def test_ends_ranks_that_hang() -> None:
     start = time.monotonic()
     with pytest.raises(TimeoutError, match=r"ranks \[0, 1\]"):
-        run_ranks(2, hang, timeout=6)
+        run_ranks(2, hang, timeout=3)
     assert time.monotonic() - start < 30

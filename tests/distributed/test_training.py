@@ -6,6 +6,7 @@ The ranks are started once, run everything, and the tests look at what came of i
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
     "not resharded": {"parallelism.fsdp_reshard_after_forward": "never"},
     "ac": {"activation_checkpoint.mode": "selective"},
-    "compile": {"compile.enable": True, "compile.backend": "eager"},
+    # The loss is compiled for a rank alone, as it is without others.
+    "compile": {
+        "compile.enable": True,
+        "compile.components": ["model"],
+        "compile.backend": "eager",
+    },
     "offload": {"training.enable_cpu_offload": True},
     "accumulation": {"training.local_batch_size": 1, "training.global_batch_size": 4},
 }
@@ -124,15 +130,17 @@ def everything(rank: int, folder: Path) -> dict[str, Any]:
     """On every rank; names -> what the tests below compare."""
     results: dict[str, Any] = {}
     for name, keys in FAMILIES.items():
-        at = folder / name
-        results[f"{name} whole"] = train(config_of(folder, STEPS, keys))
-        saves = {**STEPS, **keys, **SAVES, "job.dump_folder": str(at)}
-        train(config_of(folder, saves), interrupt_after(2))
-        if rank == 0:
-            (at / "copy").mkdir()
-            os.system(f"cp -r {at}/checkpoint {at}/copy/")  # for one process to go on from
+        saves = {**STEPS, **keys, **SAVES}
+        at = {what: folder / f"{name} {what}" for what in ("whole", "resumed", "alone")}
+        whole = config_of(folder, saves, {"job.dump_folder": str(at["whole"])})
+        results[f"{name} whole"] = train(whole)
+        if rank == 0:  # what it had after step 2, for these ranks and for one process to go on from
+            for what in ("resumed", "alone"):
+                step = "checkpoint/step-2"
+                shutil.copytree(at["whole"] / step, at[what] / step)
         dist.barrier()
-        results[f"{name} resumed"] = train(config_of(folder, saves))
+        resumed = config_of(folder, saves, {"job.dump_folder": str(at["resumed"])})
+        results[f"{name} resumed"] = train(resumed)
         sharded: list[bool] = []
         config = config_of(folder, STEPS, keys, validation(folder))
         results[f"{name} validated"] = train(config, look_after_evaluation(sharded))
@@ -201,7 +209,7 @@ def test_resumed_on_as_many_ranks_to_the_bit(name, ranks):
 @family
 def test_two_ranks_go_on_as_one_process(name, ranks, folder):
     """The same global batches, so the same losses; the tokens seen are the run's."""
-    at = {**SAVES, "job.dump_folder": str(folder / name / "copy")}
+    at = {**SAVES, "job.dump_folder": str(folder / f"{name} alone")}
     resumed, whole = alone(folder, FAMILIES[name], at), ranks[0][f"{name} whole"]
     assert resumed.start == 2
     torch.testing.assert_close(resumed.losses, whole.losses[2:], rtol=1e-5, atol=0)
