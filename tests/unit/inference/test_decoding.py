@@ -60,9 +60,16 @@ def test_a_model_without_heads_decodes() -> None:
     assert generate(model, [PROMPT], 12).tokens == [naive_greedy(model, PROMPT, 12, 1)]
 
 
-@pytest.mark.parametrize("seed", [1, 3])
-@pytest.mark.parametrize("n", [2, 4, 8])
-@pytest.mark.parametrize(("heads", "share"), FAMILIES)
+@pytest.mark.parametrize(
+    ("heads", "share", "n", "seed"),
+    [
+        # Each family with each n, of one seed in turn; with the other exhaustively.
+        pytest.param(*family, n, seed, marks=() if (i + j + k) % 2 else pytest.mark.exhaustive)
+        for i, family in enumerate(FAMILIES)
+        for j, n in enumerate((2, 4, 8))
+        for k, seed in enumerate((1, 3))
+    ],
+)
 def test_speculative_decoding_gives_the_tokens_of_plain_decoding(
     heads: str, share: bool, n: int, seed: int
 ) -> None:
@@ -86,8 +93,20 @@ def test_rows_of_a_batch_do_not_know_of_one_another(
     assert together.stats.tokens == sum(map(len, alone))
 
 
-@pytest.mark.parametrize("prompts", [[PROMPT], [[2]], PROMPTS])
-@pytest.mark.parametrize("counts", [[1], [2], [3], [3, 1, 0, 2, 0, 0, 1, 3, 2, 2]])
+CHANGING = [3, 1, 0, 2, 0, 0, 1, 3, 2, 2]
+COUNTS = [([1], [PROMPT]), ([2], [[2]]), ([3], PROMPTS), (CHANGING, PROMPTS)]
+
+
+@pytest.mark.parametrize(
+    ("counts", "prompts"),
+    COUNTS
+    + [
+        pytest.param(counts, prompts, marks=pytest.mark.exhaustive)
+        for counts in ([1], [2], [3], CHANGING)
+        for prompts in ([PROMPT], [[2]], PROMPTS)
+        if (counts, prompts) not in COUNTS
+    ],
+)
 @pytest.mark.parametrize(("heads", "share"), [*FAMILIES, RAW])
 def test_drafts_are_those_of_a_full_forward_over_the_text_and_the_drafts_before(
     heads: str, share: bool, counts: list[int], prompts: list[list[int]]

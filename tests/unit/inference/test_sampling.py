@@ -125,11 +125,23 @@ def sampled(model: Transformer, length: int, options: dict[str, Any]) -> Tensor:
     return (torch.tensor(rows) * powers).sum(-1)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [{"temperature": 0.7}, {"temperature": 1.0, "top_k": 3}, {"temperature": 1.3, "top_p": 0.8}],
-)
-@pytest.mark.parametrize(("heads", "share"), FAMILIES)
+SOFT: list[dict[str, Any]] = [
+    {"temperature": 0.7},
+    {"temperature": 1.0, "top_k": 3},
+    {"temperature": 1.3, "top_p": 0.8},
+]
+
+
+def crossed(others: list[Any]) -> list[Any]:
+    """Each family with one of the others, in turn; with the rest of them exhaustively."""
+    return [
+        pytest.param(*family, other, marks=() if i % len(others) == j else pytest.mark.exhaustive)
+        for i, family in enumerate(FAMILIES)
+        for j, other in enumerate(others)
+    ]
+
+
+@pytest.mark.parametrize(("heads", "share", "options"), crossed(SOFT))
 def test_drafts_do_not_change_the_distribution(
     heads: str, share: bool, options: dict[str, Any]
 ) -> None:
@@ -156,8 +168,9 @@ def draw_again_from_p(
 right_rule = Sampler.verify
 
 
-@pytest.mark.parametrize("wrong_rule", [keep_every_draft, draw_again_from_p])
-@pytest.mark.parametrize(("heads", "share"), FAMILIES)
+@pytest.mark.parametrize(
+    ("heads", "share", "wrong_rule"), crossed([keep_every_draft, draw_again_from_p])
+)
 def test_a_wrong_rule_would_be_noticed(
     monkeypatch: pytest.MonkeyPatch,
     heads: str,
