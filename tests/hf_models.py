@@ -95,6 +95,9 @@ CONFIGS: dict[str, Callable[[], Any]] = {
         qk_rope_head_dim=4,
         v_head_dim=8,
     ),
+    "mellum": _make(
+        "MellumConfig", head_dim=8, sliding_window=5, layer_types=[_SLIDING, _FULL] * 2, **_EXPERTS
+    ),
     "cohere": _make("CohereConfig"),
     "starcoder2": _make("Starcoder2Config"),
     "olmo3": _make("Olmo3Config", sliding_window=5),

@@ -25,7 +25,8 @@ LAYERS = 4
 
 @dataclass(frozen=True)
 class Released:
-    """family: of `CONFIGS`. own, block: names on disk, with the module's number or its layer's."""
+    """family: of `CONFIGS`. own, block: names on disk, with the module's number or its layer's.
+    modules: how many tests take at most."""
 
     family: str
     architecture: str
@@ -35,6 +36,8 @@ class Released:
     raw: bool = False
     hidden_first: bool = False
     model_type: str = ""
+    modules: int = 2
+    module_kind: str = "full_attention"
 
 
 _BEHIND = {
@@ -56,14 +59,14 @@ _MIMO = {
     "norm": "model.mtp_layers.{k}.final_layernorm.weight",
 }
 _NEXTN, _HIDDEN = "num_nextn_predict_layers", "mtp_num_hidden_layers"
-_LAYER = "model.layers.{layer}."
+_LAYER, _SINGLE = "model.layers.{layer}.", "mtp.layers.{k}."
 RELEASED = {
     "deepseek_v3": Released("deepseek_v3", "DeepseekV3ForCausalLM", _BEHIND, _LAYER, _NEXTN),
     "glm4_moe": Released("glm4_moe", "Glm4MoeForCausalLM", _BEHIND, _LAYER, _NEXTN),
-    "qwen3_next": Released("qwen3_next", "Qwen3NextForCausalLM", _QWEN, "mtp.layers.{k}.", _NEXTN),
-    "qwen3_5": Released("qwen3_5", "Qwen3_5ForCausalLM", _QWEN, "mtp.layers.{k}.", _HIDDEN),
+    "qwen3_next": Released("qwen3_next", "Qwen3NextForCausalLM", _QWEN, _SINGLE, _NEXTN, modules=1),
+    "qwen3_5": Released("qwen3_5", "Qwen3_5ForCausalLM", _QWEN, _SINGLE, _HIDDEN, modules=1),
     "qwen3_5_moe": Released(
-        "qwen3_5_moe", "Qwen3_5MoeForCausalLM", _QWEN, "mtp.layers.{k}.", _HIDDEN
+        "qwen3_5_moe", "Qwen3_5MoeForCausalLM", _QWEN, _SINGLE, _HIDDEN, modules=1
     ),
     "mimo": Released(
         "qwen2",
@@ -76,16 +79,29 @@ RELEASED = {
         model_type="mimo",
     ),
 }
+# Its module slides by default, as config.json need not say.
+MELLUM = Released(
+    "mellum",
+    "MellumForCausalLM",
+    _QWEN,
+    _SINGLE,
+    _NEXTN,
+    modules=1,
+    module_kind="sliding_attention",
+)
+KINDS = RELEASED | {"mellum": MELLUM}
 
 
 def write_native(
     folder: Path, name: str, modules: int = 1, dtype: torch.dtype = torch.float32
 ) -> Any:
     """Two shards of a trunk and one of modules; transformers' deeper model."""
-    kind = RELEASED[name]
+    kind = KINDS[name]
     deep = folder.with_name(f"{folder.name}_deeper")
-    types = getattr(CONFIGS[kind.family](), "layer_types", None)
-    changes = {"layer_types": [*types, *["full_attention"] * modules]} if types else {}
+    config, changes = CONFIGS[kind.family](), {}
+    for key, of_modules in (("layer_types", kind.module_kind), ("mlp_layer_types", "sparse")):
+        if types := getattr(config, key, None):
+            changes[key] = [*types, *[of_modules] * modules]
     write_folder(deep, kind.family, num_hidden_layers=LAYERS + modules, **changes)
     model = transformers.AutoModelForCausalLM.from_pretrained(deep, dtype=dtype)
     tensors = {key: t.to(dtype) for key, t in load_file(deep / "model.safetensors").items()}
@@ -105,8 +121,7 @@ def write_native(
     told = json.loads((folder / "config.json").read_text())
     told |= {"num_hidden_layers": LAYERS, kind.count: modules, "architectures": [kind.architecture]}
     told |= {"dtype": str(dtype).removeprefix("torch.")}
-    if "layer_types" in told:
-        told["layer_types"] = told["layer_types"][:LAYERS]
+    told |= {key: told[key][:LAYERS] for key in changes}
     if kind.model_type:
         told["model_type"] = kind.model_type
     (folder / "config.json").write_text(json.dumps(told, indent=2))

@@ -115,6 +115,12 @@ class TrunkFolder:
         for name in self.state.keys() - self._parts.keys():
             if name.startswith("mtp.") and name.split(".")[2] in self.modules:
                 raise UserError(f"{where}: lacks {self.on_disk(name)}; download it again")
+        config, at = self.causal.config, self.model.head_layer
+        for key in self._contract.kinds if self._contract and self.modules else ():
+            told = getattr(config, f"mtp_{key}", None) or []
+            if told and told[0] != getattr(config, key)[at]:
+                why = f"config.json: mtp_{key} = {told}, and the trunk has no such layer to copy"
+                raise UserError(f"{where}: {why}; exclude mtp from loading")
         for name, of in self.copies.items():
             theirs = self.on_disk(of)
             if far := difference(self.tensors.read(name), self.tensors.read(theirs)):

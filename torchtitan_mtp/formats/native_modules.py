@@ -10,6 +10,9 @@ the trunk, and in which half of the projection's input comes first. Where it say
   hidden_states[-1], which is after the final norm.
 - Qwen3-Next, Qwen3.5: @055e47c qwen3_next_mtp.py, @01d9980 qwen3_5_mtp.py: [emb ; hidden], full
   attention, one projection, so one module; @002d607 qwen3_next.py returns the state after the norm.
+- Mellum: transformers 5.23, conversion_mapping.py ("MtpModel") and `MtpLayer`: Qwen3-Next's names;
+  configuration_mellum.py: one module, of the kinds that `mtp_layer_types` and `mtp_mlp_layer_types`
+  say.
 - MiMo: @0bb55d6 mimo_mtp.py: [hidden ; emb]; @055e47c mimo.py returns the state before the norm.
 """
 
@@ -32,6 +35,7 @@ class Contract:
     own, block: what names of a module's own parts and of its block begin with, {} its number, which
     goes on from the trunk's layers if `behind`. parts: theirs for `_OURS`. count: what config.json
     calls their number; most: how many there may be. hidden_first: eh_proj reads [hidden ; emb].
+    kinds: keys of config.json with what each layer is, which as mtp_{key} have it of modules.
     """
 
     own: str
@@ -42,6 +46,7 @@ class Contract:
     trunk_state: Literal["normalized", "raw"] = "normalized"
     hidden_first: bool = False
     most: float = math.inf
+    kinds: tuple[str, ...] = ()
 
     def place(self, name: str, layers: int) -> tuple[int, str] | None:
         """Of a tensor on disk beside a trunk of so many layers: its module's number k and its name
@@ -75,6 +80,7 @@ _BEHIND = Contract(_LAYER, _LAYER, ("enorm", "hnorm", "eh_proj", "shared_head.no
 _QWEN_PARTS = ("pre_fc_norm_embedding", "pre_fc_norm_hidden", "fc", "norm")
 _QWEN3_NEXT = Contract("mtp.", "mtp.layers.{}.", _QWEN_PARTS, most=1)
 _QWEN3_5 = replace(_QWEN3_NEXT, count="mtp_num_hidden_layers")
+_MELLUM = replace(_QWEN3_NEXT, kinds=("layer_types", "mlp_layer_types"))
 _MIMO_PARTS = ("token_layernorm", "hidden_layernorm", "input_proj", "final_layernorm")
 _MIMO = Contract(_MIMO_LAYER, _MIMO_LAYER, _MIMO_PARTS, trunk_state="raw", hidden_first=True)
 
@@ -86,6 +92,7 @@ CONTRACTS: dict[str, Contract] = {  # by config.json's architectures
     "Qwen3_5MoeForCausalLM": _QWEN3_5,
     "Qwen3_5ForConditionalGeneration": _QWEN3_5,  # with vision beside the same language model
     "Qwen3_5MoeForConditionalGeneration": _QWEN3_5,
+    "MellumForCausalLM": _MELLUM,
     "MiMoForCausalLM": _MIMO,
 }
 

@@ -92,7 +92,7 @@ def write_same(
                 changed += names
         _write_index(tmp, files, now)
         if contract is not None:
-            _write_config(tmp / "config.json", contract, spec.num_modules, bool(new))
+            _write_config(tmp / "config.json", contract, model, bool(new))
         kinds = {name: now.kinds[name] for name in changed}
         verify(hf_tensors(tmp), Tensors(source.where, kinds, now.read))
     logger.info("%s: %d tensors are in files that differ from those of %s", out, len(changed), path)
@@ -173,10 +173,13 @@ def _write_index(out: Path, files: dict[str, list[str]], tensors: Tensors) -> No
     write_json(out / INDEX, {"metadata": metadata, "weight_map": places})
 
 
-def _write_config(file: Path, contract: Contract, modules: int, added: bool) -> None:
-    """The number of modules in config.json, where it says one that is not so."""
-    told = read_json(file)
+def _write_config(file: Path, contract: Contract, model: Any, added: bool) -> None:
+    """The number of modules in config.json, where it says one that is not so; of new ones their
+    kinds, too."""
+    told, modules = read_json(file), model.spec.num_modules
     holder = told.get("text_config", told)
+    kinds = {key: getattr(model.causal.config, key) for key in contract.kinds if added}
+    new = {f"mtp_{key}": [kind[model.head_layer]] * modules for key, kind in kinds.items()}
     if holder.get(contract.count, None if added else modules) != modules:
-        holder[contract.count] = modules
+        holder |= {contract.count: modules} | new
         write_json(file, told)

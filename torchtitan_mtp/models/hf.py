@@ -198,10 +198,14 @@ class HFTrunk(Trunk):
 
     @functools.cached_property
     def head_layer(self) -> int:
-        """The number of the layer that heads copy."""
-        kinds = getattr(self.causal.config, "layer_types", None) or []
-        full = [i for i, kind in enumerate(kinds) if kind == "full_attention"]
-        return full[-1] if full else len(self.layers) - 1
+        """The number of the layer that heads copy: the last of the kind that config.json has for
+        modules (`mtp_layer_types`), else the last with full attention."""
+        config, alike = self.causal.config, list(range(len(self.layers)))
+        for key, usual in (("layer_types", "full_attention"), ("mlp_layer_types", None)):
+            kinds = getattr(config, key, None) or []
+            wanted = (getattr(config, f"mtp_{key}", None) or [usual])[0]
+            alike = [i for i in alike if wanted in kinds[i : i + 1]] or alike
+        return alike[-1]
 
     def embed(self, tokens: Tensor) -> Tensor:
         """As `Trunk.embed`."""
