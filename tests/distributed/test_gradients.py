@@ -124,54 +124,65 @@ def sequential(**keys) -> MTP:
 
 
 QWEN2 = replace(ARGS, tied_embeddings=True, qkv_bias=True)
+EXPERTS = replace(DEEPSEEK, n_layers=2)  # one dense block, one of experts
 FEW_EXPERTS = replace(  # fewer than ranks: each rank has rows of all
-    DEEPSEEK,
+    EXPERTS,
     moe=replace(DEEPSEEK.moe, num_experts=2, top_k=1, num_expert_groups=1, num_limited_groups=1),
 )
 MESHES = {  # (shard, replicate) -> cases of (mtp, activation checkpointing, shape)
     (2, 1): [
-        (parallel(engine="joint"), "none", ARGS),
         (parallel(engine="joint"), "selective", QWEN2),
-        (parallel(), "none", ARGS),
         (parallel(), "full", QWEN2),
         (parallel(detach_trunk=True), "none", ARGS),
         (parallel(train="heads"), "none", ARGS),
         (sequential(loss_reduction="mean"), "none", ARGS),
         (sequential(share_weights=True), "full", QWEN2),
-        (sequential(train="heads"), "none", ARGS),
         (sequential(trunk_state="raw"), "none", ARGS),
         (sequential(trunk_state="raw", train="heads"), "none", ARGS),
         (sequential(detach_trunk=True), "none", ARGS),
-        (sequential(share_weights=True), "full", DEEPSEEK),
-        (parallel(), "selective", DEEPSEEK),
-        (sequential(train="heads"), "none", DEEPSEEK),
+        (parallel(), "selective", EXPERTS),
+        (sequential(train="heads"), "none", EXPERTS),
         (parallel(heads="medusa"), "none", QWEN2),
         (parallel(heads="medusa", engine="joint", detach_trunk=True), "full", ARGS),
         (parallel(target="trunk"), "none", QWEN2),
         (parallel(target="trunk", detach_trunk=True, target_loss="tv"), "none", ARGS),
-        (parallel(target="trunk"), "full", DEEPSEEK),
+        (parallel(target="trunk"), "full", EXPERTS),
         (sequential(target="trunk", target_loss="tv", target_weight=0.7), "none", ARGS),
     ],
     (4, 1): [
         (parallel(), "none", ARGS),
-        (sequential(), "none", ARGS),
-        (sequential(), "none", DEEPSEEK),
+        (sequential(), "none", EXPERTS),
         (parallel(), "full", FEW_EXPERTS),
     ],
     (2, 2): [
-        (parallel(), "none", ARGS),
         (parallel(engine="joint"), "none", ARGS),
-        (sequential(), "none", DEEPSEEK),
+        (sequential(), "none", EXPERTS),
     ],
     (1, 2): [(parallel(), "none", ARGS)],
+}
+# Of what the cases above have on another mesh or with another shape.
+MORE = {
+    (2, 1): [
+        (parallel(engine="joint"), "none", ARGS),
+        (parallel(), "none", ARGS),
+        (sequential(train="heads"), "none", ARGS),
+        (sequential(share_weights=True), "full", DEEPSEEK),
+    ],
+    (4, 1): [(sequential(), "none", ARGS), (sequential(), "none", DEEPSEEK)],
+    (2, 2): [(parallel(), "none", ARGS)],
 }
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("mesh", MESHES, ids=lambda m: f"{m[1]}x{m[0]}")
-def test_ranks_compute_what_one_process_does(mesh):
-    shard, replicate = mesh
-    cases = MESHES[mesh]
+@pytest.mark.parametrize(
+    ("shard", "replicate", "cases"),
+    [pytest.param(s, r, cases, id=f"{r}x{s}") for (s, r), cases in MESHES.items()]
+    + [
+        pytest.param(s, r, cases, id=f"{r}x{s}, more", marks=pytest.mark.exhaustive)
+        for (s, r), cases in MORE.items()
+    ],
+)
+def test_ranks_compute_what_one_process_does(shard, replicate, cases):
     results = run_ranks(shard * replicate, steps_on_rank, shard, replicate, cases, timeout=240)
     for i, (mtp, ac, args) in enumerate(cases):
         loss, expected, expert_state = naive_step(shard * replicate, mtp, args)
