@@ -32,6 +32,7 @@ from torchtitan_mtp.formats.formats import (
     vocabulary_of,
 )
 from torchtitan_mtp.formats.names import Names, swap_halves, to_halves
+from torchtitan_mtp.formats.native_modules import applied_otherwise
 from torchtitan_mtp.formats.read import Kind, Tensors, dcp_tensors, read_json
 from torchtitan_mtp.formats.same import SAME, write_same
 from torchtitan_mtp.formats.tokenizer_files import GENERATION, copy_tokenizer, write_tokenizer_json
@@ -96,6 +97,8 @@ def export_checkpoint(
         part = [key for key in source.kinds if key.startswith(f"mtp.heads.{k}.")]
         logger.warning("dropped mtp.heads.%d: %s", k, names_line(part))
     spec = kept
+    if told := applied_otherwise(spec, form.architecture):
+        logger.warning("%s: %s", out, told)
     if form.container != "dcp":  # nothing of the tokenizer goes there
         check_tokenizer(source.where, config.model.hf_assets_path)
     table = form.names(spec)

@@ -7,7 +7,8 @@ the trunk, and in which half of the projection's input comes first. Where it say
 
 - DeepSeek-V3, GLM-4.5: @03356f8 deepseek_mtp.py, @028aeda glm4_moe_mtp.py: [emb ; hidden], a layer
   behind the trunk's; transformers 5.23, modeling_layers.py (`MtpLayer`): the same, on
-  hidden_states[-1], which is after the final norm.
+  hidden_states[-1], which is after the final norm. Where vLLM applies a module again, it reads its
+  own state from before its norm.
 - Qwen3-Next, Qwen3.5: @055e47c qwen3_next_mtp.py, @01d9980 qwen3_5_mtp.py: [emb ; hidden], full
   attention, one projection, so one module; @002d607 qwen3_next.py returns the state after the norm.
 - Mellum: transformers 5.23, conversion_mapping.py ("MtpModel") and `MtpLayer`: Qwen3-Next's names;
@@ -35,7 +36,8 @@ class Contract:
     own, block: what names of a module's own parts and of its block begin with, {} its number, which
     goes on from the trunk's layers if `behind`. parts: theirs for `_OURS`. count: what config.json
     calls their number; most: how many there may be. hidden_first: eh_proj reads [hidden ; emb].
-    kinds: keys of config.json with what each layer is, which as mtp_{key} have it of modules.
+    again: which of its own states a module reads where vLLM applies it again. kinds: keys of
+    config.json with what each layer is, which as mtp_{key} have it of modules.
     """
 
     own: str
@@ -46,6 +48,7 @@ class Contract:
     trunk_state: Literal["normalized", "raw"] = "normalized"
     hidden_first: bool = False
     most: float = math.inf
+    again: Literal["normalized", "raw"] = "normalized"
     kinds: tuple[str, ...] = ()
 
     def place(self, name: str, layers: int) -> tuple[int, str] | None:
@@ -76,7 +79,8 @@ class Contract:
 # What releases say once more in a module, by what it repeats of the trunk.
 COPIES = {"embed_tokens.weight": "tok_embeddings", "shared_head.head.weight": "output"}
 _LAYER, _MIMO_LAYER = "model.layers.{}.", "model.mtp_layers.{}."
-_BEHIND = Contract(_LAYER, _LAYER, ("enorm", "hnorm", "eh_proj", "shared_head.norm"), behind=True)
+_BEHIND_PARTS = ("enorm", "hnorm", "eh_proj", "shared_head.norm")
+_BEHIND = Contract(_LAYER, _LAYER, _BEHIND_PARTS, behind=True, again="raw")
 _QWEN_PARTS = ("pre_fc_norm_embedding", "pre_fc_norm_hidden", "fc", "norm")
 _QWEN3_NEXT = Contract("mtp.", "mtp.layers.{}.", _QWEN_PARTS, most=1)
 _QWEN3_5 = replace(_QWEN3_NEXT, count="mtp_num_hidden_layers")
@@ -105,6 +109,17 @@ def architecture_of(spec: ModelSpec) -> str:
 def contract_of(spec: ModelSpec) -> Contract | None:
     """Of a trunk of transformers; None where no engine knows modules of it."""
     return CONTRACTS.get(architecture_of(spec))
+
+
+def applied_otherwise(spec: ModelSpec, architecture: str) -> str:
+    """What an engine does with the one module of several heads that training did not; or ""."""
+    contract, again = CONTRACTS.get(architecture), spec.share_weights and spec.num_future_tokens > 2
+    if not again or contract is None or contract.again == "normalized":
+        return ""
+    return (
+        "mtp.share_weights: the module was trained to read its own state after its norm, vLLM's "
+        f"{architecture} hands it the one before; look at how often second drafts are accepted"
+    )
 
 
 def misfit(spec: ModelSpec) -> str:

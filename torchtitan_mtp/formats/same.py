@@ -25,7 +25,13 @@ from torchtitan_mtp.checkpoint.state import cast_weights
 from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.formats.formats import FORMATS, verify
 from torchtitan_mtp.formats.hf_trunk import TrunkFolder
-from torchtitan_mtp.formats.native_modules import Contract, architecture_of, contract_of, misfit
+from torchtitan_mtp.formats.native_modules import (
+    Contract,
+    applied_otherwise,
+    architecture_of,
+    contract_of,
+    misfit,
+)
 from torchtitan_mtp.formats.read import INDEX, WEIGHTS, Tensors, hf_tensors, read_json
 from torchtitan_mtp.formats.write import write_json, write_shard, written_aside
 from torchtitan_mtp.models.args import ModelSpec
@@ -67,6 +73,8 @@ def write_same(
     if why := refusal_of_same(spec):
         raise UserError(f"--format {SAME}: {why}")
     contract = contract_of(spec) if spec.heads or drop_heads else None
+    if told := applied_otherwise(spec, architecture_of(spec)):
+        logger.warning("%s: %s", out, told)
     model: Any = model_of_spec(spec)
     _check_model(source, path, model)
     folder = TrunkFolder(path, model, contract)
