@@ -78,25 +78,23 @@ RELEASED = {
         hidden_first=True,
         model_type="mimo",
     ),
+    "mellum": Released(  # its module slides by default, as config.json need not say
+        "mellum",
+        "MellumForCausalLM",
+        _QWEN,
+        _SINGLE,
+        _NEXTN,
+        modules=1,
+        module_kind="sliding_attention",
+    ),
 }
-# Its module slides by default, as config.json need not say.
-MELLUM = Released(
-    "mellum",
-    "MellumForCausalLM",
-    _QWEN,
-    _SINGLE,
-    _NEXTN,
-    modules=1,
-    module_kind="sliding_attention",
-)
-KINDS = RELEASED | {"mellum": MELLUM}
 
 
 def write_native(
     folder: Path, name: str, modules: int = 1, dtype: torch.dtype = torch.float32
 ) -> Any:
     """Two shards of a trunk and one of modules; transformers' deeper model."""
-    kind = KINDS[name]
+    kind = RELEASED[name]
     deep = folder.with_name(f"{folder.name}_deeper")
     config, changes = CONFIGS[kind.family](), {}
     for key, of_modules in (("layer_types", kind.module_kind), ("mlp_layer_types", "sparse")):

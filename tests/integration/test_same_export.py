@@ -13,7 +13,7 @@ import transformers
 from safetensors.torch import load_file
 
 from hf_folders import write_folder
-from native_folders import KINDS, LAYERS, tensors_of, write_native
+from native_folders import LAYERS, RELEASED, tensors_of, write_native
 from runs import Run, config_of, train
 from test_export import count_drafts, load, tokens
 from torchtitan_mtp.cli.export_checkpoint import main as export_command
@@ -37,8 +37,8 @@ def frozen(source: Path, n: int = 2, **changes: Any) -> dict[str, Any]:
 
 def opened(folder: Path, name: str, modules: int, monkeypatch: Any) -> Any:
     """transformers' model of a folder, whose modules transformers then finds."""
-    if not KINDS[name].block.startswith("mtp."):  # it knows the layers of released depths alone
-        cls = getattr(transformers, KINDS[name].architecture)
+    if not RELEASED[name].block.startswith("mtp."):  # it knows the layers of released depths alone
+        cls = getattr(transformers, RELEASED[name].architecture)
         patterns = [rf"model\.layers\.{LAYERS + k}\." for k in range(modules)]
         monkeypatch.setattr(cls, "_keys_to_ignore_on_load_unexpected", patterns)
     model, _ = load(folder)
@@ -89,10 +89,10 @@ def trained(config: Any) -> Run:
     return run
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", RELEASED)
 def test_modules_trained_on_a_frozen_trunk(name: str, tmp_path: Path, monkeypatch: Any) -> None:
     source, out = tmp_path / "model", tmp_path / "run" / "checkpoint" / "step-2.hf"
-    modules = KINDS[name].modules
+    modules = RELEASED[name].modules
     write_native(source, name, modules)
     keys = frozen(source, modules + 1, **{"checkpoint.last_save_in_hf": True})
     keys |= {"mtp.trunk_state": "raw"} if name == "mimo" else {}

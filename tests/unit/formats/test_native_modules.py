@@ -120,7 +120,7 @@ def formula(name: str, deeper: Any, disk: dict[str, Tensor], batch: Batch, n: in
 
 @pytest.mark.parametrize("name", RELEASED)
 def test_heads_are_the_modules_of_the_folder(name: str, tmp_path: Path) -> None:
-    modules = 1 if name.startswith("qwen") else 2
+    modules = RELEASED[name].modules
     deeper = write_native(tmp_path / "model", name, modules)
     model = loaded(tmp_path / "model", config_of(tmp_path / "model", modules + 1, name == "mimo"))
     batch = batch_of(modules + 1)
@@ -143,7 +143,7 @@ def in_turn(values: Iterable[Any]) -> list[Any]:
 def test_untrained_the_folder_comes_back_file_for_file(
     name: str, dtype: str, tmp_path: Path
 ) -> None:
-    source, modules = tmp_path / "model", 1 if name.startswith("qwen") else 2
+    source, modules = tmp_path / "model", RELEASED[name].modules
     write_native(source, name, modules, DTYPE[dtype])
     config = config_of(source, modules + 1, name == "mimo")
     run = write_run(tmp_path / "run", loaded(source, config), config)

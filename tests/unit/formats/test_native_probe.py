@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from test_native_modules import config_of, loaded, write_run
 from torch import Tensor
 
-from native_folders import KINDS, LAYERS, write_native
+from native_folders import LAYERS, RELEASED, write_native
 from torchtitan_mtp.formats import export_checkpoint
 from torchtitan_mtp.inference import Stats, generate, load_for_inference
 
@@ -55,10 +55,10 @@ def uneven(width: int) -> Tensor:
 
 def write_probe(folder: Path, name: str) -> None:
     """`write_native`'s folder with weights that count."""
-    write_native(folder, name, KINDS[name].modules)
+    write_native(folder, name, RELEASED[name].modules)
     files = {file: load_file(file) for file in folder.glob("model-*.safetensors")}
     tensors = {key: tensor for held in files.values() for key, tensor in held.items()}
-    kind, off = KINDS[name], float(name.startswith("qwen"))  # theirs multiply by 1 + weight
+    kind, off = RELEASED[name], float(name.startswith("qwen"))  # theirs multiply by 1 + weight
     vocabulary, width = tensors["lm_head.weight"].shape
     angle, trunk = angles(width, vocabulary), uneven(width)
     at = torch.arange(vocabulary).unsqueeze(1) * angle
@@ -120,13 +120,13 @@ def misread(model: Any, k: int) -> Iterator[str]:
         model.mtp.trunk_state = kept
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", RELEASED)
 def test_every_draft_is_right_of_modules_that_are_read_as_they_are(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source, modules = tmp_path / "model", KINDS[name].modules
+    source, modules = tmp_path / "model", RELEASED[name].modules
     write_probe(source, name)
-    config = config_of(source, modules + 1, KINDS[name].raw)
+    config = config_of(source, modules + 1, RELEASED[name].raw)
     model: Any = loaded(source, config)
     model.mtp.heads[0].eh_proj.weight.mul_(2)  # changes no draft, and the file
     run = write_run(tmp_path / "run", model, config)
@@ -140,7 +140,7 @@ def test_every_draft_is_right_of_modules_that_are_read_as_they_are(
     if name in SERVED:
         export_checkpoint(run, tmp_path / "out", "same")
         patterns = [rf"model\.layers\.{LAYERS + k}\." for k in range(modules)] + [r"^mtp\."]
-        cls = getattr(transformers, KINDS[name].architecture)
+        cls = getattr(transformers, RELEASED[name].architecture)
         monkeypatch.setattr(cls, "_keys_to_ignore_on_load_unexpected", patterns)
         assert forwards(tmp_path / "out", modules) == [len(PROMPT), *[modules + 1] * STEPS]
 
