@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 import tyro
-from benchmarks import busy, checkpoint, decode, gemm, gpu, heads, loss, speed, train
+from benchmarks import busy, checkpoint, decode, gemm, gpu, heads, loss, speed, targets, train
 
 from torchtitan_mtp.errors import UserError
 
@@ -14,6 +14,7 @@ COMMANDS = {
     "heads": heads.run,
     "speed": speed.run,
     "train": train.run,
+    "targets": targets.run,
     "busy": busy.run,
     "decode": decode.run,
     "gemm": gemm.run,
