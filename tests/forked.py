@@ -3,22 +3,19 @@ imported: a process of its own takes seconds for that."""
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import runpy
 import subprocess
 import sys
 from pathlib import Path
 
-from spawn import LIBRARIES
+from spawn import fork_server
 
 
 def python(arguments: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
     """What `PYTHONPATH=folder python ARGUMENTS` does in that folder."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(LIBRARIES)
     printed = [folder / name for name in (".stdout", ".stderr")]
-    process = context.Process(
+    process = fork_server().Process(
         target=_main, args=(arguments, folder, dict(os.environ), printed), daemon=True
     )
     process.start()
@@ -37,7 +34,10 @@ def _main(
     for descriptor, path in enumerate(printed, start=1):
         with path.open("w") as file:
             os.dup2(file.fileno(), descriptor)
-    # Without the folders that pytest added: they have another checkout of the package.
+    # Neither modules nor folders of another checkout of the package, which the server has and
+    # pytest added.
+    for name in [name for name in sys.modules if name.partition(".")[0] == "torchtitan_mtp"]:
+        del sys.modules[name]
     own = ("lib-dynload", "-packages", ".zip", os.path.dirname(os.__file__))
     sys.path[:] = [str(folder), *(path for path in sys.path if path.endswith(own))]
     sys.dont_write_bytecode = False  # what the next one imports is compiled by this one

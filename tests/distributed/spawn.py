@@ -13,6 +13,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -29,6 +30,15 @@ MODULES = [
     "tyro",
     "torchtitan_mtp.trainer",
 ]
+
+
+def fork_server() -> ForkServerContext:
+    """Makes processes that have `MODULES` imported; one server for all tests of a process."""
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(MODULES)
+    with mock.patch.dict(os.environ, PYTHONPATH=str(ROOT)):  # the server lacks pytest's paths
+        forkserver.ensure_running()
+    return context
 
 
 def run_ranks(
@@ -55,10 +65,7 @@ def run_ranks(
         "TORCHELASTIC_USE_AGENT_STORE": "True",  # join the store of the parent, start none
         "CUDA_VISIBLE_DEVICES": "",  # gloo's ranks compute on the CPU, however many GPUs there are
     }
-    context = mp.get_context("forkserver")
-    context.set_forkserver_preload(MODULES)
-    with mock.patch.dict(os.environ, PYTHONPATH=str(ROOT)):  # the server lacks pytest's paths
-        forkserver.ensure_running()
+    context = fork_server()
     stderr = Connection(os.dup(2))  # of now; the server has that of its start
     processes, connections = [], []
     try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import signal
 import tempfile
 import time
@@ -22,7 +21,7 @@ from runs import (
     train,
     write_corpus,
 )
-from spawn import LIBRARIES
+from spawn import fork_server
 from torchtitan_mtp import trainer
 from torchtitan_mtp.config import load_toml
 from torchtitan_mtp.errors import UserError
@@ -213,9 +212,7 @@ def train_apart(folder):
 
 def test_a_killed_process_goes_on_from_its_last_whole_checkpoint(tmp_path):
     whole = train(config_of(tmp_path / "whole", TWELVE))
-    context = multiprocessing.get_context("forkserver")  # that of tests/distributed
-    context.set_forkserver_preload(LIBRARIES)
-    process = context.Process(target=train_apart, args=(tmp_path,), daemon=True)
+    process = fork_server().Process(target=train_apart, args=(tmp_path,), daemon=True)
     process.start()
     folder = tmp_path / "run" / "checkpoint"
     deadline = time.monotonic() + 120
