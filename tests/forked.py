@@ -7,6 +7,7 @@ import os
 import runpy
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 from spawn import fork_server
@@ -14,14 +15,15 @@ from spawn import fork_server
 
 def python(arguments: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
     """What `PYTHONPATH=folder python ARGUMENTS` does in that folder."""
-    printed = [folder / name for name in (".stdout", ".stderr")]
-    process = fork_server().Process(
-        target=_main, args=(arguments, folder, dict(os.environ), printed), daemon=True
-    )
-    process.start()
-    process.join()
+    with tempfile.TemporaryDirectory() as place:
+        printed = [Path(place, name) for name in ("stdout", "stderr")]
+        process = fork_server().Process(
+            target=_main, args=(arguments, folder, dict(os.environ), printed), daemon=True
+        )
+        process.start()
+        process.join()
+        texts = [file.read_text(encoding="utf-8") for file in printed]
     assert process.exitcode is not None
-    texts = [file.read_text(encoding="utf-8") for file in printed]
     return subprocess.CompletedProcess(arguments, process.exitcode, *texts)
 
 
@@ -50,4 +52,5 @@ def _main(
             runpy.run_module(module, run_name="__main__", alter_sys=True)
         case [script, *_]:
             sys.argv = arguments
+            sys.path.insert(0, str(Path(script).resolve().parent))
             runpy.run_path(script, run_name="__main__")
