@@ -19,7 +19,7 @@ TEXT = "the quick brown fox jumps over the lazy dog while five wizards box "
         SEQUENTIAL,
         pytest.param({**SEQUENTIAL, "mtp.share_weights": True}, marks=pytest.mark.exhaustive),
         DEEPSEEK,
-        {"mtp.heads": "medusa"},
+        pytest.param({"mtp.heads": "medusa"}, marks=pytest.mark.exhaustive),
     ],
     ids=["joint", "head_by_head", "chain", "shared chain", "experts", "medusa"],
 )

@@ -43,6 +43,8 @@ CASES = {  # name -> ([mtp] table, activation checkpointing, graphs to train wit
 # Graphs are Dynamo's, the same whatever compiles them. AOTAutograd goes on with these: of experts,
 # it alone keeps a checkpoint's second forward from counting their tokens again.
 AHEAD_OF_TIME = ("experts", "experts, checkpointed")
+# A chain's modules, which are checkpointed, are among the "experts".
+USUAL = ("parallel, joint", "parallel, checkpointed", "medusa", "experts")
 
 
 @pytest.fixture(autouse=True)
@@ -112,11 +114,7 @@ class SmallRun:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
-    [
-        # A chain's modules, which are of experts and checkpointed, are among the "experts".
-        pytest.param(name, marks=pytest.mark.exhaustive if name == "experts, checkpointed" else ())
-        for name in CASES
-    ],
+    [pytest.param(name, marks=() if name in USUAL else pytest.mark.exhaustive) for name in CASES],
 )
 def test_one_graph_a_kind_of_block(name):
     table, ac, trained, evaluated = CASES[name]
