@@ -270,7 +270,7 @@ class Trainer:
 
     def train_step(self) -> None:
         """One optimizer step over `accumulation` micro-batches on every rank."""
-        state, config = self.state, self.config
+        state, config, training = self.state, self.config, self.config.training
         self.heartbeat.where = f"step {state.step + 1}, reading data"
         begin = time.perf_counter()
         windows = [self.loader.next_window() for _ in range(self.accumulation)]
@@ -282,17 +282,17 @@ class Trainer:
         valid = torch.stack([(b.labels != IGNORE).sum((0, 1)) for b in batches]).sum(0)  # [n]
         valid = all_reduce(valid.to(self.device, non_blocking=True))
         arrive = send_to_host(valid)
-        weights = head_weights(config.mtp, state.step + 1, config.training.steps)
+        weights = head_weights(config.mtp, state.step + 1, training.steps)
         scales = head_scales(weights, valid)
-        sequences = config.training.local_batch_size * self.accumulation * self.world.size
+        sequences = training.local_batch_size * self.accumulation * self.world.size
         weigh_balance_losses(self.model, weights, sequences)
         losses = StepLosses(self.n, self.device)
         for i, batch in enumerate(batches):
             batch = Batch(*(t.to(self.device, non_blocking=True) for t in batch))
-            last = i == len(batches) - 1
-            losses.add(*self.engine(self.model, batch, scales, self.loss_options, last))
+            reduce = training.reduce_every_micro_batch or i == len(batches) - 1
+            losses.add(*self.engine(self.model, batch, scales, self.loss_options, reduce))
 
-        self.grad_norm = clip_gradients(self.model, config.training.max_norm)
+        self.grad_norm = clip_gradients(self.model, training.max_norm)
         targets = arrive()  # this waits for no more than the step before, as the guard does
         unused = clear_unused_gradients(self.model, weights, targets)
         lr = float(self.scheduler.get_last_lr()[0])

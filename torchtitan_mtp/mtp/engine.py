@@ -29,19 +29,19 @@ def joint(
     batch: Batch,
     head_scales: Tensor,
     options: LossOptions,
-    last_micro_batch: bool = True,
+    reduce: bool = True,
 ) -> LossOutput:
     """Forward and backward of one micro-batch in one graph; gradients add to `.grad`.
 
-    `last_micro_batch`: whether gradients are reduced over the ranks now.
+    `reduce`: whether gradients are reduced over the ranks now.
 
     Error: the heads are a chain, whose states are needed after their losses.
     """
     if model.mtp is not None and not model.mtp.independent:
         raise UserError("joint: the heads are a chain; expected independent ones; use head_by_head")
     if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(last_micro_batch)
-        model.set_is_last_backward(last_micro_batch)
+        model.set_requires_gradient_sync(reduce)
+        model.set_is_last_backward(reduce)
     head_loss = HeadByHeadLoss(head_scales, options)
     hiddens, groups = model(batch), [slice(0, None)]
     if options.target_loss is not None:
@@ -63,13 +63,13 @@ def head_by_head(
     batch: Batch,
     head_scales: Tensor,
     options: LossOptions,
-    last_micro_batch: bool = True,
+    reduce: bool = True,
 ) -> LossOutput:
     """As `joint`, head by head."""
     if model.mtp is None:
-        return joint(model, batch, head_scales, options, last_micro_batch)
+        return joint(model, batch, head_scales, options, reduce)
     head_loss = HeadByHeadLoss(head_scales, options)
-    outputs = model.mtp.head_by_head(model, batch, head_loss, last_micro_batch)
+    outputs = model.mtp.head_by_head(model, batch, head_loss, reduce)
     end_no_sync(model)
     return _together([outputs[k] for k in sorted(outputs)])
 

@@ -87,6 +87,11 @@ class Training:
     global_batch_size: int = setting(-1, at_least=1, special=(-1,))
     """Sequences of one step over all ranks and micro-batches; -1: one micro-batch a rank."""
 
+    reduce_every_micro_batch: bool = True
+    """Add each micro-batch's gradients to the sharded ones at once, as TorchTitan does; false:
+    reduce them once a step, and keep whole ones in float32 on every rank until then (4 bytes for
+    each parameter of the model)."""
+
     seq_len: int = setting(2048, at_least=1)
     """Tokens of one sequence."""
 

@@ -1,0 +1,79 @@
+"""Gradients over micro-batches: what is alive of them on one of eight ranks, by every allocation.
+
+The seven others are torch's fake group: collectives of it move nothing, and allocate as others do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from tests.small import ARGS
+from torchtitan_mtp.config import MTP, JobConfig
+from torchtitan_mtp.data.targets import Window, make_batch
+from torchtitan_mtp.distributed.mesh import World
+from torchtitan_mtp.distributed.parallelize import parallelize
+from torchtitan_mtp.models.transformer import build_model
+from torchtitan_mtp.mtp import ENGINES, add_heads
+from torchtitan_mtp.ops import LossOptions
+
+RANKS, N = 8, 3
+
+
+@pytest.fixture
+def world() -> Iterator[World]:
+    dist.init_process_group("fake", rank=0, world_size=RANKS, store=FakeStore())
+    mesh = init_device_mesh("cpu", (1, RANKS), mesh_dim_names=("dp_replicate", "dp_shard"))
+    yield World(0, RANKS, torch.device("cpu"), mesh)
+    dist.destroy_process_group()
+
+
+def peaks(world: World, table: dict[str, str], *steps: list[bool]) -> tuple[list[int], int]:
+    """Most bytes alive in each of the steps above the sharded weights, which are there before, and
+    the bytes of all weights. A step: whether each of its micro-batches reduces gradients."""
+    config = JobConfig(mtp=MTP(num_future_tokens=N, **table))  # type: ignore[arg-type]
+    config.activation_checkpoint.mode = "full"
+    shape = {"dim": 64, "multiple_of": 64, "vocab_size": 512, "attn_mask_type": "causal"}
+    model = build_model(replace(ARGS, **shape), torch.float32)
+    add_heads(model, config.mtp)
+    model = parallelize(model, config, world, torch.float32, 0)
+    tokens = torch.zeros(1, 8 + N, dtype=torch.int64)
+    batch = make_batch(Window(tokens, torch.zeros_like(tokens)), N)
+
+    def measure(step: list[bool]) -> int:
+        cpu = [torch.profiler.ProfilerActivity.CPU]
+        with torch.profiler.profile(profile_memory=True, activities=cpu) as profile:
+            for reduce in step:
+                scales = torch.full((N,), 1 / 8)
+                ENGINES[config.mtp.engine](model, batch, scales, LossOptions(), reduce)
+            model.zero_grad()
+        alive = most = 0
+        for event in profile.profiler.kineto_results.events():
+            if event.name() == "[memory]":
+                alive += event.nbytes()
+                most = max(most, alive)
+        return most
+
+    measure([True])  # what is made once
+    size = sum(param.numel() * param.element_size() for param in model.parameters())
+    return [measure(step) for step in steps], size
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "table",
+    [{}, {"engine": "joint"}, {"heads": "sequential"}],
+    ids=["parallel", "joint", "sequential"],
+)
+def test_whole_gradients_are_kept_only_where_asked(table: dict[str, str], world: World) -> None:
+    (one, three, kept), size = peaks(world, table, [True], [True] * 3, [False, False, True])
+    shards = size / RANKS
+    # The sharded gradients of the micro-batches before, beside what one has alive.
+    assert shards * 0.95 < three - one < shards * 1.1
+    assert kept - one > size * 0.6  # a block's whole gradient is alive in any backward
