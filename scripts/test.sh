@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Set up what is missing and run the tests, two files at a time:
+# Set up what is missing and run the tests, two files at a time, in their order, which ends with short ones:
 #
 #     scripts/test.sh [pytest arguments]          all of them
 #     scripts/test.sh fast [pytest arguments]     in a minute: labels, losses and gradients against
@@ -18,4 +18,4 @@ if [[ ${1:-} == fast ]]; then
 fi
 source scripts/setup.sh dev
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # a test and its processes on one core
-exec "$PYTHON" -m pytest -n 2 --dist loadfile "$@"
+exec "$PYTHON" -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"
