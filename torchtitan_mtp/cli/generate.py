@@ -68,9 +68,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--batch_size", type=int, help=f"with --output: prompts at a time; default: {BATCH_SIZE}"
     )
-    parser.add_argument(
-        "--chat", action="store_true", help="ask with the tokenizer's chat template"
-    )
+    parser.add_argument("--chat", action="store_true", help="ask in the tokenizer's chat template")
     parser.add_argument(
         "--special_tokens", action="store_true", help="special tokens that a prompt spells are such"
     )
