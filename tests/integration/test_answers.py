@@ -10,10 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-import formats_run
 from runs import config_of, train
-from small_tokenizers import sentencepiece
-from test_generate import TEMPLATE, TURNS
+from test_generate import TURNS, write_chat_run
 from torchtitan_mtp.cli import answers
 from torchtitan_mtp.cli.generate import main
 from torchtitan_mtp.data.document import Document
@@ -135,13 +133,7 @@ def test_a_training_reads_them_back(trained_run: Path, prompts: Path, tmp_path: 
 
 
 def test_conversations(tmp_path: Path) -> None:
-    folder = tmp_path / "tokenizer"
-    folder.mkdir()
-    sentencepiece("<unk>", "<s>", "</s>", front="<s>").save(str(folder / "tokenizer.json"))
-    words = {"bos_token": "<s>", "eos_token": "</s>", "chat_template": TEMPLATE}
-    (folder / "tokenizer_config.json").write_text(json.dumps(words))
-    changes = formats_run.SMALL | {"model.hf_assets_path": str(folder)}
-    formats_run.write_run(tmp_path / "run", **changes)
+    _, folder = write_chat_run(tmp_path)
     prompts = tmp_path / "prompts.jsonl"
     lines = [{"messages": TURNS}, {"messages": TURNS[:2]}, {"prompt": " the cat"}]
     prompts.write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -165,16 +165,22 @@ TURNS = [
 ]
 
 
-@pytest.fixture
-def chat(tmp_path: Path) -> Chat:
-    """A model, and the ids that transformers gives it for messages, and for a text."""
-    folder = tmp_path / "tokenizer"
+def write_chat_run(place: Path) -> tuple[Any, Path]:
+    """A run whose tokenizer has a chat template: its model, and the tokenizer's folder."""
+    folder = place / "tokenizer"
     folder.mkdir()
     sentencepiece("<unk>", "<s>", "</s>", front="<s>").save(str(folder / "tokenizer.json"))
     words = {"bos_token": "<s>", "eos_token": "</s>", "chat_template": TEMPLATE}
     (folder / "tokenizer_config.json").write_text(json.dumps(words))
     changes = formats_run.SMALL | {"model.hf_assets_path": str(folder)}
-    model, _ = formats_run.write_run(tmp_path / "run", **changes)
+    model, _ = formats_run.write_run(place / "run", **changes)
+    return model, folder
+
+
+@pytest.fixture
+def chat(tmp_path: Path) -> Chat:
+    """A model, and the ids that transformers gives it for messages, and for a text."""
+    model, folder = write_chat_run(tmp_path)
     return Chat(tmp_path / "run", model, AutoTokenizer.from_pretrained(folder))
 
 

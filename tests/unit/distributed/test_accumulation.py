@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from tests.allocations import most_alive
 from tests.small import ARGS
 from torchtitan_mtp.config import MTP, JobConfig
 from torchtitan_mtp.data.targets import Window, make_batch
@@ -47,18 +48,13 @@ def peaks(world: World, table: dict[str, str], *steps: list[bool]) -> tuple[list
     batch = make_batch(Window(tokens, torch.zeros_like(tokens)), N)
 
     def measure(step: list[bool]) -> int:
-        cpu = [torch.profiler.ProfilerActivity.CPU]
-        with torch.profiler.profile(profile_memory=True, activities=cpu) as profile:
+        def run() -> None:
             for reduce in step:
                 scales = torch.full((N,), 1 / 8)
                 ENGINES[config.mtp.engine](model, batch, scales, LossOptions(), reduce)
             model.zero_grad()
-        alive = most = 0
-        for event in profile.profiler.kineto_results.events():
-            if event.name() == "[memory]":
-                alive += event.nbytes()
-                most = max(most, alive)
-        return most
+
+        return most_alive(run)
 
     measure([True])  # what is made once
     size = sum(param.numel() * param.element_size() for param in model.parameters())

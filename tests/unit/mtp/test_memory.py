@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import warnings
-
 import pytest
 import torch
 
+from tests.allocations import most_alive
 from tests.small import small_model
 from torchtitan_mtp.config import MTP, ActivationCheckpoint
 from torchtitan_mtp.data.targets import Window, make_batch
@@ -30,18 +29,7 @@ def peak(n: int, mode: str, **table) -> int:
     scales = torch.full((n,), 1 / SEQ)
     options = LossOptions(target_loss=mtp.target_loss if mtp.target == "trunk" else None)
     ENGINES[mtp.engine](model, batch, scales, options, True)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        with torch.profiler.profile(
-            profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]
-        ) as profile:
-            ENGINES[mtp.engine](model, batch, scales, options, True)
-    alive = most = 0
-    for event in profile.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            alive += event.nbytes()
-            most = max(most, alive)
-    return most
+    return most_alive(lambda: ENGINES[mtp.engine](model, batch, scales, options, True))
 
 
 CASES = {  # [mtp] table, activation checkpointing, [N, D] for each head at most

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import torch
+
+from torchtitan_mtp.ops import linear_cross_entropy
 
 IGNORE = -100
 
@@ -29,3 +32,8 @@ OPTIONS = [
     {"z_loss": z, "softcap": cap, "label_smoothing": smoothing}
     for z, cap, smoothing in itertools.product((0.0, 1e-2), (None, 5.0), (0.0, 0.1))
 ]
+
+
+def loss_and_backward(*tensors: Any, **options: Any) -> None:
+    """A step of the op: its loss, and the gradients of that."""
+    linear_cross_entropy(*tensors, **options).loss.backward()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import warnings
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
-from loss_inputs import IGNORE, OPTIONS, gradients, make_inputs
+from loss_inputs import IGNORE, OPTIONS, gradients, loss_and_backward, make_inputs
 
+from tests.allocations import most_alive
 from tests.naive import distance
 from tests.naive_loss import naive_loss
 from torchtitan_mtp.errors import UserError
@@ -197,19 +198,8 @@ def test_two_chunks_of_logits_whatever_n(kind):
     peaks = []
     for n in (2, 4):
         hiddens, weight, labels = problem(n, torch.float32, n_rows=rows, dim=dim, vocab=vocab)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with torch.profiler.profile(
-                profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]
-            ) as profile:
-                linear_cross_entropy(
-                    hiddens, weight, labels, target_loss=kind, teacher=hiddens[0], chunk_rows=chunk
-                ).loss.backward()
-        alive = peak = 0
-        for event in profile.profiler.kineto_results.events():
-            if event.name() == "[memory]":
-                alive += event.nbytes()
-                peak = max(peak, alive)
+        options = {"chunk_rows": chunk, "target_loss": kind, "teacher": hiddens[0]}
+        peak = most_alive(partial(loss_and_backward, hiddens, weight, labels, **options))
         peaks.append(peak - 4 * n * rows * dim)
     logits = 4 * chunk * vocab
     assert peaks[0] >= 2 * logits

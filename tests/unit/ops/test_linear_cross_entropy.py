@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import warnings
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
-from loss_inputs import IGNORE, OPTIONS, gradients, make_inputs
+from loss_inputs import IGNORE, OPTIONS, gradients, loss_and_backward, make_inputs
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.allocations import most_alive
 from tests.naive_loss import naive_loss
 from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.ops import (
@@ -322,17 +323,8 @@ def test_one_weight_gradient_for_all_heads():
     peaks = []
     for n in (1, 4):
         hiddens, weight, labels = make_inputs(n, 64, dim, vocab, dtype=torch.float32)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with torch.profiler.profile(
-                profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]
-            ) as profile:
-                linear_cross_entropy(hiddens, weight, labels, chunk_rows=chunk).loss.backward()
-        alive = peak = 0
-        for event in profile.profiler.kineto_results.events():
-            if event.name() == "[memory]":
-                alive += event.nbytes()
-                peak = max(peak, alive)
+        options = {"chunk_rows": chunk}
+        peak = most_alive(partial(loss_and_backward, hiddens, weight, labels, **options))
         peaks.append(peak - 4 * n * 64 * dim)
     assert peaks[0] >= 4 * vocab * (dim + chunk)
     assert peaks[1] - peaks[0] <= 4096  # a few scalars a head
