@@ -23,7 +23,7 @@ from torchtitan_mtp.formats.exporting import export_checkpoint, formats_for, ref
 from torchtitan_mtp.formats.formats import FORMATS
 from torchtitan_mtp.formats.hf_trunk import TrunkFolder
 from torchtitan_mtp.formats.importing import format_of, inward, open_model
-from torchtitan_mtp.formats.native_modules import contract_of, misfit
+from torchtitan_mtp.formats.native_modules import Contract, contract_of, misfit
 from torchtitan_mtp.formats.same import SAME, refusal_of_same
 from torchtitan_mtp.models.args import ModelSpec
 from torchtitan_mtp.models.hf import HFTrunk
@@ -100,7 +100,10 @@ def _load_own(path: Path, model: Any, exclude: Sequence[str]) -> LoadReport:
     check_record(path, record, record_of(ModelSpec(model.args, hf_config=ours)), exclude)
     wanted = {key: t for key, t in model_state(model).items() if not excluded(key, exclude)}
     heads = model.spec.heads == "sequential" and any(key.startswith("mtp.") for key in wanted)
-    folder = TrunkFolder(path, model, contract_of(model.spec) if heads else None)
+    contract = contract_of(model.spec) if heads else None
+    folder = TrunkFolder(path, model, contract)
+    if contract is not None and not folder.modules:
+        _warn_of_lost_modules(path, model, contract)
     if folder.modules and (why := misfit(replace(model.spec, num_future_tokens=2))):
         raise UserError(f"{path}: {why}; set it so, or exclude mtp from loading")
     if model.args.tied_embeddings:
@@ -122,6 +125,14 @@ def _load_own(path: Path, model: Any, exclude: Sequence[str]) -> LoadReport:
     report = LoadReport(report.missing, (*folder.rest, *folder.copies))
     log_report(path, report)
     return report
+
+
+def _warn_of_lost_modules(path: Path, model: HFTrunk, contract: Contract) -> None:
+    """Fine-tuning elsewhere often drops a folder's modules, and leaves their number in its
+    config.json."""
+    if told := getattr(model.causal.config.get_text_config(), contract.count, 0):
+        lost = f"{path}: config.json says {contract.count} = {told}, and the folder has no module"
+        logger.warning("%s; the heads start anew, as mtp.init says", lost)
 
 
 def hf_format(spec: ModelSpec) -> str:

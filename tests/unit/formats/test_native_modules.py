@@ -230,6 +230,21 @@ def test_new_modules_lie_as_released_ones_do(name: str, single: bool, tmp_path: 
         assert torch.equal(again.state_dict()[key], tensor.float()), key
 
 
+@pytest.mark.parametrize("name", ["glm4_moe", "qwen3_5", "mimo"])
+def test_modules_that_the_config_promises_and_no_file_has(
+    name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = tmp_path / "model"
+    write_native(source, name)
+    without_modules(source, name, single=False)
+    loaded(source, config_of(source, 2, name == "mimo"))
+    assert "no module" not in caplog.text
+    change_config(source, **{RELEASED[name].count: 1})
+    loaded(source, config_of(source, 2, name == "mimo"))
+    lost = f"{source}: config.json says {RELEASED[name].count} = 1, and the folder has no module"
+    assert f"{lost}; the heads start anew" in caplog.text
+
+
 def test_heads_are_dropped_with_the_modules_that_were_there(tmp_path: Path) -> None:
     source, out = tmp_path / "model", tmp_path / "out"
     write_native(source, "glm4_moe", 2)
