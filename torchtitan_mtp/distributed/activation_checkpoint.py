@@ -17,8 +17,9 @@ from torchtitan_mtp.config import ActivationCheckpoint
 from torchtitan_mtp.models.trunk import Trunk
 from torchtitan_mtp.mtp.engine import backward_follows_forward
 
-# Worth keeping: attention, every second matrix product, and which experts a token goes to, which is
-# decided once; the rest is cheap to compute again.
+# Worth keeping: attention, every second matrix product, which experts a token goes to, which is
+# decided once, and the largest magnitudes that float8 scales by (of a tensor, of its rows): a
+# number each, of which every one takes a pass over a tensor. The rest is cheap to compute again.
 _KEPT = (
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
     torch.ops.aten._scaled_dot_product_flash_attention.default,
@@ -26,6 +27,8 @@ _KEPT = (
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
     torch._higher_order_ops.flex_attention,
     torch.ops.aten.topk.default,
+    torch.ops.aten.max.default,
+    torch.ops.aten.amax.default,
 )
 _PRODUCTS = (
     torch.ops.aten.mm.default,
@@ -52,8 +55,9 @@ def apply_activation_checkpointing(
 ) -> None:
     """Make blocks recompute their activations in the backward, heads' included.
 
-    `mode = "selective"` with `selective_ac_option = "op"` keeps attention and every second matrix
-    product; with a number k, every k-th block is checkpointed whole. Parameter names stay.
+    `mode = "selective"` with `selective_ac_option = "op"` keeps attention, every second matrix
+    product and what float8 scales by; with a number k, every k-th block is checkpointed whole.
+    Parameter names stay.
 
     Heads that all run forward before the first backward are checkpointed whole in any mode: only so
     does memory not grow by their activations. (Of parallel heads under the `engine` "head_by_head",

@@ -46,6 +46,12 @@ def convert_to_float8(model: nn.Module, float8: Float8Linear, compiled: bool = F
             "the emulation; set compile.enable = false"
         )
     recipe = float8.recipe_name or "tensorwise"
+    if compiled and recipe != "tensorwise":
+        # What the backward computes again has to round as the forward did, where the compiler would
+        # fuse the rounding away: losses became nan otherwise (pytorch/pytorch issue 150859).
+        from torch._inductor import config as inductor
+
+        inductor.emulate_precision_casts = True
     gather = recipe == "tensorwise" and float8.enable_fsdp_float8_all_gather
     config = ao.Float8LinearConfig.from_recipe_name(recipe)
     config = replace(config, emulate=emulate, enable_fsdp_float8_all_gather=gather)

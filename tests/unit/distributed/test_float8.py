@@ -48,6 +48,61 @@ def test_every_layer_but_output_is_converted(heads, recipe):
         assert found["mtp.heads.0.eh_proj"]
 
 
+RECIPES = ["tensorwise", "rowwise", "rowwise_with_gw_hp"]
+
+
+def relative_errors(recipe) -> dict[str, list[float]]:
+    """Of a float8 layer against float64's arithmetic: of each row of the output and of the input's
+    gradient, and of the weight's gradient. The last rows are so much
+    larger than the others that one scale leaves nothing of them, in e4m3 and in e5m2."""
+    generator = torch.Generator().manual_seed(0)
+    weight, x, dy = (torch.randn(32, 32, generator=generator) for _ in range(3))
+    x[-1] *= 1e6
+    dy[-1] *= 1e11
+    model = nn.Sequential(nn.Linear(32, 32, bias=False))
+    model[0].weight.data.copy_(weight)
+    convert_to_float8(model, Float8Linear(recipe_name=recipe))
+    leaf = x.clone().requires_grad_()
+    y = model(leaf)
+    y.backward(dy)
+    weight64, x64, dy64 = weight.double(), x.double(), dy.double()
+
+    def error(found, expected):
+        return ((found - expected).norm(dim=-1) / expected.norm(dim=-1)).tolist()
+
+    return {
+        "output": error(y.detach(), x64 @ weight64.T),
+        "input": error(leaf.grad, dy64 @ weight64),
+        "weight": error(model[0].weight.grad.flatten(), (dy64.T @ x64).flatten()),
+    }
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_what_a_recipe_scales_and_rounds(recipe):
+    """e4m3 keeps 3 bits of each number, which is about 4% of a row's norm."""
+    errors = relative_errors(recipe)
+    small = [*errors["output"][:-1], *errors["input"][:-1]]
+    assert 0.01 < errors["output"][-1] < 0.06
+    if recipe == "tensorwise":
+        assert min(small) > 0.9  # nothing is left
+    else:
+        assert min(small) > 0.01 and max(small) < 0.06
+    if recipe == "rowwise_with_gw_hp":
+        assert errors["weight"] < 1e-6  # in the layer's own precision
+    else:
+        assert errors["weight"] > 0.01
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_rowwise_recipes_compile_with_the_rounding_of_eager_code(recipe, monkeypatch):
+    """As TorchTitan has it, which saw losses become nan without."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    with torch._inductor.config.patch(emulate_precision_casts=False):
+        convert_to_float8(build_model(ARGS), Float8Linear(recipe_name=recipe), compiled=True)
+        assert torch._inductor.config.emulate_precision_casts == (recipe != "tensorwise")
+
+
 def test_an_emulation_is_not_compiled():
     for float8 in (Float8Linear(), Float8Linear(emulate=True)):  # a CPU emulates in any case
         with pytest.raises(UserError, match=r"torch\.compile can't .*; set compile.enable = false"):
@@ -135,7 +190,7 @@ def test_filters_that_keep_nothing_are_refused():
         converted({"dim": 64}, filter_fqns=["auto_filter_small_kn"])
 
 
-@pytest.mark.parametrize("recipe", ["tensorwise", "rowwise", "rowwise_with_gw_hp"])
+@pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_float8_learns_about_the_same(family, recipe, tmp_path):
     keys = FAMILIES[family]
