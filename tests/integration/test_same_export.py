@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from hf_folders import write_folder
 from native_folders import LAYERS, RELEASED, tensors_of, write_native
@@ -21,6 +21,7 @@ from torchtitan_mtp.data.targets import Batch
 from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.trainer import Trainer
 
+WEIGHTS = ".safetensors"
 NATIVE, INDEX = "model-00003-of-00003.safetensors", "model.safetensors.index.json"
 
 
@@ -139,6 +140,30 @@ def widened() -> Any:
     """from_pretrained in float32."""
     from_pretrained = transformers.AutoModelForCausalLM.from_pretrained
     return lambda *args, **options: from_pretrained(*args, **{"dtype": torch.float32} | options)
+
+
+def test_a_run_in_its_models_read_only_folder(tmp_path: Path) -> None:
+    """Others' permissions are not copied, nor the run itself; numbers that are no weights are."""
+    source = tmp_path / "model"
+    write_native(source, "glm4_moe")
+    held = load_file(source / NATIVE) | {"ids": torch.arange(3), "mask": torch.tensor([True])}
+    save_file(held, source / NATIVE, {"format": "pt"})
+    (source / "figures").mkdir()
+    (source / "figures" / "a.png").write_bytes(b"a")
+    (source / "figures" / "again").symlink_to(source)
+    (source / "lost.md").symlink_to("nowhere")
+    for path in source.rglob("*"):
+        path.chmod(path.stat().st_mode & ~0o222) if path.exists() else None
+    changes = {"checkpoint.last_save_in_hf": True, "job.dump_folder": str(source / "runs" / "1")}
+    changes |= {"checkpoint.exclude_from_loading": ["ids", "mask"]}
+    train(config_of(tmp_path, frozen(source, **changes)))
+    out = source / "runs" / "1" / "checkpoint" / "step-2.hf"
+    left = {"runs", "lost.md", "again"}
+    copied = {p.name for p in source.rglob("*") if "runs" not in p.parts} - left
+    assert {p.name for p in out.rglob("*")} == copied
+    assert all(p.stat().st_mode & 0o200 for p in (out, *out.rglob("*")) if p.suffix != WEIGHTS)
+    assert torch.equal(load_file(out / NATIVE)["ids"], held["ids"])
+    assert torch.equal(load_file(out / NATIVE)["mask"], held["mask"])
 
 
 def test_a_run_that_no_folder_can_hold_does_not_begin(tmp_path: Path) -> None:

@@ -253,11 +253,13 @@ class Checkpointer:
         if own is not None and given:
             logger.info("checkpoint.initial_load_path is ignored: resuming from %s", own)
         if own is None and (not given or self.config.initial_load_in_hf):
-            self._check_exclude(())
+            stored: Iterable[str] = ()
             if given:
                 assert self._load_hf is not None and isinstance(self.model, Trunk)
                 exclude = self.config.exclude_from_loading
                 self.load_report = self._load_hf(Path(given), self.model, self._ranks, exclude)
+                stored = self.load_report.unexpected
+            self._check_exclude(stored)
             return None
         path = own or self._ranks.on_rank_0(lambda: folders.find_checkpoint(str(given)))
         if own is None and model_only:

@@ -90,7 +90,7 @@ def write_same(
     new = [name for name in now.kinds if name not in before.kinds]
     with written_aside(out, sum(now.kinds[name].bytes for name in new)) as tmp:
         changed: list[str] = []
-        shutil.copytree(path, tmp, ignore=_LEFT_OUT, dirs_exist_ok=True)
+        _copy_others(path, tmp)
         for file_name, names in files.items():
             held = [name for name, file in before.files.items() if file.name == file_name]
             if held == names and all(_bits_equal(before.read(n), now.read(n)) for n in names):
@@ -151,6 +151,24 @@ def _trained(source: Tensors, folder: TrunkFolder) -> Tensors:
         return cast_weights(tensor, kinds[name].dtype, f"{source.where}: {name}")
 
     return Tensors(before.where, kinds, read)
+
+
+def _copy_others(path: Path, tmp: Path) -> None:
+    """What in a folder is no weight, but not as read-only as it may be. A folder that `tmp` is in (a
+    run in its model's own) is left out, and one that a link leads to once more."""
+    seen = {path.resolve()}
+    for place, folders, names in os.walk(path, followlinks=True):
+        left_out, to = _LEFT_OUT(place, folders + names), tmp / Path(place).relative_to(path)
+        to.mkdir(exist_ok=True)
+        for name in {*names} - left_out:
+            if (file := Path(place, name)).exists():
+                shutil.copyfile(file, to / name)
+            else:
+                logger.warning("%s: a link to nothing, left out", file)
+        real = {name: Path(place, name).resolve() for name in {*folders} - left_out}
+        inside = tmp.resolve()
+        folders[:] = [n for n, at in real.items() if not (at in seen or inside.is_relative_to(at))]
+        seen |= {real[name] for name in folders}
 
 
 def _bits_equal(a: Tensor, b: Tensor) -> bool:

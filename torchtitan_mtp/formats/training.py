@@ -108,7 +108,8 @@ def _load_own(path: Path, model: Any, exclude: Sequence[str]) -> LoadReport:
         raise UserError(f"{path}: {why}; set it so, or exclude mtp from loading")
     if model.args.tied_embeddings:
         wanted.pop(f"{model.output_name}.weight", None)
-    offered = {name for name in folder.rest if not folder.ignored(name)}
+    known = [name for name in folder.rest if folder.ignored(name) or excluded(name, exclude)]
+    offered = {*folder.rest}.difference(known)
     for name, value in folder.read():
         if name not in wanted:
             continue

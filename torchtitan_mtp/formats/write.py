@@ -39,6 +39,16 @@ DTYPES = {  # that weights may have, and their names in safetensors
     torch.bfloat16: "BF16",
     torch.float64: "F64",
 }
+_STORED = DTYPES | {  # and what else may lie beside them
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+}
 
 
 @contextmanager
@@ -106,9 +116,11 @@ def write_shard(file: Path, tensors: Tensors, names: Sequence[str]) -> None:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name in names:
+        if kinds[name].dtype not in _STORED:
+            raise UserError(f"{file}: {name} is of {kinds[name].dtype}, which is not written here")
         start, end = end, end + kinds[name].bytes
         header[name] = {
-            "dtype": DTYPES[kinds[name].dtype],
+            "dtype": _STORED[kinds[name].dtype],
             "shape": list(kinds[name].shape),
             "data_offsets": [start, end],
         }
