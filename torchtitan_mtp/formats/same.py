@@ -154,8 +154,8 @@ def _trained(source: Tensors, folder: TrunkFolder) -> Tensors:
 
 
 def _copy_others(path: Path, tmp: Path) -> None:
-    """What in a folder is no weight, but not as read-only as it may be. A folder that `tmp` is in (a
-    run in its model's own) is left out, and one that a link leads to once more."""
+    """What in a folder is no weight, but not as read-only as it may be. A folder that `tmp` is in
+    (a run in its model's own) is left out, and one that a link leads to once more."""
     seen = {path.resolve()}
     for place, folders, names in os.walk(path, followlinks=True):
         left_out, to = _LEFT_OUT(place, folders + names), tmp / Path(place).relative_to(path)
