@@ -18,6 +18,7 @@ from torchtitan_mtp.models.args import ModelArgs, ModelSpec
 from torchtitan_mtp.models.flavors import flavors, model_args
 from torchtitan_mtp.models.hf import HFTrunk
 from torchtitan_mtp.models.hf_config import config_of, read_config, sizes_of_config
+from torchtitan_mtp.models.packed import activate_flash_attention
 from torchtitan_mtp.models.transformer import build_model
 from torchtitan_mtp.models.trunk import Trunk
 from torchtitan_mtp.mtp.transform import add_heads, spec_with_heads
@@ -65,6 +66,7 @@ def model_from_config(
     """A run's model with its heads, on the meta device; `model.spec` has its sizes. Arguments and
     errors: those of `model_args_from_config`, `HFTrunk` and `spec_with_heads`."""
     args = model_args_from_config(config, tokenizer_vocab, min_seq_len=min_seq_len, earlier=earlier)
+    activate_flash_attention(config.model.flash_attn_impl)
     model: Trunk
     if config.model.name == "hf":
         model = HFTrunk(read_config(config.model.hf_assets_path), args, dtype)
@@ -75,6 +77,7 @@ def model_from_config(
             )
     else:
         model = build_model(args, dtype)
+        model.attn_type = config.model.attn_type
         model.softcap = config.loss.softcap
     return add_heads(model, config.mtp) if config.num_future_tokens > 1 else model
 

@@ -130,7 +130,7 @@ def find_cause(
     found, compute = "", functools.partial(linear_cross_entropy, options=options)
     with apart_from_training(model):
         for i, batch in enumerate(batches):
-            batch = Batch(*(t.to(device) for t in batch))
+            batch = batch.to(device)
             for k, hidden in enumerate(model(batch)):  # [B, S, D]
                 for row in range(len(hidden)):
                     place = f"head {k + 1}, micro-batch {i + 1}, sequence {row + 1}"

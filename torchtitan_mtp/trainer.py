@@ -288,7 +288,7 @@ class Trainer:
         weigh_balance_losses(self.model, weights, sequences)
         losses = StepLosses(self.n, self.device)
         for i, batch in enumerate(batches):
-            batch = Batch(*(t.to(self.device, non_blocking=True) for t in batch))
+            batch = batch.to(self.device, non_blocking=True)
             reduce = training.reduce_every_micro_batch or i == len(batches) - 1
             losses.add(*self.engine(self.model, batch, scales, self.loss_options, reduce))
 

@@ -50,7 +50,7 @@ def evaluate_batches(
     compute = functools.partial(linear_cross_entropy, options=options)
     agreement = torch.zeros(4, n - 1, dtype=torch.int64, device=device)
     for batch in batches:
-        batch = Batch(*(t.to(device) for t in batch))
+        batch = batch.to(device)
         hiddens = model(batch)
         losses.add(*model.output.loss(hiddens, batch.labels, compute))
         agreement += text_agreement(model, hiddens, batch.labels)

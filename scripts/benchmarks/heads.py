@@ -176,5 +176,4 @@ def random_batch(sizes: dict[str, Any], n: int, device: torch.device) -> Batch:
     generator = torch.Generator().manual_seed(0)
     shape = (sizes["batch_size"], sizes["seq_len"] + n)
     tokens = torch.randint(sizes["vocab"], shape, generator=generator)
-    batch = make_batch(Window(tokens, torch.zeros(shape, dtype=torch.int64)), n)
-    return Batch(*(t.to(device) for t in batch))
+    return make_batch(Window(tokens, torch.zeros(shape, dtype=torch.int64)), n).to(device)

@@ -47,6 +47,11 @@ def _check_model(config: JobConfig) -> None:
             f'model.{key}: model.name = "hf" takes all sizes from config.json in '
             "model.hf_assets_path; unset it"
         )
+    if model.attn_type != "flex":
+        raise UserError(
+            f'model.attn_type = {show(model.attn_type)}: model.name = "hf" attends as transformers '
+            "does; unset it"
+        )
     if model.hf_assets_path in ("", "byte"):
         raise UserError(
             f'model.hf_assets_path = {show(model.hf_assets_path)}: model.name = "hf" needs the '

@@ -5,9 +5,12 @@ loss) slices what is made here and never shifts again, so this file is the only 
 how far ahead a head looks.
 """
 
+from __future__ import annotations
+
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 IGNORE = -100  # label of a position that has no target
@@ -29,6 +32,18 @@ class Window(NamedTuple):
     loss_mask: Tensor | None = None
 
 
+class Documents(NamedTuple):
+    """Where the documents of B rows begin that lie one behind another (`cu_seqlens` elsewhere).
+
+    Attributes:
+        starts: [documents + 1] int32, in order, and B*S behind them.
+        longest: tokens of the longest.
+    """
+
+    starts: Tensor
+    longest: int
+
+
 class Batch(NamedTuple):
     """What a step reads. Every tensor has the sequence as its dimension 1.
 
@@ -40,6 +55,7 @@ class Batch(NamedTuple):
         positions: [B, S] int64, 0..S-1 in every row. They do not restart at a document: rotary
             embeddings depend on differences of positions only.
         doc_ids: [B, S] int64, as in `Window`.
+        documents: on an accelerator, what `doc_ids` say in another form; padding is a document.
     """
 
     tokens: Tensor
@@ -47,6 +63,26 @@ class Batch(NamedTuple):
     labels: Tensor
     positions: Tensor
     doc_ids: Tensor
+    documents: Documents | None = None
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> Batch:
+        """On `device`. How many documents there are decides shapes, so they are listed before,
+        while the ids are on the host: nothing has to wait for the accelerator."""
+        documents = None
+        if device.type != "cpu":
+            starts, longest = list_documents(self.doc_ids)
+            documents = Documents(starts.to(device, non_blocking=non_blocking), longest)
+        tokens, future, labels, positions, doc_ids = (
+            t.to(device, non_blocking=non_blocking) for t in self[:5]
+        )
+        return Batch(tokens, future, labels, positions, doc_ids, documents)
+
+
+def list_documents(doc_ids: Tensor) -> Documents:
+    """The documents of doc_ids [B, S], of every row its own."""
+    begins = torch.diff(doc_ids, dim=1, prepend=doc_ids[:, :1] - 1) != 0
+    starts = F.pad(begins.flatten().nonzero().squeeze(1), (0, 1), value=doc_ids.numel())
+    return Documents(starts.int(), int(starts.diff().max()))
 
 
 def make_batch(window: Window, num_future_tokens: int, from_head_1: bool = False) -> Batch:

@@ -26,6 +26,7 @@ _KEPT = (
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
     torch._higher_order_ops.flex_attention,
+    torch.ops.torch_attn._varlen_attn.default,
     torch.ops.aten.topk.default,
     torch.ops.aten.max.default,
     torch.ops.aten.amax.default,

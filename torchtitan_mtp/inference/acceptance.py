@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from torchtitan_mtp.data.targets import IGNORE, Batch, Window, make_batch
+from torchtitan_mtp.data.targets import IGNORE, Window, make_batch
 from torchtitan_mtp.inference.decoding import generate
 from torchtitan_mtp.inference.rows import EndIds
 from torchtitan_mtp.inference.stats import DraftCounts, expected_tokens_per_step, ratio
@@ -173,5 +173,5 @@ def _drafts(
     own = _next_choices(chosen, n)
     own[chosen == UNKNOWN] = UNKNOWN  # no step begins there
     batch = make_batch(Window(text, torch.zeros_like(text)), n)
-    hiddens = model(Batch(*(t.to(model.output.weight.device) for t in batch)))
+    hiddens = model(batch.to(model.output.weight.device))
     return model.output.argmax(hiddens[1:]).cpu(), own

@@ -2,32 +2,30 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask
 
+from torchtitan_mtp.data.targets import Documents
 from torchtitan_mtp.models.args import ModelArgs
 from torchtitan_mtp.models.layers import NormParams
+from torchtitan_mtp.models.packed import PackedMask, attend_in_blocks, attend_in_documents
 from torchtitan_mtp.models.rope import apply_rope
-
-FLEX_MIN_HEAD_DIM = 16  # of FlexAttention's kernels on GPUs
 
 
 class AttentionContext(NamedTuple):
     """What the attention of all blocks shares in one forward, made once from the batch.
 
     mask: None (causal); [B, 1, Q, K], a bool that is True where attention is allowed or a float
-    that is added to the scores; or a FlexAttention `BlockMask`.
+    that is added to the scores; or another form of `packed_mask`.
     """
 
     cos: Tensor  # [B or 1, S, 1, rope_dim / 2] float32
     sin: Tensor
-    mask: Tensor | BlockMask | None
+    mask: PackedMask | None
 
     def run(
         self,
@@ -45,38 +43,18 @@ class AttentionContext(NamedTuple):
 KVCache = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
-@functools.cache
-def _compiled_flex_attention() -> Callable[..., Any]:
-    # Uncompiled FlexAttention materialises every score; compiled, it is a kernel.
-    return torch.compile(flex_attention, dynamic=False)
-
-
-def document_mask(doc_ids: Tensor, min_head_dim: int) -> Tensor | BlockMask:
-    """Causal attention within documents, from doc_ids [B, S].
-
-    min_head_dim: the smallest width of a head's queries, keys and values.
-    """
-    batch, seq = doc_ids.shape
-    if doc_ids.is_cuda and min_head_dim >= FLEX_MIN_HEAD_DIM:
-
-        def visible(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
-            return (q >= kv) & (doc_ids[b, q] == doc_ids[b, kv])
-
-        return create_block_mask(visible, batch, None, seq, seq, device=doc_ids.device)
-    causal = torch.ones(seq, seq, dtype=torch.bool, device=doc_ids.device).tril()
-    return (causal & (doc_ids[:, :, None] == doc_ids[:, None, :])).unsqueeze(1)  # [B, 1, S, S]
-
-
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | BlockMask | None, scale: float | None = None
+    q: Tensor, k: Tensor, v: Tensor, mask: PackedMask | None, scale: float | None = None
 ) -> Tensor:
     """softmax(scale * q k) v: q [B, H, Q, d], k [B, KV, K, d], v [B, KV, K, e] -> [B, H, Q, e].
 
     mask: that of an `AttentionContext`; scale: d^-1/2 by default.
     """
-    options: dict[str, Any] = {"scale": scale, "enable_gqa": k.shape[1] != q.shape[1]}
     if isinstance(mask, BlockMask):
-        return _compiled_flex_attention()(q, k, v, block_mask=mask, **options)
+        return attend_in_blocks(q, k, v, mask, scale)
+    if isinstance(mask, Documents):
+        return attend_in_documents(q, k, v, mask, scale)
+    options: dict[str, Any] = {"scale": scale, "enable_gqa": k.shape[1] != q.shape[1]}
     # A single query, the newest, sees every key, those in the cache included.
     causal = mask is None and q.shape[2] > 1
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, **options)

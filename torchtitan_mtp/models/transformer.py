@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from torchtitan_mtp.data.targets import Batch
 from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.models.args import ModelArgs, ModelSpec
-from torchtitan_mtp.models.attention import Attention, AttentionContext, KVCache, document_mask
+from torchtitan_mtp.models.attention import Attention, AttentionContext, KVCache
 from torchtitan_mtp.models.heads import Heads, TrunkOutput, TrunkParts
 from torchtitan_mtp.models.init import init_weights
 from torchtitan_mtp.models.latent_attention import LatentAttention
 from torchtitan_mtp.models.layers import FeedForward, NormParams, normalize
 from torchtitan_mtp.models.moe import MoE
+from torchtitan_mtp.models.packed import packed_mask
 from torchtitan_mtp.models.rope import rope_tables
 from torchtitan_mtp.models.trunk import Trunk, Unembedding
 
@@ -65,9 +66,13 @@ class TransformerBlock(nn.Module):
 
 
 class Transformer(Trunk):
-    """Llama-style decoder. Its parameters keep TorchTitan's names."""
+    """Llama-style decoder. Its parameters keep TorchTitan's names.
+
+    attn_type: how packed documents attend, as `packed_mask` takes it.
+    """
 
     layers: nn.ModuleDict
+    attn_type = "flex"
 
     def __init__(self, args: ModelArgs) -> None:
         super().__init__()
@@ -92,20 +97,21 @@ class Transformer(Trunk):
         new_norm = functools.partial(nn.RMSNorm, self.args.dim, eps=self.args.norm_eps)
         return TrunkParts(self.args, last, self.norm, last, new_norm)
 
-    def attention_context(self, batch: Batch) -> AttentionContext:
-        """Rotary angles and attention mask of a batch."""
-        packed = self.args.attn_mask_type == "block_causal"
-        latent = self.args.latent
-        min_head_dim = min(latent.qk_head_dim, latent.v_head_dim) if latent else self.args.head_dim
+    def attention_context(self, batch: Batch, dtype: torch.dtype) -> AttentionContext:
+        """Rotary angles and attention mask of a batch, whose states are of `dtype`."""
+        mask, latent, width = None, self.args.latent, self.args.head_dim
+        if self.args.attn_mask_type == "block_causal":
+            widths = (latent.qk_head_dim, latent.v_head_dim) if latent else (width, width)
+            mask = packed_mask(batch, widths, dtype, self.attn_type)
         return AttentionContext(
             self.rope_cos[batch.positions].unsqueeze(2),  # [B, S, 1, hd/2]
             self.rope_sin[batch.positions].unsqueeze(2),
-            document_mask(batch.doc_ids, min_head_dim) if packed else None,
+            mask,
         )
 
     def _forward_trunk(self, batch: Batch) -> TrunkOutput:
-        context, heads = self.attention_context(batch), self.mtp
         x, embedded = self._embedded(batch)
+        context, heads = self.attention_context(batch, x.dtype), self.mtp
         layers = list(self.layers.values())
         for block in layers[:-1] if heads and heads.reads_before_last_layer else layers:
             x = block(x, context)

@@ -39,6 +39,11 @@ UNSUPPORTED = [
 ]
 
 
+def test_transformers_own_attention_is_its_own():
+    message = refusal("--model.name", "hf", "--model.attn_type", "varlen")
+    assert message.startswith('model.attn_type = "varlen": model.name = "hf" attends as')
+
+
 @pytest.mark.parametrize("setting", UNSUPPORTED)
 def test_an_unsupported_key_fails_by_name(setting):
     name = setting.partition("=")[0]

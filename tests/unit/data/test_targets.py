@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from torchtitan_mtp.data.targets import IGNORE, PADDING, Window, make_batch
+from torchtitan_mtp.data.targets import IGNORE, PADDING, Window, list_documents, make_batch
 
 X = IGNORE
 
@@ -105,3 +105,24 @@ def test_equals_the_definition_at_every_position(drawn):
                 )
             for k in range(2, n + 1):
                 assert batch.future_tokens[b, i, k - 2] == tokens[b, i + k - 1]
+
+
+def test_documents_lie_one_behind_another():
+    doc_ids = torch.tensor([[0, 0, 1, 1, 1], [1, 2, 2, PADDING, PADDING]])
+    documents = list_documents(doc_ids)
+    assert documents.starts.tolist() == [0, 2, 5, 6, 8, 10]
+    assert documents.starts.dtype == torch.int32
+    assert documents.longest == 3
+    assert list_documents(torch.zeros(1, 4)).starts.tolist() == [0, 4]
+
+
+def test_a_batch_on_an_accelerator_knows_its_documents():
+    window = Window(torch.arange(6).view(1, 6), torch.tensor([[0, 0, 0, 1, 1, 1]]))
+    batch = make_batch(window, 2)
+    assert batch.to(torch.device("cpu")).documents is None
+    moved = batch.to(torch.device("meta"))
+    assert all(
+        t.is_meta and t.shape == old.shape for t, old in zip(moved[:5], batch[:5], strict=True)
+    )
+    assert moved.documents.starts.is_meta and moved.documents.starts.shape == (3,)
+    assert moved.documents.longest == 3

@@ -1,4 +1,4 @@
-"""Rotary positions and masks against naive forms."""
+"""Rotary positions against naive forms; attention over documents."""
 
 from __future__ import annotations
 
@@ -7,14 +7,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch.nn.attention.flex_attention import flex_attention
 
 from tests.naive import rotate
 from tests.small import ARGS, small_model, small_window
 from torchtitan_mtp.data.targets import make_batch
 from torchtitan_mtp.models.args import RoPEScaling
-from torchtitan_mtp.models.attention import document_mask
 from torchtitan_mtp.models.rope import apply_rope, rope_tables
 
 
@@ -86,66 +83,6 @@ def test_llama_3_1_scaling(scaling):
         for table, function in ((cos, torch.cos), (sin, torch.sin)):
             row = function(position * angles)
             torch.testing.assert_close(table[position].double(), row, atol=1e-6, rtol=0)
-
-
-def naive_mask(doc_ids):
-    """[B, S, S]: query i sees key j <= i of its own document."""
-    batch, seq = doc_ids.shape
-    mask = torch.zeros(batch, seq, seq, dtype=torch.bool)
-    for b in range(batch):
-        for i in range(seq):
-            for j in range(i + 1):
-                mask[b, i, j] = doc_ids[b, i] == doc_ids[b, j]
-    return mask
-
-
-def test_document_mask_on_a_cpu():
-    doc_ids = small_window(3, 20).doc_ids
-    mask = document_mask(doc_ids, 16)
-    assert mask.shape == (3, 1, 20, 20)
-    assert torch.equal(mask[:, 0], naive_mask(doc_ids))
-    assert mask.any(-1).all()  # every query, padding too, sees itself: no softmax over nothing
-
-
-class OnCuda:
-    """doc_ids that say they are on a GPU, to take the FlexAttention way on a CPU."""
-
-    is_cuda = True
-    device = "cpu"
-
-    def __init__(self, doc_ids):
-        self.doc_ids, self.shape = doc_ids, doc_ids.shape
-
-    def __getitem__(self, index):
-        return self.doc_ids[index]
-
-
-@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-def test_flex_attentions_mask_is_the_same():
-    doc_ids = small_window(3, 40).doc_ids
-    block_mask = document_mask(OnCuda(doc_ids), 16)
-    b, q, kv = torch.meshgrid(torch.arange(3), torch.arange(40), torch.arange(40), indexing="ij")
-    found = block_mask.mask_mod(b, torch.zeros_like(b), q, kv)
-    assert torch.equal(found, document_mask(doc_ids, 16)[:, 0])
-    # Uncompiled, FlexAttention computes every score: enough to see that it attends alike.
-    query, key, value = torch.randn(3, 3, 2, 40, 16).unbind(0)
-    query, key, value = (x.contiguous() for x in (query, key, value))
-    flexible = flex_attention(query, key, value, block_mask=block_mask)
-    expected = F.scaled_dot_product_attention(
-        query, key, value, attn_mask=document_mask(doc_ids, 16)
-    )
-    torch.testing.assert_close(flexible, expected, rtol=1e-5, atol=1e-5)
-
-
-def test_flex_attention_skips_blocks_of_other_documents():
-    doc_ids = torch.arange(4).repeat_interleave(128)[None]
-    block_mask = document_mask(OnCuda(doc_ids), 16)
-    assert block_mask.kv_num_blocks.sum() + block_mask.full_kv_num_blocks.sum() == 4  # of 16
-
-
-def test_heads_too_narrow_for_flex_attentions_kernels_take_the_plain_mask():
-    doc_ids = small_window(3, 20).doc_ids  # 16: torch._inductor.kernel.flex, "must be at least 16"
-    assert torch.equal(document_mask(OnCuda(doc_ids), 15), document_mask(doc_ids, 15))
 
 
 def test_causal_attention_ignores_documents_unless_asked():

@@ -12,7 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from tests.small import ARGS, DEEPSEEK, perturb_norms, relative_error, small_window
 from torchtitan_mtp.config import MTP, JobConfig
-from torchtitan_mtp.data.targets import IGNORE, Batch, make_batch
+from torchtitan_mtp.data.targets import IGNORE, make_batch
 from torchtitan_mtp.distributed.mesh import init_world
 from torchtitan_mtp.distributed.parallelize import parallelize
 from torchtitan_mtp.models.args import ModelArgs
@@ -83,8 +83,7 @@ class SmallRun:
         perturb_norms(self.model)
 
     def batch(self, seed: int):
-        batch = make_batch(small_window(2, 12 + N, seed=seed), N)
-        return Batch(*(t.to(self.device) for t in batch))
+        return make_batch(small_window(2, 12 + N, seed=seed), N).to(self.device)
 
     def step(self, seed: int) -> dict[str, torch.Tensor]:
         """Two micro-batches; the gradients, and the tokens of each expert."""

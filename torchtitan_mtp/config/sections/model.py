@@ -178,6 +178,14 @@ class Model:
     """Whether a token sees all earlier tokens, or only those of its own document; None: the
     flavor's ("causal" but for deepseek_v3's 16B and 671B)."""
 
+    attn_type: Literal["flex", "varlen"] = "flex"
+    """How "block_causal" runs on GPUs: FlexAttention; or FlashAttention over documents one behind
+    another, in bfloat16 and float16. "varlen" has not been measured yet."""
+
+    flash_attn_impl: Literal["FA2", "FA3", "FA4"] = "FA2"
+    """What stands for FlashAttention: torch's own, or the packages of FlashAttention-3 (Hopper) or
+    -4 (Blackwell), by torch.nn.attention.activate_flash_attention_impl. Not measured yet."""
+
     converters: list[Literal["mtp", "quantize.linear.float8"]] = setting(
         list,
         distinct=True,
