@@ -26,7 +26,11 @@ def release(version: str) -> tuple[int, ...]:
 
 
 def is_satisfied(requirement: str) -> bool:
-    """Whether `name` or `name>=version` is installed for the running Python."""
+    """Whether `name` or `name>=version` is installed for the running Python, or `name; sys_platform
+    == "..."` is meant for another system."""
+    requirement, _, marker = requirement.partition(";")
+    if marker and f'"{sys.platform}"' not in marker:
+        return True
     name, _, lowest = requirement.partition(">=")
     try:
         installed = metadata.version(name.strip())
@@ -37,7 +41,7 @@ def is_satisfied(requirement: str) -> bool:
 
 def pinned(requirement: str, constraints: list[str]) -> list[str]:
     """The constraint lines of one requirement (several where they differ by Python version)."""
-    name = requirement.partition(">=")[0].strip()
+    name = re.split(">=|;", requirement)[0].strip()
     return [line for line in constraints if re.match(rf"{re.escape(name)}\s*==", line)]
 
 

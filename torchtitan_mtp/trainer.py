@@ -376,6 +376,5 @@ class Trainer:
 
 def loss_options(config: JobConfig, softcap: float | None) -> LossOptions:
     """The [loss] table, the model's softcap, compilation, and what heads 2..n learn from head 1."""
-    compiled = config.compile.enable and "loss" in config.compile.components
-    own = {"softcap": softcap, "compile": compiled, "target_loss": config.target_loss}
+    own = {"softcap": softcap, "passes": config.loss_passes, "target_loss": config.target_loss}
     return LossOptions(**asdict(config.loss) | own | {"target_weight": config.mtp.target_weight})

@@ -57,7 +57,10 @@ def run(json: Path = Path("gpu.json"), parts: tuple[str, ...] = (), small: bool 
 
 def _loss_ops() -> tuple[str, ...]:
     """The loss ops whose libraries are installed."""
-    ops = ["chunked", "chunked_compiled", "titan_chunked", "naive_compiled"]
+    ops = ["chunked", "chunked_compiled", "chunked_compiled_bf16"]
+    if importlib.util.find_spec("triton"):
+        ops += ["chunked_triton", "chunked_triton_bf16"]
+    ops += ["titan_chunked", "naive_compiled"]
     if hasattr(F, "linear_cross_entropy"):
         ops.append("torch")
     for name, module in (("liger", "liger_kernel"), ("cce", "cut_cross_entropy")):

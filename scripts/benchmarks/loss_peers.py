@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,9 +25,9 @@ def _cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(F.linear(hidden, weight).float(), labels, reduction="sum")
 
 
-def _ours(compile: bool = False) -> Callable[..., None]:
+def _ours(**options: Any) -> Callable[..., None]:
     def run(hiddens: Sequence[Tensor], weight: Tensor, labels: Tensor) -> None:
-        linear_cross_entropy(hiddens, weight, labels, compile=compile).loss.backward()
+        linear_cross_entropy(hiddens, weight, labels, **options).loss.backward()
 
     return run
 
@@ -58,11 +59,11 @@ def _counted_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Te
     return F.cross_entropy(logits, labels, reduction="sum")
 
 
-def _distilled(kind: str, compile: bool = False) -> Callable[..., None]:
+def _distilled(kind: str, passes: str = "eager") -> Callable[..., None]:
     """Every head against a teacher's logits, which are another product: 8 N D V FLOPs a head."""
 
     def run(hiddens: Sequence[Tensor], weight: Tensor, labels: Tensor) -> None:
-        options = {"target_loss": kind, "compile": compile, "first": 1}
+        options = {"target_loss": kind, "passes": passes, "first": 1}
         teacher = hiddens[0].detach().flip(0)
         linear_cross_entropy(hiddens, weight, labels, teacher=teacher, **options).loss.backward()
 
@@ -137,9 +138,12 @@ def cce(hiddens: Sequence[Tensor], weight: Tensor, labels: Tensor) -> None:
 
 PEERS: dict[str, Callable[[Sequence[Tensor], Tensor, Tensor], None]] = {
     "chunked": _ours(),
-    "chunked_compiled": _ours(compile=True),
+    "chunked_compiled": _ours(passes="compiled"),
+    "chunked_compiled_bf16": _ours(passes="compiled", bf16_logits=True),
+    "chunked_triton": _ours(passes="triton"),
+    "chunked_triton_bf16": _ours(passes="triton", bf16_logits=True),
     **{f"distilled_{kind}": _distilled(kind) for kind in TARGET_LOSSES},
-    "distilled_kl_compiled": _distilled("kl", compile=True),
+    "distilled_kl_compiled": _distilled("kl", "compiled"),
     "torch": _torchs(),
     "torch_512": _torchs(512),
     "titan_chunked": titan_chunked,

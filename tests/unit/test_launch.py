@@ -9,6 +9,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 from types import ModuleType
@@ -295,6 +296,8 @@ def requirements() -> ModuleType:
         ("2.13.0+cpu", "torch>=2.11", True),
         ("2.9.1", "torch>=2.11", False),
         ("0.0.1", "torch", True),
+        ("3.6.0", f'triton>=3.7; sys_platform == "{sys.platform}"', False),
+        ("3.6.0", 'triton>=3.7; sys_platform == "plan9"', True),
     ],
 )
 def test_vendor_builds_count_as_their_release(

@@ -50,6 +50,10 @@ def test_every_key_of_the_loss_table_is_passed_on():
     options = loss_options(config, softcap=30.0)  # the model's, which may be its own
     assert options == LossOptions(chunk_rows=7, z_loss=1e-4, softcap=30.0)
     config.compile.enable = True
-    assert loss_options(config, None).compile
+    assert loss_options(config, None).passes == "compiled"
     config.compile.components = ["model"]
-    assert not loss_options(config, None).compile
+    assert loss_options(config, None).passes == "eager"
+    config.loss.passes, config.loss.bf16_logits = "triton", True
+    assert loss_options(config, None) == options._replace(
+        softcap=None, passes="triton", bf16_logits=True
+    )

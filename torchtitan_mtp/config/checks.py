@@ -19,6 +19,7 @@ def check(config: JobConfig, given: Collection[str] = ()) -> None:
         if not option.is_table:
             _check_key(option, option.get(config))
     _check_model(config)
+    _check_loss(config)
     _check_run(config)
     _check_float8(config)
     if "mtp" in config.model.converters:
@@ -56,6 +57,19 @@ def _check_model(config: JobConfig) -> None:
         raise UserError(
             f'model.hf_assets_path = {show(model.hf_assets_path)}: model.name = "hf" needs the '
             "folder of a model, with its config.json; name it"
+        )
+
+
+def _check_loss(config: JobConfig) -> None:
+    if config.loss.bf16_logits and config.loss_passes == "eager":
+        raise UserError(
+            'loss.bf16_logits = true: expected loss.passes "compiled" or "triton", found "eager", '
+            "which would only copy them; set one of the two keys"
+        )
+    if config.loss_passes == "triton" and config.target_loss is not None:
+        raise UserError(
+            'loss.passes = "triton": its kernel has no losses against a teacher, which mtp.target ='
+            ' "trunk" needs; set loss.passes = "compiled"'
         )
 
 

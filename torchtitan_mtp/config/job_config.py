@@ -42,3 +42,10 @@ class JobConfig:
         """`mtp.target_loss` where heads 2..n learn from the trunk; None: labels alone."""
         taught = self.num_future_tokens > 1 and self.mtp.target == "trunk"
         return self.mtp.target_loss if taught else None
+
+    @property
+    def loss_passes(self) -> str:
+        """`loss.passes` with "auto" resolved."""
+        if self.loss.passes != "auto":
+            return self.loss.passes
+        return "compiled" if self.compile.enable and "loss" in self.compile.components else "eager"

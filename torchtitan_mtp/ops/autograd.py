@@ -193,7 +193,7 @@ _heads_op = torch.library.custom_op(
     schema="(Tensor[] hiddens, Tensor weight, Tensor labels, Tensor head_scales, "
     "Tensor? row_weights, Tensor? teacher, int first, ScalarType mm, bool[] needs_grad, "
     "int ignore_index, float z_loss, float? softcap, float label_smoothing, SymInt? chunk_rows, "
-    "bool compile, str? target_loss, float target_weight) -> Tensor[]",
+    "str passes, bool bf16_logits, str? target_loss, float target_weight) -> Tensor[]",
 )
 
 

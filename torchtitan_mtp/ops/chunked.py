@@ -41,17 +41,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from torchtitan_mtp.ops.token_losses import (
-    LossOptions,
-    LossSums,
-    compiled_token_losses,
-    token_losses,
-)
+from torchtitan_mtp.ops.token_losses import LossOptions, LossSums, chunk_losses
 
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
 _TILE_ROWS = 4096  # rows of the weight that are upcast at a time
 _CPU_CHUNK_ROWS = 512
 _GPU_MIN_CHUNK_ROWS = 1024
+_GPU_TILE_ROWS = 128  # of a matrix product
 
 
 class LossOutput(NamedTuple):
@@ -97,7 +93,7 @@ def head_loss_and_grad(
     """
     acc, mm = accumulation_dtype(hidden.dtype), mm or matmul_dtype(hidden)
     device, need_grad = hidden.device, need_d_hidden or d_weight is not None
-    weight, buffer = _weight_and_buffer(hidden, weight, mm, options.chunk_rows)
+    weight, buffer = _weight_and_buffer(hidden, weight, mm, options)
     teachers = torch.empty_like(buffer if teacher is not None else buffer[:0])
     dtypes = (acc, torch.int64, torch.int64)
     losses = LossSums(*(torch.zeros((), dtype=dtype, device=device) for dtype in dtypes))
@@ -114,21 +110,10 @@ def head_loss_and_grad(
             if teacher is not None:
                 t = _rows_ahead(teacher, rows, ahead).to(mm)  # [C, D]
                 taught = project(t, weight, teachers[: t.shape[0]])
-            y, factor = labels[rows], None
-            if options.compile and need_grad:
-                fused = compiled_token_losses()
-                part, grad = fused(logits, y, options, scale, weights, mm, taught)
-            else:
-                part, grad, factor = token_losses(logits, y, options, need_grad, weights, taught)
+            how = (options, scale, weights, mm, need_grad, taught)
+            part, grad, factor = chunk_losses(logits, labels[rows], *how)
             for total, of_chunk in zip(losses, part, strict=True):
                 total += of_chunk
-            if not need_grad:
-                continue
-            if factor is not None and scale is not None:
-                factor = factor * scale.to(acc)  # [C, 1]
-            if factor is not None and mm != acc:
-                # The pass over [C, V] that rounds applies the factor as well.
-                grad, factor = torch.mul(grad, factor, out=torch.empty_like(grad, dtype=mm)), None
             if d_weight is not None:
                 _accumulate(d_weight, grad, h if factor is None else h * factor)
             if d_hidden is not None:  # last, for `h` may be a view of what it overwrites
@@ -147,7 +132,7 @@ def chunked_argmax(hidden: Tensor, weight: Tensor, chunk_rows: int | None = None
     counts as correct. A soft cap of the logits changes nothing.
     """
     mm = matmul_dtype(hidden)
-    weight, buffer = _weight_and_buffer(hidden, weight, mm, chunk_rows)
+    weight, buffer = _weight_and_buffer(hidden, weight, mm, LossOptions(chunk_rows=chunk_rows))
     best = torch.empty(hidden.shape[0], dtype=torch.int64, device=hidden.device)
     with torch.autocast(hidden.device.type, enabled=False):
         for h, tokens in zip(hidden.split(len(buffer)), best.split(len(buffer)), strict=True):
@@ -157,14 +142,18 @@ def chunked_argmax(hidden: Tensor, weight: Tensor, chunk_rows: int | None = None
 
 
 def _weight_and_buffer(
-    hidden: Tensor, weight: Tensor, mm: torch.dtype, chunk_rows: int | None
+    hidden: Tensor, weight: Tensor, mm: torch.dtype, options: LossOptions
 ) -> tuple[Tensor, Tensor]:
     """The weight as products in `mm` take it, and room for a chunk's logits [C, V]."""
     if weight.dtype != mm and weight.dtype not in _LOW_PRECISION:
         weight = weight.to(mm)  # autocast: one narrower copy
-    rows = min(chunk_rows or default_chunk_rows(hidden), max(hidden.shape[0], 1))
-    acc = accumulation_dtype(hidden.dtype)
-    return weight, torch.empty(rows, weight.shape[0], dtype=acc, device=hidden.device)
+    dtype = torch.bfloat16 if options.bf16_logits else accumulation_dtype(hidden.dtype)
+    # The gradient, in `mm`, takes the logits' place or one of its own.
+    in_place = mm == dtype or options.passes == "triton"
+    logit_bytes = dtype.itemsize + (0 if in_place else mm.itemsize)
+    rows = options.chunk_rows or default_chunk_rows(hidden, logit_bytes)
+    rows = min(rows, max(hidden.shape[0], 1))
+    return weight, torch.empty(rows, weight.shape[0], dtype=dtype, device=hidden.device)
 
 
 def _row_chunks(labels: Tensor, ignore_index: int, chunk: int) -> Iterator[slice | Tensor]:
@@ -212,17 +201,24 @@ def _cpu_multiplies(dtype: torch.dtype) -> bool:
     return torch.ops.mkldnn._is_mkldnn_fp16_supported()
 
 
-def default_chunk_rows(hidden: Tensor) -> int:
-    """Rows of a chunk: enough for full matrix-product speed, few enough for little memory.
+def default_chunk_rows(hidden: Tensor, logit_bytes: int) -> int:
+    """Rows of a chunk of hidden [N, D]: enough for full matrix-product speed, few enough for little
+    memory. logit_bytes: of a logit and its gradient.
 
     On CPUs 512 rows reach the speed of larger chunks. On GPUs every chunk reads and writes the
-    weight's gradient once, in fp32, so few large chunks are better; at D / 2 rows a chunk's logits
-    (fp32, and their gradient in bf16) still take less than that buffer of V * D, and under 1024
-    rows the matrix products slow down.
+    weight's gradient once, in fp32, so few large chunks are better: as many rows as take 3/4 of
+    that gradient's 4 V D bytes (D / 2 rows of fp32 logits with a bf16 gradient beside them), spread
+    evenly over the chunks. Under 1024 rows the matrix products slow down.
+
+    The free memory has no say: a chunk's rows are summed in another order than two chunks' are, and
+    a run resumed beside another process would not repeat its losses to the bit.
     """
     if hidden.device.type == "cpu":
         return _CPU_CHUNK_ROWS
-    return max(_GPU_MIN_CHUNK_ROWS, hidden.shape[1] // 2)
+    most = max(_GPU_MIN_CHUNK_ROWS, 3 * hidden.shape[1] // logit_bytes)
+    chunks = max(1, -(-hidden.shape[0] // most))
+    even = -(-hidden.shape[0] // chunks)
+    return -(-even // _GPU_TILE_ROWS) * _GPU_TILE_ROWS
 
 
 def _tiles(weight: Tensor, dtype: torch.dtype) -> list[slice]:
@@ -232,14 +228,15 @@ def _tiles(weight: Tensor, dtype: torch.dtype) -> list[slice]:
 
 
 def project(h: Tensor, weight: Tensor, out: Tensor) -> Tensor:
-    """``h @ weight.T`` [C, V] into `out`, which is in the accumulation dtype."""
-    if h.dtype == out.dtype:
-        for v in _tiles(weight, h.dtype):
-            torch.mm(h, weight[v].to(h.dtype).t(), out=out[:, v])
-        return out
-    if h.is_cuda:
+    """``h @ weight.T`` [C, V] into `out`, in its dtype."""
+    if h.is_cuda and h.dtype in _LOW_PRECISION and out.dtype == torch.float32:
         return torch.mm(h, weight.t(), out_dtype=out.dtype, out=out)
-    return out.copy_(h @ weight.t())
+    for v in _tiles(weight, h.dtype):
+        if h.dtype == out.dtype:
+            torch.mm(h, weight[v].to(h.dtype).t(), out=out[:, v])
+        else:
+            out[:, v] = h @ weight[v].to(h.dtype).t()
+    return out
 
 
 def _times_weight(grad: Tensor, weight: Tensor) -> Tensor:

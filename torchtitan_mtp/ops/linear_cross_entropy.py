@@ -12,7 +12,7 @@ from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.ops.autograd import HeadsLoss, needs_gradient
 from torchtitan_mtp.ops.chunked import LossOutput, fp16_gradient_scale
 from torchtitan_mtp.ops.soft_targets import TARGET_LOSSES
-from torchtitan_mtp.ops.token_losses import LossOptions
+from torchtitan_mtp.ops.token_losses import PASSES, LossOptions
 
 
 def linear_cross_entropy(
@@ -85,13 +85,15 @@ def linear_cross_entropy(
 
 def _check_options(options: LossOptions) -> None:
     cap, rows, target = options.softcap, options.chunk_rows, options.target_loss
-    kinds = (None, *TARGET_LOSSES)
+    kinds, fused = (None, *TARGET_LOSSES), options.passes != "eager"
     for name, fits, expected in (
         ("softcap", cap is None or cap > 0, "> 0 or None"),
         ("label_smoothing", 0 <= options.label_smoothing <= 1, "0 to 1"),
         ("z_loss", options.z_loss >= 0, ">= 0"),
         ("target_loss", target in kinds, f"one of {', '.join(map(str, kinds))}"),
         ("target_weight", 0 <= options.target_weight <= 1, "0 to 1"),
+        ("passes", options.passes in PASSES, f"one of {', '.join(PASSES)}"),
+        ("bf16_logits", fused or not options.bf16_logits, 'False with passes="eager"'),
         ("chunk_rows", rows is None or rows >= 1, ">= 1 or None"),
     ):
         if not fits:

@@ -9,7 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from torchtitan_mtp.errors import UserError, import_optional
 from torchtitan_mtp.ops.soft_targets import compare_, read_teacher_, rows_at_once, target_losses
+
+PASSES = ("eager", "compiled", "triton")
 
 
 class LossOptions(NamedTuple):
@@ -20,7 +23,8 @@ class LossOptions(NamedTuple):
     softcap: float | None = None  # cap of the logits (Gemma 2, arXiv 2408.00118, section 2)
     label_smoothing: float = 0.0  # share of the uniform distribution in the target (1512.00567)
     chunk_rows: int | None = None  # rows of logits alive at a time; None: by shapes and device
-    compile: bool = False  # fuse the passes over a chunk's logits
+    passes: str = "eager"  # what runs the passes over a chunk's logits, of `PASSES`
+    bf16_logits: bool = False  # the product that makes them rounds them to bfloat16
     target_loss: str | None = None  # against a teacher, of `TARGET_LOSSES`; None: labels only
     target_weight: float = 1.0  # its share; the rest is the label's cross-entropy
 
@@ -31,6 +35,47 @@ class LossSums(NamedTuple):
     loss_sum: Tensor  # in the accumulation dtype
     valid: Tensor  # int64
     correct: Tensor  # int64
+
+
+def chunk_losses(
+    logits: Tensor,
+    labels: Tensor,
+    options: LossOptions,
+    scale: Tensor | None,
+    weights: Tensor | None,
+    dtype: torch.dtype,
+    need_grad: bool,
+    teacher: Tensor | None = None,
+) -> tuple[LossSums, Tensor, Tensor | None]:
+    """Losses of a chunk by `options.passes`, and ``scale`` times its logits' gradient [C, V] in
+    ``dtype`` as ``factor * G``, factor [C, 1] or None for 1. The rest as in `token_losses`."""
+    if options.passes == "triton":
+        if teacher is not None:
+            raise UserError(_WITHOUT_TEACHER)
+        kernel = import_optional("torchtitan_mtp.ops.triton_losses", _WITHOUT_TRITON)
+        how = (options, scale, weights, dtype, need_grad)
+        return *kernel.triton_token_losses(logits, labels, *how), None
+    if options.passes == "compiled" and need_grad:
+        fused = compiled_token_losses()
+        return *fused(logits, labels, options, scale, weights, dtype, teacher), None
+    acc = torch.promote_types(logits.dtype, torch.float32)
+    logits, teacher = logits.to(acc), None if teacher is None else teacher.to(acc)
+    part, grad, factor = token_losses(logits, labels, options, need_grad, weights, teacher)
+    if scale is not None:
+        factor = factor * scale.to(acc)
+    if dtype == acc or not need_grad:
+        return part, grad, factor
+    # The pass over [C, V] that rounds applies the factor as well.
+    return part, torch.mul(grad, factor, out=torch.empty_like(grad, dtype=dtype)), None
+
+
+_WITHOUT_TRITON = (
+    'loss.passes is "triton" and the package triton is not installed; pip install triton, or '
+    'choose "compiled"'
+)
+_WITHOUT_TEACHER = (
+    'loss.passes is "triton", whose kernel has no losses against a teacher; choose "compiled"'
+)
 
 
 def token_losses(
@@ -147,8 +192,9 @@ def traceable_token_losses(
     ``logits`` where that is their dtype.
     """
     vocab, smoothing, cap = logits.shape[1], options.label_smoothing, options.softcap
+    acc = torch.promote_types(logits.dtype, torch.float32)
     is_valid, y = _targets(labels, options)
-    target, x = logits.gather(1, y), logits  # [C, 1], [C, V]
+    target, x = logits.gather(1, y).to(acc), logits.to(acc)  # [C, 1], [C, V]
     if cap is not None:
         target, x = cap * torch.tanh(target / cap), cap * torch.tanh(x / cap)
     is_target = torch.arange(vocab, device=logits.device) == y  # [C, V]
@@ -160,7 +206,7 @@ def traceable_token_losses(
     mean = x.mean(1, keepdim=True) if smoothing else None
     soft, d_soft, hard = None, None, 1.0
     if teacher is not None:
-        soft, d_soft = target_losses(x, teacher, options.target_loss, cap)
+        soft, d_soft = target_losses(x, teacher.to(acc), options.target_loss, cap)
         hard = 1 - options.target_weight
     part = _sums(lse, target, mean, soft, target > others, is_valid, options, weights)
     grad = exps * ((hard + 2 * options.z_loss * lse) / sums) - hard * smoothing / vocab
@@ -169,7 +215,7 @@ def traceable_token_losses(
         grad = grad + options.target_weight * d_soft
     if cap is not None:
         grad = grad * (1 - (x / cap).square())
-    row = is_valid.to(logits.dtype)
+    row = is_valid.to(acc)
     for factor in (scale, weights):
         row = row if factor is None else row * factor
     grad = (grad * row.unsqueeze(1)).to(dtype)

@@ -195,6 +195,10 @@ def test_every_number_of_an_option_in_use_has_a_range_that_its_default_is_in():
             "mtp.target_weight = 0.5: is of heads that learn from the trunk; set mtp.target",
         ),
         (
+            ["--mtp.target=trunk", "--loss.passes=triton"],
+            'loss.passes = "triton": its kernel has no losses against a teacher',
+        ),
+        (
             ["--mtp.train=trunk", "--mtp.detach_trunk"],
             "mtp.detach_trunk = true: nothing would learn from heads 2..n",
         ),
@@ -202,6 +206,12 @@ def test_every_number_of_an_option_in_use_has_a_range_that_its_default_is_in():
 )
 def test_combinations_of_mtp(argv, start):
     assert f"{refusal(*MTP, *argv)}\n".startswith(start)
+
+
+def test_logits_in_bfloat16_need_passes_that_read_them():
+    message = refusal("--loss.bf16_logits")
+    assert message.startswith('loss.bf16_logits = true: expected loss.passes "compiled"')
+    assert parse_args(["--loss.bf16_logits", "--compile.enable"]).loss_passes == "compiled"
 
 
 @pytest.mark.parametrize(

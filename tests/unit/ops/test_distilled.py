@@ -13,7 +13,7 @@ from tests.allocations import most_alive
 from tests.naive import distance
 from tests.naive_loss import naive_loss
 from torchtitan_mtp.errors import UserError
-from torchtitan_mtp.ops import chunked, linear_cross_entropy
+from torchtitan_mtp.ops import chunked, linear_cross_entropy, token_losses
 from torchtitan_mtp.ops.chunked import matmul_dtype
 from torchtitan_mtp.ops.soft_targets import TARGET_LOSSES
 from torchtitan_mtp.ops.token_losses import traceable_token_losses
@@ -169,9 +169,9 @@ def test_as_on_a_gpu(monkeypatch, kind, options):
         yield from (slice(i, min(i + chunk, len(labels))) for i in range(0, len(labels), chunk))
 
     monkeypatch.setattr(chunked, "_row_chunks", ranges)
-    monkeypatch.setattr(chunked, "compiled_token_losses", lambda: traceable_token_losses)
-    for compiled in (False, True):
-        how |= {"compile": compiled, "chunk_rows": 8}
+    monkeypatch.setattr(token_losses, "compiled_token_losses", lambda: traceable_token_losses)
+    for passes in ("eager", "compiled"):
+        how |= {"passes": passes, "chunk_rows": 8}
         got = linear_cross_entropy(hiddens, weight, labels, SCALES, **how)
         torch.testing.assert_close(tuple(got), tuple(expected))
         torch.testing.assert_close(gradients(got.loss, hiddens, weight), exact)

@@ -19,7 +19,7 @@ from torchtitan_mtp.ops import (
     head_loss_and_grad,
     linear_cross_entropy,
 )
-from torchtitan_mtp.ops.chunked import _CPU_CHUNK_ROWS, matmul_dtype
+from torchtitan_mtp.ops.chunked import _CPU_CHUNK_ROWS, default_chunk_rows, matmul_dtype
 
 both = pytest.mark.parametrize("op", [linear_cross_entropy, naive_loss])
 
@@ -415,6 +415,22 @@ def test_default_chunk_is_large_enough_for_tests_to_split():
     torch.testing.assert_close(linear_cross_entropy(hiddens, weight, labels), expected)
 
 
+@pytest.mark.parametrize(
+    ("n_rows", "dim", "logit_bytes", "rows"),
+    [  # At most 3 D bytes of logits and gradient in a column, or 1024 rows; in equal chunks.
+        (8192, 4096, 4 + 2, 2048),
+        (8192, 4096, 4, 2816),  # three chunks of 2731, in tiles of 128
+        (8192, 4096, 2, 4096),  # two, of at most 6144
+        (5000, 4096, 4 + 2, 1792),
+        (2048, 512, 4, 1024),
+        (0, 512, 4, 0),
+    ],
+)
+def test_chunks_on_a_gpu(n_rows, dim, logit_bytes, rows):
+    hidden = torch.empty(n_rows, dim, device="meta")
+    assert default_chunk_rows(hidden, logit_bytes) == rows
+
+
 @pytest.mark.skipif(not hasattr(F, "linear_cross_entropy"), reason="torch < 2.13")
 def test_equals_torchs_own():
     hiddens, weight, labels = make_inputs(dtype=torch.float32)
@@ -458,6 +474,8 @@ def test_equals_torchs_own():
         ({"label_smoothing": 1.5}, "label_smoothing is 1.5"),
         ({"z_loss": -1.0}, "z_loss is -1.0"),
         ({"chunk_rows": 0}, "chunk_rows is 0"),
+        ({"passes": "fast"}, "passes is 'fast'; expected one of eager, compiled, triton"),
+        ({"bf16_logits": True}, 'bf16_logits is True; expected False with passes="eager"'),
         (
             {"options": LossOptions(), "z_loss": 1e-4},
             "options and z_loss are given; expected one of them",

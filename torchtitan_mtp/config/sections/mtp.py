@@ -97,6 +97,14 @@ class Loss:
     chunk_rows: int | None = setting(None, at_least=1)
     """Tokens of one chunk; None: chosen from the sizes."""
 
+    passes: Literal["auto", "eager", "compiled", "triton"] = "auto"
+    """What runs the passes over a chunk's logits: torch's operations, torch.compile, or one Triton
+    kernel on CUDA devices. "auto": "compiled" where compile.components has "loss", else "eager"."""
+
+    bf16_logits: bool = False
+    """Round a chunk's logits to bfloat16: less memory and traffic, and an error that grows with the
+    logits (docs/loss_ops.md). Needs "compiled" or "triton" passes."""
+
     z_loss: float = setting(0.0, at_least=0)
     """Factor of the squared log-partition, which keeps logits small (PaLM, arXiv 2204.02311)."""
 

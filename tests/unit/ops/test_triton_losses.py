@@ -1,0 +1,148 @@
+"""Triton's passes over logits: in its interpreter against whole logits in float64, and compiled for
+GPUs that need not be there."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from loss_inputs import OPTIONS, make_inputs
+from torch import Tensor
+from triton_cases import Case, cases, inputs
+
+from tests.naive_loss import naive_loss
+from torchtitan_mtp.errors import UserError
+from torchtitan_mtp.ops import head_loss_and_grad, linear_cross_entropy
+
+triton = pytest.importorskip("triton")  # there is none but for Linux
+HERE = Path(__file__).parent
+ROOT = HERE.parents[2]
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> list[list[Tensor | None]]:
+    """Of every case what the interpreter computed."""
+    out = tmp_path_factory.mktemp("triton") / "found.pt"
+    path = os.pathsep.join([str(ROOT), str(HERE), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": path}
+    program = [sys.executable, "-W", "ignore", str(HERE / "triton_cases.py"), str(out)]
+    subprocess.run(program, env=environment, check=True)
+    return torch.load(out)
+
+
+def expected(case: Case) -> list[Tensor]:
+    """From whole logits in float64."""
+    given = inputs(case)
+    hidden, weight = (given[name].double().requires_grad_() for name in ("hidden", "weight"))
+    weights = given["row_weights"]
+    out = naive_loss(
+        [hidden],
+        weight,
+        given["labels"].unsqueeze(1),
+        given["scale"].double().unsqueeze(0),
+        given["options"],
+        row_weights=None if weights is None else weights.double(),
+    )
+    gradients = torch.autograd.grad(out.loss, (hidden, weight))
+    return [out.loss_sum[0], out.valid[0], out.correct[0], *gradients]
+
+
+def test_a_table_of_shapes_dtypes_and_options(found):
+    for case, results in zip(cases(), found, strict=True):
+        if case.filled is not None:
+            continue
+        (loss_sum, valid, correct, *got), exact = results, expected(case)
+        tolerance = 1e-12 if loss_sum.dtype == torch.float64 else 1e-5
+        torch.testing.assert_close(loss_sum.double(), exact[0], rtol=tolerance, atol=1e-30)
+        assert (valid, correct) == (exact[1], exact[2]), case
+        assert correct >= (not case.ignored)
+        if not case.need_grad:
+            assert got == [None, None]
+            continue
+        for gradient, right in zip(got, exact[3:], strict=True):
+            # (A whole unit of the last place: the interpreter cuts off where a GPU rounds.)
+            eps = max(torch.finfo(dtype).eps for dtype in (case.dtypes[1], gradient.dtype))
+            assert (gradient.double() - right).norm() <= max(tolerance, eps) * right.norm(), case
+
+
+def test_not_finite_logits_are_what_they_are_in_torchs_operations(found):
+    for case, results in zip(cases(), found, strict=True):
+        if case.filled is not None:
+            given = inputs(case)
+            losses, d_hidden = head_loss_and_grad(
+                **given | {"options": given["options"]._replace(passes="eager")}
+            )
+            eager = [*losses, d_hidden, given["d_weight"]]
+            torch.testing.assert_close(results, eager, equal_nan=True)
+
+
+def compiled(logits: str, gradient: str, arch: int, options: dict[str, Any]) -> tuple[str, str]:
+    """The kernel for one architecture: its PTX, and what ptxas says of it."""
+    triton_losses = importlib.import_module("torchtitan_mtp.ops.triton_losses")
+    kernel, block = triton_losses._row_kernel, triton_losses._BLOCK
+    types = {"logits": logits, "grad": gradient, "labels": "*i64", "correct": "*i32"}
+    constants = {
+        "IGNORE": -100,
+        "Z_LOSS": options["z_loss"],
+        "SOFTCAP": options["softcap"],
+        "SMOOTHING": options["label_smoothing"],
+        "NEED_GRAD": True,
+        "BLOCK": block,
+    }
+    names = kernel.arg_names
+    signature = {
+        name: "constexpr" if name in constants else types.get(name, "*fp32") for name in names
+    } | dict.fromkeys(("logits_stride", "grad_stride", "vocab"), "i32")
+    # As for a vocabulary of a multiple of 16, such as 128,256.
+    aligned = {(i,): [["tt.divisibility", 16]] for i in range(len(names) - len(constants))}
+    source = triton.compiler.ASTSource(kernel, signature, constants, aligned)
+    warps = {"num_warps": block // triton_losses._COLUMNS_OF_A_WARP}
+    ptx = triton.compile(
+        source, target=triton.backends.compiler.GPUTarget("cuda", arch, 32), options=warps
+    ).asm["ptx"]
+    assembler = triton.knobs.nvidia.ptxas_blackwell if arch >= 100 else triton.knobs.nvidia.ptxas
+    assert assembler is not None
+    target = re.search(r"\.target (\w+)", ptx)
+    assert target
+    command = [assembler.path, "-v", f"-arch={target[1]}", "-", "-o", os.devnull]
+    told = subprocess.run(command, input=ptx, capture_output=True, text=True, check=True)
+    return ptx, told.stderr
+
+
+# (The options but for softcap, smoothing and z-loss together take fewer registers.)
+@pytest.mark.parametrize("arch", [90, 100])
+@pytest.mark.parametrize("logits", ["*fp32", "*bf16"])
+@pytest.mark.parametrize(
+    "options", [pytest.param(OPTIONS[0], marks=pytest.mark.exhaustive), OPTIONS[-1]], ids=str
+)
+def test_compiled_ahead_of_time_without_spills(
+    arch, logits, options, tmp_path, monkeypatch, record_property
+):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    ptx, told = compiled(logits, "*bf16", arch, options)
+    assert "0 bytes spill stores, 0 bytes spill loads" in told
+    registers = re.search(r"Used (\d+) registers", told)
+    assert registers and int(registers[1]) <= 64  # of 65,536, with 1,024 threads
+    record_property("registers", int(registers[1]))
+    assert ".rn.bf16" in ptx  # gradients are rounded
+    assert "ld.global.nc" not in ptx  # a cache that would not see the row being overwritten
+
+
+def test_errors_say_what_to_do(monkeypatch):
+    hiddens, weight, labels = make_inputs(n=2, dtype=torch.float32)
+    with pytest.raises(UserError, match=r"triton.* logits are on cpu; expected a CUDA device"):
+        linear_cross_entropy(hiddens, weight, labels, passes="triton")
+    taught = {"teacher": hiddens[0], "first": 1, "target_loss": "kl", "passes": "triton"}
+    with pytest.raises(UserError, match='against a teacher; choose "compiled"'):
+        linear_cross_entropy(hiddens, weight, labels, **taught)
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.delitem(sys.modules, "torchtitan_mtp.ops.triton_losses", raising=False)
+    with pytest.raises(UserError, match="triton is not installed; pip install triton"):
+        linear_cross_entropy(hiddens, weight, labels, passes="triton")

@@ -1,0 +1,102 @@
+"""Cases of the loss by Triton's passes, and a program that runs them in Triton's interpreter, which
+has to be chosen before Triton is imported: TRITON_INTERPRET=1 python triton_cases.py OUT."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from loss_inputs import IGNORE, OPTIONS
+from torch import Tensor
+
+from torchtitan_mtp.ops import LossOptions, accumulation_dtype, chunked, head_loss_and_grad
+
+VOCABS = (1, 7, 512, 1000, 32000, 128256)
+# Inputs, products, bfloat16 logits.
+DTYPES = [
+    (torch.float64, torch.float64, False),
+    (torch.float32, torch.float32, False),
+    (torch.bfloat16, torch.bfloat16, False),
+    (torch.float16, torch.float16, False),
+    (torch.bfloat16, torch.bfloat16, True),
+    (torch.bfloat16, torch.float32, True),
+]
+LARGE = [(torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)]
+NOT_FINITE = (torch.nan, torch.inf, -torch.inf)
+
+
+class Case(NamedTuple):
+    vocab: int = 1000
+    dtypes: tuple[torch.dtype, torch.dtype, bool] = DTYPES[1]
+    options: dict[str, Any] = OPTIONS[0]
+    weighted: bool = False
+    ignored: bool = False  # every row
+    filled: float | None = None  # two logits of each row
+    need_grad: bool = True
+
+
+def cases() -> Iterator[Case]:
+    options = itertools.cycle(OPTIONS)
+    for vocab, dtypes in itertools.product(VOCABS, DTYPES):
+        if vocab < 10_000 or dtypes[1:] in LARGE:
+            yield Case(vocab, dtypes, next(options), weighted=vocab % 3 == 1)
+    for some in OPTIONS:
+        yield Case(1000, DTYPES[0], some, weighted=True)
+        yield Case(1000, DTYPES[0], some, need_grad=False)
+    yield Case(ignored=True)
+    for value in NOT_FINITE:
+        yield Case(filled=value)
+
+
+def inputs(case: Case) -> dict[str, Any]:
+    """Arguments of `head_loss_and_grad`: hidden states that are unit vectors, so that the weight's
+    rows are logits and its gradient the logits'. Of 5 rows one is ignored, one is right, and one
+    has the label's logit twice."""
+    generator = torch.Generator().manual_seed(case.vocab)
+    logits = 3 * torch.randn(5, case.vocab, generator=generator)
+    labels = torch.randint(case.vocab, (5,), generator=generator)
+    labels[0] = logits[0].argmax()
+    labels[1] = IGNORE
+    if case.vocab > 1:
+        labels[2] = 0
+        logits[2, :: case.vocab - 1] = logits[2].max() + 1
+    if case.filled is not None:
+        logits[:, [3, 500]] = case.filled
+        labels[3] = 500
+    if case.ignored:
+        labels.fill_(IGNORE)
+    dtype, mm, bf16_logits = case.dtypes
+    acc = accumulation_dtype(dtype)
+    weights = torch.tensor([0.5, 1.0, -2.0, 0.0, 0.3], dtype=acc)
+    options = LossOptions(**case.options, bf16_logits=bf16_logits, passes="triton", chunk_rows=3)
+    return {
+        "hidden": torch.eye(5, dtype=dtype),
+        "weight": logits.t().to(dtype),
+        "labels": labels,
+        "scale": torch.tensor(0.375, dtype=acc),
+        "options": options,
+        "row_weights": weights if case.weighted else None,
+        "need_d_hidden": case.need_grad,
+        "d_weight": torch.zeros(case.vocab, 5, dtype=acc) if case.need_grad else None,
+        "mm": mm,
+    }
+
+
+def run(case: Case) -> list[Tensor | None]:
+    """[loss sum, valid, correct, the hidden states' gradient, the logits']."""
+    arguments = inputs(case)
+    losses, d_hidden = head_loss_and_grad(**arguments)
+    return [*losses, d_hidden, arguments["d_weight"]]
+
+
+def all_rows(labels: Tensor, ignore_index: int, chunk: int) -> Iterator[slice]:
+    """As on a GPU, where ignored rows are masked and not left out."""
+    yield from (slice(i, min(i + chunk, len(labels))) for i in range(0, len(labels), chunk))
+
+
+if __name__ == "__main__":
+    chunked._row_chunks = all_rows
+    torch.save([run(case) for case in cases()], sys.argv[1])
