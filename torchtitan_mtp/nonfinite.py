@@ -21,6 +21,7 @@ from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.models.trunk import Trunk
 from torchtitan_mtp.monitoring.losses import MissingTargets
 from torchtitan_mtp.ops import LossOptions, linear_cross_entropy
+from torchtitan_mtp.transfer import send_to_host
 
 logger = logging.getLogger(__name__)
 
@@ -104,19 +105,6 @@ class FiniteGuard:
             "%s; update skipped, %d in a row, %d in all", what, self._in_a_row, self.counts.skipped
         )
         return False
-
-
-def send_to_host(values: Tensor) -> Callable[[], list[float]]:
-    """Start a copy of values [m]; the result waits for it, not at all on a CPU, and returns it."""
-    host = values.to("cpu", non_blocking=True)  # of a GPU's values: to pinned memory
-    sent = torch.cuda.current_stream(values.device).record_event() if values.is_cuda else None
-
-    def arrive() -> list[float]:
-        if sent:
-            sent.synchronize()
-        return host.numpy().tolist()
-
-    return arrive
 
 
 def find_cause(

@@ -52,9 +52,10 @@ from torchtitan_mtp.mtp import (
     head_scales,
     head_weights,
 )
-from torchtitan_mtp.nonfinite import FiniteGuard, find_cause, send_to_host
+from torchtitan_mtp.nonfinite import FiniteGuard, find_cause
 from torchtitan_mtp.ops import LossOptions
 from torchtitan_mtp.optimizer import build_optimizer, build_scheduler, clip_gradients
+from torchtitan_mtp.transfer import send_to_host, to_device
 from torchtitan_mtp.validation import compare_with_bigrams, evaluate_batches
 from torchtitan_mtp.writing import written_whole
 
@@ -280,7 +281,7 @@ class Trainer:
 
         # Labels are data: every head's targets are counted over the whole step before its forward.
         valid = torch.stack([(b.labels != IGNORE).sum((0, 1)) for b in batches]).sum(0)  # [n]
-        valid = all_reduce(valid.to(self.device, non_blocking=True))
+        valid = all_reduce(to_device(valid, self.device))
         arrive = send_to_host(valid)
         weights = head_weights(config.mtp, state.step + 1, training.steps)
         scales = head_scales(weights, valid)
@@ -288,7 +289,7 @@ class Trainer:
         weigh_balance_losses(self.model, weights, sequences)
         losses = StepLosses(self.n, self.device)
         for i, batch in enumerate(batches):
-            batch = batch.to(self.device, non_blocking=True)
+            batch = batch.to(self.device)
             reduce = training.reduce_every_micro_batch or i == len(batches) - 1
             losses.add(*self.engine(self.model, batch, scales, self.loss_options, reduce))
 
@@ -312,13 +313,15 @@ class Trainer:
             self._log(losses, lr, weights)
 
     def _log(self, step_losses: StepLosses, lr: float, weights: list[float]) -> None:
+        # All that is read is under way before the host waits.
+        losses, loads = step_losses.send(), self.expert_loads.send() if self.expert_loads else dict
+        norm, state = send_to_host(self.grad_norm.double().view(1)), self.state
         self.guard.settle()
-        state, heads = self.state, step_losses.reduce()
-        values = {"grad_norm": self.grad_norm.item(), "lr": lr, "n_tokens_seen": state.tokens}
+        values = {"grad_norm": norm()[0], "lr": lr, "n_tokens_seen": state.tokens}
         values |= {f"mtp/head_{k}_scale": weight for k, weight in enumerate(weights, 1)}
         values |= {"skipped_steps": state.skipped} if state.skipped else {}
-        values |= self.expert_loads.metrics() if self.expert_loads else {}
-        self.metrics.log(state.step, heads, values)
+        values |= loads()
+        self.metrics.log(state.step, losses(), values)
 
     # ---------------------------------------------------------------- evaluate
 

@@ -10,6 +10,7 @@ ROOT = Path(__file__).resolve().parents[2] / PACKAGE
 ORDER = [
     "errors",
     "writing",
+    "transfer",
     "config",
     "ops",
     "data",

@@ -92,6 +92,7 @@ WHOSE = {
     "ops/soft_targets": "unit/ops/test_distilled",
     "ops/token_losses": "unit/ops/test_linear_cross_entropy",
     "train": "integration/test_bad_input",
+    "transfer": "integration/test_no_waiting",
     "validation": "integration/test_validation",
 }
 

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from torchtitan_mtp.transfer import to_device
+
 IGNORE = -100  # label of a position that has no target
 PADDING = -1  # document id of a token that is not there
 
@@ -65,16 +67,14 @@ class Batch(NamedTuple):
     doc_ids: Tensor
     documents: Documents | None = None
 
-    def to(self, device: torch.device, non_blocking: bool = False) -> Batch:
+    def to(self, device: torch.device) -> Batch:
         """On `device`. How many documents there are decides shapes, so they are listed before,
         while the ids are on the host: nothing has to wait for the accelerator."""
         documents = None
         if device.type != "cpu":
             starts, longest = list_documents(self.doc_ids)
-            documents = Documents(starts.to(device, non_blocking=non_blocking), longest)
-        tokens, future, labels, positions, doc_ids = (
-            t.to(device, non_blocking=non_blocking) for t in self[:5]
-        )
+            documents = Documents(to_device(starts, device), longest)
+        tokens, future, labels, positions, doc_ids = (to_device(t, device) for t in self[:5])
         return Batch(tokens, future, labels, positions, doc_ids, documents)
 
 

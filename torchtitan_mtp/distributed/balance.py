@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -13,6 +13,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from torchtitan_mtp.distributed.mesh import all_reduce
 from torchtitan_mtp.models.trunk import Trunk
+from torchtitan_mtp.transfer import send_to_host
 
 
 def weigh_balance_losses(model: Trunk, head_weights: Sequence[float], sequences: int) -> None:
@@ -52,18 +53,18 @@ class ExpertLoads(NamedTuple):
     names: list[str]
     counts: Tensor
 
-    def metrics(self) -> dict[str, float]:
+    def send(self) -> Callable[[], dict[str, float]]:
         """For every block: its fullest expert's tokens over the mean, 1 when all have as many, and
-        the entropy of the shares as a fraction of the largest there is, log E."""
+        the entropy of the shares as a fraction of the largest there is, log E. These are under way
+        to the host; the result waits for them."""
         shares = self.counts.double() / self.counts.sum(1, keepdim=True).clamp(min=1)
         experts = self.counts.shape[1]
-        fullest = (experts * shares.amax(1)).tolist()
-        entropy = (torch.special.entr(shares).sum(1) / math.log(max(experts, 2))).tolist()
-        return {
-            f"moe/{name}/{what}": value
-            for name, *values in zip(self.names, fullest, entropy, strict=True)
-            for what, value in zip(("load_max_over_mean", "load_entropy"), values, strict=True)
-        }
+        fullest = experts * shares.amax(1)
+        entropy = torch.special.entr(shares).sum(1) / math.log(max(experts, 2))
+        kinds = ("load_max_over_mean", "load_entropy")
+        tags = [f"moe/{name}/{kind}" for name in self.names for kind in kinds]
+        arrive = send_to_host(torch.stack((fullest, entropy), dim=1).flatten())
+        return lambda: dict(zip(tags, arrive(), strict=True))
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from torchtitan_mtp.models.attention import KVCache
 from torchtitan_mtp.models.trunk import Trunk
+from torchtitan_mtp.transfer import to_device
 
 # Picks positions from a tensor [B, max_len, ...] as [B, size, ...], to read or to write.
 Index = tuple[Any, Any]
@@ -90,7 +91,7 @@ class Positions:
             start = starts[0]
             if all(s == start for s in starts):  # one row, or rows in step: no gathering
                 return slice(None), slice(start, start + size)
-            starts = torch.tensor(starts, device=self.all.device).unsqueeze(1)
+            starts = to_device(torch.tensor(starts), self.all.device).unsqueeze(1)
         return self.rows, starts + self.all[:size]  # [B, 1], [B, size]
 
     def span(self, starts: RowPositions, size: int) -> Span:
@@ -156,4 +157,5 @@ def take(x: Tensor, columns: RowPositions) -> Tensor:
     first = columns[0]
     if all(c == first for c in columns):
         return x[:, first : first + 1]
-    return x[range(len(columns)), list(columns)].unsqueeze(1)
+    chosen = to_device(torch.tensor(columns), x.device)
+    return x[torch.arange(len(x), device=x.device), chosen].unsqueeze(1)

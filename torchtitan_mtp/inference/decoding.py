@@ -32,6 +32,7 @@ from torchtitan_mtp.inference.rows import EndIds, Generation, Rows
 from torchtitan_mtp.inference.sampling import Sampler
 from torchtitan_mtp.inference.text_stream import TextStream
 from torchtitan_mtp.models.trunk import Trunk
+from torchtitan_mtp.transfer import to_device
 
 
 @torch.inference_mode()
@@ -120,7 +121,7 @@ class Decoder:
         tokens = torch.zeros(len(prompts), max_len + num_draft + 1, dtype=torch.long)
         for row, prompt in zip(tokens, prompts, strict=True):
             row[: len(prompt)] = torch.tensor(prompt)
-        self.tokens = tokens.to(weight.device)
+        self.tokens = to_device(tokens, weight.device)
         self.last = [len(prompt) - 1 for prompt in prompts]
 
     def prefill(self) -> list[list[int]]:
@@ -136,7 +137,7 @@ class Decoder:
         """A step: `predict_and_verify`, compiled where it can be."""
         if not self.compiled_window or plan.window > self.compiled_window:
             return predict_and_verify(self, plan)
-        last = torch.tensor(self.last, device=self.tokens.device).unsqueeze(1)
+        last = to_device(torch.tensor(self.last), self.tokens.device).unsqueeze(1)
         window = self.compiled_window if plan.window else 0
         return _compiled(predict_and_verify)(self, plan._replace(last=last, window=window))
 

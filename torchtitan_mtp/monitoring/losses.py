@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
 
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from torchtitan_mtp.data.targets import PADDING, Batch
 from torchtitan_mtp.distributed.mesh import all_reduce
+from torchtitan_mtp.transfer import send_to_host
 
 logger = logging.getLogger(__name__)
 
@@ -54,17 +55,24 @@ class StepLosses:
 
     def reduce(self) -> HeadLosses:
         """The means over all ranks."""
+        return self.send()()
+
+    def send(self) -> Callable[[], HeadLosses]:
+        """`reduce`, under way to the host: the result waits for it."""
         own = self.sums[0, 0] / self.sums[2, 0]
         max_loss = all_reduce(own.where(self.sums[2, 0] > 0, -torch.inf), dist.ReduceOp.MAX)
-        loss_sum, correct, valid = sums = all_reduce(self.sums.clone())
-        nothing = sums.new_tensor(torch.nan)
-        return HeadLosses(
-            losses=(loss_sum / valid).tolist(),
-            accuracies=(correct / valid).tolist(),
-            targets=valid.long().tolist(),
-            total=all_reduce(self.total).where(valid.any(), nothing).item(),
-            max_loss=max_loss.where(valid[0] > 0, nothing).item(),
-        )
+        loss_sum, correct, valid = all_reduce(self.sums.clone())
+        total = all_reduce(self.total).where(valid.any(), torch.nan)
+        max_loss = max_loss.where(valid[0] > 0, torch.nan)
+        means = (loss_sum / valid, correct / valid, valid)
+        arrive = send_to_host(torch.cat((*means, torch.stack((total, max_loss)))))
+
+        def read() -> HeadLosses:
+            numbers, n = arrive(), len(valid)
+            targets = [int(count) for count in numbers[2 * n : 3 * n]]
+            return HeadLosses(numbers[:n], numbers[n : 2 * n], targets, *numbers[3 * n :])
+
+        return read
 
 
 class MissingTargets:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from torchtitan_mtp.config import MTP
 from torchtitan_mtp.models.trunk import Trunk
+from torchtitan_mtp.transfer import to_device
 
 
 def loss_scale(mtp: MTP, step: int, steps: int) -> float:
@@ -59,7 +60,7 @@ def head_scales(weights: list[float], valid: Tensor) -> Tensor:
 
     valid: int64 [n], global counts, on any device.
     """
-    weight = torch.tensor(weights, dtype=torch.float64, device=valid.device)
+    weight = to_device(torch.tensor(weights, dtype=torch.float64), valid.device)
     return torch.where(valid > 0, weight / valid.clamp(min=1), 0.0).float()
 
 

@@ -41,7 +41,7 @@ def test_a_bias_moves_by_the_sign_of_what_is_missing():
 
 def test_metrics_by_hand():
     counts = torch.tensor([[4, 4, 4, 4], [16, 0, 0, 0], [8, 8, 0, 0], [0, 0, 0, 0]])
-    found = ExpertLoads(["a", "b", "c", "d"], counts).metrics()
+    found = ExpertLoads(["a", "b", "c", "d"], counts).send()()
     assert [found[f"moe/{name}/load_max_over_mean"] for name in "abcd"] == [1, 4, 2, 0]
     entropies = [found[f"moe/{name}/load_entropy"] for name in "abcd"]
     assert entropies == pytest.approx([1, 0, math.log(2) / math.log(4), 0])
@@ -60,7 +60,7 @@ def imbalance(model, steps: int) -> list[float]:
         moe.expert_bias.copy_(torch.linspace(0, 0.8, 8))
     for i in range(steps):
         model(make_batch(small_window(8, 48 + N, seed=i), N))
-        found = balance_experts(model).metrics()
+        found = balance_experts(model).send()()
         values.append([v for tag, v in found.items() if tag.endswith("max_over_mean")])
     loads = torch.tensor(values)  # [steps, mixtures]
     return [part.mean().item() for part in (loads[: steps // 10], loads[-steps // 10 :])]
