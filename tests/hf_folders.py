@@ -6,15 +6,15 @@ from typing import Any
 import torch
 import transformers
 
-from hf_models import CONFIGS
+from hf_models import CONFIGS, OTHERS
 from small_tokenizers import byte_level
 
 VOCABULARY = 272  # of the tokenizer 262
 
 
 def write_folder(folder: Path, family: str, seed: int = 0, **changes: Any) -> Path:
-    """A model of a family of `CONFIGS` with a tokenizer of a few merges."""
-    config = CONFIGS[family]()
+    """A model of a family of `CONFIGS` or `OTHERS` with a tokenizer of a few merges."""
+    config = (CONFIGS | OTHERS)[family]()
     for key, value in {"vocab_size": VOCABULARY, "max_position_embeddings": 128, **changes}.items():
         setattr(config, key, value)
     torch.manual_seed(seed)

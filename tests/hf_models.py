@@ -105,3 +105,19 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     "nemotron": _make("NemotronConfig"),
     "stablelm": _make("StableLmConfig"),
 }
+# Families that few tests need: they are others with a part of their own.
+OTHERS: dict[str, Callable[[], Any]] = {
+    "deepseek_v32": _make(  # so many indexers that no two positions tie
+        "DeepseekV32Config",
+        **_DEEPSEEK,
+        num_key_value_heads=4,
+        q_lora_rank=16,
+        kv_lora_rank=16,
+        qk_nope_head_dim=8,
+        qk_rope_head_dim=4,
+        v_head_dim=8,
+        index_topk=6,
+        index_n_heads=16,
+        index_head_dim=8,
+    )
+}

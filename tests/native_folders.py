@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hf_folders import write_folder
-from hf_models import CONFIGS
+from hf_models import CONFIGS, OTHERS
 
 LAYERS = 4
 
@@ -88,15 +88,19 @@ RELEASED = {
         module_kind="sliding_attention",
     ),
 }
+# Of these transformers has the trunk alone.
+ALL = RELEASED | {
+    "deepseek_v32": Released("deepseek_v32", "DeepseekV32ForCausalLM", _BEHIND, _LAYER, _NEXTN)
+}
 
 
 def write_native(
     folder: Path, name: str, modules: int = 1, dtype: torch.dtype = torch.float32
 ) -> Any:
     """Two shards of a trunk and one of modules; transformers' deeper model."""
-    kind = RELEASED[name]
+    kind = ALL[name]
     deep = folder.with_name(f"{folder.name}_deeper")
-    config, changes = CONFIGS[kind.family](), {}
+    config, changes = (CONFIGS | OTHERS)[kind.family](), {}
     for key, of_modules in (("layer_types", kind.module_kind), ("mlp_layer_types", "sparse")):
         if types := getattr(config, key, None):
             changes[key] = [*types, *[of_modules] * modules]

@@ -8,7 +8,8 @@ the trunk, and in which half of the projection's input comes first. Where it say
 - DeepSeek-V3, GLM-4.5: @03356f8 deepseek_mtp.py, @028aeda glm4_moe_mtp.py: [emb ; hidden], a layer
   behind the trunk's; transformers 5.23, modeling_layers.py (`MtpLayer`): the same, on
   hidden_states[-1], which is after the final norm. Where vLLM applies a module again, it reads its
-  own state from before its norm.
+  own state from before its norm. DeepSeek-V3.2, too, whose block has an indexer: vLLM's
+  `hf_config_override` (vllm/config/speculative.py) takes `deepseek_v32` for `deepseek_v3` there.
 - Qwen3-Next, Qwen3.5: @055e47c qwen3_next_mtp.py, @01d9980 qwen3_5_mtp.py: [emb ; hidden], full
   attention, one projection, so one module; @002d607 qwen3_next.py returns the state after the norm.
 - Mellum: transformers 5.23, conversion_mapping.py ("MtpModel") and `MtpLayer`: Qwen3-Next's names;
@@ -90,6 +91,7 @@ _MIMO = Contract(_MIMO_LAYER, _MIMO_LAYER, _MIMO_PARTS, trunk_state="raw", hidde
 
 CONTRACTS: dict[str, Contract] = {  # by config.json's architectures
     "DeepseekV3ForCausalLM": _BEHIND,
+    "DeepseekV32ForCausalLM": _BEHIND,
     "Glm4MoeForCausalLM": _BEHIND,
     "Qwen3NextForCausalLM": _QWEN3_NEXT,
     "Qwen3_5ForCausalLM": _QWEN3_5,

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hf_folders import write_folder
 from hf_models import CONFIGS
-from native_folders import LAYERS, RELEASED, tensors_of, write_native
+from native_folders import ALL, LAYERS, RELEASED, tensors_of, write_native
 from torchtitan_mtp.build import model_from_config
 from torchtitan_mtp.checkpoint.manifest import MODEL_ONLY, Manifest, write_manifest
 from torchtitan_mtp.checkpoint.record import record_of_model
@@ -80,7 +80,7 @@ def batch_of(n: int) -> Batch:
 def formula(name: str, deeper: Any, disk: dict[str, Tensor], batch: Batch, n: int) -> list[Tensor]:
     """Hidden states of heads 1..n as the engines' sources have them, of transformers' own model,
     layers LAYERS.. of which are the modules' blocks."""
-    kind, inner = RELEASED[name], deeper.model
+    kind, inner = ALL[name], deeper.model
 
     def norm(part: str, k: int, x: Tensor) -> Tensor:
         weight = disk[kind.own[part].format(k=k, layer=LAYERS + k)]
@@ -118,9 +118,9 @@ def formula(name: str, deeper: Any, disk: dict[str, Tensor], batch: Batch, n: in
     return hiddens
 
 
-@pytest.mark.parametrize("name", RELEASED)
+@pytest.mark.parametrize("name", ALL)
 def test_heads_are_the_modules_of_the_folder(name: str, tmp_path: Path) -> None:
-    modules = RELEASED[name].modules
+    modules = ALL[name].modules
     deeper = write_native(tmp_path / "model", name, modules)
     model = loaded(tmp_path / "model", config_of(tmp_path / "model", modules + 1, name == "mimo"))
     batch = batch_of(modules + 1)
@@ -134,7 +134,7 @@ def in_turn(values: Iterable[Any]) -> list[Any]:
     """Each released folder with one of two values; with the other exhaustively."""
     return [
         pytest.param(name, value, marks=() if (i + j) % 2 else pytest.mark.exhaustive)
-        for i, name in enumerate(RELEASED)
+        for i, name in enumerate(ALL)
         for j, value in enumerate(values)
     ]
 
@@ -143,7 +143,7 @@ def in_turn(values: Iterable[Any]) -> list[Any]:
 def test_untrained_the_folder_comes_back_file_for_file(
     name: str, dtype: str, tmp_path: Path
 ) -> None:
-    source, modules = tmp_path / "model", RELEASED[name].modules
+    source, modules = tmp_path / "model", ALL[name].modules
     write_native(source, name, modules, DTYPE[dtype])
     config = config_of(source, modules + 1, name == "mimo")
     run = write_run(tmp_path / "run", loaded(source, config), config)
@@ -199,7 +199,7 @@ def without_modules(source: Path, name: str, single: bool) -> set[str]:
         (source / INDEX).unlink()
         for file in source.glob("model-*"):
             file.unlink()
-    change_config(source, **{RELEASED[name].count: 0})
+    change_config(source, **{ALL[name].count: 0})
     return gone
 
 
@@ -224,7 +224,7 @@ def test_new_modules_lie_as_released_ones_do(name: str, single: bool, tmp_path: 
     assert not (out / "model.safetensors").exists()  # a reader would take it for all
     before = {file.read_bytes() for file in source.glob("*.safetensors")}
     assert before <= {file.read_bytes() for file in out.glob("*.safetensors")}
-    assert json.loads((out / "config.json").read_text())[RELEASED[name].count] == 1
+    assert json.loads((out / "config.json").read_text())[ALL[name].count] == 1
     again = loaded(out, config_of(out, 2, name == "mimo"))
     for key, tensor in model.state_dict().items():
         assert torch.equal(again.state_dict()[key], tensor.float()), key
@@ -239,9 +239,9 @@ def test_modules_that_the_config_promises_and_no_file_has(
     without_modules(source, name, single=False)
     loaded(source, config_of(source, 2, name == "mimo"))
     assert "no module" not in caplog.text
-    change_config(source, **{RELEASED[name].count: 1})
+    change_config(source, **{ALL[name].count: 1})
     loaded(source, config_of(source, 2, name == "mimo"))
-    lost = f"{source}: config.json says {RELEASED[name].count} = 1, and the folder has no module"
+    lost = f"{source}: config.json says {ALL[name].count} = 1, and the folder has no module"
     assert f"{lost}; the heads start anew" in caplog.text
 
 
