@@ -19,6 +19,7 @@ COMMANDS = {
     "decode": decode.run,
     "gemm": gemm.run,
     "gpu": gpu.run,
+    "page": gpu.page,
     "checkpoint": checkpoint.run,
 }
 

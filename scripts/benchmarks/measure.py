@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import multiprocessing
+import pickle
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -50,26 +52,60 @@ def measure(
     Raises:
         RuntimeError: the case failed; the message is its own.
     """
-    return in_process(_measure_here, prepare, repeats, threads, kwargs)
+    return in_process(measure_here, prepare, repeats, threads, kwargs)
 
 
-def in_process(function: Callable[..., Any], *args: Any) -> Any:
+def in_process(function: Callable[..., Any], *args: Any, limit: float | None = None) -> Any:
     """``function(*args)`` in a fresh process; an exception comes back as itself.
 
     It is the fork of a server that has imported libraries and has done nothing else.
+
+    Raises:
+        TimeoutError: it took longer than `limit` seconds, and was ended.
+        RuntimeError: it died without an answer.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch.distributed.fsdp", "torchao.float8", "matplotlib"])
-    with context.Pool(1) as pool:
-        return pool.apply(function, args)
+    context.set_forkserver_preload(["torchtitan_mtp.trainer", "torchao.float8", "matplotlib"])
+    ours, theirs = context.Pipe(duplex=False)
+    child = context.Process(target=_answer, args=(theirs, function, args))
+    child.start()
+    theirs.close()
+    try:
+        if not ours.poll(limit):
+            raise TimeoutError(f"ended after its limit of {limit:.0f} s")
+        error, found = ours.recv()
+        child.join(5)
+    except EOFError:
+        child.join()
+        raise RuntimeError(f"its process died, exit code {child.exitcode}") from None
+    finally:
+        child.kill()
+        child.join()
+    if error is not None:
+        raise error
+    return found
 
 
-def _measure_here(
+def _answer(pipe: Connection, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    """Sends (exception, result), one of them None."""
+    try:
+        answer = None, function(*args)
+    except Exception as error:
+        answer = error, None
+        try:
+            pickle.loads(pickle.dumps(error))
+        except Exception:  # some exceptions of compilers
+            answer = RuntimeError(f"{type(error).__name__}: {error}"), None
+    pipe.send(answer)
+
+
+def measure_here(
     prepare: Callable[..., Callable[[], None]],
     repeats: int,
     threads: int | None,
     kwargs: dict[str, Any],
 ) -> Measurement:
+    """As `measure`, in this process."""
     if threads is not None:
         torch.set_num_threads(threads)
     _return_freed_memory(True)
@@ -77,10 +113,10 @@ def _measure_here(
     cpu, wall = [], []
 
     def timed_step() -> None:
-        _synchronize()
+        synchronize()
         cpu_start, wall_start = time.process_time(), time.perf_counter()
         step()
-        _synchronize()
+        synchronize()
         cpu.append(time.process_time() - cpu_start)
         wall.append(time.perf_counter() - wall_start)
 
@@ -103,7 +139,7 @@ def _return_freed_memory(at_once: bool) -> None:
     libc.mallopt(m_trim_threshold, 2**16 if at_once else 2**30)
 
 
-def _synchronize() -> None:
+def synchronize() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
@@ -114,7 +150,7 @@ def _peak_mib(step: Callable[[], None]) -> float:
         torch.cuda.reset_peak_memory_stats()
         allocated = torch.cuda.memory_allocated()
         step()
-        _synchronize()
+        synchronize()
         return (torch.cuda.max_memory_allocated() - allocated) / 2**20
     # Linux: writing 5 sets the high-water mark of the resident memory back to its present size.
     Path("/proc/self/clear_refs").write_text("5")
@@ -143,10 +179,10 @@ def matmul_flops_per_second(
     a = torch.randn(size, size, device=device).to(dtype)
     best = float("inf")
     for _ in range(repeats):
-        _synchronize()
+        synchronize()
         start = clock()
         a @ a
-        _synchronize()
+        synchronize()
         best = min(best, clock() - start)
     torch.set_num_threads(before)
     return 2 * size**3 / best

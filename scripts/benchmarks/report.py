@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
 import itertools
 import json
 import platform
 import shlex
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -37,14 +40,34 @@ def report(rows: Rows, json: Path | None, plot: Path | None, bars: Sequence[str]
 
 def machine() -> dict[str, str | int]:
     """What the figures were measured on."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_name()
+    cuda = torch.cuda.is_available()
     return {
-        "device": device,
+        "device": torch.cuda.get_device_name() if cuda else _cpu_name(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "date": time.strftime("%Y-%m-%d"),
+    } | (_gpu() if cuda else {})
+
+
+def _gpu() -> dict[str, str | int]:
+    """Versions, and what nvidia-smi tells of the GPU at this moment."""
+    triton = importlib.util.find_spec("triton")
+    found: dict[str, str | int] = {
+        "CUDA": str(torch.version.cuda),
+        "cuDNN": torch.backends.cudnn.version() or 0,
+        "triton": importlib.metadata.version("triton") if triton else "none",
     }
+    asked = ("driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit")
+    this = f"--id=GPU-{torch.cuda.get_device_properties().uuid}"
+    command = ["nvidia-smi", this, f"--query-gpu={','.join(asked)}", "--format=csv,noheader"]
+    try:
+        told = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+        values = told.stdout.strip().split(", ")
+        found |= dict(zip(asked, values, strict=True))
+    except (OSError, subprocess.SubprocessError, ValueError) as error:
+        found["nvidia-smi"] = type(error).__name__
+    return found
 
 
 def _cpu_name() -> str:
@@ -55,9 +78,10 @@ def _cpu_name() -> str:
 
 
 def markdown(rows: Rows) -> str:
-    """A table with the rows' keys as its head."""
-    keys = list(rows[0])
-    lines = [keys, ["---"] * len(keys), *([_cell(row[key]) for key in keys] for row in rows)]
+    """A table with the rows' keys as its head; what a row lacks is empty."""
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    cells = [[_cell(row.get(key, "")) for key in keys] for row in rows]
+    lines = [keys, ["---"] * len(keys), *cells]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 

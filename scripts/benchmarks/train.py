@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -44,36 +46,36 @@ def run(
     for option in options:
         key, _, value = option.partition("=")
         arguments += [f"--{key}", value]
-    rows = [measure_training(str(config), arguments, layers, steps, warmup)]
-    report(rows, json, plot, bars=("tokens/s", "peak GiB"))
+    row = {"what": str(config), **in_process(train, arguments, layers, steps, warmup)}
+    report([row], json, plot, bars=("tokens/s", "peak GiB"))
 
 
-def measure_training(
-    name: str, arguments: list[str], layers: int | None, steps: int, warmup: int
-) -> dict[str, Any]:
-    """One row, from a fresh process. `arguments` are those of torchtitan_mtp.train."""
-    return {"what": name, **in_process(_train_here, arguments, layers, steps, warmup)}
-
-
-def _train_here(
-    arguments: list[str], layers: int | None, steps: int, warmup: int
-) -> dict[str, Any]:
+@contextlib.contextmanager
+def built_trainer(arguments: list[str], layers: int | None, steps: int) -> Iterator[Trainer]:
+    """A trainer that has run no step and will run at most `steps`; `arguments` are those of
+    torchtitan_mtp.train, `layers` the depth, where it is not the flavor's."""
     with tempfile.TemporaryDirectory() as folder:
         # Never logging: a line of the log begins the peak of memory anew.
-        beyond = str(warmup + steps + 1)
+        beyond = str(steps + 1)
         for key in ("training.steps", "metrics.log_freq"):
             arguments = [*arguments, f"--{key}", beyond]
         config = parse_args([*arguments, "--job.dump_folder", folder])
-        config.lr_scheduler.warmup_steps = min(config.lr_scheduler.warmup_steps, warmup)
+        config.lr_scheduler.warmup_steps = min(config.lr_scheduler.warmup_steps, steps)
         if layers is not None:
             family = flavors[config.model.name]
             family["shallow"] = replace(family[config.model.flavor], n_layers=layers)
             config.model.flavor = "shallow"
         trainer = Trainer(config)
         try:
-            return _measure(trainer, steps, warmup)
+            yield trainer
         finally:
             trainer.close()
+
+
+def train(arguments: list[str], layers: int | None, steps: int, warmup: int) -> dict[str, Any]:
+    """One row: the median of `steps` steps after those of `warmup`."""
+    with built_trainer(arguments, layers, warmup + steps) as trainer:
+        return _measure(trainer, steps, warmup)
 
 
 def _measure(trainer: Trainer, steps: int, warmup: int) -> dict[str, Any]:
@@ -91,6 +93,9 @@ def _measure(trainer: Trainer, steps: int, warmup: int) -> dict[str, Any]:
     rate = (trainer.state.tokens - tokens) / statistics.median(seconds)  # tokens a second
     flops = forward_backward_flops_per_token(trainer.model, config.training.seq_len)
     peak = peak_flops(device, trainer.param_dtype)
+    float8 = ""
+    if "quantize.linear.float8" in config.model.converters:
+        float8 = config.quantize.linear.float8.recipe_name or "tensorwise"
     return {
         "layers": trainer.model.args.n_layers,
         "dim": trainer.model.args.dim,
@@ -98,7 +103,7 @@ def _measure(trainer: Trainer, steps: int, warmup: int) -> dict[str, Any]:
         "heads": config.mtp.heads,
         "engine": config.mtp.engine,
         "dtype": str(trainer.param_dtype).removeprefix("torch."),
-        "float8": "quantize.linear.float8" in config.model.converters,
+        "float8": float8,
         "compile": config.compile.enable,
         "tokens/s": rate,
         "GFLOP/token": flops / 1e9,

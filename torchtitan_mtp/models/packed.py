@@ -62,7 +62,7 @@ def packed_mask(
     """
     doc_ids, documents = batch.doc_ids, batch.documents
     if not doc_ids.is_cuda or min(widths) < FLEX_MIN_WIDTH:
-        return _dense_mask(doc_ids)
+        return dense_mask(doc_ids)
     aligned = max(widths) <= FLASH_MAX_WIDTH and not any(w % FLASH_ALIGNED for w in widths)
     if attn_type == "varlen" and documents and aligned and dtype.itemsize == 2:
         # One graph for any number of documents.
@@ -71,7 +71,7 @@ def packed_mask(
     return block_mask(doc_ids)
 
 
-def _dense_mask(doc_ids: Tensor) -> Tensor:
+def dense_mask(doc_ids: Tensor) -> Tensor:
     """[B, 1, S, S], True where attention is allowed."""
     seq = doc_ids.shape[1]
     causal = torch.ones(seq, seq, dtype=torch.bool, device=doc_ids.device).tril()

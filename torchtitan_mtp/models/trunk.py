@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from torchtitan_mtp.data.targets import Batch
 from torchtitan_mtp.models.args import ModelArgs, ModelSpec
@@ -101,7 +102,8 @@ class Trunk(nn.Module):
 
     def forward_trunk(self, batch: Batch) -> TrunkOutput:
         """The trunk alone, for an engine that runs the heads itself."""
-        return self._forward_trunk(batch)
+        with record_function("trunk"):
+            return self._forward_trunk(batch)
 
     def forward(self, batch: Batch) -> list[Tensor]:
         """The hidden states of the n heads: n tensors [B, S, D], each normalised."""

@@ -20,6 +20,7 @@ import copy
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from torchtitan_mtp.config import MTP
 from torchtitan_mtp.data.targets import Batch
@@ -74,7 +75,8 @@ class IndependentHeads(Heads):
             if k == order[-1] and not z.requires_grad:
                 next_backward_is_last(model, reduce)
             leaf = z.detach().requires_grad_(z.requires_grad)
-            hidden = self.hidden(k, leaf, context)
+            with record_function(f"head {k}"):
+                hidden = self.hidden(k, leaf, context)
             if taught and k == 1:
                 head_loss.teach(hidden)
             losses[k] = loss_backward(model, batch, head_loss, k, hidden, last)
@@ -82,7 +84,8 @@ class IndependentHeads(Heads):
                 dz += leaf.grad
         if z.requires_grad:
             next_backward_is_last(model, reduce)
-            z.backward(dz.to(z.dtype))
+            with record_function("backward of the trunk"):
+                z.backward(dz.to(z.dtype))
         return losses
 
 

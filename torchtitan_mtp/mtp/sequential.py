@@ -24,6 +24,7 @@ import copy
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from torchtitan_mtp.config import MTP
 from torchtitan_mtp.data.targets import Batch
@@ -146,7 +147,8 @@ class SequentialHeads(Heads):
             for k in range(2, n + 1)
         }
         for k in range(2, n + 1):
-            outputs[k] = self.hidden(k, states[k - 1], tokens[k], context)
+            with record_function(f"head {k}"):
+                outputs[k] = self.hidden(k, states[k - 1], tokens[k], context)
             states[k] = outputs[k].detach().requires_grad_()
         if head_loss.options.target_loss is not None:
             with torch.no_grad():
@@ -172,7 +174,8 @@ class SequentialHeads(Heads):
                     sync_in_next_backward(reduce, self.module(k))
                 if last:
                     next_backward_is_last(model, reduce)
-                output.backward(state.grad)
+                with record_function(f"backward of head {k}"):
+                    output.backward(state.grad)
                 if into_trunk:
                     if d_embedded is None:  # not before head n's loss, beside which it would stand
                         dtype = torch.promote_types(embedded.dtype, torch.float32)
@@ -186,5 +189,6 @@ class SequentialHeads(Heads):
                 if d_embedded is not None:
                     roots.append(embedded)
                     d_roots.append(d_embedded.to(embedded.dtype))
-                torch.autograd.backward(roots, d_roots)
+                with record_function("backward of the trunk"):
+                    torch.autograd.backward(roots, d_roots)
         return losses

@@ -3,14 +3,21 @@ runs."""
 
 from __future__ import annotations
 
+import copy
+import gzip
 import json
+import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import benchmark as program
 import pytest
 import torch
+from benchmarks.gpu import measure_part
+from benchmarks.gpu_plan import Case, Part, with_overheads
+from benchmarks.measure import in_process
 
 from formats_run import SEQUENTIAL, SMALL, write_run
 
@@ -124,9 +131,59 @@ def test_gpu_refuses_a_cpu(benchmark: Callable[..., str], monkeypatch: pytest.Mo
 def test_gpu_runs_small(benchmark: Callable[..., str], tmp_path: Path) -> None:
     out = tmp_path / "gpu.json"
     benchmark("gpu", "--small", "--json", str(out))
-    parts = json.loads(out.read_text())
-    for name in ("gemm", "loss", "heads", "1B, n = 4, head by head", "8B layers, float8"):
-        assert parts[name]["rows"] and not any("error" in row for row in parts[name]["rows"]), name
-    training = parts["8B layers, float8"]["rows"][0]
-    assert training["float8"] and training["n"] == 4 and training["layers"] == 3
-    assert training["tokens/s"] > 0
+    parts = {name: part["rows"] for name, part in json.loads(out.read_text())["parts"].items()}
+    assert list(parts) == [
+        *("products", "attention", "loss", "training", "TorchTitan", "decoding", "a step")
+    ]
+    assert not [row for rows in parts.values() for row in rows if "error" in row]
+    roof, chunked = parts["loss"]
+    assert chunked["time / products"] == pytest.approx(chunked["wall_s"] / roof["wall_s"])
+    plain, float8 = parts["training"]
+    assert (plain["n"], plain["float8"], float8["n"], float8["float8"]) == (1, "", 2, "tensorwise")
+    assert "% a head" not in float8  # its model has no row with n = 1
+    # By TorchTitan: 6 a parameter but the embedding's, 12 L H hd S of attention; 4 layers of 128.
+    block = 4 * 128 * 128 + 3 * 128 * 384 + 2 * 128
+    flops = 6 * (4 * block + 128 + 320 * 128) + 12 * 4 * 128 * 64
+    assert parts["TorchTitan"][0]["GFLOP/token, its count"] == pytest.approx(flops / 1e9)
+    ranges = {row["name"] for row in parts["a step"] if row["what"] == "range"}
+    assert {"trunk", "head 1", "head 2", "loss 1", "loss 2", "backward of the trunk"} <= ranges
+    with gzip.open(tmp_path / "gpu.trace.json.gz") as trace:
+        assert {"head 2", "trunk"} < {event["name"] for event in json.load(trace)["traceEvents"]}
+    page = benchmark("page", str(out))
+    for name, rows in parts.items():
+        table = page.partition(f"**{name[0].upper()}{name[1:]}**")[2].split("\n\n")[1]
+        assert table.strip().count("\n") == len(rows) + 1
+
+
+def test_overheads_are_shares_of_a_step_without_heads() -> None:
+    rows = [
+        {"model": "1B", "n": 4, "float8": "", "tokens/s": 50.0},
+        {"model": "1B", "n": 1, "float8": "", "tokens/s": 80.0},
+        {"model": "1B", "n": 2, "float8": "rowwise", "tokens/s": 50.0},
+        {"model": "1B", "error": "TimeoutError"},
+    ]
+    assert with_overheads(rows)[0]["% a head"] == pytest.approx(20)  # 1.6 times as long, 3 heads
+    assert [row for row in rows if "% a head" in row] == rows[:1]
+
+
+def test_a_case_that_fails_dies_or_does_not_end_is_passed_over() -> None:
+    part = Part(
+        3,
+        [
+            Case({"what": "raises"}, float, ("x",)),
+            Case({"what": "dies"}, os._exit, (3,)),
+            Case({"what": "is well"}, copy.copy, ([{"figure": 1}, {"figure": 2}],)),
+            Case({"what": "hangs"}, time.sleep, (600,)),
+            Case({"what": "comes late"}, copy.copy, ([],)),
+        ],
+    )
+    in_process(int)  # the server of processes runs
+    raised, died, one, two, hung, late = measure_part(part, time.perf_counter() + 3)
+    assert raised == {
+        "what": "raises",
+        "error": "ValueError: could not convert string to float: 'x'",
+    }
+    assert died["error"] == "RuntimeError: its process died, exit code 3"
+    assert (one, two) == ({"what": "is well", "figure": 1}, {"what": "is well", "figure": 2})
+    assert hung["error"].startswith("TimeoutError: ended after its limit of ")
+    assert late["error"] == "TimeoutError: left out: the time of its part is over"
