@@ -51,6 +51,7 @@ class TrunkFolder:
         self._renamings = [e for e in mapping if isinstance(e, loading.WeightRenaming)]
         self._converters = [e for e in mapping if isinstance(e, loading.WeightConverter)]
         self._trunk, self.state = self.causal.state_dict(), model.state_dict()
+        self._tied = f"{model.output_name}.weight" if model.args.tied_embeddings else None
         self.places: dict[str, str] = {}
         self.rest: list[str] = []
         self.copies: dict[str, str] = {}
@@ -106,6 +107,9 @@ class TrunkFolder:
             raise UserError(f"{where} of {dtype}, quantised; take the folder before that")
         if made.startswith(f"{base}.") and not part.startswith(f"{base}."):
             part = f"{base}.{part}"
+        if parameter == self._tied:
+            self.copies[name] = self.parameter("output")
+            return
         ours = parameter if pattern is None else head + part.removeprefix(layer)
         self.places[ours] = name
         self._parts.setdefault(parameter, []).append((ours, pattern))
@@ -122,10 +126,14 @@ class TrunkFolder:
                 why = f"config.json: mtp_{key} = {told}, and the trunk has no such layer to copy"
                 raise UserError(f"{where}: {why}; exclude mtp from loading")
         for name, of in self.copies.items():
-            theirs = self.on_disk(of)
+            if (theirs := self.on_disk(of)) not in self.tensors.kinds:
+                raise UserError(f"{where}: holds {name}, which repeats {theirs}, and not that")
             if far := difference(self.tensors.read(name), self.tensors.read(theirs)):
                 what = f"{name} differs from {theirs} by up to {far:.3g}"
-                raise UserError(f"{where}: {what}; modules share the trunk's: take it out")
+                todo = "modules share the trunk's: take it out"
+                if self.place(name) is None:
+                    todo = "config.json ties them: say tie_word_embeddings = false there"
+                raise UserError(f"{where}: {what}; {todo}")
 
     def on_disk(self, ours: str) -> str:
         """Where a part lies, or is to lie by the contract."""

@@ -187,6 +187,24 @@ def test_every_trunks_tensors_come_back(family: str, tmp_path: Path) -> None:
     assert all(torch.equal(found[key], wanted[key]) for key in wanted)
 
 
+def test_an_output_that_a_folder_has_beside_the_one_that_it_ties(tmp_path: Path) -> None:
+    """transformers computes with it where it differs, so it is not passed over."""
+    write_folder(tmp_path, "llama_tied")
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    embedding = tensors["model.embed_tokens.weight"]
+    save_file(tensors | {"lm_head.weight": embedding.clone()}, file, {"format": "pt"})
+    config = config_of(tmp_path, 1, False)
+    model = loaded(tmp_path, config)
+    assert torch.equal(model.output.weight, embedding)
+    export_checkpoint(write_run(tmp_path / "run", model, config), tmp_path / "out", "same")
+    assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes()
+    save_file(tensors | {"lm_head.weight": embedding + 0.5}, file, {"format": "pt"})
+    found = r"lm_head.weight differs from model.embed_tokens.weight by up to 0.5; config.json ties"
+    with pytest.raises(UserError, match=found):
+        loaded(tmp_path, config)
+
+
 def without_modules(source: Path, name: str, single: bool) -> set[str]:
     """Take the modules out of a folder, into one file or two; what their names were."""
     gone = set(load_file(source / "model-00003-of-00003.safetensors"))
