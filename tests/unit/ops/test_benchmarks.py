@@ -16,10 +16,11 @@ import benchmark as program
 import pytest
 import torch
 from benchmarks.gpu import measure_part
-from benchmarks.gpu_plan import Case, Part, with_overheads
+from benchmarks.gpu_plan import Case, Part, all_parts, with_overheads
 from benchmarks.measure import in_process
 
 from formats_run import SEQUENTIAL, SMALL, write_run
+from torchtitan_mtp.config import parse_args
 
 ROOT = Path(__file__).parents[3]
 
@@ -153,6 +154,25 @@ def test_gpu_runs_small(benchmark: Callable[..., str], tmp_path: Path) -> None:
     for name, rows in parts.items():
         table = page.partition(f"**{name[0].upper()}{name[1:]}**")[2].split("\n\n")[1]
         assert table.strip().count("\n") == len(rows) + 1
+
+
+def test_what_a_gpu_trains_is_a_configuration_each(tmp_path: Path) -> None:
+    parts = all_parts(tmp_path / "trace.json.gz", small=False)
+    assert sum(part.limit for part in parts.values()) < 8 * 60
+    found = set()
+    for case in parts["training"].cases:
+        config = parse_args(case.args[0])
+        assert config.training.mixed_precision_param == "bfloat16" and config.compile.enable
+        float8 = "quantize.linear.float8" in config.model.converters
+        recipe = config.quantize.linear.float8.recipe_name if float8 else None
+        found.add((config.model.flavor, config.num_future_tokens, config.mtp.heads, recipe))
+        found.add((config.model.flavor, config.num_future_tokens, config.mtp.engine))
+    for flavor in ("1B", "8B"):
+        assert {(flavor, n, "head_by_head") for n in (1, 2, 4)} < found
+        assert (flavor, 4, "joint") in found and (flavor, 2, "sequential", None) in found
+    assert {
+        ("8B", n, "parallel", name) for n in (1, 4) for name in ("tensorwise", "rowwise")
+    } < found
 
 
 def test_overheads_are_shares_of_a_step_without_heads() -> None:
