@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import multiprocessing
+import os
 import pickle
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
@@ -64,6 +66,8 @@ def in_process(function: Callable[..., Any], *args: Any, limit: float | None = N
         TimeoutError: it took longer than `limit` seconds, and was ended.
         RuntimeError: it died without an answer.
     """
+    # A library that asks the driver for GPUs as it is imported would leave the forks without them.
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torchtitan_mtp.trainer", "torchao.float8", "matplotlib"])
     ours, theirs = context.Pipe(duplex=False)
@@ -91,6 +95,7 @@ def _answer(pipe: Connection, function: Callable[..., Any], args: tuple[Any, ...
     try:
         answer = None, function(*args)
     except Exception as error:
+        traceback.print_exc()
         answer = error, None
         try:
             pickle.loads(pickle.dumps(error))
