@@ -144,6 +144,7 @@ PEERS: dict[str, Callable[[Sequence[Tensor], Tensor, Tensor], None]] = {
     "chunked_triton_bf16": _ours(passes="triton", bf16_logits=True),
     **{f"distilled_{kind}": _distilled(kind) for kind in TARGET_LOSSES},
     "distilled_kl_compiled": _distilled("kl", "compiled"),
+    "distilled_kl_triton": _distilled("kl", "triton"),
     "torch": _torchs(),
     "torch_512": _torchs(512),
     "titan_chunked": titan_chunked,

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from torchtitan_mtp.errors import UserError, import_optional
+from torchtitan_mtp.errors import import_optional
 from torchtitan_mtp.ops.soft_targets import compare_, read_teacher_, rows_at_once, target_losses
 
 PASSES = ("eager", "compiled", "triton")
@@ -50,10 +50,8 @@ def chunk_losses(
     """Losses of a chunk by `options.passes`, and ``scale`` times its logits' gradient [C, V] in
     ``dtype`` as ``factor * G``, factor [C, 1] or None for 1. The rest as in `token_losses`."""
     if options.passes == "triton":
-        if teacher is not None:
-            raise UserError(_WITHOUT_TEACHER)
         kernel = import_optional("torchtitan_mtp.ops.triton_losses", _WITHOUT_TRITON)
-        how = (options, scale, weights, dtype, need_grad)
+        how = (options, scale, weights, dtype, need_grad, teacher)
         return *kernel.triton_token_losses(logits, labels, *how), None
     if options.passes == "compiled" and need_grad:
         fused = compiled_token_losses()
@@ -72,9 +70,6 @@ def chunk_losses(
 _WITHOUT_TRITON = (
     'loss.passes is "triton" and the package triton is not installed; pip install triton, or '
     'choose "compiled"'
-)
-_WITHOUT_TEACHER = (
-    'loss.passes is "triton", whose kernel has no losses against a teacher; choose "compiled"'
 )
 
 

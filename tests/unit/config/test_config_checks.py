@@ -195,10 +195,6 @@ def test_every_number_of_an_option_in_use_has_a_range_that_its_default_is_in():
             "mtp.target_weight = 0.5: is of heads that learn from the trunk; set mtp.target",
         ),
         (
-            ["--mtp.target=trunk", "--loss.passes=triton"],
-            'loss.passes = "triton": its kernel has no losses against a teacher',
-        ),
-        (
             ["--mtp.train=trunk", "--mtp.detach_trunk"],
             "mtp.detach_trunk = true: nothing would learn from heads 2..n",
         ),

@@ -49,6 +49,8 @@ def expected(case: Case) -> list[Tensor]:
         given["scale"].double().unsqueeze(0),
         given["options"],
         row_weights=None if weights is None else weights.double(),
+        teacher=None if given["teacher"] is None else hidden.detach(),
+        first=1,
     )
     gradients = torch.autograd.grad(out.loss, (hidden, weight))
     return [out.loss_sum[0], out.valid[0], out.correct[0], *gradients]
@@ -83,50 +85,62 @@ def test_not_finite_logits_are_what_they_are_in_torchs_operations(found):
             torch.testing.assert_close(results, eager, equal_nan=True)
 
 
-def compiled(logits: str, gradient: str, arch: int, options: dict[str, Any]) -> tuple[str, str]:
-    """The kernel for one architecture: its PTX, and what ptxas says of it."""
+def compiled(logits: str, arch: int, options: dict[str, Any], loss: str | None) -> tuple[str, str]:
+    """The kernel for one architecture: its PTX, and what ptxas says of it. loss: to a teacher."""
     triton_losses = importlib.import_module("torchtitan_mtp.ops.triton_losses")
-    kernel, block = triton_losses._row_kernel, triton_losses._BLOCK
-    types = {"logits": logits, "grad": gradient, "labels": "*i64", "correct": "*i32"}
+    kernel = triton_losses._row_kernel
     constants = {
         "IGNORE": -100,
         "Z_LOSS": options["z_loss"],
         "SOFTCAP": options["softcap"],
         "SMOOTHING": options["label_smoothing"],
+        "TARGET": loss,
+        "SHARE": 0.6 if loss else 0.0,
         "NEED_GRAD": True,
-        "BLOCK": block,
-    }
-    names = kernel.arg_names
-    signature = {
-        name: "constexpr" if name in constants else types.get(name, "*fp32") for name in names
-    } | dict.fromkeys(("logits_stride", "grad_stride", "vocab"), "i32")
+        "BLOCK": triton_losses._BLOCK,
+    } | ({} if loss else {"teacher": None})
+    types = {"logits": logits, "teacher": logits, "grad": "*bf16"}
+    types |= {"labels": "*i64", "correct": "*i32"}
+    types |= dict.fromkeys(("logits_stride", "grad_stride", "vocab"), "i32")
+    types |= dict.fromkeys(constants, "constexpr")
+    signature = {name: types.get(name, "*fp32") for name in kernel.arg_names}
     # As for a vocabulary of a multiple of 16, such as 128,256.
-    aligned = {(i,): [["tt.divisibility", 16]] for i in range(len(names) - len(constants))}
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(kernel.arg_names)
+        if name not in constants
+    }
     source = triton.compiler.ASTSource(kernel, signature, constants, aligned)
-    warps = {"num_warps": block // triton_losses._COLUMNS_OF_A_WARP}
-    ptx = triton.compile(
-        source, target=triton.backends.compiler.GPUTarget("cuda", arch, 32), options=warps
-    ).asm["ptx"]
+    target = triton.backends.compiler.GPUTarget("cuda", arch, 32)
+    ptx = triton.compile(source, target=target, options={"num_warps": 32}).asm["ptx"]
     assembler = triton.knobs.nvidia.ptxas_blackwell if arch >= 100 else triton.knobs.nvidia.ptxas
-    assert assembler is not None
-    target = re.search(r"\.target (\w+)", ptx)
-    assert target
-    command = [assembler.path, "-v", f"-arch={target[1]}", "-", "-o", os.devnull]
+    named = re.search(r"\.target (\w+)", ptx)
+    assert assembler is not None and named is not None
+    command = [assembler.path, "-v", f"-arch={named[1]}", "-", "-o", os.devnull]
     told = subprocess.run(command, input=ptx, capture_output=True, text=True, check=True)
     return ptx, told.stderr
 
 
-# (The options but for softcap, smoothing and z-loss together take fewer registers.)
+# What takes the most registers is in every suite, the rest in the exhaustive one.
 @pytest.mark.parametrize("arch", [90, 100])
 @pytest.mark.parametrize("logits", ["*fp32", "*bf16"])
 @pytest.mark.parametrize(
-    "options", [pytest.param(OPTIONS[0], marks=pytest.mark.exhaustive), OPTIONS[-1]], ids=str
+    ("options", "loss"),
+    [
+        (OPTIONS[-1], None),
+        (OPTIONS[-1], "kl"),
+        pytest.param(OPTIONS[0], None, marks=pytest.mark.exhaustive),
+        pytest.param(OPTIONS[0], "kl", marks=pytest.mark.exhaustive),
+        pytest.param(OPTIONS[0], "lk", marks=pytest.mark.exhaustive),
+        pytest.param(OPTIONS[-1], "lk", marks=pytest.mark.exhaustive),
+    ],
+    ids=str,
 )
 def test_compiled_ahead_of_time_without_spills(
-    arch, logits, options, tmp_path, monkeypatch, record_property
+    arch, logits, options, loss, tmp_path, monkeypatch, record_property
 ):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    ptx, told = compiled(logits, "*bf16", arch, options)
+    ptx, told = compiled(logits, arch, options, loss)
     assert "0 bytes spill stores, 0 bytes spill loads" in told
     registers = re.search(r"Used (\d+) registers", told)
     assert registers and int(registers[1]) <= 64  # of 65,536, with 1,024 threads
@@ -139,9 +153,6 @@ def test_errors_say_what_to_do(monkeypatch):
     hiddens, weight, labels = make_inputs(n=2, dtype=torch.float32)
     with pytest.raises(UserError, match=r"triton.* logits are on cpu; expected a CUDA device"):
         linear_cross_entropy(hiddens, weight, labels, passes="triton")
-    taught = {"teacher": hiddens[0], "first": 1, "target_loss": "kl", "passes": "triton"}
-    with pytest.raises(UserError, match='against a teacher; choose "compiled"'):
-        linear_cross_entropy(hiddens, weight, labels, **taught)
     monkeypatch.setitem(sys.modules, "triton", None)
     monkeypatch.delitem(sys.modules, "torchtitan_mtp.ops.triton_losses", raising=False)
     with pytest.raises(UserError, match="triton is not installed; pip install triton"):

@@ -13,6 +13,7 @@ from loss_inputs import IGNORE, OPTIONS
 from torch import Tensor
 
 from torchtitan_mtp.ops import LossOptions, accumulation_dtype, chunked, head_loss_and_grad
+from torchtitan_mtp.ops.soft_targets import TARGET_LOSSES
 
 VOCABS = (1, 7, 512, 1000, 32000, 128256)
 # Inputs, products, bfloat16 logits.
@@ -24,7 +25,7 @@ DTYPES = [
     (torch.bfloat16, torch.bfloat16, True),
     (torch.bfloat16, torch.float32, True),
 ]
-LARGE = [(torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)]
+MOST = [DTYPES[1], DTYPES[2], DTYPES[4]]  # at every size
 NOT_FINITE = (torch.nan, torch.inf, -torch.inf)
 
 
@@ -36,17 +37,24 @@ class Case(NamedTuple):
     ignored: bool = False  # every row
     filled: float | None = None  # two logits of each row
     need_grad: bool = True
+    target_loss: str | None = None  # against a teacher
 
 
 def cases() -> Iterator[Case]:
     options = itertools.cycle(OPTIONS)
     for vocab, dtypes in itertools.product(VOCABS, DTYPES):
-        if vocab < 10_000 or dtypes[1:] in LARGE:
+        if vocab == 1000 or dtypes in MOST:
             yield Case(vocab, dtypes, next(options), weighted=vocab % 3 == 1)
     for some in OPTIONS:
         yield Case(1000, DTYPES[0], some, weighted=True)
-        yield Case(1000, DTYPES[0], some, need_grad=False)
+    yield Case(1000, DTYPES[0], OPTIONS[-1], need_grad=False)
+    for kind in TARGET_LOSSES:
+        yield Case(1000, DTYPES[0], OPTIONS[0], target_loss=kind)
+        yield Case(1000, DTYPES[0], OPTIONS[0], need_grad=False, target_loss=kind)
+        yield Case(7, DTYPES[0], OPTIONS[-1], weighted=True, target_loss=kind)
+        yield Case(32000, DTYPES[2], next(options), target_loss=kind)
     yield Case(ignored=True)
+    yield Case(ignored=True, target_loss="lk")
     for value in NOT_FINITE:
         yield Case(filled=value)
 
@@ -54,7 +62,7 @@ def cases() -> Iterator[Case]:
 def inputs(case: Case) -> dict[str, Any]:
     """Arguments of `head_loss_and_grad`: hidden states that are unit vectors, so that the weight's
     rows are logits and its gradient the logits'. Of 5 rows one is ignored, one is right, and one
-    has the label's logit twice."""
+    has the label's logit twice. A row's teacher is the row after it."""
     generator = torch.Generator().manual_seed(case.vocab)
     logits = 3 * torch.randn(5, case.vocab, generator=generator)
     labels = torch.randint(case.vocab, (5,), generator=generator)
@@ -72,12 +80,15 @@ def inputs(case: Case) -> dict[str, Any]:
     acc = accumulation_dtype(dtype)
     weights = torch.tensor([0.5, 1.0, -2.0, 0.0, 0.3], dtype=acc)
     options = LossOptions(**case.options, bf16_logits=bf16_logits, passes="triton", chunk_rows=3)
+    if case.target_loss is not None:
+        options = options._replace(target_loss=case.target_loss, target_weight=0.6)
     return {
         "hidden": torch.eye(5, dtype=dtype),
         "weight": logits.t().to(dtype),
         "labels": labels,
         "scale": torch.tensor(0.375, dtype=acc),
         "options": options,
+        "teacher": torch.eye(5, dtype=dtype).roll(-1, 0) if case.target_loss else None,
         "row_weights": weights if case.weighted else None,
         "need_d_hidden": case.need_grad,
         "d_weight": torch.zeros(case.vocab, 5, dtype=acc) if case.need_grad else None,
