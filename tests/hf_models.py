@@ -105,7 +105,7 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     "nemotron": _make("NemotronConfig"),
     "stablelm": _make("StableLmConfig"),
 }
-# Families that few tests need: they are others with a part of their own.
+# Families that few tests need: others with a part, or a name of a part, of their own.
 OTHERS: dict[str, Callable[[], Any]] = {
     "deepseek_v32": _make(  # so many indexers that no two positions tie
         "DeepseekV32Config",
@@ -119,5 +119,6 @@ OTHERS: dict[str, Callable[[], Any]] = {
         index_topk=6,
         index_n_heads=16,
         index_head_dim=8,
-    )
+    ),
+    "gpt_neox": _make("GPTNeoXConfig", num_key_value_heads=4),
 }

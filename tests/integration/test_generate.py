@@ -363,6 +363,8 @@ NO_MESSAGES = ['{"messages": 3}', '{"messages": [{"role": "user"}]}', '{"message
     ("line", "options"),
     [
         *[(line, []) for line in ("import os", '{"text": "a"}', "[1]", '{"prompt": 3}', DEEP)],
+        ('{"prompt": ""}', []),
+        ('{"messages": []}', ["--chat"]),
         ('{"messages": [{"role": "user", "content": "a"}]}', []),
         *[(line, ["--chat"]) for line in NO_MESSAGES],
     ],

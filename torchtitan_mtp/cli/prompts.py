@@ -49,7 +49,7 @@ def read_records(file: os.PathLike[str], text: str, chat: bool) -> list[Prompt]:
         prompt: Any = record.get("prompt")
         if chat:
             prompt = record.get("messages", prompt)
-        if not isinstance(prompt, str) and not (chat and are_messages(prompt)):
+        if not (prompt and (isinstance(prompt, str) or (chat and are_messages(prompt)))):
             wanted = '{"prompt": TEXT}'
             if chat:
                 wanted += ' or {"messages": [{"role": "user", "content": TEXT}, ...]}'

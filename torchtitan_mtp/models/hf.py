@@ -30,7 +30,7 @@ from torchtitan_mtp.models.layers import NormParams, normalize
 from torchtitan_mtp.models.taps import Arguments, Around, Tap, probe, with_parts
 from torchtitan_mtp.models.trunk import Trunk, Unembedding
 
-_NORMS = ("norm", "final_layernorm", "embedding_norm", "ln_f", "final_norm")
+_NORMS = ("norm", "final_layernorm", "embedding_norm", "ln_f", "final_norm", "final_layer_norm")
 _LAYERS = ("layers", "h", "blocks")
 _ALIGNED = 8  # widths of experts in torch's grouped products: 16 bytes, of bfloat16 too
 

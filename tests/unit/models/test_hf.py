@@ -14,7 +14,7 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor
 
-from hf_models import CONFIGS
+from hf_models import CONFIGS, OTHERS
 from tests.naive import distance
 from torchtitan_mtp.config import MTP
 from torchtitan_mtp.data.targets import IGNORE, Batch, Window, make_batch
@@ -59,9 +59,9 @@ def reference(config: Any, model: HFTrunk) -> Any:
     return own
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", CONFIGS | OTHERS)
 def test_logits_of_head_1_are_transformers_own(family: str) -> None:
-    config = CONFIGS[family]()
+    config = (CONFIGS | OTHERS)[family]()
     model = build(config)
     batch = batch_of(1)
     with torch.no_grad():
