@@ -4,8 +4,10 @@ validation, and once in a step of decoding. Each wait would let the GPU run dry.
 from __future__ import annotations
 
 import contextlib
+import importlib
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -37,6 +39,7 @@ MORE_RUNS = {
     "experts": {**DEEPSEEK, **BF16},
     "medusa": {"mtp.heads": "medusa"},
     "distilled": {"mtp.target": "trunk", "mtp.train": "heads"},
+    "triton": {**BF16, "mtp.target": "trunk", "loss.passes": "triton", "loss.bf16_logits": True},
 }
 KEYS = {
     "mtp.num_future_tokens": 2,
@@ -138,8 +141,16 @@ def what_waits(gpu: PretendGPU) -> dict[str, list[str]]:
     return found
 
 
+def without_kernel() -> None:
+    """Triton's kernel computes nothing, as the GPU does."""
+    with contextlib.suppress(ImportError):
+        importlib.import_module("torchtitan_mtp.ops.triton_losses")._row_kernel = MagicMock()
+    torch.cuda.device_of = lambda tensor: contextlib.nullcontext()
+
+
 def everything(_: int, folder: str, runs: dict) -> dict:
     gpu = PretendGPU()
+    without_kernel()
     found: dict = {"operations": what_waits(gpu)}
     for name, keys in runs.items():
         found[name] = training(gpu, Path(folder) / name, keys)
