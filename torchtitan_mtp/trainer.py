@@ -22,7 +22,7 @@ from torchtitan_mtp.checkpoint.resume import LoaderState, TrainState, settings_o
 from torchtitan_mtp.config import JobConfig, to_toml
 from torchtitan_mtp.config.values import further_heads
 from torchtitan_mtp.data.run import loaders_from_config, micro_batches_per_step
-from torchtitan_mtp.data.targets import IGNORE, Batch, make_batch
+from torchtitan_mtp.data.targets import IGNORE, Batch, Window, make_batch
 from torchtitan_mtp.data.tokenizer import build_tokenizer
 from torchtitan_mtp.distributed.balance import (
     apart_from_training,
@@ -99,9 +99,11 @@ class Trainer:
         model = model_from_config(config, vocabulary, stored, earlier=earlier)
         if config.checkpoint.last_save_in_hf:
             hf_format(model.spec)  # before the training, not after it
-        self.accumulation = micro_batches_per_step(config, self.world.size)
-        rank, size, accumulation = self.world.rank, self.world.size, self.accumulation
-        self.ranks.on_all(lambda: check_run(config, model, self.device, size, accumulation))
+        self.accumulation = micro_batches_per_step(config, self.world.data_size)
+        rank, size, accumulation = self.world.data_rank, self.world.data_size, self.accumulation
+        self.ranks.on_all(
+            lambda: check_run(config, model, self.device, self.world.size, accumulation)
+        )
         self.loader, self.validation = self.ranks.on_all(
             lambda: loaders_from_config(config, self.tokenizer, rank, size)
         )
@@ -275,7 +277,7 @@ class Trainer:
         self.heartbeat.where = f"step {state.step + 1}, reading data"
         begin = time.perf_counter()
         windows = [self.loader.next_window() for _ in range(self.accumulation)]
-        batches = [make_batch(w, self.n, config.target_loss is not None) for w in windows]
+        batches = [self._batch(w, config.target_loss is not None) for w in windows]
         data_seconds = time.perf_counter() - begin
         self.heartbeat.where = f"step {state.step + 1}"
 
@@ -285,7 +287,7 @@ class Trainer:
         arrive = send_to_host(valid)
         weights = head_weights(config.mtp, state.step + 1, training.steps)
         scales = head_scales(weights, valid)
-        sequences = training.local_batch_size * self.accumulation * self.world.size
+        sequences = training.local_batch_size * self.accumulation * self.world.data_size
         weigh_balance_losses(self.model, weights, sequences)
         losses = StepLosses(self.n, self.device)
         for i, batch in enumerate(batches):
@@ -311,6 +313,11 @@ class Trainer:
         self.metrics.record_step(tokens=tokens, data_seconds=data_seconds)
         if self.metrics.should_log(state.step):
             self._log(losses, lr, weights)
+
+    def _batch(self, window: Window, from_head_1: bool = False) -> Batch:
+        """What this rank has of a window's batch: all, unless other ranks share its sequences."""
+        batch, ranks = make_batch(window, self.n, from_head_1), self.world.context_parallel
+        return batch if ranks is None else ranks.shard(batch)
 
     def _log(self, step_losses: StepLosses, lr: float, weights: list[float]) -> None:
         # All that is read is under way before the host waits.
@@ -361,7 +368,7 @@ class Trainer:
             if i == self.config.validation.steps or self.stopping.agreed():
                 return
             self.stopping.ask()
-            batch = make_batch(window, self.n)
+            batch = self._batch(window)
             if keep or not seen:
                 seen.append(batch)
             yield batch

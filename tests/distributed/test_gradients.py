@@ -1,9 +1,10 @@
-"""FSDP2 and HSDP on gloo ranks, with accumulation and unequal numbers of targets: the loss and
-every gradient are those of one process that sees the whole batch, and so are each expert's tokens
-and what its bias becomes."""
+"""FSDP2, HSDP and context parallelism on gloo ranks, with accumulation and unequal numbers of
+targets: the loss and every gradient are those of one process that sees the whole batch, and so are
+each expert's tokens and what its bias becomes."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -24,7 +25,7 @@ from tests.small import (
 from torchtitan_mtp.config import MTP, JobConfig, Parallelism
 from torchtitan_mtp.data.targets import IGNORE, Window, make_batch
 from torchtitan_mtp.distributed.balance import balance_experts
-from torchtitan_mtp.distributed.mesh import all_reduce, init_world
+from torchtitan_mtp.distributed.mesh import Degrees, all_reduce, init_world
 from torchtitan_mtp.distributed.parallelize import parallelize
 from torchtitan_mtp.models.args import ModelArgs
 from torchtitan_mtp.models.transformer import build_model
@@ -34,37 +35,47 @@ from torchtitan_mtp.ops import LossOptions
 ACCUMULATION = 2
 
 
-def micro_batch(rank: int, index: int, n: int) -> Window:
-    """Another number of documents and of padding in each."""
-    window = small_window(2, 10 + n, seed=10 * rank + index)
+def micro_batch(rank: int, index: int, n: int, size: int) -> Window:
+    """Of `size` tokens; another number of documents and of padding in each."""
+    window = small_window(2, size + n, seed=10 * rank + index)
     window.doc_ids[0, 6 + 2 * rank + index :] = -1
     return window
 
 
-def config_of(mtp: MTP, shard: int, replicate: int, ac: str = "none") -> JobConfig:
+def length_of(degrees: Degrees) -> int:
+    return 10 if degrees.cp == 1 else 12  # a multiple of twice 2, and of twice 3
+
+
+def config_of(mtp: MTP, degrees: Degrees, ac: str = "none") -> JobConfig:
     config = JobConfig()
     config.mtp = mtp
     config.training.mixed_precision_param = "float32"
     config.activation_checkpoint.mode = ac
     config.parallelism = Parallelism(
-        data_parallel_shard_degree=shard, data_parallel_replicate_degree=replicate
+        data_parallel_replicate_degree=degrees.dp_replicate,
+        data_parallel_shard_degree=degrees.dp_shard,
+        context_parallel_degree=degrees.cp,
     )
     return config
 
 
-def steps_on_rank(rank: int, shard: int, replicate: int, cases):
+def steps_on_rank(rank: int, degrees: Degrees, cases):
     """Every case on the same ranks: starting processes costs more than stepping."""
-    return [step_on_rank(rank, shard, replicate, *case) for case in cases]
+    return [step_on_rank(rank, degrees, *case) for case in cases]
 
 
-def step_on_rank(rank: int, shard: int, replicate: int, mtp: MTP, ac: str, args: ModelArgs):
-    config = config_of(mtp, shard, replicate, ac)
+def step_on_rank(rank: int, degrees: Degrees, mtp: MTP, ac: str, args: ModelArgs):
+    config = config_of(mtp, degrees, ac)
     world = init_world(config.parallelism)
     model = add_heads(build_model(args), mtp)
     model = parallelize(model, config, world, torch.float32, seed=0)
     perturb_norms(model)
     n, taught = mtp.num_future_tokens, mtp.target == "trunk"
-    batches = [make_batch(micro_batch(rank, i, n), n, taught) for i in range(ACCUMULATION)]
+    size = length_of(degrees)
+    windows = [micro_batch(world.data_rank, i, n, size) for i in range(ACCUMULATION)]
+    batches = [make_batch(window, n, taught) for window in windows]
+    if (ranks := world.context_parallel) is not None:
+        batches = [ranks.shard(batch) for batch in batches]
     options = LossOptions()
     if taught:
         options = options._replace(target_loss=mtp.target_loss, target_weight=mtp.target_weight)
@@ -97,12 +108,12 @@ def balanced(model) -> list:
     ]
 
 
-def naive_step(world_size: int, mtp: MTP, args: ModelArgs):
+def naive_step(degrees: Degrees, mtp: MTP, args: ModelArgs):
     model = small_model(mtp, torch.float64, shape=args)
     parameters = naive_parameters(model)
     windows = [
-        micro_batch(rank, i, mtp.num_future_tokens)
-        for rank in range(world_size)
+        micro_batch(rank, i, mtp.num_future_tokens, length_of(degrees))
+        for rank in range(degrees.dp_replicate * degrees.dp_shard)
         for i in range(ACCUMULATION)
     ]
     tokens = torch.cat([w.tokens for w in windows])
@@ -129,8 +140,15 @@ FEW_EXPERTS = replace(  # fewer than ranks: each rank has rows of all
     EXPERTS,
     moe=replace(DEEPSEEK.moe, num_experts=2, top_k=1, num_expert_groups=1, num_limited_groups=1),
 )
-MESHES = {  # (shard, replicate) -> cases of (mtp, activation checkpointing, shape)
-    (2, 1): [
+CAUSAL = replace(ARGS, attn_mask_type="causal")
+WITH_CP = [
+    (parallel(), "selective", CAUSAL),
+    (parallel(engine="joint", target="trunk"), "none", QWEN2),
+    (sequential(), "full", EXPERTS),
+    (sequential(target="trunk"), "none", ARGS),
+]
+MESHES = {  # (dp_replicate, dp_shard, cp) -> cases of (mtp, activation checkpointing, shape)
+    (1, 2, 1): [
         (parallel(engine="joint"), "selective", QWEN2),
         (parallel(), "full", QWEN2),
         (parallel(detach_trunk=True), "none", ARGS),
@@ -149,43 +167,62 @@ MESHES = {  # (shard, replicate) -> cases of (mtp, activation checkpointing, sha
         (parallel(target="trunk"), "full", EXPERTS),
         (sequential(target="trunk", target_loss="tv", target_weight=0.7), "none", ARGS),
     ],
-    (4, 1): [
+    (1, 4, 1): [
         (parallel(), "none", ARGS),
         (sequential(), "none", EXPERTS),
         (parallel(), "full", FEW_EXPERTS),
     ],
-    (2, 2): [
+    (2, 2, 1): [
         (parallel(engine="joint"), "none", ARGS),
         (sequential(), "none", EXPERTS),
     ],
-    (1, 2): [(parallel(), "none", ARGS)],
+    (2, 1, 1): [(parallel(), "none", ARGS)],
+    (1, 1, 2): [
+        (parallel(engine="joint"), "selective", QWEN2),
+        (parallel(target="trunk"), "full", ARGS),
+        (sequential(share_weights=True, detach_trunk=True), "full", QWEN2),
+        (sequential(), "selective", EXPERTS),
+        (sequential(target="trunk", target_loss="tv", target_weight=0.7), "none", CAUSAL),
+    ],
 }
 # Of what the cases above have on another mesh or with another shape.
 MORE = {
-    (2, 1): [
+    (1, 2, 1): [
         (parallel(engine="joint"), "none", ARGS),
         (parallel(), "none", ARGS),
         (sequential(train="heads"), "none", ARGS),
         (sequential(share_weights=True), "full", DEEPSEEK),
     ],
-    (4, 1): [(sequential(), "none", ARGS), (sequential(), "none", DEEPSEEK)],
-    (2, 2): [(parallel(), "none", ARGS)],
+    (1, 4, 1): [(sequential(), "none", ARGS), (sequential(), "none", DEEPSEEK)],
+    (2, 2, 1): [(parallel(), "none", ARGS)],
+    (1, 1, 2): [
+        (parallel(detach_trunk=True), "none", CAUSAL),
+        (sequential(loss_reduction="mean"), "none", ARGS),
+        (parallel(heads="medusa"), "none", QWEN2),
+        (parallel(target="trunk"), "full", EXPERTS),
+        (parallel(target="trunk", engine="joint", target_weight=0.5), "none", ARGS),
+    ],
+    (1, 2, 2): WITH_CP,
+    (2, 1, 2): WITH_CP,
+    (1, 1, 3): WITH_CP,
 }
 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(
-    ("shard", "replicate", "cases"),
-    [pytest.param(s, r, cases, id=f"{r}x{s}") for (s, r), cases in MESHES.items()]
+    ("degrees", "cases"),
+    [pytest.param(Degrees(*d), cases, id="x".join(map(str, d))) for d, cases in MESHES.items()]
     + [
-        pytest.param(s, r, cases, id=f"{r}x{s}, more", marks=pytest.mark.exhaustive)
-        for (s, r), cases in MORE.items()
+        pytest.param(
+            Degrees(*d), cases, id="x".join(map(str, d)) + ", more", marks=pytest.mark.exhaustive
+        )
+        for d, cases in MORE.items()
     ],
 )
-def test_ranks_compute_what_one_process_does(shard, replicate, cases):
-    results = run_ranks(shard * replicate, steps_on_rank, shard, replicate, cases, timeout=240)
+def test_ranks_compute_what_one_process_does(degrees, cases):
+    results = run_ranks(math.prod(degrees), steps_on_rank, degrees, cases, timeout=240)
     for i, (mtp, ac, args) in enumerate(cases):
-        loss, expected, expert_state = naive_step(shard * replicate, mtp, args)
+        loss, expected, expert_state = naive_step(degrees, mtp, args)
         for found_loss, found, found_state in (of_rank[i] for of_rank in results):
             for a, b in zip(found_state, expert_state, strict=True):
                 assert a is b is None or torch.equal(a, b), (mtp, ac)

@@ -21,6 +21,7 @@ def check(config: JobConfig, given: Collection[str] = ()) -> None:
     _check_model(config)
     _check_loss(config)
     _check_run(config)
+    _check_context_parallel(config)
     _check_float8(config)
     if "mtp" in config.model.converters:
         _check_mtp(config)
@@ -107,6 +108,34 @@ def _check_run(config: JobConfig) -> None:
         )
 
 
+def _check_context_parallel(config: JobConfig) -> None:
+    degree, mtp = config.parallelism.context_parallel_degree, config.mtp
+    key = f"parallelism.context_parallel_degree = {degree}"
+    if degree == 1:
+        return
+    if config.model.name == "hf":
+        raise UserError(f'{key}: model.name = "hf" has attention of its own; expected 1, set it')
+    for table, length in _lengths(config).items():
+        if length % (2 * degree):
+            nearest = max(round(length / (2 * degree)), 1) * 2 * degree
+            raise UserError(
+                f"{table}.seq_len = {length}: expected a multiple of {2 * degree}, for {key} gives "
+                f"each rank two chunks of a sequence; the nearest is {nearest}"
+            )
+        if mtp.target == "trunk" and config.num_future_tokens - 1 > length // (2 * degree):
+            raise UserError(
+                f'mtp.num_future_tokens = {mtp.num_future_tokens}: with mtp.target = "trunk" and '
+                f"{key}, the last head looks no further than the next of {2 * degree} chunks of "
+                f"{table}.seq_len = {length}; expected at most {length // (2 * degree) + 1}"
+            )
+
+
+def _lengths(config: JobConfig) -> dict[str, int]:
+    """Lengths of sequences by table."""
+    lengths = {"training": config.training.seq_len}
+    return lengths | ({"validation": config.validation.seq_len} if config.validation.enable else {})
+
+
 def _check_float8(config: JobConfig) -> None:
     float8 = config.quantize.linear.float8
     if "quantize.linear.float8" not in config.model.converters:
@@ -147,11 +176,10 @@ _FAMILY = [
 
 def _check_mtp(config: JobConfig) -> None:
     mtp, n = config.mtp, config.mtp.num_future_tokens
-    lengths = {"training.seq_len": config.training.seq_len}
-    lengths |= {"validation.seq_len": config.validation.seq_len} if config.validation.enable else {}
-    for key, length in lengths.items():
+    for table, length in _lengths(config).items():
         if n > length:
-            raise UserError(f"mtp.num_future_tokens = {n}: expected at most {key} = {length}")
+            message = f"mtp.num_future_tokens = {n}: expected at most {table}.seq_len = {length}"
+            raise UserError(message)
     if n > 1 and mtp.engine == "joint" and mtp.heads == "sequential":
         raise UserError(
             'mtp.engine = "joint": mtp.heads = "sequential" has one way; '

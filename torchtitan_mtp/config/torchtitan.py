@@ -32,7 +32,8 @@ HELD: dict[str, tuple[Any, str]] = {
     "parallelism.tensor_parallel_degree": (1, _DEGREE),
     "parallelism.enable_async_tensor_parallel": (False, "there is no tensor parallelism"),
     "parallelism.enable_compiled_autograd": (False, "compile.enable compiles backwards too"),
-    "parallelism.context_parallel_degree": (1, _DEGREE),
+    "parallelism.context_parallel_rotate_method": ("allgather", "keys and values are gathered"),
+    "parallelism.context_parallel_load_balancer": ("headtail", "each rank has two such chunks"),
     "parallelism.expert_parallel_degree": (1, _EXPERTS),
     "parallelism.expert_tensor_parallel_degree": (1, _EXPERTS),
     "parallelism.module_fqns_per_model_part": (None, "there is no pipeline parallelism"),
@@ -56,8 +57,7 @@ HELD: dict[str, tuple[Any, str]] = {
 # Keys that have no effect while the ones above are at their defaults, by table.
 WITHOUT_EFFECT: dict[str, str] = {
     "checkpoint": "enable_ft_dataloader_checkpoints initial_load_in_hf_quantized",
-    "parallelism": "disable_loss_parallel context_parallel_rotate_method "
-    "context_parallel_load_balancer expert_parallel_comm_backend "
+    "parallelism": "disable_loss_parallel expert_parallel_comm_backend "
     "pipeline_parallel_first_stage_less_layers pipeline_parallel_last_stage_less_layers "
     "pipeline_parallel_layers_per_stage pipeline_parallel_schedule "
     "pipeline_parallel_schedule_csv pipeline_parallel_microbatch_size "

@@ -45,6 +45,7 @@ def check_run(
 ) -> None:
     """Error: a training of `model` (on meta) can't fit, whatever is sharded or computed twice."""
     training, validation, n = config.training, config.validation, config.num_future_tokens
+    cp = config.parallelism.context_parallel_degree
     data, state = dict[str, int](), dict[str, int]()
     for table, keys, times in (
         ("training", training, accumulation),
@@ -53,10 +54,10 @@ def check_run(
         name = f"{table}.local_batch_size = {keys.local_batch_size}, seq_len = {keys.seq_len}"
         name += f", {times:,} of them a step" if times > 1 else ""
         # Labels [n], future tokens [n-1], tokens, positions and documents in int64.
-        data[name] = 16 * (n + 1) * times * keys.local_batch_size * keys.seq_len
+        data[name] = 16 * (n + 1) * times * keys.local_batch_size * keys.seq_len // cp
     longest = model.args.max_seq_len
     state[f"seq_len = {longest}"] = 4 * model.args.rope_dim * longest
-    rows = min(config.loss.chunk_rows or 1, training.local_batch_size * training.seq_len)
+    rows = min(config.loss.chunk_rows or 1, training.local_batch_size * training.seq_len // cp)
     state[f"loss.chunk_rows = {rows}"] = 2 * rows * model.tok_embeddings.num_embeddings
     largest = max(model.named_parameters(), key=lambda item: item[1].numel())[0]
     size = sum(p.numel() * p.element_size() for p in model.parameters()) // ranks

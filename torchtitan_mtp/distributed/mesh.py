@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -17,6 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torchtitan_mtp.config import Comm, Parallelism
 from torchtitan_mtp.distributed.ranks import agree
 from torchtitan_mtp.errors import UserError
+from torchtitan_mtp.models.context_parallel import ContextParallel
 
 # What the driver of a GPU has in /dev, and the variables by which a user hides the GPUs.
 GPU_NODES = {
@@ -26,29 +28,62 @@ GPU_NODES = {
 _LAUNCHER = " in the environment, which a launcher sets: start with torchrun, or unset it"
 
 
+class Degrees(NamedTuple):
+    """How many ranks each dimension of the mesh has, from the outermost to the innermost."""
+
+    dp_replicate: int
+    dp_shard: int
+    cp: int
+
+
 @dataclass(frozen=True)
 class World:
-    """The ranks of this job. Every rank is a data rank: it reads its own part of the batch."""
+    """The ranks of this job.
+
+    mesh: ("dp_replicate", "dp_shard"), over which parameters are replicated and sharded; the second
+    has the ranks of cp in it.
+    context_parallel: the ranks that read the same windows and have a part of each; None: every
+    rank reads its own. Targets, losses and loads of experts are summed over all ranks.
+    """
 
     rank: int
     size: int
     device: torch.device
-    mesh: DeviceMesh  # ("dp_replicate", "dp_shard")
+    mesh: DeviceMesh
+    context_parallel: ContextParallel | None = None
+
+    @property
+    def data_rank(self) -> int:
+        """Which part of every global batch this rank reads, of `data_size`."""
+        cp = self.context_parallel
+        return self.rank // cp.size if cp else self.rank
+
+    @property
+    def data_size(self) -> int:
+        """Number of data ranks: dp_replicate * dp_shard."""
+        cp = self.context_parallel
+        return self.size // cp.size if cp else self.size
 
 
-def data_degrees(parallelism: Parallelism, world_size: int) -> tuple[int, int]:
-    """(replicate, shard) degrees, -1 resolved. Error: they do not multiply to the world size."""
+def mesh_degrees(parallelism: Parallelism, world_size: int) -> Degrees:
+    """The degrees of the mesh, -1 resolved. Error: they do not multiply to the world size."""
     replicate = parallelism.data_parallel_replicate_degree
     shard = parallelism.data_parallel_shard_degree
-    if shard == -1 and replicate > 0 and world_size % replicate == 0:
-        shard = world_size // replicate
-    if replicate < 1 or shard < 1 or replicate * shard != world_size:
+    cp = parallelism.context_parallel_degree
+    if shard == -1 and replicate * cp > 0 and world_size % (replicate * cp) == 0:
+        shard = world_size // (replicate * cp)
+    degrees = Degrees(replicate, shard, cp)
+    if min(degrees) < 1 or math.prod(degrees) != world_size:
+        fit = [d for d in range(1, world_size + 1) if world_size % (max(replicate, 1) * d) == 0]
+        nearest = min(fit or [1], key=lambda d: abs(d - cp))
         raise UserError(
             f"parallelism.data_parallel_replicate_degree = {replicate} times "
-            f"data_parallel_shard_degree = {shard} must be the number of ranks, {world_size}; "
-            "set the shard degree to -1 for what is left, or change the number of ranks"
+            f"data_parallel_shard_degree = {shard} times context_parallel_degree = {cp} must be "
+            f"the number of ranks, {world_size}; set the shard degree to -1 for what is left"
+            + (f" and the context degree to {nearest}" if nearest != cp else "")
+            + ", or change the number of ranks"
         )
-    return replicate, shard
+    return degrees
 
 
 def launched() -> tuple[int, int]:
@@ -118,7 +153,7 @@ def init_world(
     if device.type == "cuda":
         record_collectives(comm, dump_folder)
         torch.cuda.set_device(device)
-    degrees = data_degrees(parallelism, launched()[1])
+    degrees = mesh_degrees(parallelism, launched()[1])
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         timeout = timedelta(seconds=comm.init_timeout_seconds)
@@ -131,8 +166,19 @@ def init_world(
                 "all of them started and reach that address"
             ) from error
     agree(settings or {})
-    mesh = init_device_mesh(device.type, degrees, mesh_dim_names=("dp_replicate", "dp_shard"))
-    return World(dist.get_rank(), dist.get_world_size(), device, mesh)
+    return World(dist.get_rank(), dist.get_world_size(), device, *_views(device, degrees))
+
+
+def _views(device: torch.device, degrees: Degrees) -> tuple[DeviceMesh, ContextParallel | None]:
+    """The mesh as FSDP2 has it, and the ranks that this one shares its sequences with. Ranks are
+    dealt to dp_replicate, dp_shard and cp in this order: those of one sequence are neighbours."""
+    replicate, shard, cp = degrees
+    sizes, names = (replicate, shard * cp), ("dp_replicate", "dp_shard")
+    mesh = init_device_mesh(device.type, sizes, mesh_dim_names=names)
+    if cp == 1:
+        return mesh, None
+    by_data = init_device_mesh(device.type, (replicate * shard, cp), mesh_dim_names=("dp", "cp"))
+    return mesh, ContextParallel(by_data.get_group("cp"))
 
 
 def record_collectives(comm: Comm, dump_folder: str) -> None:

@@ -26,11 +26,15 @@ from torchtitan_mtp.mtp.engine import backward_follows_forward
 def parallelize(
     model: Trunk, config: JobConfig, world: World, param_dtype: torch.dtype, seed: int
 ) -> Trunk:
-    """Checkpointing, compilation and FSDP2, block by block; then memory and weights.
+    """Context parallelism, checkpointing, compilation and FSDP2, block by block; then memory and
+    weights.
 
     The model comes from the meta device with its converters applied (heads, float8). It returns
     materialised, sharded and initialised.
     """
+    model.context_parallel = world.context_parallel
+    for _, moe in model.named_moe_layers():
+        moe.context_parallel = world.context_parallel
     apply_activation_checkpointing(model, config.activation_checkpoint, config.mtp.engine)
     if config.compile.enable and "model" in config.compile.components:
         for _, block in model.named_blocks():
@@ -47,7 +51,7 @@ def parallelize(
 
 
 def apply_fsdp(model: Trunk, config: JobConfig, world: World, param_dtype: torch.dtype) -> None:
-    """Shard parameters over `dp_shard`, replicate over `dp_replicate`: FSDP2, HSDP, replication.
+    """Shard parameters over `dp_shard` and `cp`, replicate over `dp_replicate`: FSDP2, HSDP.
 
     One rank takes the same way: its shard is the whole parameter, its mixed precision FSDP2's.
 

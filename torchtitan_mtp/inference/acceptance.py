@@ -94,7 +94,10 @@ def text_agreement(model: Trunk, hiddens: Sequence[Tensor], labels: Tensor) -> T
     [B, S, n]."""
     if len(hiddens) == 1:
         return labels.new_zeros(4, 0)
-    choices = model.output.argmax(hiddens)  # [B, S, n]
+    choices, ranks = model.output.argmax(hiddens), model.context_parallel  # [B, S, n]
+    if ranks is not None:
+        choices, labels = ranks.whole(choices), ranks.whole(labels)
+        labels = labels if ranks.rank == 0 else torch.full_like(labels, IGNORE)  # it counts for all
     return count_agreement(choices[..., 1:], own_choices(choices, labels))
 
 

@@ -11,6 +11,7 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from torchtitan_mtp.data.targets import Documents
 from torchtitan_mtp.models.args import ModelArgs
+from torchtitan_mtp.models.context_parallel import ContextParallel
 from torchtitan_mtp.models.layers import NormParams
 from torchtitan_mtp.models.packed import PackedMask, attend_in_blocks, attend_in_documents
 from torchtitan_mtp.models.rope import apply_rope
@@ -21,11 +22,13 @@ class AttentionContext(NamedTuple):
 
     mask: None (causal); [B, 1, Q, K], a bool that is True where attention is allowed or a float
     that is added to the scores; or another form of `packed_mask`.
+    ranks: those whose keys and values queries see too, where sequences are spread.
     """
 
     cos: Tensor  # [B or 1, S, 1, rope_dim / 2] float32
     sin: Tensor
     mask: PackedMask | None
+    ranks: ContextParallel | None = None
 
     def run(
         self,
@@ -88,8 +91,10 @@ class Attention(nn.Module):
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         q = apply_rope(q, context.cos, context.sin).transpose(1, 2)  # [B, H, S, hd]
-        k = apply_rope(k, context.cos, context.sin).transpose(1, 2)
-        v = v.transpose(1, 2)
+        k = apply_rope(k, context.cos, context.sin)
+        if context.ranks is not None:
+            k, v = context.ranks.gather_kv(k, v)
+        k, v = k.transpose(1, 2), v.transpose(1, 2)
         if cache is not None:
             k, v = cache(k, v)
         out = attend(q, k, v, context.mask)

@@ -47,8 +47,9 @@ class TrunkOutput(NamedTuple):
 
     state [B, S, D]: the output of the last layer, before the final norm; or the input of the last
     layer, where the heads take that (`Heads.reads_before_last_layer`). context: what the attention
-    of all blocks shares. embedded [B, S+n-1, D]: embeddings of the batch's tokens and of the n - 1
-    after them, where the heads read these (`Heads.reads_future_tokens`).
+    of all blocks shares. embedded [B, W, S/W+n-1, D]: embeddings of the batch's tokens and of the
+    n - 1 after them, where the heads read these (`Heads.reads_future_tokens`), for each of W
+    contiguous pieces of the sequence: one, unless ranks share it.
     """
 
     state: Tensor

@@ -58,10 +58,13 @@ class LatentAttention(nn.Module):
         c, k_rope = self.wkv_a(x).split((shape.kv_lora_rank, shape.qk_rope_head_dim), dim=-1)
         q_rope = apply_rope(q_rope, context.cos, context.sin)
         k_rope = apply_rope(k_rope.unsqueeze(2), context.cos, context.sin)
-        c, k_rope = self.kv_norm(c).unsqueeze(1), k_rope.transpose(1, 2)  # [B, 1, S, rank or rope]
+        c = self.kv_norm(c).unsqueeze(2)  # [B, S, 1, rank]
+        if context.ranks is not None:
+            k_rope, c = context.ranks.gather_kv(k_rope, c)
+        c, k_rope = c.transpose(1, 2), k_rope.transpose(1, 2)  # [B, 1, S, rank or rope]
         if cache is not None:
             k_rope, c = cache(k_rope, c)  # [B, 1, K, rope], [B, 1, K, rank]
-        if c.shape[2] > x.shape[1]:
+        if cache is not None and c.shape[2] > x.shape[1]:
             out = self._attend_absorbed(q_nope, q_rope, c, k_rope, context)
         else:  # no cached positions: expanding each once costs less than wider products
             out = self._attend_expanded(q_nope, q_rope, c, k_rope, context)

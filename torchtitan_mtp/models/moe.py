@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torchtitan_mtp.models.args import MoEArgs
+from torchtitan_mtp.models.context_parallel import ContextParallel
 from torchtitan_mtp.models.layers import FeedForward
 from torchtitan_mtp.ops.grouped_linear import grouped_linear
 
@@ -111,16 +112,20 @@ class _AddLoss(torch.autograd.Function):
         return grad, torch.ones_like(ctx.saved_tensors[0])
 
 
-def sequence_balance_loss(scores: Tensor, chosen: Tensor) -> Tensor:
+def sequence_balance_loss(
+    scores: Tensor, chosen: Tensor, ranks: ContextParallel | None = None
+) -> Tensor:
     """Equations 17 to 20 without alpha, summed over sequences: scores [B, S, E], chosen [B, S, K].
 
     A sequence whose tokens spread evenly over the experts has 1, one that sends all of them to the
-    same K has up to E / K.
+    same K has up to E / K. Of a sequence that is spread over `ranks`, each has its tokens' share.
     """
     size, count, top_k = scores.shape[1], scores.shape[2], chosen.shape[2]
-    hits = torch.zeros_like(scores).scatter(-1, chosen, 1.0)
-    frequency = hits.sum(1) * (count / (top_k * size))  # f_i [B, E]
+    hits = torch.zeros_like(scores).scatter(-1, chosen, 1.0).sum(1)
     probability = (scores / scores.sum(-1, keepdim=True)).mean(1)  # P_i [B, E]
+    if ranks is not None:
+        size, hits, probability = size * ranks.size, ranks.sum(hits), probability / ranks.size
+    frequency = hits * (count / (top_k * size))  # f_i [B, E]
     return (frequency * probability).sum()
 
 
@@ -134,6 +139,7 @@ class MoE(nn.Module):
     expert_bias: Tensor
     tokens_per_expert: Tensor
     aux_loss_scale: Tensor
+    context_parallel: ContextParallel | None = None  # as the model's
 
     def __init__(self, dim: int, args: MoEArgs) -> None:
         super().__init__()
@@ -153,8 +159,8 @@ class MoE(nn.Module):
         tokens, top_k = x.flatten(0, 1), self.args.top_k  # [N, D], N = B * S
         scores, chosen, weights = self.router(tokens, self.expert_bias)
         if self.args.aux_loss_coeff and torch.is_grad_enabled():
-            by_sequence = (t.unflatten(0, x.shape[:2]) for t in (scores, chosen))
-            loss = self.aux_loss_scale * sequence_balance_loss(*by_sequence)
+            s, c = (t.unflatten(0, x.shape[:2]) for t in (scores, chosen))
+            loss = self.aux_loss_scale * sequence_balance_loss(s, c, self.context_parallel)
             weights = _AddLoss.apply(weights, loss)
         expert, order = chosen.flatten().sort(stable=True)  # [N * K]
         token = order.unsqueeze(1) // top_k  # [N * K, 1], of each row

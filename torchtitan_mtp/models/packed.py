@@ -61,7 +61,7 @@ def packed_mask(
     attn_type: on GPUs, "flex" or "varlen"; the latter where its kernels take such heads.
     """
     doc_ids, documents = batch.doc_ids, batch.documents
-    if not doc_ids.is_cuda or min(widths) < FLEX_MIN_WIDTH:
+    if not in_blocks(doc_ids, widths):
         return dense_mask(doc_ids)
     aligned = max(widths) <= FLASH_MAX_WIDTH and not any(w % FLASH_ALIGNED for w in widths)
     if attn_type == "varlen" and documents and aligned and dtype.itemsize == 2:
@@ -69,6 +69,11 @@ def packed_mask(
         torch._dynamo.maybe_mark_dynamic(documents.starts, 0)
         return documents
     return block_mask(doc_ids)
+
+
+def in_blocks(tokens: Tensor, widths: tuple[int, int]) -> bool:
+    """Whether FlexAttention's kernels run where `tokens` are, with heads of these widths."""
+    return tokens.is_cuda and min(widths) >= FLEX_MIN_WIDTH
 
 
 def dense_mask(doc_ids: Tensor) -> Tensor:
@@ -97,15 +102,15 @@ def block_mask(doc_ids: Tensor) -> BlockMask:
     whole = (first < first[:, None]) & (first >= start[:, last, None])
     whole &= (first + BLOCK <= seq)[:, None]  # as torch has it, queries past the end see nothing
     return BlockMask.from_kv_blocks(
-        *_listed(seen & ~whole),
-        *_listed(whole),
+        *list_blocks(seen & ~whole),
+        *list_blocks(whole),
         BLOCK_SIZE=BLOCK,
         mask_mod=visible,
         seq_lengths=(seq, seq),
     )
 
 
-def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
+def list_blocks(blocks: Tensor) -> tuple[Tensor, Tensor]:
     """Of blocks [B, Q, K], those that are True: how many in each row [B, 1, Q], and their numbers,
     which come first in [B, 1, Q, K]."""
     order = blocks.int().argsort(dim=-1, descending=True, stable=True)

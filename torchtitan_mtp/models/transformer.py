@@ -19,7 +19,7 @@ from torchtitan_mtp.models.init import init_weights
 from torchtitan_mtp.models.latent_attention import LatentAttention
 from torchtitan_mtp.models.layers import FeedForward, NormParams, normalize
 from torchtitan_mtp.models.moe import MoE
-from torchtitan_mtp.models.packed import packed_mask
+from torchtitan_mtp.models.packed import PackedMask, in_blocks, packed_mask
 from torchtitan_mtp.models.rope import rope_tables
 from torchtitan_mtp.models.trunk import Trunk, Unembedding
 
@@ -99,14 +99,19 @@ class Transformer(Trunk):
 
     def attention_context(self, batch: Batch, dtype: torch.dtype) -> AttentionContext:
         """Rotary angles and attention mask of a batch, whose states are of `dtype`."""
-        mask, latent, width = None, self.args.latent, self.args.head_dim
-        if self.args.attn_mask_type == "block_causal":
-            widths = (latent.qk_head_dim, latent.v_head_dim) if latent else (width, width)
+        mask: PackedMask | None = None
+        latent, width = self.args.latent, self.args.head_dim
+        widths = (latent.qk_head_dim, latent.v_head_dim) if latent else (width, width)
+        packed, ranks = self.args.attn_mask_type == "block_causal", self.context_parallel
+        if ranks is not None:
+            mask = ranks.mask(batch, packed, in_blocks(batch.tokens, widths))
+        elif packed:
             mask = packed_mask(batch, widths, dtype, self.attn_type)
         return AttentionContext(
             self.rope_cos[batch.positions].unsqueeze(2),  # [B, S, 1, hd/2]
             self.rope_sin[batch.positions].unsqueeze(2),
             mask,
+            ranks,
         )
 
     def _forward_trunk(self, batch: Batch) -> TrunkOutput:

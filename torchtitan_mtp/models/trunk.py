@@ -13,9 +13,10 @@ from torch.profiler import record_function
 from torchtitan_mtp.data.targets import Batch
 from torchtitan_mtp.models.args import ModelArgs, ModelSpec
 from torchtitan_mtp.models.attention import KVCache
+from torchtitan_mtp.models.context_parallel import CHUNKS, ContextParallel
 from torchtitan_mtp.models.heads import BlockContext, Heads, TrunkOutput, TrunkParts
 from torchtitan_mtp.models.moe import MoE
-from torchtitan_mtp.ops import LossOutput, chunked_argmax
+from torchtitan_mtp.ops import HeadByHeadLoss, LossOutput, chunked_argmax
 
 
 class Unembedding(nn.Linear):
@@ -72,6 +73,7 @@ class Trunk(nn.Module):
     output: Unembedding
     layers_name = "layers"
     softcap: float | None = None
+    context_parallel: ContextParallel | None = None  # the ranks that sequences are spread over
     native_blocks = True  # this project's: in decoding, several run as one, and steps are compiled
 
     @property
@@ -88,14 +90,20 @@ class Trunk(nn.Module):
         return self.tok_embeddings(tokens)
 
     def _embedded(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
-        """Embeddings of a batch's tokens [B, S, D], and of these and the tokens after them
-        [B, S+n-1, D] where heads read them."""
+        """Embeddings of a batch's tokens [B, S, D], and where heads read them, of these and the
+        tokens after them (`TrunkOutput.embedded`)."""
         if self.mtp is None or not self.mtp.reads_future_tokens:
             return self.tok_embeddings(batch.tokens), None
-        # Each token once, although up to n heads read it: the window is contiguous.
-        tokens = torch.cat((batch.tokens, batch.future_tokens[:, -1]), dim=1)
-        embedded = self.tok_embeddings(tokens)
-        return embedded[:, : batch.tokens.shape[1]].contiguous(), embedded
+        # Each token once, although up to n heads read it: what is contiguous is so with the n - 1
+        # tokens after it.
+        pieces = 1 if self.context_parallel is None else CHUNKS
+        tokens, after = (
+            x.unflatten(1, (pieces, batch.tokens.shape[1] // pieces))
+            for x in (batch.tokens, batch.future_tokens)
+        )
+        length = tokens.shape[2]
+        embedded = self.tok_embeddings(torch.cat((tokens, after[:, :, -1]), dim=2))
+        return embedded[:, :, :length].flatten(1, 2).contiguous(), embedded
 
     def _forward_trunk(self, batch: Batch) -> TrunkOutput:
         raise NotImplementedError
@@ -109,6 +117,13 @@ class Trunk(nn.Module):
         """The hidden states of the n heads: n tensors [B, S, D], each normalised."""
         trunk = self._forward_trunk(batch)
         return [self.norm(trunk.state)] if self.mtp is None else self.mtp(trunk)
+
+    def teach(self, head_loss: HeadByHeadLoss, state: Tensor) -> None:
+        """Give the heads after head 1 its state [B, S, D] to learn from."""
+        if self.context_parallel is None:
+            return head_loss.teach(state)
+        ahead = self.spec.num_future_tokens - 1
+        head_loss.teach(self.context_parallel.with_following(state.detach(), ahead), ahead)
 
     def spans(self, max_len: int) -> Callable[..., BlockContext]:
         """For decoding, what makes the context of a span of positions before `max_len`: of

@@ -45,7 +45,7 @@ def joint(
     head_loss = HeadByHeadLoss(head_scales, options)
     hiddens, groups = model(batch), [slice(0, None)]
     if options.target_loss is not None:
-        head_loss.teach(hiddens[0])
+        model.teach(head_loss, hiddens[0])
     if model.mtp is not None and model.mtp.detach_trunk:
         groups = [slice(0, 1), slice(1, None)]  # the others' must not train `output`
     outputs = []

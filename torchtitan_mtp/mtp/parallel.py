@@ -78,7 +78,7 @@ class IndependentHeads(Heads):
             with record_function(f"head {k}"):
                 hidden = self.hidden(k, leaf, context)
             if taught and k == 1:
-                head_loss.teach(hidden)
+                model.teach(head_loss, hidden)
             losses[k] = loss_backward(model, batch, head_loss, k, hidden, last)
             if leaf.grad is not None:
                 dz += leaf.grad

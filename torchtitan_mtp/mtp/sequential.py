@@ -62,13 +62,14 @@ class SequentialHead(nn.Module):
         cache: KVCache | None = None,
         trunk_norm: NormParams | None = None,
     ) -> Tensor:
-        """h_k [B, S, D], normalised, from h = h_{k-1} and emb [B, S, D].
+        """h_k [B, S, D], normalised, from h = h_{k-1} and emb [B, S, D] or [B, W, S/W, D].
 
         With `trunk_norm`, the trunk's final norm, h is the state before that norm, applied here.
         """
         if trunk_norm is not None:
             h = normalize(h, trunk_norm)
-        x = self.eh_proj(torch.cat((self.enorm(emb), self.hnorm(h)), dim=-1))  # [B, S, 2D] -> D
+        emb = self.enorm(emb).reshape(h.shape)
+        x = self.eh_proj(torch.cat((emb, self.hnorm(h)), dim=-1))  # [B, S, 2D] -> D
         return self.norm(context.run(self.block, x, cache))
 
     def init_std(self, name: str) -> float:
@@ -101,13 +102,13 @@ class SequentialHeads(Heads):
         return list(self.heads[: k - 1])
 
     def lookahead(self, embedded: Tensor, k: int) -> Tensor:
-        """Head k's input embeddings, those of t[i+k-1]: [B, S, D], a view of
+        """Head k's input embeddings, those of t[i+k-1]: [B, W, S/W, D], a view of
         `TrunkOutput.embedded`."""
-        seq_len = embedded.shape[1] - self.num_future_tokens + 1
-        return embedded[:, k - 1 : k - 1 + seq_len]
+        length = embedded.shape[2] - self.num_future_tokens + 1
+        return embedded[:, :, k - 1 : k - 1 + length]
 
     def hidden(self, k: int, h: Tensor, emb: Tensor, context: BlockContext) -> Tensor:
-        """h_k [B, S, D], k = 2..n, from h_{k-1} and its `lookahead` embeddings [B, S, D].
+        """h_k [B, S, D], k = 2..n, from h_{k-1} and its `lookahead` embeddings.
 
         h_2 comes from the trunk's state. The final norm is applied inside the module's call, so
         that checkpointing keeps that state alone for the backward."""
@@ -134,7 +135,7 @@ class SequentialHeads(Heads):
     ) -> dict[int, LossOutput]:
         """As `Heads.head_by_head`."""
         n = self.num_future_tokens
-        state, context, embedded = model.forward_trunk(batch)  # [B, S, D], [B, S+n-1, D]
+        state, context, embedded = model.forward_trunk(batch)  # [B, S, D], [B, W, S/W+n-1, D]
         assert embedded is not None
         trained = state.requires_grad
         into_trunk = trained and not self.detach_trunk
@@ -152,7 +153,7 @@ class SequentialHeads(Heads):
             states[k] = outputs[k].detach().requires_grad_()
         if head_loss.options.target_loss is not None:
             with torch.no_grad():
-                head_loss.teach(model.norm(states[1]))
+                model.teach(head_loss, model.norm(states[1]))
         begin_no_sync(model, (*model.layers.values(), *self.heads))
         for unit in fsdp_units(*self.heads):
             # What FSDP2 prefetches for the next backward would be freed before it.

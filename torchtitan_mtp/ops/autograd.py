@@ -32,11 +32,20 @@ class HeadByHeadLoss:
         self.head_scales, self.options = head_scales, options
         self.d_weight: Tensor | None = None
         self.teacher: Tensor | None = None  # [N, D]
+        self.teacher_rows: Tensor | None = None  # [N]
 
-    def teach(self, state: Tensor) -> None:
+    def teach(self, state: Tensor, lookahead: int = 0) -> None:
         """Head 1's state [B, S, D], for the heads after it: a copy, as its gradient takes its
-        place."""
-        self.teacher = state.detach().flatten(0, -2).clone()
+        place. Or, with `lookahead`, pieces of the sequences [B, W, S/W + lookahead, D], each with
+        the states after its own."""
+        self.teacher = state.detach().flatten(0, -2)
+        if lookahead:
+            rows = torch.arange(len(self.teacher), device=state.device).unflatten(
+                0, state.shape[:3]
+            )
+            self.teacher_rows = rows[..., :-lookahead].flatten()
+        else:
+            self.teacher = self.teacher.clone()
 
     def __call__(
         self,
@@ -57,7 +66,7 @@ class HeadByHeadLoss:
             self.d_weight = None
         scales = self.head_scales[first : first + len(hiddens)]
         how = (self.options, grad_scale, needs_grad, d_weight, True)
-        tensors = (weight, labels, scales, None, self.teacher, first)
+        tensors = (weight, labels, scales, None, self.teacher, self.teacher_rows, first)
         return LossOutput(*HeadsLoss.apply(*tensors, *how, *hiddens))
 
     def _weight_gradient(self, weight: Tensor, add_to_grad: bool) -> Tensor | None:
@@ -81,6 +90,7 @@ class HeadsLoss(torch.autograd.Function):
         head_scales,
         row_weights,
         teacher,
+        teacher_rows,
         first,
         options,
         scale,
@@ -98,8 +108,8 @@ class HeadsLoss(torch.autograd.Function):
         """
         mm = matmul_dtype(heads[0])
         scales = head_scales if scale is None else head_scales / scale
-        tensors = (list(heads), weight, labels, scales, row_weights, teacher, first)
-        arguments = (*tensors, mm, needs_grad, *options)
+        tensors = (list(heads), weight, labels, scales, row_weights, teacher, teacher_rows)
+        arguments = (*tensors, first, mm, needs_grad, *options)
         if torch.compiler.is_compiling():
             results = _heads_op(*arguments)
         else:
@@ -133,7 +143,7 @@ class HeadsLoss(torch.autograd.Function):
         d_weight, *d_hiddens = (next(rest) if need else None for need in ctx.needs_grad)
         if d_weight is not None:
             d_weight = d_weight.to(ctx.weight_dtype)
-        return d_weight, *(None,) * 10, *d_hiddens
+        return d_weight, *(None,) * 11, *d_hiddens
 
 
 def needs_gradient(tensor: Tensor) -> bool:
@@ -152,6 +162,7 @@ def _heads(
     head_scales: Tensor,
     row_weights: Tensor | None,
     teacher: Tensor | None,
+    teacher_rows: Tensor | None,
     first: int,
     mm: torch.dtype,
     needs_grad: list[bool],
@@ -171,6 +182,7 @@ def _heads(
             LossOptions(*options),
             row_weights=None if row_weights is None else row_weights[:, k],
             teacher=teacher if first + k else None,
+            teacher_rows=teacher_rows,
             ahead=first + k,
             need_d_hidden=needs_grad[1 + k],
             in_place=in_place,
@@ -191,14 +203,15 @@ _heads_op = torch.library.custom_op(
     _heads,
     mutates_args=(),
     schema="(Tensor[] hiddens, Tensor weight, Tensor labels, Tensor head_scales, "
-    "Tensor? row_weights, Tensor? teacher, int first, ScalarType mm, bool[] needs_grad, "
-    "int ignore_index, float z_loss, float? softcap, float label_smoothing, SymInt? chunk_rows, "
-    "str passes, bool bf16_logits, str? target_loss, float target_weight) -> Tensor[]",
+    "Tensor? row_weights, Tensor? teacher, Tensor? teacher_rows, int first, ScalarType mm, "
+    "bool[] needs_grad, int ignore_index, float z_loss, float? softcap, float label_smoothing, "
+    "SymInt? chunk_rows, str passes, bool bf16_logits, str? target_loss, float target_weight) "
+    "-> Tensor[]",
 )
 
 
 @_heads_op.register_fake
-def _(hiddens, weight, labels, head_scales, row_weights, teacher, first, mm, needs_grad, *_):  # type: ignore[no-untyped-def]
+def _(hiddens, weight, labels, scales, weights, teacher, rows, first, mm, needs_grad, *_):  # type: ignore[no-untyped-def]
     acc, n = accumulation_dtype(weight.dtype), len(hiddens)
     like = [torch.empty_like(weight, dtype=acc, memory_format=torch.contiguous_format)]
     like += [torch.empty_like(h, memory_format=torch.contiguous_format) for h in hiddens]

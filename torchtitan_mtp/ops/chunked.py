@@ -73,6 +73,7 @@ def head_loss_and_grad(
     *,
     row_weights: Tensor | None = None,
     teacher: Tensor | None = None,
+    teacher_rows: Tensor | None = None,
     ahead: int = 0,
     need_d_hidden: bool = True,
     in_place: bool = False,
@@ -84,7 +85,8 @@ def head_loss_and_grad(
 
     hidden [N, D]; weight [V, D]; labels [N]; row_weights [N], factors of the rows' losses.
     teacher: [N, D], states of the same unembedding, whose row i + ahead has the distribution that
-        row i learns (`LossOptions.target_loss`), for every row with a label.
+        row i learns (`LossOptions.target_loss`), for every row with a label; or with teacher_rows
+        [N] its row teacher_rows[i] + ahead, of any number.
     scale: [] factor of the gradients, None for 1. ``loss_sum`` is not scaled.
     in_place: the gradient overwrites ``hidden``.
     d_weight: [V, D] in `accumulation_dtype(weight.dtype)`; the weight's gradient is ADDED to it.
@@ -110,7 +112,7 @@ def head_loss_and_grad(
             weights = None if row_weights is None else row_weights[rows].to(acc)  # [C]
             taught = None  # [C, V]
             if teacher is not None:
-                t = _rows_ahead(teacher, rows, ahead).to(mm)  # [C, D]
+                t = _rows_ahead(teacher, rows, ahead, teacher_rows).to(mm)  # [C, D]
                 taught = project(t, weight, teachers[: t.shape[0]])
             how = (options, scale, weights, mm, need_grad, taught)
             part, grad, factor = chunk_losses(logits, labels[rows], *how)
@@ -170,9 +172,11 @@ def _row_chunks(labels: Tensor, ignore_index: int, chunk: int) -> Iterator[slice
         yield slice(start, min(start + chunk, n_rows))
 
 
-def _rows_ahead(teacher: Tensor, rows: slice | Tensor, ahead: int) -> Tensor:
+def _rows_ahead(teacher: Tensor, rows: slice | Tensor, ahead: int, places: Tensor | None) -> Tensor:
     """Rows [C, D] of `teacher`; where it ends before, the last one, for rows without a label."""
-    if isinstance(rows, slice):
+    if places is not None:
+        rows = places[rows]
+    elif isinstance(rows, slice):
         rows = torch.arange(rows.start, rows.stop, device=teacher.device)
     return teacher[(rows + ahead).clamp(max=len(teacher) - 1)]
 

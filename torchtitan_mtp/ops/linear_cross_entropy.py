@@ -77,7 +77,7 @@ def linear_cross_entropy(
     if row_weights is not None:
         columns = row_weights if row_weights.dim() == 2 else row_weights.unsqueeze(1)
         row_weights = columns.detach().expand(labels.shape)
-    tensors = (weight, labels, head_scales.detach(), row_weights, teacher, first)
+    tensors = (weight, labels, head_scales.detach(), row_weights, teacher, None, first)
     scale = fp16_gradient_scale(head_scales.detach(), heads[0])
     needs_grad = [needs_gradient(tensor) for tensor in (weight, *heads)]
     return LossOutput(*HeadsLoss.apply(*tensors, options, scale, needs_grad, None, False, *heads))

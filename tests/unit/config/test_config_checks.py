@@ -1,6 +1,7 @@
 """Configurations that can't be, each refused in one line that says why."""
 
 import json
+import re
 
 import pytest
 
@@ -10,6 +11,7 @@ from torchtitan_mtp.config.torchtitan import known_options
 from torchtitan_mtp.errors import UserError
 
 MTP = ["--model.converters", "mtp"]
+TAUGHT = ["--mtp.target", "trunk"]
 
 
 def refusal(*argv: str) -> str:
@@ -22,7 +24,8 @@ def refusal(*argv: str) -> str:
 
 UNSUPPORTED = [
     "parallelism.tensor_parallel_degree=2",
-    "parallelism.context_parallel_degree=2",
+    "parallelism.context_parallel_rotate_method=alltoall",
+    "parallelism.context_parallel_load_balancer=ptrr",
     "parallelism.pipeline_parallel_degree=2",
     "parallelism.expert_parallel_degree=2",
     "parallelism.expert_tensor_parallel_degree=2",
@@ -331,3 +334,28 @@ def test_weights_that_would_not_be_loaded_are_refused(argv):
     message = refusal(f"--checkpoint.{argv[0]}", *argv[1:])
     assert message.startswith(f"checkpoint.{argv[0]} = ")
     assert "needs checkpoint.enable = true" in message
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        (
+            ["--training.seq_len", "2050"],
+            "training.seq_len = 2050: expected a multiple of 8, for "
+            "parallelism.context_parallel_degree = 4 gives .*; the nearest is 2048",
+        ),
+        (["--training.seq_len", "3"], "training.seq_len = 3: .*; the nearest is 8"),
+        (
+            ["--validation.enable", "--validation.seq_len", "2060"],
+            "validation.seq_len = 2060: .*; the nearest is 2064",
+        ),
+        (["--model.name", "hf", "--model.hf_assets_path", "x"], 'model.name = "hf" has attention'),
+        (
+            [*MTP, *TAUGHT, "--mtp.num_future_tokens", "4", "--training.seq_len", "16"],
+            "mtp.num_future_tokens = 4: .*; expected at most 3",
+        ),
+    ],
+)
+def test_sequences_that_ranks_cannot_share(more, expected):
+    message = refusal("--parallelism.context_parallel_degree", "4", *more)
+    assert re.search(expected, message) and "context_parallel_degree = " in message

@@ -11,9 +11,9 @@ from torchtitan_mtp.config import Comm, Parallelism
 from torchtitan_mtp.distributed import mesh
 from torchtitan_mtp.distributed.mesh import (
     GPU_NODES,
-    data_degrees,
     launched,
     local_device,
+    mesh_degrees,
     record_collectives,
 )
 from torchtitan_mtp.errors import UserError
@@ -21,31 +21,58 @@ from torchtitan_mtp.inference.load import find_device
 
 
 @pytest.mark.parametrize(
-    ("replicate", "shard", "world", "expected"),
+    ("degrees", "world", "expected"),
     [
-        (1, -1, 1, (1, 1)),
-        (1, -1, 8, (1, 8)),
-        (2, -1, 8, (2, 4)),
-        (8, -1, 8, (8, 1)),
-        (4, 2, 8, (4, 2)),
+        ((1, -1, 1), 1, (1, 1, 1)),
+        ((1, -1, 1), 8, (1, 8, 1)),
+        ((2, -1, 1), 8, (2, 4, 1)),
+        ((8, -1, 1), 8, (8, 1, 1)),
+        ((4, 2, 1), 8, (4, 2, 1)),
+        ((1, -1, 4), 8, (1, 2, 4)),
+        ((2, -1, 2), 8, (2, 2, 2)),
+        ((1, 1, 8), 8, (1, 1, 8)),
     ],
 )
-def test_degrees(replicate, shard, world, expected):
-    parallelism = Parallelism(
-        data_parallel_replicate_degree=replicate, data_parallel_shard_degree=shard
-    )
-    assert data_degrees(parallelism, world) == expected
+def test_degrees(degrees, world, expected):
+    assert mesh_degrees(Parallelism(*degrees), world) == expected
 
 
 @pytest.mark.parametrize(
-    ("replicate", "shard", "world"), [(3, -1, 8), (1, 4, 8), (2, 8, 8), (0, -1, 8), (-1, -1, 8)]
+    ("degrees", "advice"),
+    [
+        ((3, -1, 1), ""),
+        ((1, 4, 1), ""),
+        ((2, 8, 1), ""),
+        ((0, -1, 1), ""),
+        ((-1, -1, 1), ""),
+        ((1, -1, 3), " and the context degree to 2"),
+        ((2, -1, 8), " and the context degree to 4"),
+        ((1, 8, 0), " and the context degree to 1"),
+    ],
 )
-def test_degrees_that_do_not_make_the_world(replicate, shard, world):
-    parallelism = Parallelism(
-        data_parallel_replicate_degree=replicate, data_parallel_shard_degree=shard
+def test_degrees_that_do_not_make_the_world(degrees, advice):
+    replicate, shard, cp = degrees
+    with pytest.raises(UserError) as caught:
+        mesh_degrees(Parallelism(*degrees), 8)
+    assert str(caught.value) == (
+        f"parallelism.data_parallel_replicate_degree = {replicate} times "
+        f"data_parallel_shard_degree = {shard} times context_parallel_degree = {cp} must be the "
+        f"number of ranks, 8; set the shard degree to -1 for what is left{advice}, or change the "
+        "number of ranks"
     )
-    with pytest.raises(UserError, match=rf"replicate_degree = {replicate} .*number of ranks, 8"):
-        data_degrees(parallelism, world)
+
+
+def test_who_reads_what():
+    """Ranks of one sequence are neighbours and read the same windows."""
+    alone = mesh.World(5, 8, torch.device("cpu"), None)
+    assert (alone.data_rank, alone.data_size) == (5, 8)
+
+    class Two:
+        size = 2
+
+    shared = [mesh.World(r, 8, torch.device("cpu"), None, Two()) for r in range(8)]
+    assert [world.data_rank for world in shared] == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert {world.data_size for world in shared} == {4}
 
 
 def cannot(reason):

@@ -14,7 +14,11 @@ class Parallelism:
     """Replicas of the (sharded) model."""
 
     data_parallel_shard_degree: int = setting(-1, at_least=1, special=(-1,))
-    """Ranks over which FSDP2 shards parameters; -1: all that remain."""
+    """Ranks with data of their own, over which FSDP2 shards parameters; -1: all that remain."""
+
+    context_parallel_degree: int = setting(1, at_least=1)
+    """Ranks that share each sequence, a part for each; parameters are sharded over them too. What
+    is said of a rank's sequences and batches is of all of these together."""
 
     fsdp_reshard_after_forward: Literal["default", "always", "never"] = "default"
     """Whether a block's gathered parameters are freed after its forward."""
