@@ -57,10 +57,22 @@ def attend(
         return attend_in_blocks(q, k, v, mask, scale)
     if isinstance(mask, Documents):
         return attend_in_documents(q, k, v, mask, scale)
+    if mask is not None and mask.is_floating_point() and k.shape[1] != q.shape[1]:
+        return _attend_in_groups(q, k, v, mask, scale)
     options: dict[str, Any] = {"scale": scale, "enable_gqa": k.shape[1] != q.shape[1]}
     # A single query, the newest, sees every key, those in the cache included.
     causal = mask is None and q.shape[2] > 1
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, **options)
+
+
+def _attend_in_groups(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | None) -> Tensor:
+    """A few queries of decoding, of grouped heads: a group's count as further queries of one head.
+    On GPUs, kernels that take a mask take no groups, and what is left repeats keys and values."""
+    size = q.shape[2]
+    q = q.unflatten(1, (k.shape[1], -1)).flatten(2, 3)  # [B, KV, H / KV * Q, d]
+    mask = mask.repeat(1, 1, q.shape[2] // size, 1)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    return out.unflatten(2, (-1, size)).flatten(1, 2)
 
 
 class Attention(nn.Module):

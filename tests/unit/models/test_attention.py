@@ -12,6 +12,7 @@ from tests.naive import rotate
 from tests.small import ARGS, small_model, small_window
 from torchtitan_mtp.data.targets import make_batch
 from torchtitan_mtp.models.args import RoPEScaling
+from torchtitan_mtp.models.attention import attend
 from torchtitan_mtp.models.rope import apply_rope, rope_tables
 
 
@@ -83,6 +84,23 @@ def test_llama_3_1_scaling(scaling):
         for table, function in ((cos, torch.cos), (sin, torch.sin)):
             row = function(position * angles)
             torch.testing.assert_close(table[position].double(), row, atol=1e-6, rtol=0)
+
+
+def test_grouped_heads_under_an_added_mask():
+    """As decoding has them, against softmax(q k) v written out, head by head."""
+    generator = torch.Generator().manual_seed(0)
+    batch, heads, groups, queries, keys, width = 2, 6, 2, 3, 7, 4
+    q = torch.randn(batch, heads, queries, width, generator=generator)
+    k, v = (torch.randn(batch, groups, keys, width, generator=generator) for _ in range(2))
+    seen = torch.rand(batch, 1, queries, keys, generator=generator) < 0.6
+    seen[..., 0] = True
+    mask = torch.zeros(seen.shape).masked_fill(~seen, -torch.inf)
+    found = attend(q, k, v, mask)
+    assert found.shape == q.shape
+    for head in range(heads):
+        own = head // (heads // groups)
+        scores = q[:, head] @ k[:, own].mT / width**0.5 + mask[:, 0]
+        torch.testing.assert_close(found[:, head], scores.softmax(-1) @ v[:, own])
 
 
 def test_causal_attention_ignores_documents_unless_asked():
