@@ -22,7 +22,7 @@ from torch import Tensor
 from torchtitan_mtp.checkpoint.load import names_line
 from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.formats.names import swap_halves
-from torchtitan_mtp.formats.native_modules import COPIES, Contract, architecture_of
+from torchtitan_mtp.formats.native_modules import COPIES, Contract, architecture_of, contract_of
 from torchtitan_mtp.formats.read import Kind, difference, hf_tensors
 from torchtitan_mtp.formats.write import DTYPES
 from torchtitan_mtp.models.hf import HFTrunk
@@ -152,8 +152,11 @@ class TrunkFolder:
     def ignored(self, name: str) -> bool:
         """Whether a name on disk is one that transformers leaves out, too: of modules that predict
         further tokens, and tables that follow from the config."""
-        known = self.causal._keys_to_ignore_on_load_unexpected or ()
-        return bool(self.place(name)) or any(re.search(p, name) for p in (*known, *_LEFT_OUT))
+        known, contract = self.causal._keys_to_ignore_on_load_unexpected or (), self._contract
+        contract = contract or contract_of(self.model.spec)
+        if contract is not None and contract.place(name, self.model.args.n_layers):
+            return True
+        return any(re.search(p, name) for p in (*known, *_LEFT_OUT))
 
     # ------------------------------------------------------------- tensors
 

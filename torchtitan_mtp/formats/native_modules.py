@@ -22,9 +22,11 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from torchtitan_mtp.config import MTP
 from torchtitan_mtp.models.args import ModelSpec
 
 _OURS = ("enorm", "hnorm", "eh_proj", "norm")
@@ -111,6 +113,16 @@ def architecture_of(spec: ModelSpec) -> str:
 def contract_of(spec: ModelSpec) -> Contract | None:
     """Of a trunk of transformers; None where no engine knows modules of it."""
     return CONTRACTS.get(architecture_of(spec))
+
+
+def heads_in(architecture: str, layers: int, names: Iterable[str]) -> MTP | None:
+    """The heads that tensors of these names are, beside a trunk of so many layers; None: none."""
+    contract = CONTRACTS[architecture]
+    places = [contract.place(name, layers) for name in names]
+    if not (modules := {place[0] for place in places if place}):
+        return None
+    state, n = contract.trunk_state, max(modules) + 2
+    return MTP(heads="sequential", num_future_tokens=n, trunk_state=state)
 
 
 def applied_otherwise(spec: ModelSpec, architecture: str) -> str:

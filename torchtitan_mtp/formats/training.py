@@ -23,7 +23,14 @@ from torchtitan_mtp.formats.exporting import export_checkpoint, formats_for, ref
 from torchtitan_mtp.formats.formats import FORMATS
 from torchtitan_mtp.formats.hf_trunk import TrunkFolder
 from torchtitan_mtp.formats.importing import format_of, inward, open_model
-from torchtitan_mtp.formats.native_modules import Contract, contract_of, misfit
+from torchtitan_mtp.formats.native_modules import (
+    CONTRACTS,
+    Contract,
+    contract_of,
+    heads_in,
+    misfit,
+)
+from torchtitan_mtp.formats.read import hf_tensors
 from torchtitan_mtp.formats.same import SAME, refusal_of_same
 from torchtitan_mtp.models.args import ModelSpec
 from torchtitan_mtp.models.hf import HFTrunk
@@ -51,7 +58,8 @@ def load_hf_weights(
 
 def config_of_hf(path: Path) -> JobConfig:
     """The configuration of a run of the model in an HF folder, with the folder's tokenizer: in
-    this project's code where a format knows it, else in transformers' own.
+    this project's code where a format knows it, else in transformers' own; with the heads that the
+    folder has modules of.
 
     Raises:
         UserError: no readable config.json, or a model that neither knows.
@@ -69,6 +77,10 @@ def config_of_hf(path: Path) -> JobConfig:
         longest = getattr(theirs, "max_position_embeddings", 2048)
         config.model.name = "hf"
         config.training.seq_len = config.validation.seq_len = longest
+        kind = next(iter(theirs.architectures or []), "")
+        names = hf_tensors(path).kinds if kind in CONTRACTS else ()
+        if names and (heads := heads_in(kind, theirs.num_hidden_layers, names)):
+            config.model.converters, config.mtp = ["mtp"], heads
     else:
         write_spec_to_config(config, spec)
     return config

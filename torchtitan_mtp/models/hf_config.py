@@ -44,6 +44,9 @@ def read_config(folder: str) -> Any:
             with a language model in it that transformers loads alone.
     """
     package = transformers('model.name = "hf"')
+    if not Path(folder, "config.json").is_file():
+        wanted = "expected the folder of a model of transformers (model.hf_assets_path; --from)"
+        raise UserError(f"{folder}: no config.json in it; {wanted}")
     try:
         told, _ = package.PretrainedConfig.get_config_dict(folder, local_files_only=True)
         if told.get("model_type") == "mimo":  # Qwen2's code, but for its modules

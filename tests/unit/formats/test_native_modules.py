@@ -28,6 +28,7 @@ from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.formats import export_checkpoint
 from torchtitan_mtp.formats.hf_trunk import TrunkFolder
 from torchtitan_mtp.formats.training import load_hf_weights
+from torchtitan_mtp.inference import generate, load_for_inference
 from torchtitan_mtp.models.hf import HFTrunk
 
 INDEX = "model.safetensors.index.json"
@@ -128,6 +129,21 @@ def test_heads_are_the_modules_of_the_folder(name: str, tmp_path: Path) -> None:
         wanted = formula(name, deeper, tensors_of(tmp_path / "model"), batch, modules + 1)
         for ours, theirs in zip(model(batch), wanted, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["glm4_moe", "qwen3_next"])
+def test_a_folder_decodes_with_its_modules(name: str, tmp_path: Path) -> None:
+    """And heads of another family begin on it without them, whatever their layers' numbers are."""
+    modules = RELEASED[name].modules
+    source = tmp_path / "model"
+    write_native(source, name, modules)
+    model, _, _ = load_for_inference(source)
+    wanted = loaded(source, config_of(source, modules + 1, False))
+    batch = batch_of(modules + 1)
+    assert all(torch.equal(*pair) for pair in zip(model(batch), wanted(batch), strict=True))
+    generate(model, [[5, 6, 7]], 4, eos_id=[], speculative=True)
+    other = loaded(source, config_of(source, 2, False, heads="parallel"))
+    assert torch.equal(other.output.weight, wanted.output.weight)
 
 
 def in_turn(values: Iterable[Any]) -> list[Any]:
