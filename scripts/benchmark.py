@@ -5,13 +5,26 @@ from __future__ import annotations
 import sys
 
 import tyro
-from benchmarks import busy, checkpoint, decode, gemm, gpu, heads, loss, speed, targets, train
+from benchmarks import (
+    busy,
+    checkpoint,
+    decode,
+    gemm,
+    gpu,
+    heads,
+    loss,
+    memory,
+    speed,
+    targets,
+    train,
+)
 
 from torchtitan_mtp.errors import UserError
 
 COMMANDS = {
     "loss": loss.run,
     "heads": heads.run,
+    "memory": memory.run,
     "speed": speed.run,
     "train": train.run,
     "targets": targets.run,

@@ -48,8 +48,7 @@ def run(
         checkpoint: a step-N folder, a run's folder or a Hugging Face folder, with heads.
         prompts: texts to continue, one at a time.
         max_new_tokens: tokens of each continuation.
-        modes: eager, compiled (a whole step as one graph); on a GPU also graphs (a step launched as
-            one CUDA graph) and compiled_graphs.
+        modes: eager, compiled (a whole step as one graph).
         drafts: how many a step, a line each; default: as many as the heads can.
         repeats: the fastest counts.
         threads: of torch, on CPUs.
@@ -80,10 +79,7 @@ def row(
     repeats: int,
 ) -> dict[str, Any]:
     """One line of the table."""
-    layers, how = (
-        len(model.layers),
-        {"compile": "compiled" in mode, "cuda_graphs": "graphs" in mode},
-    )
+    compile, layers = mode == "compiled", len(model.layers)
     seconds, steps = {False: 0.0, True: 0.0}, {False: 0, True: 0}
     for text in texts:
         best, count = {False: float("inf"), True: float("inf")}, {}
@@ -95,7 +91,7 @@ def row(
                     max_new_tokens,
                     speculative=speculative,
                     num_draft=drafts,
-                    **how,
+                    compile=compile,
                 ).stats
                 if attempt:
                     spent = stats.seconds - stats.prompt_seconds
@@ -106,7 +102,7 @@ def row(
             steps[speculative] += count[speculative]
     per_step, gain = steps[False] / steps[True], seconds[False] / seconds[True]
     bound = per_step * layers / (layers + drafts)
-    cost = cost_of_tokens(model, texts[0], 1 + drafts, how, repeats)
+    cost = cost_of_tokens(model, texts[0], 1 + drafts, compile, repeats)
     trunk, drafting = products(model, drafts)
     limit = per_step * trunk / (trunk + drafting) / cost
     return {
@@ -137,11 +133,9 @@ def products(model: Trunk, drafts: int) -> tuple[int, int]:
 
 
 @torch.inference_mode()
-def cost_of_tokens(
-    model: Trunk, text: list[int], n: int, how: dict[str, bool], repeats: int
-) -> float:
+def cost_of_tokens(model: Trunk, text: list[int], n: int, compile: bool, repeats: int) -> float:
     """Time of the trunk's forward over n tokens after `text` over that over one."""
-    decoder = Decoder(model, [text], 200, 0, Sampler(), **how)
+    decoder = Decoder(model, [text], 200, 0, Sampler(), compile)
     decoder.prefill()
     seconds = []
     for drafts in (0, n - 1):

@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 
+from benchmarks import fake_gpu as fake
 from benchmarks.head_peers import PEERS
 from benchmarks.measure import (
     Measurement,
     fastest,
+    in_process,
     matmul_flops_per_second,
     measure,
 )
@@ -21,7 +23,6 @@ from torchtitan_mtp.config import Optimizer as OptimizerConfig
 from torchtitan_mtp.data.targets import IGNORE, Batch, Window, make_batch
 from torchtitan_mtp.distributed.activation_checkpoint import apply_activation_checkpointing
 from torchtitan_mtp.models.args import ModelArgs
-from torchtitan_mtp.models.init import init_weights
 from torchtitan_mtp.models.transformer import Transformer, build_model
 from torchtitan_mtp.monitoring.flops import forward_backward_flops_per_token
 from torchtitan_mtp.mtp import ENGINES, add_heads, head_scales, head_weights
@@ -49,6 +50,7 @@ def run(
     dtype: str = "float32",
     repeats: int = 3,
     rounds: int = 2,
+    fake_gpu: bool = False,
     json: Path | None = None,
     plot: Path | None = None,
 ) -> None:
@@ -69,11 +71,15 @@ def run(
         dtype: dtype of parameters and products.
         repeats: timed steps a process; the smallest counts.
         rounds: processes a case, taken in turn, so that other load falls on all alike.
+        fake_gpu: memory alone, as tensors have it on a GPU, without one.
         json: file for the figures.
         plot: PNG file for a bar chart.
     """
     sizes = {"layers": layers, "dim": dim, "vocab": vocab, "seq_len": seq_len}
     sizes |= {"batch_size": batch_size, "ac": ac, "dtype": dtype}
+    if fake_gpu:
+        rows = memory_table(heads, cases, sizes)
+        return report(rows, json, plot, bars=("peak MiB",))
     rows = table(heads, cases, sizes, repeats, rounds)
     report(rows, json, plot, bars=("s", "peak MiB"))
 
@@ -104,6 +110,29 @@ def table(
     flops = tokens * max(flops_per_token(case, n, sizes) for case, n in plan)
     limit = Measurement(flops / max(rates), flops / max(rates), 0.0)
     return [*rows, _row("limit: measured matmul rate", biggest, flops / base_flops, limit, base)]
+
+
+def memory_table(
+    heads: tuple[int, ...], cases: tuple[str, ...], sizes: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """Rows as those of `table`, of what a fake GPU can tell."""
+    plan = [("plain", 1)] + [(case, n) for n in heads if n > 1 for case in cases]
+    peaks = [in_process(_peak_on_fake_gpu, case, n, sizes) for case, n in plan]
+    return [
+        {"case": case, "n": n, "peak MiB": peak, "peak / n=1": peak / peaks[0]}
+        for (case, n), peak in zip(plan, peaks, strict=True)
+    ]
+
+
+def _peak_on_fake_gpu(case: str, n: int, sizes: dict[str, Any]) -> float:
+    model, mtp = model_of(case, n, sizes)
+    with fake.fake_gpu(replicas=1, shards=1) as (world, allocations):
+        fake.put_on(model, world.device)
+        step = steps_of(model, mtp, case, sizes, world.device)
+        before = allocations.alive
+        allocations.begin()
+        step()
+        return (allocations.peak - before) / 2**20
 
 
 def _row(case: str, n: int, flops: float, found: Measurement, base: Measurement) -> dict[str, Any]:
@@ -145,11 +174,19 @@ def prepare(case: str, n: int, **sizes: Any) -> Callable[[], None]:
     """A model and optimizer after one step, whose gradients are still there; the next steps."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, mtp = model_of(case, n, sizes)
+    model.to_empty(device=device)
+    model.init_weights(seed=0)
+    return steps_of(model, mtp, case, sizes, device)
+
+
+def steps_of(
+    model: Transformer, mtp: MTP, case: str, sizes: dict[str, Any], device: torch.device
+) -> Callable[[], None]:
+    """As `prepare`, of a model that is there."""
+    n = mtp.num_future_tokens
     # A peer's heads are checkpointed as the mode says, no more.
     engine = "head_by_head" if case in PEERS else mtp.engine
     apply_activation_checkpointing(model, ActivationCheckpoint(mode=sizes["ac"]), engine)
-    model.to_empty(device=device)
-    init_weights(model, seed=0)
     optimizer = build_optimizer(model.parameters(), OptimizerConfig())
     batch = random_batch(sizes, n, device)
     valid = (batch.labels != IGNORE).sum((0, 1))

@@ -20,7 +20,7 @@ from torch.distributed.fsdp import FSDPModule
 from torchtitan_mtp.data.targets import Batch
 from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.models.trunk import Trunk
-from torchtitan_mtp.mtp.schedule import end_no_sync
+from torchtitan_mtp.mtp.schedule import reshard_again
 from torchtitan_mtp.ops import HeadByHeadLoss, LossOptions, LossOutput
 
 
@@ -70,7 +70,7 @@ def head_by_head(
         return joint(model, batch, head_scales, options, reduce)
     head_loss = HeadByHeadLoss(head_scales, options)
     outputs = model.mtp.head_by_head(model, batch, head_loss, reduce)
-    end_no_sync(model)
+    reshard_again(model.output, model)
     return _together([outputs[k] for k in sorted(outputs)])
 
 

@@ -31,6 +31,7 @@ from torchtitan_mtp.mtp.schedule import (
     head_order,
     loss_backward,
     next_backward_is_last,
+    reshard_again,
     sync_in_next_backward,
 )
 from torchtitan_mtp.ops import HeadByHeadLoss, LossOutput
@@ -83,6 +84,7 @@ class IndependentHeads(Heads):
             if leaf.grad is not None:
                 dz += leaf.grad
         if z.requires_grad:
+            reshard_again(model.output)
             next_backward_is_last(model, reduce)
             with record_function("backward of the trunk"):
                 z.backward(dz.to(z.dtype))

@@ -96,8 +96,9 @@ def next_backward_is_last(model: Trunk, reduce: bool) -> None:
         hook = model.output.weight.register_post_accumulate_grad_hook(cast)
 
 
-def end_no_sync(model: Trunk) -> None:
-    """Undo `begin_no_sync`: reshard what was kept unsharded."""
-    for unit in fsdp_units(model.output, model):
+def reshard_again(*modules: nn.Module) -> None:
+    """Undo `begin_no_sync` for what no later head needs: `output` before the trunk's backward, in
+    which it would stand beside the blocks; in the end the root."""
+    for unit in fsdp_units(*modules):
         unit.set_reshard_after_backward(True, recurse=False)
         unit.reshard()

@@ -38,6 +38,7 @@ from torchtitan_mtp.mtp.schedule import (
     head_order,
     loss_backward,
     next_backward_is_last,
+    reshard_again,
     sync_in_next_backward,
 )
 from torchtitan_mtp.ops import HeadByHeadLoss, LossOutput
@@ -185,6 +186,7 @@ class SequentialHeads(Heads):
                     assert grad is not None
                     self.lookahead(d_embedded, k).add_(grad)
             elif trained:
+                reshard_again(model.output)
                 next_backward_is_last(model, reduce)
                 roots, d_roots = [output], [state.grad]
                 if d_embedded is not None:

@@ -95,8 +95,6 @@ def head_loss_and_grad(
     """
     acc, mm = accumulation_dtype(hidden.dtype), mm or matmul_dtype(hidden)
     device, need_grad = hidden.device, need_d_hidden or d_weight is not None
-    if not need_grad and options.passes == "compiled":  # a loss alone is not worth compiling
-        options = options._replace(passes="eager", bf16_logits=False)
     weight, buffer = _weight_and_buffer(hidden, weight, mm, options)
     teachers = torch.empty_like(buffer if teacher is not None else buffer[:0])
     dtypes = (acc, torch.int64, torch.int64)
@@ -123,6 +121,7 @@ def head_loss_and_grad(
             if d_hidden is not None:  # last, for `h` may be a view of what it overwrites
                 d_h = _times_weight(grad, weight)
                 d_hidden[rows] = (d_h if factor is None else d_h * factor).to(hidden.dtype)
+            del grad  # [C, V], before the next chunk's is made
     if d_hidden is not None and device.type == "cpu":  # where such rows are left out
         d_hidden.masked_fill_((labels == options.ignore_index).unsqueeze(1), 0)
     return losses, d_hidden
