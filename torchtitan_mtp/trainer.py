@@ -98,7 +98,7 @@ class Trainer:
         stored, vocabulary = getattr(torch, training.dtype), self.tokenizer.vocab_size
         model = model_from_config(config, vocabulary, stored, earlier=earlier)
         if config.checkpoint.last_save_in_hf:
-            hf_format(model.spec)  # before the training, not after it
+            hf_format(model.spec, config.model.hf_assets_path)  # before the training, not after it
         self.accumulation = micro_batches_per_step(config, self.world.data_size)
         rank, size, accumulation = self.world.data_rank, self.world.data_size, self.accumulation
         self.ranks.on_all(

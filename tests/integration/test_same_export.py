@@ -172,6 +172,12 @@ def test_a_run_that_no_folder_can_hold_does_not_begin(tmp_path: Path) -> None:
     keys = frozen(tmp_path / "model", **{"checkpoint.last_save_in_hf": True})
     with pytest.raises(UserError, match="no engine knows modules beside LlamaForCausalLM"):
         Trainer(config_of(tmp_path, keys))
+    write_native(tmp_path / "pickled", "glm4_moe")
+    torch.save(tensors_of(tmp_path / "pickled"), tmp_path / "pickled" / "pytorch_model.bin")
+    for file in (tmp_path / "pickled").glob("model*"):
+        file.unlink()
+    with pytest.raises(UserError, match="pickled has no safetensors files; save it as such first"):
+        Trainer(config_of(tmp_path, keys | {"model.hf_assets_path": str(tmp_path / "pickled")}))
 
 
 def test_another_model_is_not_written_into_the_folder(tmp_path: Path, capsys: Any) -> None:

@@ -45,10 +45,13 @@ _WEIGHTS = ("safetensors", "bin", "bin.index.json", "pt", "pth", "gguf", "h5", "
 _LEFT_OUT = shutil.ignore_patterns(".cache", ".git", *(f"*.{kind}" for kind in _WEIGHTS))
 
 
-def refusal_of_same(spec: ModelSpec) -> str:
-    """Why a model can't go back into its folder, and what can be done; "" where it can."""
+def refusal_of_same(spec: ModelSpec, path: str = "") -> str:
+    """Why a model can't go back into its folder, that at `path`, and what can be done; "" where it
+    can."""
     if spec.hf_config is None:
         return 'goes back into a folder that a run with model.name = "hf" began from; take another'
+    if path and not any(Path(path).glob("*.safetensors")):
+        return f"{path} has no safetensors files; save it as such first"
     if not spec.heads or not (why := misfit(spec)):
         return ""
     kind = architecture_of(spec)

@@ -148,11 +148,11 @@ def _warn_of_lost_modules(path: Path, model: HFTrunk, contract: Contract) -> Non
         logger.warning("%s; the heads start anew, as mtp.init says", lost)
 
 
-def hf_format(spec: ModelSpec) -> str:
+def hf_format(spec: ModelSpec, origin: str = "") -> str:
     """The HF format for a model, the first in the order of `FORMATS`; of a trunk of transformers
-    `SAME`. Error: there is none."""
+    `SAME`, of the folder `origin`. Error: there is none."""
     if spec.hf_config is not None:
-        if why := refusal_of_same(spec):
+        if why := refusal_of_same(spec, origin):
             raise UserError(f"checkpoint.last_save_in_hf = true: {why}; unset it")
         return SAME
     for name in formats_for(spec):
