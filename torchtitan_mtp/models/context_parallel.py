@@ -76,7 +76,8 @@ class ContextParallel:
         starts = self.whole(chunks[:, :, :count].flatten(1, 2))  # [B, 2 * size * count, D]
         starts = starts.unflatten(1, (CHUNKS * self.size, count))
         starts = torch.cat((starts, torch.zeros_like(starts[:, :1])), dim=1)
-        following = starts[:, [self.rank + 1, CHUNKS * self.size - self.rank]]
+        after = (self.rank + 1, CHUNKS * self.size - self.rank)
+        following = torch.stack([starts[:, chunk] for chunk in after], dim=1)  # [B, 2, count, D]
         return torch.cat((chunks, following), dim=2)
 
     def mask(self, batch: Batch, packed: bool, blocks: bool) -> Tensor | BlockMask:
