@@ -1,4 +1,5 @@
-"""How often FSDP2 gathers and reduces with n heads: `output` once, trunk blocks as without MTP."""
+"""How often FSDP2 gathers and reduces with n heads: `output` once, trunk blocks as without MTP, and
+once where they stay gathered."""
 
 from __future__ import annotations
 
@@ -29,15 +30,20 @@ MODELS = {
 }
 
 
+KEPT = ["plain", "joint 2", "head_by_head 2", "chain 6"]
+
+
 def steps_on_rank(rank: int):
-    return {name: collectives_of_a_step(mtp) for name, mtp in MODELS.items()}
+    found = {name: collectives_of_a_step(mtp) for name, mtp in MODELS.items()}
+    return found, {name: collectives_of_a_step(MODELS[name], "never") for name in KEPT}
 
 
-def collectives_of_a_step(mtp: MTP) -> tuple[Counter[str], Counter[str]]:
+def collectives_of_a_step(mtp: MTP, reshard: str = "default") -> tuple[Counter[str], Counter[str]]:
     """Unit -> how often its parameters were gathered, and its gradients reduced, in the third step
     of one micro-batch."""
     config = JobConfig()
     config.mtp = mtp
+    config.parallelism.fsdp_reshard_after_forward = reshard
     world = init_world(config.parallelism)
     model = add_heads(build_model(ARGS), mtp)
     model = parallelize(model, config, world, torch.float32, seed=0)
@@ -71,10 +77,12 @@ def collectives_of_a_step(mtp: MTP) -> tuple[Counter[str], Counter[str]]:
 def test_heads_add_only_their_own_collectives():
     results = run_ranks(2, steps_on_rank, timeout=200)
     assert results[0] == results[1]
-    plain_gathered, plain_reduced = results[0].pop("plain")
+    found, kept = results[0]
+    plain_gathered, plain_reduced = found.pop("plain")
     assert plain_gathered["output"] == 1 and plain_gathered["layers.0.attention.wq"] == 2
+    assert plain_gathered["tok_embeddings"] == 1  # its backward does not read it
     last = f"layers.{ARGS.n_layers - 1}.attention.wq"  # head 1: no longer the model's last block
-    for name, (gathered, reduced) in results[0].items():
+    for name, (gathered, reduced) in found.items():
         own = {unit: k for unit, k in gathered.items() if unit.startswith("mtp.")}
         trunk = {unit: k for unit, k in gathered.items() if unit not in own}
         assert len(own) == MODELS[name].num_future_tokens - 1
@@ -82,3 +90,6 @@ def test_heads_add_only_their_own_collectives():
         once = name.startswith("head_by_head")  # its backward follows its forward at once
         assert all(k == 1 if once else k <= 2 for k in (*own.values(), trunk[last])), (name, own)
         assert reduced == Counter([*plain_reduced, *own]), name
+    for name, (gathered, reduced) in kept.items():
+        assert gathered == reduced, name
+        assert set(gathered.values()) == {1}, name

@@ -85,12 +85,16 @@ def apply_fsdp(model: Trunk, config: JobConfig, world: World, param_dtype: torch
         at_once = is_head or i == len(blocks) - 1
         shard(block, reshard_after_forward=reshard and not at_once)
     if not model.args.tied_embeddings:
-        shard(model.tok_embeddings, reshard_after_forward=reshard)
+        embedding = shard(model.tok_embeddings, reshard_after_forward=reshard)
+        embedding.set_unshard_in_backward(False)  # which does not read it
         shard(model.output, reshard_after_forward=False)
         for method in ("loss", "argmax"):
             register_fsdp_forward_method(model.output, method)
-    shard(model, reshard_after_forward=False)
+    root = shard(model, reshard_after_forward=False)
     register_fsdp_forward_method(model, "forward_trunk")
+    turns = model.mtp is not None and config.mtp.engine == "head_by_head"
+    if turns and world.mesh["dp_shard"].size() > 1:
+        overlap_reductions(root)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             # The loss is normalised by global counts: gradients are summed, not averaged. One rank
@@ -98,6 +102,17 @@ def apply_fsdp(model: Trunk, config: JobConfig, world: World, param_dtype: torch
             if world.size > 1:
                 module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+
+
+def overlap_reductions(root: FSDPModule) -> None:
+    """Let a head's gradients be reduced while the next head computes.
+
+    Torch 2.13 waits for a reduction at the end of the backward that it began in, where all buffers
+    are taken, and has one by default; torch before it does not wait there. The second one holds a
+    block's gradients in float32 (of 8B 0.8 GiB), on every rank.
+    """
+    if hasattr(root, "set_reduce_scatter_max_input_buffers"):
+        root.set_reduce_scatter_max_input_buffers(2)
 
 
 def _placement(param: nn.Parameter, ranks: int) -> Shard | None:

@@ -20,7 +20,7 @@ from torch.distributed.fsdp import FSDPModule
 from torchtitan_mtp.data.targets import Batch
 from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.models.trunk import Trunk
-from torchtitan_mtp.mtp.schedule import reshard_again
+from torchtitan_mtp.mtp.schedule import reshard_again, unshard_beside
 from torchtitan_mtp.ops import HeadByHeadLoss, LossOptions, LossOutput
 
 
@@ -42,6 +42,7 @@ def joint(
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(reduce)
         model.set_is_last_backward(reduce)
+    unshard_beside([*model.layers.values()][-1], model.output)
     head_loss = HeadByHeadLoss(head_scales, options)
     hiddens, groups = model(batch), [slice(0, None)]
     if options.target_loss is not None:

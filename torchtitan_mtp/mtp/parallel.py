@@ -17,6 +17,7 @@ computed twice. (Heads that learn from head 1 come after it, and a copy of its s
 from __future__ import annotations
 
 import copy
+import itertools
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +34,8 @@ from torchtitan_mtp.mtp.schedule import (
     next_backward_is_last,
     reshard_again,
     sync_in_next_backward,
+    unshard_ahead,
+    unshard_beside,
 )
 from torchtitan_mtp.ops import HeadByHeadLoss, LossOutput
 
@@ -59,17 +62,20 @@ class IndependentHeads(Heads):
         self, model: Trunk, batch: Batch, head_loss: HeadByHeadLoss, reduce: bool
     ) -> dict[int, LossOutput]:
         """As `Heads.head_by_head`."""
+        n, taught = self.num_future_tokens, head_loss.options.target_loss is not None
+        trunk = [layer for layer in model.layers.values() if layer is not self.block(1)]
+        for layer in trunk[-1:]:
+            unshard_beside(layer, self.block(1 if taught else n), model.output)
         z, context, _ = model.forward_trunk(batch)  # [B, S, D]
         dz = torch.zeros_like(z, dtype=torch.promote_types(z.dtype, torch.float32))
         # A frozen trunk's head 1 has no backward; where it is the teacher, it has to run first.
-        taught = head_loss.options.target_loss is not None
-        order = head_order(self.num_future_tokens, z.requires_grad and not taught)
+        order = head_order(n, z.requires_grad and not taught)
         last_to_output = 1 if self.detach_trunk else order[-1]
         # Not the heads' own blocks: FSDP2 has not unsharded them yet in this micro-batch.
-        own = [self.block(k) for k in order]
-        begin_no_sync(model, [layer for layer in model.layers.values() if layer not in own])
+        begin_no_sync(model, trunk)
+        following = [*(self.block(k) for k in order[1:]), *(trunk[-1:] if z.requires_grad else ())]
         losses: dict[int, LossOutput] = {}
-        for k in order:
+        for k, block in itertools.zip_longest(order, following):
             last = k == last_to_output
             # What no later head uses is reduced as soon as this head's backward is done.
             sync_in_next_backward(reduce, self.block(k), model.output if last else None)
@@ -80,6 +86,7 @@ class IndependentHeads(Heads):
                 hidden = self.hidden(k, leaf, context)
             if taught and k == 1:
                 model.teach(head_loss, hidden)
+            unshard_ahead(block)
             losses[k] = loss_backward(model, batch, head_loss, k, hidden, last)
             if leaf.grad is not None:
                 dz += leaf.grad

@@ -5,7 +5,11 @@ At the end of every backward FSDP2 reduces gradients and reshards parameters. Af
 backward that would be too early: the heads still to come need `output` and the root's own
 parameters (the final norm's among them). `begin_no_sync` keeps these unsharded and every gradient
 local until it is complete. So `output` is unsharded once and its gradient reduced once, whatever n
-is. On a model without FSDP2 these functions do nothing.
+is.
+
+And a block that runs outside of the root's forward, as heads do, is a root to FSDP2: it starts to
+unshard when all computation before it is done, as after an optimizer's step. `unshard_beside` and
+`unshard_ahead` start it earlier. On a model without FSDP2 all these functions do nothing.
 """
 
 from __future__ import annotations
@@ -48,9 +52,21 @@ def fsdp_units(*modules: object) -> list[FSDPModule]:
     return [module for module in modules if isinstance(module, FSDPModule)]
 
 
+def unshard_beside(block: nn.Module, *units: nn.Module | None) -> None:
+    """Unshard what runs next while `block` runs forward, from now on."""
+    for unit in fsdp_units(block):
+        unit.set_modules_to_forward_prefetch(fsdp_units(*units))
+
+
+def unshard_ahead(unit: nn.Module | None) -> None:
+    """Start to unshard what runs next; FSDP2 waits for it there."""
+    for module in fsdp_units(unit):
+        module.unshard(async_op=True)
+
+
 def begin_no_sync(model: Trunk, blocks: Iterable[nn.Module]) -> None:
     """Keep gradients local, as FSDP's `no_sync`: those of `blocks` and of what the heads share
-    (`output`, the embedding, the root's own parameters). What they share stays unsharded too.
+    (`output`, the embedding, the root's own parameters). What of these is unsharded stays so.
 
     blocks: those that have run forward in this micro-batch; FSDP2 has no gradients to keep of
     others.
@@ -59,7 +75,6 @@ def begin_no_sync(model: Trunk, blocks: Iterable[nn.Module]) -> None:
         unit.set_is_last_backward(False)
     for unit in fsdp_units(model, model.tok_embeddings, model.output, *blocks):
         unit.set_requires_gradient_sync(False, recurse=False)
-    for unit in fsdp_units(model.output, model):
         unit.set_reshard_after_backward(False, recurse=False)
 
 
@@ -84,6 +99,8 @@ def next_backward_is_last(model: Trunk, reduce: bool) -> None:
     for unit in fsdp_units(model):
         unit.set_requires_gradient_sync(reduce)
         unit.set_is_last_backward(reduce)
+    for unit in fsdp_units(model.tok_embeddings, *model.layers.values()):
+        unit.set_reshard_after_backward(True)
 
     def cast(tied: Tensor) -> None:
         hook.remove()

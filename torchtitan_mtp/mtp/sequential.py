@@ -40,6 +40,8 @@ from torchtitan_mtp.mtp.schedule import (
     next_backward_is_last,
     reshard_again,
     sync_in_next_backward,
+    unshard_ahead,
+    unshard_beside,
 )
 from torchtitan_mtp.ops import HeadByHeadLoss, LossOutput
 
@@ -135,7 +137,8 @@ class SequentialHeads(Heads):
         self, model: Trunk, batch: Batch, head_loss: HeadByHeadLoss, reduce: bool
     ) -> dict[int, LossOutput]:
         """As `Heads.head_by_head`."""
-        n = self.num_future_tokens
+        n, last_layer = self.num_future_tokens, list(model.layers.values())[-1]
+        unshard_beside(last_layer, self.module(2), model.output)
         state, context, embedded = model.forward_trunk(batch)  # [B, S, D], [B, W, S/W+n-1, D]
         assert embedded is not None
         trained = state.requires_grad
@@ -149,16 +152,15 @@ class SequentialHeads(Heads):
             for k in range(2, n + 1)
         }
         for k in range(2, n + 1):
+            unshard_ahead(self.module(k + 1) if k < n else None)
             with record_function(f"head {k}"):
                 outputs[k] = self.hidden(k, states[k - 1], tokens[k], context)
             states[k] = outputs[k].detach().requires_grad_()
         if head_loss.options.target_loss is not None:
             with torch.no_grad():
                 model.teach(head_loss, model.norm(states[1]))
+        # The heads too: what FSDP2 prefetches for the next backward would be freed before it.
         begin_no_sync(model, (*model.layers.values(), *self.heads))
-        for unit in fsdp_units(*self.heads):
-            # What FSDP2 prefetches for the next backward would be freed before it.
-            unit.set_reshard_after_backward(False)
         # A frozen trunk's head 1 has no backward; else it comes last, for under detach_trunk it is
         # the only one whose gradient reaches `output`.
         order = head_order(n, head_1_last=trained)
@@ -168,6 +170,8 @@ class SequentialHeads(Heads):
             if last:
                 sync_in_next_backward(reduce, model.output)
             hidden = state if k > 1 else model.norm(state)
+            if k == 1 and trained:
+                unshard_ahead(last_layer)
             losses[k] = loss_backward(model, batch, head_loss, k, hidden, last)
             if k > 1:
                 if k == 2 or self.module(k) is not self.module(k - 1):
