@@ -14,6 +14,7 @@ from benchmarks import (
     heads,
     loss,
     memory,
+    overlap,
     speed,
     targets,
     train,
@@ -23,6 +24,7 @@ from torchtitan_mtp.errors import UserError
 
 COMMANDS = {
     "loss": loss.run,
+    "overlap": overlap.run,
     "heads": heads.run,
     "memory": memory.run,
     "speed": speed.run,
