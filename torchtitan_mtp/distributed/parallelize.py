@@ -22,6 +22,8 @@ from torchtitan_mtp.distributed.mesh import World
 from torchtitan_mtp.models.trunk import Trunk
 from torchtitan_mtp.mtp.engine import backward_follows_forward
 
+_MOST_BUFFERED = 4 * 2**30  # bytes of a block's gradients that may wait to be reduced
+
 
 def parallelize(
     model: Trunk, config: JobConfig, world: World, param_dtype: torch.dtype, seed: int
@@ -93,7 +95,8 @@ def apply_fsdp(model: Trunk, config: JobConfig, world: World, param_dtype: torch
     root = shard(model, reshard_after_forward=False)
     register_fsdp_forward_method(model, "forward_trunk")
     turns = model.mtp is not None and config.mtp.engine == "head_by_head"
-    if turns and world.mesh["dp_shard"].size() > 1:
+    largest = max(sum(param.numel() for param in block.parameters()) for block in blocks)
+    if turns and world.mesh["dp_shard"].size() > 1 and 4 * largest <= _MOST_BUFFERED:
         overlap_reductions(root)
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -109,7 +112,7 @@ def overlap_reductions(root: FSDPModule) -> None:
 
     Torch 2.13 waits for a reduction at the end of the backward that it began in, where all buffers
     are taken, and has one by default; torch before it does not wait there. The second one holds a
-    block's gradients in float32 (of 8B 0.8 GiB), on every rank.
+    block's gradients in float32, on every rank: of 8B 0.8 GiB, but of 671B 43.
     """
     if hasattr(root, "set_reduce_scatter_max_input_buffers"):
         root.set_reduce_scatter_max_input_buffers(2)

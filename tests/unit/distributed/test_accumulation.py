@@ -19,6 +19,7 @@ from tests.allocations import most_alive
 from tests.small import ARGS
 from torchtitan_mtp.config import MTP, JobConfig
 from torchtitan_mtp.data.targets import Window, make_batch
+from torchtitan_mtp.distributed import parallelize as parallelizing
 from torchtitan_mtp.distributed.mesh import World
 from torchtitan_mtp.distributed.parallelize import parallelize
 from torchtitan_mtp.models.transformer import build_model
@@ -103,3 +104,15 @@ def test_output_is_not_gathered_beside_the_trunks_blocks(
     for reduce in (False, True):
         micro_batch(reduce)
     assert gathered == [False] * 4
+
+
+@pytest.mark.parametrize(("spare", "second"), [(0, True), (-1, False)])
+def test_a_second_buffer_of_reductions_is_for_blocks_of_a_size(
+    spare: int, second: bool, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    block = 3 * 64 * 64 + 3 * 64 * 192 + 2 * 64  # attention, feed-forward, norms
+    monkeypatch.setattr(parallelizing, "_MOST_BUFFERED", 4 * block + spare)
+    made = []
+    monkeypatch.setattr(parallelizing, "overlap_reductions", made.append)
+    model, _ = training_of(world, {})
+    assert made == [model] * second
