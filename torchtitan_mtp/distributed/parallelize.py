@@ -70,9 +70,11 @@ def apply_fsdp(model: Trunk, config: JobConfig, world: World, param_dtype: torch
     if config.training.enable_cpu_offload:
         # Pinned memory is for copies to a GPU, and without one there is none to be had.
         offload = CPUOffloadPolicy(pin_memory=world.device.type == "cuda")
+    # Over two dimensions FSDP2 holds what it has reduced until the backward ends.
+    replicated = world.mesh["dp_replicate"].size() > 1
     shard = functools.partial(
         fully_shard,
-        mesh=world.mesh,
+        mesh=world.mesh if replicated else world.mesh["dp_shard"],
         mp_policy=policy,
         offload_policy=offload,
         shard_placement_fn=functools.partial(_placement, ranks=world.mesh["dp_shard"].size()),

@@ -83,8 +83,9 @@ every_family = pytest.mark.parametrize(
 def test_whole_gradients_are_kept_only_where_asked(table: dict[str, str], world: World) -> None:
     (one, three, kept), size = peaks(world, table, [True], [True] * 3, [False, False, True])
     shards = size / RANKS
-    # The sharded gradients of the micro-batches before, beside what one has alive.
-    assert shards * 0.95 < three - one < shards * 1.1
+    # The sharded gradients of the micro-batches before, beside what one has alive: some of its own
+    # at its peak, where a later one adds to those and frees its own at once.
+    assert shards * 0.4 < three - one < shards * 0.8
     assert kept - one > size * 0.6  # a block's whole gradient is alive in any backward
 
 
