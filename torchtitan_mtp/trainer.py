@@ -328,7 +328,8 @@ class Trainer:
         values |= {f"mtp/head_{k}_scale": weight for k, weight in enumerate(weights, 1)}
         values |= {"skipped_steps": state.skipped} if state.skipped else {}
         values |= loads()
-        self.metrics.log(state.step, losses(), values)
+        heads = losses()
+        self.metrics.log(state.step, heads, values)
 
     # ---------------------------------------------------------------- evaluate
 

@@ -19,10 +19,11 @@ def poison(trainer: Trainer, steps: set[int], row: int = 1, position: int = 5) -
         return engine(model, batch, *rest)
 
     def spoil(module, arguments, output):
-        ids = arguments[0]  # a chain embeds the tokens after the batch's last one as well
+        # A chain embeds pieces of a sequence, here one, each with the tokens after its last one.
+        ids = arguments[0].flatten(1)
         if any(torch.equal(ids[:, : tokens.shape[1]], tokens) for tokens in bad):
             spoilt = output.clone()
-            spoilt[row, position] = torch.nan
+            spoilt.flatten(1, -2)[row, position] = torch.nan
             return spoilt
         return None
 
