@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
@@ -57,9 +58,11 @@ def attend(
         return attend_in_blocks(q, k, v, mask, scale)
     if isinstance(mask, Documents):
         return attend_in_documents(q, k, v, mask, scale)
-    if mask is not None and mask.is_floating_point() and k.shape[1] != q.shape[1]:
+    grouped = k.shape[1] != q.shape[1]
+    # Not in training, which would keep the repeated mask for the backward.
+    if mask is not None and mask.is_floating_point() and grouped and not torch.is_grad_enabled():
         return _attend_in_groups(q, k, v, mask, scale)
-    options: dict[str, Any] = {"scale": scale, "enable_gqa": k.shape[1] != q.shape[1]}
+    options: dict[str, Any] = {"scale": scale, "enable_gqa": grouped}
     # A single query, the newest, sees every key, those in the cache included.
     causal = mask is None and q.shape[2] > 1
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, **options)
