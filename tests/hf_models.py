@@ -42,6 +42,15 @@ def _make(name: str, **changes: Any) -> Callable[[], Any]:
     return lambda: getattr(transformers, name)(**_SIZES | changes)
 
 
+_LATENT = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 8,
+}
+
 CONFIGS: dict[str, Callable[[], Any]] = {
     "llama": _make("LlamaConfig"),
     "llama_tied": _make("LlamaConfig", tie_word_embeddings=True),
@@ -85,16 +94,7 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     "qwen3_5_moe": _make(
         "Qwen3_5MoeTextConfig", shared_expert_intermediate_size=16, **_EXPERTS, **_LINEAR
     ),
-    "deepseek_v3": _make(
-        "DeepseekV3Config",
-        **_DEEPSEEK,
-        num_key_value_heads=4,
-        q_lora_rank=16,
-        kv_lora_rank=16,
-        qk_nope_head_dim=8,
-        qk_rope_head_dim=4,
-        v_head_dim=8,
-    ),
+    "deepseek_v3": _make("DeepseekV3Config", **_DEEPSEEK, **_LATENT),
     "mellum": _make(
         "MellumConfig", head_dim=8, sliding_window=5, layer_types=[_SLIDING, _FULL] * 2, **_EXPERTS
     ),
@@ -110,12 +110,7 @@ OTHERS: dict[str, Callable[[], Any]] = {
     "deepseek_v32": _make(  # so many indexers that no two positions tie
         "DeepseekV32Config",
         **_DEEPSEEK,
-        num_key_value_heads=4,
-        q_lora_rank=16,
-        kv_lora_rank=16,
-        qk_nope_head_dim=8,
-        qk_rope_head_dim=4,
-        v_head_dim=8,
+        **_LATENT,
         index_topk=6,
         index_n_heads=16,
         index_head_dim=8,
