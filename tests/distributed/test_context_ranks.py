@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from runs import DEEPSEEK, SEQUENTIAL, Run, config_of, train, write_corpus
+from runs import DEEPSEEK, SEQUENTIAL, Run, config_of, train, validation, write_corpus
 from spawn import ROOT, run_ranks
 from tests.small import small_model, small_window
 from torchtitan_mtp.cli.plot_run import read_scalars
@@ -53,15 +53,6 @@ RUNS: dict[str, dict[str, Any]] = {
     },
     "experts": {**DEEPSEEK, "training.steps": 2, "model.args.moe.aux_loss_coeff": 0.5},
 }
-
-
-def validation(folder: Path) -> dict[str, Any]:
-    return {
-        "validation.enable": True,
-        "validation.dataset": "held_out",
-        "validation.dataset_path": str(folder / "held_out" / "corpus.jsonl"),
-        "validation.freq": 10,
-    }
 
 
 def exchanged(rank: int) -> dict[str, Tensor]:
@@ -125,7 +116,7 @@ def everything(rank: int, folder: Path) -> dict[str, Any]:
     results["counts"] = {name: collectives(*case) for name, case in COUNTED.items()}
     for name, keys in RUNS.items():
         at = {"job.dump_folder": str(folder / name)}
-        more = validation(folder) if name == "parallel" else {}
+        more = validation(folder, 10) if name == "parallel" else {}
         results[name] = train(config_of(folder, SPREAD, keys, more, at))
     at = {"job.dump_folder": str(folder / "resumed")}
     results["resumed"] = train(config_of(folder, SPREAD, RUNS["parallel"], at))
@@ -144,7 +135,7 @@ def folder(tmp_path_factory) -> Path:
 def alone(folder) -> Run:
     """One process, which saves what the ranks go on from."""
     at = {"job.dump_folder": str(folder / "alone")}
-    run = train(config_of(folder, RUNS["parallel"], validation(folder), at))
+    run = train(config_of(folder, RUNS["parallel"], validation(folder, 10), at))
     step = "checkpoint/step-5"
     shutil.copytree(folder / "alone" / step, folder / "resumed" / step)
     return run
@@ -153,16 +144,6 @@ def alone(folder) -> Run:
 @pytest.fixture(scope="module")
 def ranks(folder, alone) -> list[dict[str, Any]]:
     return run_ranks(2, everything, folder, timeout=240)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        os.environ.pop(name, None)
 
 
 def assert_close(found: list[list[float]], expected: list[list[float]]) -> None:

@@ -5,7 +5,6 @@ The ranks are started once, run everything, and the tests look at what came of i
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +26,7 @@ from runs import (
     largest_difference,
     same,
     train,
+    validation,
     write_corpus,
 )
 from spawn import run_ranks
@@ -72,15 +72,6 @@ FLOAT8_OPTIONS: dict[str, dict[str, Any]] = {
         "quantize.linear.float8.precompute_float8_dynamic_scale_for_fsdp": True,
     },
 }
-
-
-def validation(folder: Path) -> dict[str, Any]:
-    return {
-        "validation.enable": True,
-        "validation.dataset": "held_out",
-        "validation.dataset_path": str(folder / "held_out" / "corpus.jsonl"),
-        "validation.freq": 2,
-    }
 
 
 def look_after_evaluation(sharded: list[bool]) -> Callable[[Trainer], None]:
@@ -148,7 +139,7 @@ def everything(rank: int, folder: Path) -> dict[str, Any]:
         resumed = config_of(folder, saves, {"job.dump_folder": str(at["resumed"])})
         results[f"{name} resumed"] = train(resumed)
         sharded: list[bool] = []
-        config = config_of(folder, STEPS, keys, validation(folder))
+        config = config_of(folder, STEPS, keys, validation(folder, 2))
         results[f"{name} validated"] = train(config, look_after_evaluation(sharded))
         results[f"{name} sharded"] = sharded
         results[f"{name} reductions"] = [count_reductions(folder, keys, x) for x in (True, False)]
@@ -172,16 +163,6 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def ranks(folder) -> list[dict[str, Any]]:
     return run_ranks(2, everything, folder, timeout=240)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        os.environ.pop(name, None)
 
 
 def alone(folder: Path, *changes: dict[str, Any]) -> Run:
@@ -230,7 +211,7 @@ def test_validation_is_the_same_on_any_ranks_and_leaves_nothing_stale(name, rank
     assert run.losses == whole.losses and same(run.weights, whole.weights)
     assert len(run.validated) == 2
     assert ranks[0][f"{name} sharded"] == [True, True]
-    expected = alone(folder, FAMILIES[name], validation(folder))
+    expected = alone(folder, FAMILIES[name], validation(folder, 2))
     torch.testing.assert_close(run.validated, expected.validated, rtol=1e-5, atol=0)
     assert run.acceptance == ranks[1][f"{name} validated"].acceptance
     for found, single in zip(run.acceptance, expected.acceptance, strict=True):

@@ -113,6 +113,16 @@ def documents(count: int = 40, seed: int = 0) -> list[str]:
     return ["hi", *texts]
 
 
+def validation(folder: Path, freq: int) -> dict[str, Any]:
+    """Keys of a validation every `freq` steps on `folder`'s held-out corpus."""
+    return {
+        "validation.enable": True,
+        "validation.dataset": "held_out",
+        "validation.dataset_path": str(folder / "held_out" / "corpus.jsonl"),
+        "validation.freq": freq,
+    }
+
+
 def write_corpus(folder: Path, kind: str, count: int = 40, seed: int = 0) -> dict[str, Any]:
     """The keys of [training] that read a new corpus of that kind."""
     if kind == "python_stdlib":
