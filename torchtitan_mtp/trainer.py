@@ -283,13 +283,13 @@ class Trainer:
 
         # Labels are data: every head's targets are counted over the whole step before its forward.
         valid = torch.stack([(b.labels != IGNORE).sum((0, 1)) for b in batches]).sum(0)  # [n]
-        valid = all_reduce(to_device(valid, self.device))
+        valid = all_reduce(to_device(valid, self.device), group=self.world.batch)
         arrive = send_to_host(valid)
         weights = head_weights(config.mtp, state.step + 1, training.steps)
         scales = head_scales(weights, valid)
         sequences = training.local_batch_size * self.accumulation * self.world.data_size
         weigh_balance_losses(self.model, weights, sequences)
-        losses = StepLosses(self.n, self.device)
+        losses = StepLosses(self.n, self.device, self.world.losses)
         for i, batch in enumerate(batches):
             batch = batch.to(self.device)
             reduce = training.reduce_every_micro_batch or i == len(batches) - 1
@@ -308,7 +308,7 @@ class Trainer:
         self.optimizer.zero_grad()
 
         state.step += 1
-        tokens = self.world.size * sum(b.tokens.numel() for b in batches)
+        tokens = self.world.batch_size * sum(b.tokens.numel() for b in batches)
         state.tokens += tokens
         self.metrics.record_step(tokens=tokens, data_seconds=data_seconds)
         if self.metrics.should_log(state.step):
@@ -346,13 +346,15 @@ class Trainer:
         seen: list[Batch] = []
         with apart_from_training(self.model):
             batches = self._validation_batches(seen, keep=compare)
-            found = evaluate_batches(self.model, batches, self.device, self.loss_options)
+            found = evaluate_batches(
+                self.model, batches, self.device, self.loss_options, self.world.losses
+            )
         if self.stopping.signal:
             return []
         self.missing.check(where, found.targets, seen)
         self.metrics.log_validation(
             *(self.state.step, found, found.acceptance),
-            tokens=found.tokens * self.world.size,
+            tokens=found.tokens * self.world.batch_size,
             elapsed=time.perf_counter() - begin,
         )
         if compare and any(found.targets):

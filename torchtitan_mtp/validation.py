@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from torchtitan_mtp.data.targets import IGNORE, PADDING, Batch, Window, make_batch
@@ -42,11 +43,15 @@ class TextMetrics(HeadLosses):
 
 @torch.no_grad()
 def evaluate_batches(
-    model: Trunk, batches: Iterable[Batch], device: torch.device, options: LossOptions
+    model: Trunk,
+    batches: Iterable[Batch],
+    device: torch.device,
+    options: LossOptions,
+    group: dist.ProcessGroup | None = None,
 ) -> TextMetrics:
-    """Losses, accuracies and acceptance on batches, over all ranks."""
+    """Losses, accuracies and acceptance on batches, over the ranks of a group, or all."""
     n = model.spec.num_future_tokens
-    losses, tokens = StepLosses(n, device), 0
+    losses, tokens = StepLosses(n, device, group), 0
     compute = functools.partial(linear_cross_entropy, options=options)
     agreement = torch.zeros(4, n - 1, dtype=torch.int64, device=device)
     for batch in batches:
@@ -56,7 +61,7 @@ def evaluate_batches(
         agreement += text_agreement(model, hiddens, batch.labels)
         tokens += batch.tokens.numel()
     means = losses.send()  # before the host waits
-    acceptance = Acceptance(*all_reduce(agreement).tolist())
+    acceptance = Acceptance(*all_reduce(agreement, group=group).tolist())
     return TextMetrics(**vars(means()), acceptance=acceptance, tokens=tokens)
 
 

@@ -20,7 +20,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -29,7 +28,7 @@ from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchtitan_mtp.data import targets
-from torchtitan_mtp.distributed.mesh import World
+from torchtitan_mtp.distributed.mesh import Degrees, World, world_of
 from torchtitan_mtp.models import attention, latent_attention, transformer
 from torchtitan_mtp.models.trunk import Trunk
 
@@ -193,17 +192,15 @@ def _add_device() -> torch.library.Library:
 
 
 @contextlib.contextmanager
-def fake_gpu(replicas: int, shards: int) -> Iterator[tuple[World, Allocations]]:
-    """Rank 0 of replicas * shards, and what is allocated there. The process knows the device from
+def fake_gpu(degrees: Degrees) -> Iterator[tuple[World, Allocations]]:
+    """Rank 0 of a mesh of so many, and what is allocated there. The process knows the device from
     then on, so it should be one of its own."""
     _add_device()
-    size = replicas * shards
-    dist.init_process_group("faked", rank=0, world_size=size, store=FakeStore())
-    names = ("dp_replicate", "dp_shard")
-    mesh = init_device_mesh(NAME, (replicas, shards), mesh_dim_names=names)
+    dist.init_process_group("faked", rank=0, world_size=degrees.ranks, store=FakeStore())
+    world = world_of(torch.device(NAME, 0), degrees)
     allocations = Allocations()
     with _patched(allocations), FakeTensorMode(), allocations:
-        yield World(0, size, torch.device(NAME, 0), mesh), allocations
+        yield world, allocations
     dist.destroy_process_group()
 
 

@@ -22,6 +22,7 @@ from torchtitan_mtp.config import MTP, ActivationCheckpoint
 from torchtitan_mtp.config import Optimizer as OptimizerConfig
 from torchtitan_mtp.data.targets import IGNORE, Batch, Window, make_batch
 from torchtitan_mtp.distributed.activation_checkpoint import apply_activation_checkpointing
+from torchtitan_mtp.distributed.mesh import Degrees
 from torchtitan_mtp.models.args import ModelArgs
 from torchtitan_mtp.models.transformer import Transformer, build_model
 from torchtitan_mtp.monitoring.flops import forward_backward_flops_per_token
@@ -126,7 +127,7 @@ def memory_table(
 
 def _peak_on_fake_gpu(case: str, n: int, sizes: dict[str, Any]) -> float:
     model, mtp = model_of(case, n, sizes)
-    with fake.fake_gpu(replicas=1, shards=1) as (world, allocations):
+    with fake.fake_gpu(Degrees()) as (world, allocations):
         fake.put_on(model, world.device)
         step = steps_of(model, mtp, case, sizes, world.device)
         before = allocations.alive

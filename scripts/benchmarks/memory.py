@@ -119,8 +119,7 @@ def bytes_at_peak(config: JobConfig, ranks: int, micro_batches: int) -> dict[str
     training, assets = config.training, config.model.hf_assets_path
     vocabulary = build_tokenizer(assets).vocab_size if assets == "byte" else 0
     model = model_from_config(config, vocabulary, getattr(torch, training.dtype))
-    replicas, shards, _ = mesh_degrees(config.parallelism, ranks)
-    with fake_gpu(replicas, shards) as (world, allocations):
+    with fake_gpu(mesh_degrees(config.parallelism, ranks)) as (world, allocations):
         put_on(model, world.device)
         return _step(config, model, world, allocations, micro_batches)
 

@@ -18,7 +18,7 @@ from torchtitan_mtp.build import model_from_config
 from torchtitan_mtp.config import JobConfig, parse_args
 from torchtitan_mtp.data.targets import Batch
 from torchtitan_mtp.distributed.memory import GIB
-from torchtitan_mtp.distributed.mesh import World
+from torchtitan_mtp.distributed.mesh import Degrees, World
 from torchtitan_mtp.distributed.parallelize import parallelize
 from torchtitan_mtp.models.trunk import Trunk
 from torchtitan_mtp.mtp import ENGINES
@@ -107,7 +107,7 @@ def simulate(config: str, cases: Sequence[Sequence[str]], ranks: int, rates: Rat
         changed = (f"--{change}" for change in (*changes, "compile.enable=false"))
         jobs.append(parse_args(["--job.config_file", config, *changed]))
     models = [model_from_config(job, 0, torch.float32) for job in jobs]
-    with fake_gpu(1, ranks) as (world, allocations):
+    with fake_gpu(Degrees(dp_shard=ranks)) as (world, allocations):
         return [_step(*pair, world, allocations, rates) for pair in zip(jobs, models, strict=True)]
 
 

@@ -10,7 +10,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch._subclasses.fake_tensor import DynamicOutputShapeException
-from torch.distributed.device_mesh import init_device_mesh
 
 import torchtitan_mtp.monitoring.metrics
 import torchtitan_mtp.trainer
@@ -19,7 +18,7 @@ from runs import DEEPSEEK, HEAD_BY_HEAD, JOINT, SEQUENTIAL, config_of
 from spawn import run_ranks
 from tests.small import ARGS
 from torchtitan_mtp.config import MTP
-from torchtitan_mtp.distributed.mesh import World
+from torchtitan_mtp.distributed.mesh import Degrees, world_of
 from torchtitan_mtp.inference.decoding import Decoder, generate
 from torchtitan_mtp.models.packed import block_mask
 from torchtitan_mtp.models.transformer import Transformer, build_model
@@ -52,8 +51,7 @@ def trainer_on(gpu: PretendGPU, folder: Path, keys: dict) -> Trainer:
     module = torchtitan_mtp.trainer
 
     def init_world(*_):
-        mesh = init_device_mesh(device.type, (1, 1), mesh_dim_names=("dp_replicate", "dp_shard"))
-        return World(0, 1, device, mesh)
+        return world_of(device, Degrees())
 
     def parallelize(*arguments):
         with gpu:

@@ -14,6 +14,7 @@ from benchmarks.measure import in_process
 from benchmarks.memory import bytes_at_peak
 
 from torchtitan_mtp.config import parse_args
+from torchtitan_mtp.distributed.mesh import Degrees
 from torchtitan_mtp.ops import linear_cross_entropy
 
 RANKS, DIM, HIDDEN, VOCAB, SEQ = 4, 32, 64, 4096, 64
@@ -28,7 +29,7 @@ SMALL = f"""
 def a_few_operations() -> list[tuple[int, int]]:
     """Bytes alive after each, and most of them in it."""
     found = []
-    with fake_gpu(replicas=1, shards=1) as (world, allocations):
+    with fake_gpu(Degrees()) as (world, allocations):
 
         def look() -> None:
             found.append((allocations.alive, allocations.peak))
@@ -51,7 +52,7 @@ def a_few_operations() -> list[tuple[int, int]]:
 
 def a_loss_in_chunks() -> int:
     """Most bytes that the loss of 64 bfloat16 states in four chunks has alive above its inputs."""
-    with fake_gpu(replicas=1, shards=1) as (world, allocations):
+    with fake_gpu(Degrees()) as (world, allocations):
         make = partial(torch.zeros, device=world.device, dtype=torch.bfloat16, requires_grad=True)
         hidden, weight = make(64, DIM), make(VOCAB, DIM)
         labels = torch.zeros(64, 1, device=world.device, dtype=torch.int64)

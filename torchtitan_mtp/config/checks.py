@@ -21,6 +21,7 @@ def check(config: JobConfig, given: Collection[str] = ()) -> None:
     _check_model(config)
     _check_loss(config)
     _check_run(config)
+    _check_built(config)
     _check_context_parallel(config)
     _check_float8(config)
     if "mtp" in config.model.converters:
@@ -106,6 +107,16 @@ def _check_run(config: JobConfig) -> None:
             f'activation_checkpoint.selective_ac_option = {show(every)}: expected "op" or a '
             'positive number in quotes, such as "2"'
         )
+
+
+def _check_built(config: JobConfig) -> None:
+    for key in ("tensor_parallel", "expert_parallel", "pipeline_parallel"):
+        degree = getattr(config.parallelism, f"{key}_degree")
+        if degree != 1:
+            raise UserError(
+                f"parallelism.{key}_degree = {degree}: expected 1; not supported here yet: use "
+                "data_parallel_shard_degree"
+            )
 
 
 def _check_context_parallel(config: JobConfig) -> None:

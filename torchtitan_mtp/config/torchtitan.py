@@ -8,7 +8,6 @@ from typing import Any
 from torchtitan_mtp.config.job_config import JobConfig
 from torchtitan_mtp.config.setting import NO_RULE, Option, Rule, options
 
-_DEGREE = "use data_parallel_shard_degree"
 _EXPERTS = "experts are sharded like all parameters, by data_parallel_shard_degree"
 _BALANCE = "model.args.moe.load_balance_coeff balances experts"
 _WORKERS = "each rank reads its data in its own process"
@@ -29,15 +28,12 @@ HELD: dict[str, tuple[Any, str]] = {
     "optimizer.early_step_in_backward": (False, "gradients are clipped by their global norm"),
     "lr_scheduler.total_steps": (None, "set training.steps"),
     **{f"validation.{key}": row for key, row in _DATALOADER.items()},
-    "parallelism.tensor_parallel_degree": (1, _DEGREE),
     "parallelism.enable_async_tensor_parallel": (False, "there is no tensor parallelism"),
     "parallelism.enable_compiled_autograd": (False, "compile.enable compiles backwards too"),
     "parallelism.context_parallel_rotate_method": ("allgather", "keys and values are gathered"),
     "parallelism.context_parallel_load_balancer": ("headtail", "each rank has two such chunks"),
-    "parallelism.expert_parallel_degree": (1, _EXPERTS),
     "parallelism.expert_tensor_parallel_degree": (1, _EXPERTS),
     "parallelism.module_fqns_per_model_part": (None, "there is no pipeline parallelism"),
-    "parallelism.pipeline_parallel_degree": (1, _DEGREE),
     "activation_checkpoint.per_op_sac_force_recompute_mm_shapes_by_fqns": (
         ["moe.router.gate"],
         "every second product is recomputed, whatever its layer",

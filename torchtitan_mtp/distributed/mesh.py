@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import re
 from collections.abc import Mapping
@@ -29,61 +28,109 @@ _LAUNCHER = " in the environment, which a launcher sets: start with torchrun, or
 
 
 class Degrees(NamedTuple):
-    """How many ranks each dimension of the mesh has, from the outermost to the innermost."""
+    """How many ranks each dimension of the mesh has, from the outermost to the innermost; and `ep`,
+    of the ranks of dp_shard, cp and tp, how many share the experts of a layer."""
 
-    dp_replicate: int
-    dp_shard: int
-    cp: int
+    pp: int = 1
+    dp_replicate: int = 1
+    dp_shard: int = 1
+    cp: int = 1
+    tp: int = 1
+    ep: int = 1
+
+    @property
+    def ranks(self) -> int:
+        """Their product, the number of ranks."""
+        return self.pp * self.dp_replicate * self.dp_shard * self.cp * self.tp
 
 
 @dataclass(frozen=True)
 class World:
     """The ranks of this job.
 
-    mesh: ("dp_replicate", "dp_shard"), over which parameters are replicated and sharded; the second
-    has the ranks of cp in it.
+    mesh: of the dimensions "pp", "dp_replicate", "fsdp" and "tp" those with more than one rank, and
+    always "fsdp", over which parameters are sharded: dp_shard times cp.
     context_parallel: the ranks that read the same windows and have a part of each; None: every
-    rank reads its own. Targets, losses and loads of experts are summed over all ranks.
+    rank reads its own.
+    batch: the ranks whose tokens together are a batch: all but those of pp and tp, which work on
+    the same; None: all ranks. Targets are counted over them.
+    losses: these on all stages of the pipeline, of which the last one has losses; None: all ranks.
     """
 
     rank: int
     size: int
     device: torch.device
     mesh: DeviceMesh
+    degrees: Degrees
     context_parallel: ContextParallel | None = None
+    batch: dist.ProcessGroup | None = None
+    losses: dist.ProcessGroup | None = None
 
     @property
     def data_rank(self) -> int:
         """Which part of every global batch this rank reads, of `data_size`."""
-        cp = self.context_parallel
-        return self.rank // cp.size if cp else self.rank
+        return self.rank // (self.degrees.cp * self.degrees.tp) % self.data_size
 
     @property
     def data_size(self) -> int:
         """Number of data ranks: dp_replicate * dp_shard."""
-        cp = self.context_parallel
-        return self.size // cp.size if cp else self.size
+        return self.degrees.dp_replicate * self.degrees.dp_shard
+
+    @property
+    def batch_size(self) -> int:
+        """Number of ranks in `batch`."""
+        return self.data_size * self.degrees.cp
+
+    def dimension(self, name: str) -> DeviceMesh | None:
+        """A dimension of the mesh; None where it has one rank (but for "fsdp")."""
+        return self.mesh[name] if name in (self.mesh.mesh_dim_names or ()) else None
 
 
 def mesh_degrees(parallelism: Parallelism, world_size: int) -> Degrees:
     """The degrees of the mesh, -1 resolved. Error: they do not multiply to the world size."""
-    replicate = parallelism.data_parallel_replicate_degree
-    shard = parallelism.data_parallel_shard_degree
-    cp = parallelism.context_parallel_degree
-    if shard == -1 and replicate * cp > 0 and world_size % (replicate * cp) == 0:
-        shard = world_size // (replicate * cp)
-    degrees = Degrees(replicate, shard, cp)
-    if min(degrees) < 1 or math.prod(degrees) != world_size:
-        fit = [d for d in range(1, world_size + 1) if world_size % (max(replicate, 1) * d) == 0]
-        nearest = min(fit or [1], key=lambda d: abs(d - cp))
+    keys = {
+        "pp": "pipeline_parallel_degree",
+        "dp_replicate": "data_parallel_replicate_degree",
+        "dp_shard": "data_parallel_shard_degree",
+        "cp": "context_parallel_degree",
+        "tp": "tensor_parallel_degree",
+        "ep": "expert_parallel_degree",
+    }
+    degrees = Degrees(**{name: getattr(parallelism, key) for name, key in keys.items()})
+    others = degrees._replace(dp_shard=1).ranks
+    if degrees.dp_shard == -1 and others > 0 and world_size % others == 0:
+        degrees = degrees._replace(dp_shard=world_size // others)
+    if min(degrees) < 1 or degrees.ranks != world_size:
+        given = {n: d for n, d in degrees._asdict().items() if n != "ep"}
+        shown = [n for n, d in given.items() if n.startswith("dp") or d != 1]
+        product = " times ".join(f"{keys[name]} = {given[name]}" for name in shown)
+        advice = _advice(degrees, world_size)
         raise UserError(
-            f"parallelism.data_parallel_replicate_degree = {replicate} times "
-            f"data_parallel_shard_degree = {shard} times context_parallel_degree = {cp} must be "
-            f"the number of ranks, {world_size}; set the shard degree to -1 for what is left"
-            + (f" and the context degree to {nearest}" if nearest != cp else "")
-            + ", or change the number of ranks"
+            f"parallelism.{product} must be the number of ranks, {world_size}; set the shard "
+            f"degree to -1 for what is left{advice}, or change the number of ranks"
+        )
+    sharing = degrees.dp_shard * degrees.cp * degrees.tp
+    if sharing % degrees.ep:
+        fit = [d for d in range(1, sharing + 1) if sharing % d == 0]
+        nearest = min(fit, key=lambda d: abs(d - degrees.ep))
+        raise UserError(
+            f"parallelism.expert_parallel_degree = {degrees.ep}: expected a divisor of the ranks "
+            f"of dp_shard, cp and tp, {sharing}; the nearest is {nearest}"
         )
     return degrees
+
+
+def _advice(degrees: Degrees, world_size: int) -> str:
+    """The nearest degree that fits, of the innermost dimension that is in the way, if any."""
+    rest = max(degrees.dp_replicate, 1)
+    for name, word in (("pp", "pipeline"), ("tp", "tensor"), ("cp", "context")):
+        degree = getattr(degrees, name)
+        fit = [d for d in range(1, world_size + 1) if world_size % (rest * d) == 0]
+        nearest = min(fit or [1], key=lambda d: abs(d - degree))
+        if nearest != degree:
+            return f" and the {word} degree to {nearest}"
+        rest *= degree
+    return ""
 
 
 def launched() -> tuple[int, int]:
@@ -166,19 +213,36 @@ def init_world(
                 "all of them started and reach that address"
             ) from error
     agree(settings or {})
-    return World(dist.get_rank(), dist.get_world_size(), device, *_views(device, degrees))
+    return world_of(device, degrees)
 
 
-def _views(device: torch.device, degrees: Degrees) -> tuple[DeviceMesh, ContextParallel | None]:
-    """The mesh as FSDP2 has it, and the ranks that this one shares its sequences with. Ranks are
-    dealt to dp_replicate, dp_shard and cp in this order: those of one sequence are neighbours."""
-    replicate, shard, cp = degrees
-    sizes, names = (replicate, shard * cp), ("dp_replicate", "dp_shard")
-    mesh = init_device_mesh(device.type, sizes, mesh_dim_names=names)
-    if cp == 1:
-        return mesh, None
-    by_data = init_device_mesh(device.type, (replicate * shard, cp), mesh_dim_names=("dp", "cp"))
-    return mesh, ContextParallel(by_data.get_group("cp"))
+def world_of(device: torch.device, degrees: Degrees) -> World:
+    """The world of a process group that is there: its mesh and the groups within it.
+
+    Ranks are dealt to pp, dp_replicate, dp_shard, cp and tp in this order, so that those of one
+    sequence are neighbours.
+    """
+    pp, replicate, shard, cp, tp, _ = degrees
+    sizes = {"pp": pp, "dp_replicate": replicate, "fsdp": shard * cp, "tp": tp}
+    sizes = {name: size for name, size in sizes.items() if size > 1 or name == "fsdp"}
+    mesh = init_device_mesh(device.type, (*sizes.values(),), mesh_dim_names=(*sizes,))
+    ranks = None
+    if cp > 1:
+        fsdp = mesh["fsdp"]
+        apart = fsdp._unflatten(0, (shard, cp), ("dp_shard", "cp"))["cp"] if shard > 1 else fsdp
+        ranks = ContextParallel(apart.get_group())
+    own = (dist.get_rank(), dist.get_world_size(), device, mesh, degrees, ranks)
+    return World(*own, _group_without(mesh, "pp", "tp"), _group_without(mesh, "tp"))
+
+
+def _group_without(mesh: DeviceMesh, *names: str) -> dist.ProcessGroup | None:
+    """Ranks that differ in all dimensions but those named; None: all ranks."""
+    all_names = mesh.mesh_dim_names or ()
+    kept = tuple(name for name in all_names if name not in names)
+    if len(kept) == len(all_names):
+        return None
+    part = mesh[kept]
+    return (part._flatten("_".join(kept)) if len(kept) > 1 else part).get_group()
 
 
 def record_collectives(comm: Comm, dump_folder: str) -> None:
@@ -214,11 +278,14 @@ def set_timeout(seconds: int) -> None:
 
 
 def all_reduce(
-    tensor: torch.Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM
+    tensor: torch.Tensor,
+    op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM,
+    group: dist.ProcessGroup | None = None,
 ) -> torch.Tensor:
-    """Reduce over all ranks in place, and return it; a single process has nothing to do."""
+    """Reduce over the ranks of a group, or all, in place, and return it; a single process has
+    nothing to do."""
     if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.all_reduce(tensor, op=op)
+        dist.all_reduce(tensor, op=op, group=group)
     return tensor
 
 

@@ -71,13 +71,13 @@ def apply_fsdp(model: Trunk, config: JobConfig, world: World, param_dtype: torch
         # Pinned memory is for copies to a GPU, and without one there is none to be had.
         offload = CPUOffloadPolicy(pin_memory=world.device.type == "cuda")
     # Over two dimensions FSDP2 holds what it has reduced until the backward ends.
-    replicated = world.mesh["dp_replicate"].size() > 1
+    replicated, shards = world.dimension("dp_replicate"), world.mesh["fsdp"]
     shard = functools.partial(
         fully_shard,
-        mesh=world.mesh if replicated else world.mesh["dp_shard"],
+        mesh=world.mesh["dp_replicate", "fsdp"] if replicated else shards,
         mp_policy=policy,
         offload_policy=offload,
-        shard_placement_fn=functools.partial(_placement, ranks=world.mesh["dp_shard"].size()),
+        shard_placement_fn=functools.partial(_placement, ranks=shards.size()),
     )
     reshard = config.parallelism.fsdp_reshard_after_forward != "never"
     blocks = [block for _, block in model.named_blocks()]
@@ -98,7 +98,7 @@ def apply_fsdp(model: Trunk, config: JobConfig, world: World, param_dtype: torch
     register_fsdp_forward_method(model, "forward_trunk")
     turns = model.mtp is not None and config.mtp.engine == "head_by_head"
     largest = max(sum(param.numel() for param in block.parameters()) for block in blocks)
-    if turns and world.mesh["dp_shard"].size() > 1 and 4 * largest <= _MOST_BUFFERED:
+    if turns and shards.size() > 1 and 4 * largest <= _MOST_BUFFERED:
         overlap_reductions(root)
     for module in model.modules():
         if isinstance(module, FSDPModule):

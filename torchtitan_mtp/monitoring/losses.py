@@ -42,9 +42,14 @@ class HeadLosses:
 
 
 class StepLosses:
-    """Sums over the micro-batches of a step on this rank, kept on the device."""
+    """Sums over the micro-batches of a step on this rank, kept on the device.
 
-    def __init__(self, n: int, device: torch.device) -> None:
+    group: the ranks over which they are reduced (`World.losses`)."""
+
+    def __init__(
+        self, n: int, device: torch.device, group: dist.ProcessGroup | None = None
+    ) -> None:
+        self.group = group
         self.sums = torch.zeros(3, n, dtype=torch.float64, device=device)  # loss, correct, valid
         self.total = torch.zeros((), dtype=torch.float64, device=device)
 
@@ -54,15 +59,16 @@ class StepLosses:
         self.sums += torch.stack((loss_sum.double(), correct.double(), valid.double()))
 
     def reduce(self) -> HeadLosses:
-        """The means over all ranks."""
+        """The means over the ranks."""
         return self.send()()
 
     def send(self) -> Callable[[], HeadLosses]:
         """`reduce`, under way to the host: the result waits for it."""
-        own = self.sums[0, 0] / self.sums[2, 0]
-        max_loss = all_reduce(own.where(self.sums[2, 0] > 0, -torch.inf), dist.ReduceOp.MAX)
-        loss_sum, correct, valid = all_reduce(self.sums.clone())
-        total = all_reduce(self.total).where(valid.any(), torch.nan)
+        own, group = self.sums[0, 0] / self.sums[2, 0], self.group
+        own = own.where(self.sums[2, 0] > 0, -torch.inf)
+        max_loss = all_reduce(own, dist.ReduceOp.MAX, group)
+        loss_sum, correct, valid = all_reduce(self.sums.clone(), group=group)
+        total = all_reduce(self.total, group=group).where(valid.any(), torch.nan)
         max_loss = max_loss.where(valid[0] > 0, torch.nan)
         means = (loss_sum / valid, correct / valid, valid)
         arrive = send_to_host(torch.cat((*means, torch.stack((total, max_loss)))))

@@ -11,7 +11,6 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -20,7 +19,7 @@ from tests.small import ARGS
 from torchtitan_mtp.config import MTP, JobConfig
 from torchtitan_mtp.data.targets import Window, make_batch
 from torchtitan_mtp.distributed import parallelize as parallelizing
-from torchtitan_mtp.distributed.mesh import World
+from torchtitan_mtp.distributed.mesh import Degrees, World, world_of
 from torchtitan_mtp.distributed.parallelize import parallelize
 from torchtitan_mtp.models.transformer import build_model
 from torchtitan_mtp.models.trunk import Trunk
@@ -33,8 +32,7 @@ RANKS, N = 8, 3
 @pytest.fixture
 def world() -> Iterator[World]:
     dist.init_process_group("fake", rank=0, world_size=RANKS, store=FakeStore())
-    mesh = init_device_mesh("cpu", (1, RANKS), mesh_dim_names=("dp_replicate", "dp_shard"))
-    yield World(0, RANKS, torch.device("cpu"), mesh)
+    yield world_of(torch.device("cpu"), Degrees(dp_shard=RANKS))
     dist.destroy_process_group()
 
 

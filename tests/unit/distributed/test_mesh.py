@@ -6,11 +6,15 @@ import os
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import _resolve_process_group
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from torchtitan_mtp.config import Comm, Parallelism
 from torchtitan_mtp.distributed import mesh
 from torchtitan_mtp.distributed.mesh import (
     GPU_NODES,
+    Degrees,
     launched,
     local_device,
     mesh_degrees,
@@ -19,60 +23,116 @@ from torchtitan_mtp.distributed.mesh import (
 from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.inference.load import find_device
 
+KEYS = {
+    "pp": "pipeline_parallel_degree",
+    "replicate": "data_parallel_replicate_degree",
+    "shard": "data_parallel_shard_degree",
+    "cp": "context_parallel_degree",
+    "tp": "tensor_parallel_degree",
+    "ep": "expert_parallel_degree",
+}
+
+
+def parallelism(**degrees) -> Parallelism:
+    return Parallelism(**{KEYS[name]: degree for name, degree in degrees.items()})
+
 
 @pytest.mark.parametrize(
     ("degrees", "world", "expected"),
     [
-        ((1, -1, 1), 1, (1, 1, 1)),
-        ((1, -1, 1), 8, (1, 8, 1)),
-        ((2, -1, 1), 8, (2, 4, 1)),
-        ((8, -1, 1), 8, (8, 1, 1)),
-        ((4, 2, 1), 8, (4, 2, 1)),
-        ((1, -1, 4), 8, (1, 2, 4)),
-        ((2, -1, 2), 8, (2, 2, 2)),
-        ((1, 1, 8), 8, (1, 1, 8)),
+        ({}, 1, Degrees()),
+        ({}, 8, Degrees(dp_shard=8)),
+        ({"replicate": 2}, 8, Degrees(dp_replicate=2, dp_shard=4)),
+        ({"replicate": 8}, 8, Degrees(dp_replicate=8)),
+        ({"replicate": 4, "shard": 2}, 8, Degrees(dp_replicate=4, dp_shard=2)),
+        ({"cp": 4}, 8, Degrees(dp_shard=2, cp=4)),
+        ({"replicate": 2, "cp": 2}, 8, Degrees(dp_replicate=2, dp_shard=2, cp=2)),
+        ({"shard": 1, "cp": 8}, 8, Degrees(cp=8)),
+        ({"tp": 2, "pp": 2}, 8, Degrees(pp=2, dp_shard=2, tp=2)),
+        ({"ep": 8, "cp": 2}, 8, Degrees(dp_shard=4, cp=2, ep=8)),
     ],
 )
 def test_degrees(degrees, world, expected):
-    assert mesh_degrees(Parallelism(*degrees), world) == expected
+    assert mesh_degrees(parallelism(**degrees), world) == expected
 
 
 @pytest.mark.parametrize(
     ("degrees", "advice"),
     [
-        ((3, -1, 1), ""),
-        ((1, 4, 1), ""),
-        ((2, 8, 1), ""),
-        ((0, -1, 1), ""),
-        ((-1, -1, 1), ""),
-        ((1, -1, 3), " and the context degree to 2"),
-        ((2, -1, 8), " and the context degree to 4"),
-        ((1, 8, 0), " and the context degree to 1"),
+        ({"replicate": 3, "shard": -1}, ""),
+        ({"replicate": 1, "shard": 4}, ""),
+        ({"replicate": 2, "shard": 8}, ""),
+        ({"replicate": 0, "shard": -1}, ""),
+        ({"replicate": -1, "shard": -1}, ""),
+        ({"replicate": 1, "shard": -1, "cp": 3}, " and the context degree to 2"),
+        ({"replicate": 2, "shard": -1, "cp": 8}, " and the context degree to 4"),
+        ({"replicate": 1, "shard": 8, "cp": 0}, " and the context degree to 1"),
+        ({"replicate": 2, "shard": -1, "tp": 8}, " and the tensor degree to 4"),
+        ({"pp": 3, "replicate": 1, "shard": -1, "tp": 2}, " and the pipeline degree to 2"),
+        ({"replicate": 1, "shard": -1, "cp": 8, "tp": 2}, " and the context degree to 4"),
     ],
 )
 def test_degrees_that_do_not_make_the_world(degrees, advice):
-    replicate, shard, cp = degrees
     with pytest.raises(UserError) as caught:
-        mesh_degrees(Parallelism(*degrees), 8)
+        mesh_degrees(parallelism(**degrees), 8)
+    product = " times ".join(f"{KEYS[name]} = {degree}" for name, degree in degrees.items())
     assert str(caught.value) == (
-        f"parallelism.data_parallel_replicate_degree = {replicate} times "
-        f"data_parallel_shard_degree = {shard} times context_parallel_degree = {cp} must be the "
-        f"number of ranks, 8; set the shard degree to -1 for what is left{advice}, or change the "
-        "number of ranks"
+        f"parallelism.{product} must be the number of ranks, 8; set the shard degree to -1 for "
+        f"what is left{advice}, or change the number of ranks"
     )
 
 
-def test_who_reads_what():
-    """Ranks of one sequence are neighbours and read the same windows."""
-    alone = mesh.World(5, 8, torch.device("cpu"), None)
-    assert (alone.data_rank, alone.data_size) == (5, 8)
+def test_experts_that_the_ranks_cannot_share():
+    with pytest.raises(UserError) as caught:
+        mesh_degrees(parallelism(replicate=2, ep=3), 8)
+    assert str(caught.value) == (
+        "parallelism.expert_parallel_degree = 3: expected a divisor of the ranks of dp_shard, cp "
+        "and tp, 4; the nearest is 2"
+    )
 
-    class Two:
-        size = 2
 
-    shared = [mesh.World(r, 8, torch.device("cpu"), None, Two()) for r in range(8)]
-    assert [world.data_rank for world in shared] == [0, 0, 1, 1, 2, 2, 3, 3]
-    assert {world.data_size for world in shared} == {4}
+@pytest.fixture
+def rank_of():
+    """From a rank and degrees to its world; the other ranks are torch's fake group."""
+
+    def make(rank: int, degrees: Degrees) -> mesh.World:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        dist.init_process_group("fake", rank=rank, world_size=degrees.ranks, store=FakeStore())
+        return mesh.world_of(torch.device("cpu"), degrees)
+
+    yield make
+    dist.destroy_process_group()
+
+
+def members(group) -> list[int]:
+    return dist.get_process_group_ranks(group)
+
+
+def test_who_reads_what(rank_of):
+    """Ranks of one sequence are neighbours and read the same windows, and so do all stages."""
+    worlds = [rank_of(r, Degrees(dp_shard=8)) for r in range(8)]
+    assert [world.data_rank for world in worlds] == [*range(8)]
+    assert (worlds[0].batch, worlds[0].losses) == (None, None)
+    worlds = [rank_of(r, Degrees(dp_replicate=2, dp_shard=2, cp=2)) for r in range(8)]
+    assert [world.data_rank for world in worlds] == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert {world.data_size for world in worlds} == {4}
+    degrees = Degrees(pp=2, dp_shard=2, cp=2, tp=2)
+    assert [rank_of(r, degrees).data_rank for r in range(16)] == 2 * [0, 0, 0, 0, 1, 1, 1, 1]
+
+
+def test_groups(rank_of):
+    """Rank 13 of 32: the second of tp, the first of cp and pp, the second of the others."""
+    world = rank_of(13, Degrees(pp=2, dp_replicate=2, dp_shard=2, cp=2, tp=2))
+    assert members(world.batch) == [*range(1, 16, 2)]
+    assert members(world.losses) == [*range(1, 32, 2)]
+    assert members(world.mesh["fsdp"].get_group()) == [9, 11, 13, 15]
+    assert members(_resolve_process_group(world.context_parallel.name)) == [13, 15]
+    places = [world.dimension(name).get_local_rank() for name in ("pp", "dp_replicate", "tp")]
+    assert places == [0, 1, 1]
+    assert (world.data_rank, world.data_size, world.batch_size) == (3, 4, 8)
+    world = rank_of(3, Degrees(dp_shard=4))
+    assert world.mesh.mesh_dim_names == ("fsdp",) and world.dimension("tp") is None
 
 
 def cannot(reason):

@@ -20,6 +20,17 @@ class Parallelism:
     """Ranks that share each sequence, a part for each; parameters are sharded over them too. What
     is said of a rank's sequences and batches is of all of these together."""
 
+    tensor_parallel_degree: int = setting(1, at_least=1)
+    """Ranks that share the work on the same tokens: each has a part of every layer's heads, hidden
+    units and of the vocabulary."""
+
+    expert_parallel_degree: int = setting(1, at_least=1)
+    """Of the ranks that shard parameters, and those of tensor parallelism, how many share the
+    experts of a layer, each with experts of its own, to which the others send their tokens."""
+
+    pipeline_parallel_degree: int = setting(1, at_least=1)
+    """Ranks that have a part of the layers each, and hand on micro-batches."""
+
     fsdp_reshard_after_forward: Literal["default", "always", "never"] = "default"
     """Whether a block's gathered parameters are freed after its forward."""
 
