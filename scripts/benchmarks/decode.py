@@ -48,7 +48,8 @@ def run(
         checkpoint: a step-N folder, a run's folder or a Hugging Face folder, with heads.
         prompts: texts to continue, one at a time.
         max_new_tokens: tokens of each continuation.
-        modes: eager, compiled (a whole step as one graph).
+        modes: eager, compiled (a whole step as one graph); on a GPU also graphs (a step launched as
+            one CUDA graph) and compiled_graphs.
         drafts: how many a step, a line each; default: as many as the heads can.
         repeats: the fastest counts.
         threads: of torch, on CPUs.
@@ -79,7 +80,10 @@ def row(
     repeats: int,
 ) -> dict[str, Any]:
     """One line of the table."""
-    compile, layers = mode == "compiled", len(model.layers)
+    layers, how = (
+        len(model.layers),
+        {"compile": "compiled" in mode, "cuda_graphs": "graphs" in mode},
+    )
     seconds, steps = {False: 0.0, True: 0.0}, {False: 0, True: 0}
     for text in texts:
         best, count = {False: float("inf"), True: float("inf")}, {}
@@ -91,7 +95,7 @@ def row(
                     max_new_tokens,
                     speculative=speculative,
                     num_draft=drafts,
-                    compile=compile,
+                    **how,
                 ).stats
                 if attempt:
                     spent = stats.seconds - stats.prompt_seconds
@@ -102,7 +106,7 @@ def row(
             steps[speculative] += count[speculative]
     per_step, gain = steps[False] / steps[True], seconds[False] / seconds[True]
     bound = per_step * layers / (layers + drafts)
-    cost = cost_of_tokens(model, texts[0], 1 + drafts, compile, repeats)
+    cost = cost_of_tokens(model, texts[0], 1 + drafts, how, repeats)
     trunk, drafting = products(model, drafts)
     limit = per_step * trunk / (trunk + drafting) / cost
     return {
@@ -133,9 +137,11 @@ def products(model: Trunk, drafts: int) -> tuple[int, int]:
 
 
 @torch.inference_mode()
-def cost_of_tokens(model: Trunk, text: list[int], n: int, compile: bool, repeats: int) -> float:
+def cost_of_tokens(
+    model: Trunk, text: list[int], n: int, how: dict[str, bool], repeats: int
+) -> float:
     """Time of the trunk's forward over n tokens after `text` over that over one."""
-    decoder = Decoder(model, [text], 200, 0, Sampler(), compile)
+    decoder = Decoder(model, [text], 200, 0, Sampler(), **how)
     decoder.prefill()
     seconds = []
     for drafts in (0, n - 1):

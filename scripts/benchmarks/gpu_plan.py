@@ -203,7 +203,8 @@ def _titan(small: bool, seconds: float) -> list[Case]:
 def _decoding(small: bool) -> list[Case]:
     model = {"family": "llama3", "flavor": "quickstart" if small else "1B", "tokenizer_vocab": 260}
     sizes = {"model": model, "n": 4, "dtype": "float32" if small else "bfloat16"}
-    modes, new, repeats = (("eager",), 4, 1) if small else (("eager", "compiled"), 64, 2)
+    modes = ("eager",) if small else ("eager", "graphs", "compiled", "compiled_graphs")
+    new, repeats = (4, 1) if small else (64, 2)
     return [Case({"model": "1B"}, cases.decoding, (sizes, mode, new, repeats)) for mode in modes]
 
 

@@ -4,13 +4,16 @@ validation, and once in a step of decoding. Each wait would let the GPU run dry.
 from __future__ import annotations
 
 import contextlib
+import importlib
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import DynamicOutputShapeException
 
+import torchtitan_mtp.inference.decoding
 import torchtitan_mtp.monitoring.metrics
 import torchtitan_mtp.trainer
 from pretend import DEVICE, PretendGPU
@@ -36,6 +39,7 @@ MORE_RUNS = {
     "experts": {**DEEPSEEK, **BF16},
     "medusa": {"mtp.heads": "medusa"},
     "distilled": {"mtp.target": "trunk", "mtp.train": "heads"},
+    "triton": {**BF16, "mtp.target": "trunk", "loss.passes": "triton", "loss.bf16_logits": True},
 }
 KEYS = {
     "mtp.num_future_tokens": 2,
@@ -81,8 +85,9 @@ def training(gpu: PretendGPU, folder: Path, keys: dict) -> dict[str, list[str]]:
     return {"step": step, "logged": logged, "validation": validation}
 
 
-def decoding(gpu: PretendGPU, heads: str) -> list[list[str]]:
-    """What the host waits for in each step of decoding two prompts of unequal lengths, sampled."""
+def decoding(gpu: PretendGPU, heads: str, static: bool) -> list[list[str]]:
+    """What the host waits for in each step of decoding two prompts of unequal lengths, sampled; in
+    static shapes, what is recorded as CUDA graphs, which no wait may be in."""
     model = add_heads(build_model(ARGS), MTP(heads=heads, num_future_tokens=3))
     steps: list[int] = []
 
@@ -93,7 +98,7 @@ def decoding(gpu: PretendGPU, heads: str) -> list[list[str]]:
     def decode():
         model.to_empty(device=torch.device(*DEVICE))
         model.init_buffers()
-        options = {"temperature": 0.7, "top_p": 0.9, "speculative": True}
+        options = {"temperature": 0.7, "top_p": 0.9, "speculative": True, "cuda_graphs": static}
         generate(model, [[1, 2, 3], [4]], 7, **options)
 
     original, Decoder.plan = Decoder.plan, plan
@@ -136,13 +141,23 @@ def what_waits(gpu: PretendGPU) -> dict[str, list[str]]:
     return found
 
 
+def without_kernel() -> None:
+    """Triton's kernel computes nothing, as the GPU does."""
+    with contextlib.suppress(ImportError):
+        importlib.import_module("torchtitan_mtp.ops.triton_losses")._row_kernel = MagicMock()
+    torch.cuda.device_of = lambda tensor: contextlib.nullcontext()
+
+
 def everything(_: int, folder: str, runs: dict) -> dict:
     gpu = PretendGPU()
+    without_kernel()
     found: dict = {"operations": what_waits(gpu)}
     for name, keys in runs.items():
         found[name] = training(gpu, Path(folder) / name, keys)
+    torchtitan_mtp.inference.decoding.cuda_graph = lambda device: lambda step: step
     for heads in ("parallel", "sequential", "medusa"):
-        found["decoding", heads] = decoding(gpu, heads)
+        for static in (False, True):
+            found["decoding", heads, static] = decoding(gpu, heads, static)
     return found
 
 
@@ -180,8 +195,9 @@ def test_other_training_does_not_wait(tmp_path):
         check_training(found[name])
 
 
+@pytest.mark.parametrize("static", [False, True], ids=["eager", "static"])
 @pytest.mark.parametrize("heads", ["parallel", "sequential", "medusa"])
-def test_a_decoding_step_waits_once(heads, found):
-    first, second = found["decoding", heads]  # of 3 tokens each, after the prompt's own
+def test_a_decoding_step_waits_once(heads, static, found):
+    first, second = found["decoding", heads, static]  # of 3 tokens each, after the prompt's own
     for notes in (first, second):
         assert [note.partition(": ")[0] for note in notes] == ["int64[2, 2, 3] goes to the host"]

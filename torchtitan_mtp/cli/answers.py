@@ -142,7 +142,8 @@ class Answering:
     ) -> None:
         self.args, self.model, self.tokenizer, self.chat = args, model, tokenizer, chat
         self.options = sampling(args, model) | {"eos_id": tokenizer.eos_ids}
-        self.options |= {"compile": args.compile, "speculative": args.speculative}
+        self.options |= {"compile": args.compile, "cuda_graphs": args.cuda_graphs}
+        self.options |= {"speculative": args.speculative}
         self.options |= {"num_draft": args.num_draft}
         # What these must not be is said before the prompts are looked at.
         Sampler(**sampling(args, model))

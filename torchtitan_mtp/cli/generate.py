@@ -92,7 +92,12 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         "--compile", action="store_true", help="compile a step; the first ones take long"
     )
     parser.add_argument(
-        "--dtype", choices=DTYPES, default="float32", help="of weights and cache; default: float32"
+        "--cuda_graphs", action="store_true", help="launch a step as a whole, on a GPU"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        help="of weights and cache; default: bfloat16 on a GPU that multiplies it, else float32",
     )
     parser.add_argument("--device", help="default: cuda where there is one, else cpu")
     return parser.parse_args(argv)
@@ -193,7 +198,8 @@ def continue_prompts(
     length, seen = max(map(len, prompts)) + args.max_new_tokens, config.training.seq_len
     name = f"--max_new_tokens {args.max_new_tokens} for {len(prompts)} prompt(s)"
     check_generation(model, name, len(prompts), length)
-    options = sampling(args, model) | {"eos_id": tokenizer.eos_ids, "compile": args.compile}
+    static = {"compile": args.compile, "cuda_graphs": args.cuda_graphs}
+    options = sampling(args, model) | {"eos_id": tokenizer.eos_ids} | static
     drafting: dict[str, Any] = {"speculative": True, "num_draft": args.num_draft}
     speculative = args.speculative or args.compare
     ways: dict[str, dict[str, Any]] = {"speculative": drafting} if speculative else {"plain": {}}
@@ -239,8 +245,10 @@ def converse(
 
     Of a text longer than the model was trained on, answer included, the beginning is dropped.
     """
-    if args.compare or args.compile or args.num_draft == "auto":
-        raise UserError("--interactive goes without --compare, --compile and --num_draft auto")
+    if args.compare or args.compile or args.cuda_graphs or args.num_draft == "auto":
+        raise UserError(
+            "--interactive goes without --compare, --compile, --cuda_graphs and --num_draft auto"
+        )
     check(model, [[tokenizer.eos_id]], args.max_new_tokens)
     check_generation(model, f"--max_new_tokens {args.max_new_tokens}", 1, args.max_new_tokens)
     options = sampling(args, model) | {"eos_id": tokenizer.eos_ids}
@@ -300,7 +308,7 @@ def run(args: argparse.Namespace) -> None:
 
     def load() -> tuple[Trunk, Tokenizer, JobConfig]:
         device = find_device(args.device)
-        return load_for_inference(args.checkpoint, device, DTYPES[args.dtype])
+        return load_for_inference(args.checkpoint, device, DTYPES.get(args.dtype))
 
     if args.output is not None and prompts is not None:
         write_answers(args, prompts, load)

@@ -79,7 +79,7 @@ def _check_run(config: JobConfig) -> None:
             f"training.local_batch_size = {local}"
         )
     for key in ("dataset", "dataset_path"):
-        if training.mixture and getattr(training, key) != getattr(Training, key):
+        if training.mixture and getattr(training, key) not in (getattr(Training, key), "", None):
             raise UserError(
                 f"training.mixture and training.{key} = {show(getattr(training, key))}: both say"
                 " what to train on; keep one of them"

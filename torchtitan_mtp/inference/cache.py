@@ -94,14 +94,15 @@ class Positions:
             starts = to_device(torch.tensor(starts), self.all.device).unsqueeze(1)
         return self.rows, starts + self.all[:size]  # [B, 1], [B, size]
 
-    def span(self, starts: RowPositions, size: int) -> Span:
+    def span(self, starts: RowPositions, size: int, keys: int | None = None) -> Span:
         """What a forward over the positions of `index(starts, size)` needs.
 
-        From positions on the device, spans of one size look alike to a compiler: index tensors, all
-        keys and a mask, never slices and an end.
+        From positions on the device, spans of one size look alike to a compiler: index tensors,
+        and a mask over all keys, or over those before `keys`, never slices and an end.
         """
         _, where = index = self.index(starts, size)
-        end = self.max_len if isinstance(starts, Tensor) else max(starts) + size
+        on_device = isinstance(starts, Tensor)
+        end = keys or self.max_len if on_device else max(starts) + size
 
         def mask(window: int | None = None) -> Tensor:
             keys, at = self.all[:end], self.all[where].view(-1, size, 1)

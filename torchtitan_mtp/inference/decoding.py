@@ -23,6 +23,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.inference.cache import LayerCache, Positions, Span, advance, shift_index, take
@@ -30,9 +31,13 @@ from torchtitan_mtp.inference.draft_length import DraftLength
 from torchtitan_mtp.inference.drafting import Plan, build_drafter
 from torchtitan_mtp.inference.rows import EndIds, Generation, Rows
 from torchtitan_mtp.inference.sampling import Sampler
+from torchtitan_mtp.inference.static_steps import StaticSteps, cuda_graph, room
 from torchtitan_mtp.inference.text_stream import TextStream
 from torchtitan_mtp.models.trunk import Trunk
 from torchtitan_mtp.transfer import to_device
+
+# Of steps whose number of keys grows: not cuDNN's, which makes a plan for each number.
+WITHOUT_PLANS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 @torch.inference_mode()
@@ -50,6 +55,7 @@ def generate(
     speculative: bool = False,
     num_draft: int | Literal["auto"] | None = None,
     compile: bool = False,
+    cuda_graphs: bool = False,
     texts: Sequence[TextStream] = (),
 ) -> Generation:
     """Continue each prompt by `max_new_tokens` tokens, or up to and with `eos_id` (of several,
@@ -63,27 +69,29 @@ def generate(
         num_draft: drafts a step, at most (and by default) n - 1; "auto" takes the number that
             has paid best of late (`DraftLength`).
         compile: compile a step of this project's blocks; the first of a batch size wait for it.
+        cuda_graphs: launch such a step as a whole, on a GPU; with `compile` or without.
         texts: one of each prompt, if any; they take its new tokens and know its stop strings.
 
     Raises:
-        UserError: speculative without heads, compile without blocks of this project, an empty
-            prompt, a number out of range.
+        UserError: speculative without heads, compile or cuda_graphs without blocks of this
+            project, cuda_graphs without a GPU, an empty prompt, a number out of range.
     """
     begin = time.perf_counter()
     check(model, prompts, max_new_tokens)
-    if compile and not model.native_blocks:
-        raise UserError('compile: not where transformers runs the model ("hf"); leave it out')
+    if (compile or cuda_graphs) and not model.native_blocks:
+        name = "compile" if compile else "cuda_graphs"
+        raise UserError(f'{name}: not where transformers runs the model ("hf"); leave it out')
     sampler = Sampler(temperature, top_k, top_p, seed, softcap)
     most = most_drafts(model, num_draft) if speculative else 0
-    decoder = Decoder(model, prompts, max_new_tokens, most, sampler, compile)
+    decoder = Decoder(model, prompts, max_new_tokens, most, sampler, compile, cuda_graphs)
     rows = Rows(len(prompts), max_new_tokens, eos_id, most, texts)
     length = DraftLength(most, len(model.layers), adapt=num_draft == "auto")
     rows.start(decoder.prefill())
     prompt_seconds = time.perf_counter() - begin
     while (left := rows.left()) > 0:
         count = length.next()
-        if not decoder.compiled_window:
-            # The last token needs no draft; compiled, a shape of its own would cost more.
+        if decoder.static is None:
+            # The last token needs no draft; in static shapes, one of its own would cost more.
             count = min(count, left - 1)
         fed, target = decoder.run(decoder.plan(count)).tolist()  # the one wait for the device
         decoder.accept(rows.accept(fed, target))
@@ -95,8 +103,7 @@ class Decoder:
     """The model with its caches and the text of every row: the steps of the essay above.
 
     tokens: [B, width] int64, each row's prompt, what was accepted, and the drafts after it.
-    last: p of each row. compiled_window: steps whose heads run over at most so many positions are
-    compiled, padded to it; 0 compiles none.
+    last: p of each row. static: runs steps in few shapes, where they are compiled or recorded.
     """
 
     def __init__(
@@ -107,14 +114,20 @@ class Decoder:
         num_draft: int,
         sampler: Sampler,
         compile: bool = False,
+        cuda_graphs: bool = False,
     ) -> None:
         self.model, self.sampler = model, sampler
         weight, longest = model.tok_embeddings.weight, max(map(len, prompts))
         max_len = longest + max_new_tokens + num_draft
-        # A step adds so many positions at most; a prompt, and heads that were left out, more.
-        self.compiled_window = 1 + num_draft if compile else 0
-        if compile:  # generations of about the same length share what was compiled
-            max_len = -(-max_len // 128) * 128
+        self.static: StaticSteps | None = None
+        if compile or cuda_graphs:
+            max_len, record = room(max_len), cuda_graph(weight.device) if cuda_graphs else None
+            step = functools.partial(
+                _compiled(predict_and_verify) if compile else predict_and_verify, self
+            )
+            # A step adds so many positions at most; a prompt, and heads that were left out, more.
+            window = 1 + num_draft
+            self.static = StaticSteps(step, len(prompts), window, max_len, weight.device, record)
         self.positions = Positions(model, len(prompts), max_len)
         self.caches = [LayerCache(block, self.positions) for block in model.layers.values()]
         self.drafter = build_drafter(model, self.positions, num_draft) if num_draft else None
@@ -134,12 +147,11 @@ class Decoder:
         return target.tolist()
 
     def run(self, plan: Plan) -> Tensor:
-        """A step: `predict_and_verify`, compiled where it can be."""
-        if not self.compiled_window or plan.window > self.compiled_window:
-            return predict_and_verify(self, plan)
-        last = to_device(torch.tensor(self.last), self.tokens.device).unsqueeze(1)
-        window = self.compiled_window if plan.window else 0
-        return _compiled(predict_and_verify)(self, plan._replace(last=last, window=window))
+        """A step: `predict_and_verify`, in static shapes where it can be."""
+        if self.static is None or plan.window > self.static.window:
+            with sdpa_kernel(WITHOUT_PLANS):
+                return predict_and_verify(self, plan)
+        return self.static.run(plan)
 
     def plan(self, count: int) -> Plan:
         """A step with `count` drafts from where the text is now."""
@@ -156,7 +168,7 @@ class Decoder:
 
     def verify(self, plan: Plan, q: Tensor | None) -> Tensor:
         """t[p+1] and the drafts after it, and head 1's choice after each: [2, B, 1 + drafts]."""
-        span = self.positions.span(advance(plan.last, 1), 1 + plan.drafts)
+        span = self.positions.span(advance(plan.last, 1), 1 + plan.drafts, plan.keys)
         fed = self.tokens[span.where]  # [B, 1 + drafts]
         target = self.sampler.verify(self.model.output(self.trunk(span)), fed[:, 1:], q, plan.noise)
         both = torch.stack((fed, target))  # before `fed`, which may be a view, is written to

@@ -37,13 +37,15 @@ class Plan(NamedTuple):
     """What a step is to do, as the host has decided it.
 
     last: p of every row. drafts: how many tokens to draft. window: over how many positions, the
-    last of them p, the drafting heads run. noise: what is random in it, if anything.
+    last of them p, the drafting heads run. noise: what is random in it, if anything. keys: before
+    which position the keys lie that it attends to, where `last` is on the device.
     """
 
     last: RowPositions
     drafts: int
     window: int
     noise: Noise | None
+    keys: int | None = None
 
 
 class CacheLengths:
@@ -98,7 +100,8 @@ class ParallelDrafter:
 
         Returns what they were drawn from [B, drafts, V]; None when greedy.
         """
-        window = self.positions.span(advance(plan.last, 1 - plan.window), plan.window)
+        starts = advance(plan.last, 1 - plan.window)
+        window = self.positions.span(starts, plan.window, plan.keys)
         h = self.hidden(window, plan)  # [B, drafts, D]
         drafts, q = sampler.draft(self.model.output(h), plan.noise)
         tokens[self.positions.index(advance(plan.last, 2), plan.drafts)] = drafts
@@ -109,7 +112,7 @@ class ParallelDrafter:
         count = plan.drafts
         block, positions = self.heads[count]
         z = self.states[window.where].repeat(count, 1, 1)  # [H * B, size, D], H = count
-        rows = positions.span(repeat_rows(window.starts, count), window.size)
+        rows = positions.span(repeat_rows(window.starts, count), window.size, plan.keys)
         h = block(z, rows.context, self.cache.at(rows))
         h = take(h, repeat_rows(window.columns(plan.last), count))  # [H * B, 1, D]
         return self.model.norm(h.view(count, -1, h.shape[-1]).transpose(0, 1))
@@ -169,7 +172,8 @@ class SequentialDrafter:
 
     def draft(self, tokens: Tensor, plan: Plan, sampler: Sampler) -> Tensor | None:
         """As `ParallelDrafter.draft`."""
-        window = self.positions.span(advance(plan.last, 1 - plan.window), plan.window)
+        starts = advance(plan.last, 1 - plan.window)
+        window = self.positions.span(starts, plan.window, plan.keys)
         columns = window.columns(plan.last)
         drawn_from: list[Tensor] = []
         h = self.states[window.where]  # [B, size, D]

@@ -35,20 +35,28 @@ def find_device(name: str | None) -> torch.device:
     return device
 
 
+def default_dtype(device: torch.device) -> torch.dtype:
+    """What a model decodes in: bfloat16 on a GPU that multiplies it, else float32."""
+    gpu = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if gpu else torch.float32
+
+
 def load_for_inference(
     path: str | os.PathLike[str],
     device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Trunk, Tokenizer, JobConfig]:
     """The model of a checkpoint with its weights and heads, its tokenizer and its run's config.
 
     path: a step-N folder, a run's folder, or a folder that `export_checkpoint.py` wrote in one of
-        the HF formats (or that others did). dtype: weights are rounded to it where it is narrower.
+        the HF formats (or that others did). dtype: weights are rounded to it where it is narrower;
+        None: the device's (`default_dtype`).
 
     Raises:
         UserError: no checkpoint, none that is whole, no config.toml, another's model or tokenizer.
     """
-    folder = Path(path)
+    folder, device = Path(path), torch.device(device)
+    dtype = dtype or default_dtype(device)
     is_hf = (folder / "config.json").is_file()
     checkpoint = folder if is_hf else find_checkpoint(path)
     config = config_of_hf(folder) if is_hf else load_toml(find_config(path))

@@ -95,6 +95,8 @@ def head_loss_and_grad(
     """
     acc, mm = accumulation_dtype(hidden.dtype), mm or matmul_dtype(hidden)
     device, need_grad = hidden.device, need_d_hidden or d_weight is not None
+    if not need_grad and options.passes == "compiled":  # a loss alone is not worth compiling
+        options = options._replace(passes="eager", bf16_logits=False)
     weight, buffer = _weight_and_buffer(hidden, weight, mm, options)
     teachers = torch.empty_like(buffer if teacher is not None else buffer[:0])
     dtypes = (acc, torch.int64, torch.int64)

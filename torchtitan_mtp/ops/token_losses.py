@@ -24,7 +24,7 @@ class LossOptions(NamedTuple):
     label_smoothing: float = 0.0  # share of the uniform distribution in the target (1512.00567)
     chunk_rows: int | None = None  # rows of logits alive at a time; None: by shapes and device
     passes: str = "eager"  # what runs the passes over a chunk's logits, of `PASSES`
-    bf16_logits: bool = False  # the product that makes them rounds them to bfloat16
+    bf16_logits: bool = False  # their product rounds them to bfloat16; not with eager passes
     target_loss: str | None = None  # against a teacher, of `TARGET_LOSSES`; None: labels only
     target_weight: float = 1.0  # its share; the rest is the label's cross-entropy
 
@@ -53,15 +53,13 @@ def chunk_losses(
         kernel = import_optional("torchtitan_mtp.ops.triton_losses", _WITHOUT_TRITON)
         how = (options, scale, weights, dtype, need_grad, teacher)
         return *kernel.triton_token_losses(logits, labels, *how), None
-    if options.passes == "compiled" and need_grad:
+    if options.passes == "compiled":
         fused = compiled_token_losses()
         return *fused(logits, labels, options, scale, weights, dtype, teacher), None
-    acc = torch.promote_types(logits.dtype, torch.float32)
-    logits, teacher = logits.to(acc), None if teacher is None else teacher.to(acc)
     part, grad, factor = token_losses(logits, labels, options, need_grad, weights, teacher)
     if scale is not None:
-        factor = factor * scale.to(acc)
-    if dtype == acc or not need_grad:
+        factor = factor * scale.to(factor.dtype)
+    if dtype == grad.dtype or not need_grad:
         return part, grad, factor
     # The pass over [C, V] that rounds applies the factor as well.
     return part, torch.mul(grad, factor, out=torch.empty_like(grad, dtype=dtype)), None

@@ -191,3 +191,9 @@ def test_one_dataset_and_a_mixture(key, value):
     message = rf'training\.mixture and training\.{key} = "{value}": both say what to train on'
     with pytest.raises(UserError, match=message):
         check(config)
+
+
+def test_a_mixture_in_the_place_of_a_recipes_dataset():
+    recipe = ["--job.config_file", "finetune_native_mtp.toml", "--training.mixture", "1 c4"]
+    config = parse_args([*recipe, "--training.dataset=", "--training.dataset_path="])
+    assert config.training.mixture == ["1 c4"] and not config.training.dataset_path

@@ -13,6 +13,7 @@ from torchtitan_mtp.config import JobConfig, to_toml
 from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.formats import export_checkpoint
 from torchtitan_mtp.inference import generate, load_for_inference, next_logits
+from torchtitan_mtp.inference.load import default_dtype
 from torchtitan_mtp.models.flavors import model_args
 from torchtitan_mtp.models.init import init_weights
 from torchtitan_mtp.models.transformer import Transformer, build_model
@@ -50,6 +51,14 @@ def test_weights_and_heads_come_back(tmp_path: Path, heads: str | None, place: s
     assert not any(p.requires_grad for p in model.parameters())
     generation = generate(model, [[256, 65]], 6, speculative=heads is not None)
     assert generation.tokens == generate(saved, [[256, 65]], 6).tokens
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_what_a_model_decodes_in(native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """bfloat16 where a GPU has units for it, and nowhere else."""
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native)
+    found = [default_dtype(torch.device(name)) for name in ("cpu", "cuda")]
+    assert found == [torch.float32, torch.bfloat16 if native else torch.float32]
 
 
 def test_the_latest_step_of_a_run_is_taken(tmp_path: Path) -> None:

@@ -73,6 +73,18 @@ def test_logits_in_bfloat16_against_float64(monkeypatch, spread):
         assert (found.double() - right).norm() <= 3e-3 * right.norm()
 
 
+def test_a_loss_without_gradients_is_not_compiled_or_rounded(monkeypatch):
+    monkeypatch.setattr(token_losses, "compiled_token_losses", None)
+    (hidden,), weight, labels = make_inputs(n=1, dtype=torch.float32)
+    plain = LossOptions(z_loss=1e-2)
+    rounded = plain._replace(passes="compiled", bf16_logits=True)
+    expected, got = (
+        head_loss_and_grad(hidden, weight, labels[:, 0], None, options, need_d_hidden=False)
+        for options in (plain, rounded)
+    )
+    assert got == expected and got[1] is None
+
+
 @pytest.mark.parametrize("n_rows", [16, 37])
 def test_compiled_passes(n_rows):
     hiddens, weight, labels = make_inputs(n=2, n_rows=n_rows, dtype=torch.float32)

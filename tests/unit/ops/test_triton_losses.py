@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -17,9 +18,10 @@ from loss_inputs import OPTIONS, make_inputs
 from torch import Tensor
 from triton_cases import Case, cases, inputs
 
+from tests.allocations import most_alive
 from tests.naive_loss import naive_loss
 from torchtitan_mtp.errors import UserError
-from torchtitan_mtp.ops import head_loss_and_grad, linear_cross_entropy
+from torchtitan_mtp.ops import LossOptions, head_loss_and_grad, linear_cross_entropy
 
 triton = pytest.importorskip("triton")  # there is none but for Linux
 HERE = Path(__file__).parent
@@ -147,6 +149,23 @@ def test_compiled_ahead_of_time_without_spills(
     record_property("registers", int(registers[1]))
     assert ".rn.bf16" in ptx  # gradients are rounded
     assert "ld.global.nc" not in ptx  # a cache that would not see the row being overwritten
+
+
+@pytest.mark.parametrize("logits", [torch.float32, torch.bfloat16])
+def test_the_gradient_takes_no_memory(monkeypatch, logits):
+    """It starts where each row of logits does."""
+    kernel = MagicMock()
+    module = importlib.import_module("torchtitan_mtp.ops.triton_losses")
+    monkeypatch.setattr(module, "_row_kernel", kernel)
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", True)
+    x, y = torch.zeros(16, 4096, dtype=logits), torch.zeros(16, dtype=torch.int64)
+    arguments = (x, y, LossOptions(), None, None, torch.bfloat16)
+    assert most_alive(lambda: module.triton_token_losses(*arguments)) < 1024
+    _, gradient = module.triton_token_losses(*arguments)
+    assert gradient.shape == x.shape and gradient.dtype == torch.bfloat16
+    for row, of_row in zip(x, gradient, strict=True):
+        assert row.data_ptr() == of_row.data_ptr()
+    assert kernel.__getitem__.call_args.args == ((16,),)  # a program a row
 
 
 def test_errors_say_what_to_do(monkeypatch):
