@@ -236,5 +236,5 @@ def test_traces_of_collectives_go_where_the_configuration_says(tmp_path, monkeyp
     record_collectives(comm, str(tmp_path))
     assert [os.environ[name] for name in names] == ["7", str(tmp_path / "traces" / "r"), "1"]
     assert (tmp_path / "traces").is_dir()
-    record_collectives(Comm(trace_buf_size=9), "elsewhere")
+    record_collectives(Comm(trace_buf_size=9), str(tmp_path / "elsewhere"))
     assert os.environ["TORCH_FR_BUFFER_SIZE"] == "7", "the user's own stays"
