@@ -1,6 +1,6 @@
 """Print the requirements that this Python lacks, one a line, pinned as in constraints.txt.
 
-`python scripts/missing_requirements.py [core|dev]` reads the names and lowest versions from
+`python scripts/missing_requirements.py [core|dev|docs]` reads the names and lowest versions from
 pyproject.toml. A package that is there and new enough is left alone, whatever constraints.txt says,
 so a machine's own build of torch survives. Standard library only: it runs before anything is
 installed, by scripts/setup.sh.

@@ -1,5 +1,6 @@
-# To be sourced by bash: `source scripts/setup.sh [core|dev]` sets PYTHON to a Python that runs this
-# checkout, and makes .venv where there is none that does. dev adds what the tests need.
+# To be sourced by bash: `source scripts/setup.sh [core|dev|docs]` sets PYTHON to a Python that runs
+# this checkout, and makes .venv where there is none that does. dev adds what the tests need, docs what
+# the site does.
 #
 # .venv if it is there; else python3 if it has all that is needed; else a new .venv. What is
 # installed and new enough is kept; what is missing comes at the version of constraints.txt.
@@ -77,7 +78,8 @@ _setup_install_alone() { # root group; one at a time in one checkout, where the 
 _setup() { # group
     local root python
     root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P) || return
-    [[ $1 == core || $1 == dev ]] || { _setup_error "setup.sh takes core or dev, got '$1'"; return; }
+    [[ $1 == core || $1 == dev || $1 == docs ]] ||
+        { _setup_error "setup.sh takes core, dev or docs, got '$1'"; return; }
     # This checkout before any installed copy, also where nothing had to be installed.
     export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
     PYTHON=$root/.venv/bin/python

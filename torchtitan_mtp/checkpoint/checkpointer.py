@@ -52,7 +52,8 @@ class Checkpointer:
     """Checkpoints of one run in `{dump_folder}/{config.folder}/step-N`. Made by all ranks together.
 
     Args:
-        config, dump_folder: the [checkpoint] table, job.dump_folder.
+        config: the [checkpoint] table.
+        dump_folder: job.dump_folder.
         model: materialized, parallelized (DTensors) or plain.
         optimizer: over some or all of the model's parameters; None saves and loads none.
         extra: what else resumes, by name ("lr_scheduler", "dataloader", "train_state", ...). Every

@@ -55,9 +55,10 @@ _TABLE = "freqs_cis"
 class LoadReport:
     """What a partial load left out, by parameter name.
 
-    missing: in the model, not in the checkpoint: they keep what they have.
-    unexpected: in the checkpoint, not in the model: dropped.
-    cast: floating tensors that were widened to the model's dtype, exactly.
+    Attributes:
+        missing: in the model, not in the checkpoint: they keep what they have.
+        unexpected: in the checkpoint, not in the model: dropped.
+        cast: floating tensors that were widened to the model's dtype, exactly.
     """
 
     missing: tuple[str, ...] = ()

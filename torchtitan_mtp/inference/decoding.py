@@ -62,8 +62,12 @@ def generate(
     the first that comes) or the token that completes a stop string.
 
     Args:
-        temperature, top_k, top_p, seed, softcap: see `Sampler`; 0 is greedy. A seed of each
-            prompt makes its sample what it is alone (drafts, whose number is the batch's, aside).
+        temperature: 0 is greedy; else tokens are samples from the softmax of logits / temperature.
+        top_k: sample among the k most likely tokens.
+        top_p: among the most likely that together have this probability, after top_k.
+        seed: of all samples; a seed of each prompt makes its sample what it is alone (drafts,
+            whose number is the batch's, aside).
+        softcap: logits are softcap * tanh(logits / softcap), as in training.
         speculative: draft with heads 2..n. Greedy: the tokens are the same. Sampled: their
             distribution is.
         num_draft: drafts a step, at most (and by default) n - 1; "auto" takes the number that

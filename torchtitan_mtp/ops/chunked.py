@@ -54,13 +54,19 @@ class LossOutput(NamedTuple):
     """Result of `linear_cross_entropy`; only `loss` carries a gradient.
 
     A NamedTuple of tensors, so that FSDP2 finds them among a module's outputs.
+
+    Attributes:
+        loss: [] sum_k head_scales[k] * loss_sum[k]; float32 (float64 for float64 inputs).
+        loss_sum: [n] sum of each head's token losses over its valid labels, times row_weights,
+            unscaled.
+        valid: [n] int64, labels that are not ignore_index.
+        correct: [n] int64, valid labels whose logit is above every other of its row.
     """
 
-    loss: Tensor  # [] sum_k head_scales[k] * loss_sum[k]; float32 (float64 for float64 inputs)
-    # [n] sum of each head's token losses over its valid labels, times row_weights, unscaled
+    loss: Tensor
     loss_sum: Tensor
-    valid: Tensor  # [n] int64, labels that are not ignore_index
-    correct: Tensor  # [n] int64, valid labels whose logit is above every other of its row
+    valid: Tensor
+    correct: Tensor
 
 
 @torch.no_grad()

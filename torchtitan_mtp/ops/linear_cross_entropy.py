@@ -29,7 +29,7 @@ def linear_cross_entropy(
 ) -> LossOutput:
     """Cross-entropy of n heads that share one unembedding, without their whole logits.
 
-    For every head k and row i with a valid label y, with u = hiddens[k][i] @ weight.T,
+    For every head k and row i with a valid label y, with u = `hiddens[k][i] @ weight.T`,
     x = softcap * tanh(u / softcap) (x = u without a soft cap) and lse = logsumexp(x):
 
         token loss = (1 - label_smoothing) * (lse - x[y]) + label_smoothing * (lse - mean(x))

@@ -16,17 +16,29 @@ PASSES = ("eager", "compiled", "triton")
 
 
 class LossOptions(NamedTuple):
-    """What a token's loss is and how it is computed (`linear_cross_entropy`), for all heads."""
+    """What a token's loss is and how it is computed (`linear_cross_entropy`), for all heads.
 
-    ignore_index: int = -100  # the label of rows that do not count
-    z_loss: float = 0.0  # coefficient of lse**2 (PaLM, arXiv 2204.02311, section 5)
-    softcap: float | None = None  # cap of the logits (Gemma 2, arXiv 2408.00118, section 2)
-    label_smoothing: float = 0.0  # share of the uniform distribution in the target (1512.00567)
-    chunk_rows: int | None = None  # rows of logits alive at a time; None: by shapes and device
-    passes: str = "eager"  # what runs the passes over a chunk's logits, of `PASSES`
-    bf16_logits: bool = False  # their product rounds them to bfloat16; not with eager passes
-    target_loss: str | None = None  # against a teacher, of `TARGET_LOSSES`; None: labels only
-    target_weight: float = 1.0  # its share; the rest is the label's cross-entropy
+    Attributes:
+        ignore_index: the label of rows that do not count.
+        z_loss: coefficient of lse**2 (PaLM, arXiv 2204.02311, section 5).
+        softcap: cap of the logits (Gemma 2, arXiv 2408.00118, section 2).
+        label_smoothing: share of the uniform distribution in the target (arXiv 1512.00567).
+        chunk_rows: rows of logits alive at a time; None: by shapes and device.
+        passes: what runs the passes over a chunk's logits, of `PASSES`.
+        bf16_logits: their product rounds them to bfloat16; not with eager passes.
+        target_loss: against a teacher, of `TARGET_LOSSES`; None: labels only.
+        target_weight: its share; the rest is the label's cross-entropy.
+    """
+
+    ignore_index: int = -100
+    z_loss: float = 0.0
+    softcap: float | None = None
+    label_smoothing: float = 0.0
+    chunk_rows: int | None = None
+    passes: str = "eager"
+    bf16_logits: bool = False
+    target_loss: str | None = None
+    target_weight: float = 1.0
 
 
 class LossSums(NamedTuple):
