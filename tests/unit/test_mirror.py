@@ -91,6 +91,7 @@ WHOSE = {
     "ops/chunked": "unit/ops/test_linear_cross_entropy",
     "ops/soft_targets": "unit/ops/test_distilled",
     "ops/token_losses": "unit/ops/test_linear_cross_entropy",
+    "ops/vocabulary": "distributed/test_vocabulary_ranks",
     "train": "integration/test_bad_input",
     "transfer": "integration/test_no_waiting",
     "validation": "integration/test_validation",

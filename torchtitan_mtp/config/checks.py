@@ -68,6 +68,13 @@ def _check_loss(config: JobConfig) -> None:
             'loss.bf16_logits = true: expected loss.passes "compiled" or "triton", found "eager", '
             "which would only copy them; set one of the two keys"
         )
+    degree = config.parallelism.tensor_parallel_degree
+    if config.loss.passes == "triton" and degree > 1:
+        raise UserError(
+            'loss.passes = "triton": its kernel reads whole rows of logits, which '
+            f"parallelism.tensor_parallel_degree = {degree} spreads over ranks; expected "
+            '"compiled" or "eager", set it'
+        )
 
 
 def _check_run(config: JobConfig) -> None:

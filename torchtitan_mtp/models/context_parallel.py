@@ -53,7 +53,7 @@ class ContextParallel:
 
     def gather(self, x: Tensor) -> Tensor:
         """x [B, S / size, ...] of all ranks: [B, S, ...]. The gradient is the sum of the ranks'."""
-        return _Gather.apply(x, self.name)
+        return gather(x, self.name)
 
     def gather_kv(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values [B, S / size, KV, *] of all ranks in one collective: [B, S, KV, *]."""
@@ -130,6 +130,12 @@ def _extremes(x: Tensor, beyond: int) -> tuple[Tensor, Tensor]:
     """Least and largest of each block of x [B, L], `beyond` its end."""
     blocks = F.pad(x, (0, -x.shape[1] % BLOCK), value=beyond).unflatten(1, (-1, BLOCK))
     return blocks.amin(-1), blocks.amax(-1)
+
+
+def gather(x: Tensor, group: Any) -> Tensor:
+    """x [B, S / ranks, ...] of the ranks of a group, one after another: [B, S, ...]. The gradient
+    is the sum of the ranks'."""
+    return _Gather.apply(x, group)
 
 
 class _Gather(torch.autograd.Function):

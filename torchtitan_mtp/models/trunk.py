@@ -8,15 +8,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.profiler import record_function
 
 from torchtitan_mtp.data.targets import Batch
+from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.models.args import ModelArgs, ModelSpec
 from torchtitan_mtp.models.attention import KVCache
-from torchtitan_mtp.models.context_parallel import CHUNKS, ContextParallel
+from torchtitan_mtp.models.context_parallel import CHUNKS, ContextParallel, gather
 from torchtitan_mtp.models.heads import BlockContext, Heads, TrunkOutput, TrunkParts
 from torchtitan_mtp.models.moe import MoE
-from torchtitan_mtp.ops import HeadByHeadLoss, LossOutput, chunked_argmax
+from torchtitan_mtp.ops import HeadByHeadLoss, LossOutput, VocabularyShard, chunked_argmax
 
 
 class Unembedding(nn.Linear):
@@ -25,33 +27,57 @@ class Unembedding(nn.Linear):
     Whatever else uses its weight is a method here, registered with FSDP2 (`apply_fsdp`): FSDP2
     unshards a weight only for a forward of the module that owns it, and loses the gradient of a
     use outside. scale: a factor of the logits (Granite's, Cohere's).
+
+    vocabulary: the ranks of tensor parallelism, if any. This one has some rows of the weight and
+    pieces [B, S / ranks, D] of the states [B, S, D] that the methods are named with.
     """
 
     scale = 1.0
+    vocabulary: VocabularyShard | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., D] -> [..., V]."""
+        """x [..., D] -> [..., V]. Error: no rank has all of the vocabulary."""
+        if self.vocabulary is not None:
+            raise UserError(
+                "logits of the whole vocabulary, which is spread over the ranks of "
+                "parallelism.tensor_parallel_degree; set it to 1, or ask for `loss` or `argmax`"
+            )
         return super().forward(self._scaled(x))
 
     def loss(
         self,
         hiddens: Sequence[Tensor],
         labels: Tensor,
-        compute: Callable[[list[Tensor], Tensor, Tensor], LossOutput],
+        compute: Callable[..., LossOutput],
         detach: bool = False,
     ) -> LossOutput:
-        """The loss of n heads: `compute` of n tensors [N, D], the weight and labels [N, n].
+        """The loss of n heads: `compute` of n tensors [N, D], the weight, labels [N, n] and the
+        `vocabulary` of which the weight has rows.
 
         hiddens: n tensors [B, S, D]; labels [B, S, n]. `detach`: the weight gets no gradient.
         """
-        weight = self.weight.detach() if detach else self.weight
-        rows = [self._scaled(h.flatten(0, 1)) for h in hiddens]
-        return compute(rows, weight, labels.flatten(0, 1))
+        weight = self._own_rows().detach() if detach else self._own_rows()
+        rows = [self._scaled(self.gather(h).flatten(0, 1)) for h in hiddens]
+        return compute(rows, weight, labels.flatten(0, 1), vocabulary=self.vocabulary)
 
     def argmax(self, hiddens: Sequence[Tensor]) -> Tensor:
         """The most likely tokens [B, S, n] int64 of n tensors [B, S, D], without gradients."""
-        rows = [chunked_argmax(h.flatten(0, 1), self.weight) for h in hiddens]  # n of [N]
-        return torch.stack(rows, dim=-1).view(*hiddens[0].shape[:2], -1)
+        weight, best = self._own_rows(), []
+        for hidden in hiddens:
+            rows = self.gather(hidden)
+            found = chunked_argmax(rows.flatten(0, 1), weight, vocabulary=self.vocabulary)
+            best.append(found.view(rows.shape[:2]))
+        return torch.stack(best, dim=-1)
+
+    def gather(self, x: Tensor) -> Tensor:
+        """x [B, S, ...] of the pieces that the ranks of the vocabulary have; without any, x."""
+        return x if self.vocabulary is None else gather(x, self.vocabulary.group)
+
+    def _own_rows(self) -> Tensor:
+        """The weight, or what this rank has of it [V / ranks, D]."""
+        if self.vocabulary is None or not isinstance(self.weight, DTensor):
+            return self.weight
+        return self.weight.to_local()
 
     def _scaled(self, x: Tensor) -> Tensor:
         return x if self.scale == 1.0 else x * self.scale
@@ -120,10 +146,11 @@ class Trunk(nn.Module):
 
     def teach(self, head_loss: HeadByHeadLoss, state: Tensor) -> None:
         """Give the heads after head 1 its state [B, S, D] to learn from."""
+        state = self.output.gather(state.detach())
         if self.context_parallel is None:
             return head_loss.teach(state)
         ahead = self.spec.num_future_tokens - 1
-        head_loss.teach(self.context_parallel.with_following(state.detach(), ahead), ahead)
+        head_loss.teach(self.context_parallel.with_following(state, ahead), ahead)
 
     def spans(self, max_len: int) -> Callable[..., BlockContext]:
         """For decoding, what makes the context of a span of positions before `max_len`: of

@@ -16,6 +16,7 @@ from torchtitan_mtp.ops.chunked import (
     matmul_dtype,
 )
 from torchtitan_mtp.ops.token_losses import LossOptions
+from torchtitan_mtp.ops.vocabulary import VocabularyShard
 
 
 class HeadByHeadLoss:
@@ -54,10 +55,12 @@ class HeadByHeadLoss:
         labels: Tensor,
         first: int = 0,
         last: bool = True,
+        vocabulary: VocabularyShard | None = None,
     ) -> LossOutput:
         """m heads from number `first` (from 0) on.
 
-        hiddens: m tensors [N, D]; weight [V, D]; labels [N, m].
+        hiddens: m tensors [N, D]; weight [V, D], or this rank's rows of a `vocabulary`, and then
+        the hiddens' gradients are to be summed over its ranks; labels [N, m].
         """
         grad_scale = fp16_gradient_scale(self.head_scales, hiddens[0])
         d_weight = self._weight_gradient(weight, grad_scale is None)
@@ -66,7 +69,7 @@ class HeadByHeadLoss:
             self.d_weight = None
         scales = self.head_scales[first : first + len(hiddens)]
         how = (self.options, grad_scale, needs_grad, d_weight, True)
-        tensors = (weight, labels, scales, None, self.teacher, self.teacher_rows, first)
+        tensors = (weight, labels, scales, None, self.teacher, self.teacher_rows, first, vocabulary)
         return LossOutput(*HeadsLoss.apply(*tensors, *how, *hiddens))
 
     def _weight_gradient(self, weight: Tensor, add_to_grad: bool) -> Tensor | None:
@@ -74,7 +77,8 @@ class HeadByHeadLoss:
         if not needs_gradient(weight):
             return None
         if self.d_weight is None:
-            grad, dtype = weight.grad, accumulation_dtype(weight.dtype)
+            grad = weight.grad if weight.is_leaf else None
+            dtype = accumulation_dtype(weight.dtype)
             if add_to_grad and grad is not None and grad.dtype == dtype and grad.is_contiguous():
                 return grad
             self.d_weight = _zero_gradient(weight)
@@ -92,6 +96,7 @@ class HeadsLoss(torch.autograd.Function):
         teacher,
         teacher_rows,
         first,
+        vocabulary,
         options,
         scale,
         needs_grad,
@@ -109,7 +114,8 @@ class HeadsLoss(torch.autograd.Function):
         mm = matmul_dtype(heads[0])
         scales = head_scales if scale is None else head_scales / scale
         tensors = (list(heads), weight, labels, scales, row_weights, teacher, teacher_rows)
-        arguments = (*tensors, first, mm, needs_grad, *options)
+        spread = vocabulary or (None, 0, 0)
+        arguments = (*tensors, first, mm, needs_grad, *spread, *options)
         if torch.compiler.is_compiling():
             results = _heads_op(*arguments)
         else:
@@ -143,7 +149,7 @@ class HeadsLoss(torch.autograd.Function):
         d_weight, *d_hiddens = (next(rest) if need else None for need in ctx.needs_grad)
         if d_weight is not None:
             d_weight = d_weight.to(ctx.weight_dtype)
-        return d_weight, *(None,) * 11, *d_hiddens
+        return d_weight, *(None,) * 12, *d_hiddens
 
 
 def needs_gradient(tensor: Tensor) -> bool:
@@ -166,6 +172,9 @@ def _heads(
     first: int,
     mm: torch.dtype,
     needs_grad: list[bool],
+    group: str | None,
+    first_token: int,
+    vocabulary_size: int,
     *options: Any,
     d_weight: Tensor | None = None,
     in_place: bool = False,
@@ -173,6 +182,7 @@ def _heads(
     """[loss_sum [n], valid [n], correct [n]] and the gradients that `needs_grad` asks for."""
     if d_weight is None and needs_grad[0]:
         d_weight = _zero_gradient(weight)
+    vocabulary = VocabularyShard(group, first_token, vocabulary_size) if group else None
     heads = [
         head_loss_and_grad(
             hidden,
@@ -188,6 +198,7 @@ def _heads(
             in_place=in_place,
             d_weight=d_weight,
             mm=mm,
+            vocabulary=vocabulary,
         )
         for k, hidden in enumerate(hiddens)
     ]
@@ -204,7 +215,8 @@ _heads_op = torch.library.custom_op(
     mutates_args=(),
     schema="(Tensor[] hiddens, Tensor weight, Tensor labels, Tensor head_scales, "
     "Tensor? row_weights, Tensor? teacher, Tensor? teacher_rows, int first, ScalarType mm, "
-    "bool[] needs_grad, int ignore_index, float z_loss, float? softcap, float label_smoothing, "
+    "bool[] needs_grad, str? group, int first_token, int vocabulary_size, "
+    "int ignore_index, float z_loss, float? softcap, float label_smoothing, "
     "SymInt? chunk_rows, str passes, bool bf16_logits, str? target_loss, float target_weight) "
     "-> Tensor[]",
 )

@@ -42,6 +42,7 @@ import torch
 from torch import Tensor
 
 from torchtitan_mtp.ops.token_losses import LossOptions, LossSums, chunk_losses
+from torchtitan_mtp.ops.vocabulary import VocabularyShard, first_of_the_best
 
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
 _TILE_ROWS = 4096  # rows of the weight that are upcast at a time
@@ -85,6 +86,7 @@ def head_loss_and_grad(
     in_place: bool = False,
     d_weight: Tensor | None = None,
     mm: torch.dtype | None = None,
+    vocabulary: VocabularyShard | None = None,
 ) -> tuple[LossSums, Tensor | None]:
     """Loss of one head, and the gradient [N, D] of ``scale * loss_sum`` in its hidden, outside
     autograd.
@@ -98,6 +100,8 @@ def head_loss_and_grad(
     d_weight: [V, D] in `accumulation_dtype(weight.dtype)`; the weight's gradient is ADDED to it.
         None: it is not computed.
     mm: dtype of the matrix products; None: `matmul_dtype(hidden)`.
+    vocabulary: of which `weight` has this rank's rows; the losses are those of all tokens, the
+        gradient in `hidden` is to be summed over its ranks. None: `weight` has all.
     """
     acc, mm = accumulation_dtype(hidden.dtype), mm or matmul_dtype(hidden)
     device, need_grad = hidden.device, need_d_hidden or d_weight is not None
@@ -120,7 +124,7 @@ def head_loss_and_grad(
             if teacher is not None:
                 t = _rows_ahead(teacher, rows, ahead, teacher_rows).to(mm)  # [C, D]
                 taught = project(t, weight, teachers[: t.shape[0]])
-            how = (options, scale, weights, mm, need_grad, taught)
+            how = (options, scale, weights, mm, need_grad, taught, vocabulary)
             part, grad, factor = chunk_losses(logits, labels[rows], *how)
             for total, of_chunk in zip(losses, part, strict=True):
                 total += of_chunk
@@ -136,8 +140,14 @@ def head_loss_and_grad(
 
 
 @torch.no_grad()
-def chunked_argmax(hidden: Tensor, weight: Tensor, chunk_rows: int | None = None) -> Tensor:
-    """`(hidden @ weight.T).argmax(-1)` [N] int64, from hidden [N, D] and the unembedding [V, D].
+def chunked_argmax(
+    hidden: Tensor,
+    weight: Tensor,
+    chunk_rows: int | None = None,
+    vocabulary: VocabularyShard | None = None,
+) -> Tensor:
+    """`(hidden @ weight.T).argmax(-1)` [N] int64, from hidden [N, D] and the unembedding [V, D], or
+    this rank's rows of it, of a `vocabulary`.
 
     Chunks and products are those of the loss, so that what is most likely here is what the loss
     counts as correct. A soft cap of the logits changes nothing.
@@ -149,6 +159,8 @@ def chunked_argmax(hidden: Tensor, weight: Tensor, chunk_rows: int | None = None
         for h, tokens in zip(hidden.split(len(buffer)), best.split(len(buffer)), strict=True):
             logits = project(h.to(mm), weight, buffer[: h.shape[0]])  # [C, V]
             torch.argmax(logits, dim=1, out=tokens)
+            if vocabulary is not None:
+                tokens.copy_(first_of_the_best(logits, tokens, vocabulary))
     return best
 
 

@@ -13,6 +13,7 @@ from torchtitan_mtp.ops.autograd import HeadsLoss, needs_gradient
 from torchtitan_mtp.ops.chunked import LossOutput, fp16_gradient_scale
 from torchtitan_mtp.ops.soft_targets import TARGET_LOSSES
 from torchtitan_mtp.ops.token_losses import PASSES, LossOptions
+from torchtitan_mtp.ops.vocabulary import VocabularyShard
 
 
 def linear_cross_entropy(
@@ -25,6 +26,7 @@ def linear_cross_entropy(
     row_weights: Tensor | None = None,
     teacher: Tensor | None = None,
     first: int = 0,
+    vocabulary: VocabularyShard | None = None,
     **fields: Any,
 ) -> LossOutput:
     """Cross-entropy of n heads that share one unembedding, without their whole logits.
@@ -57,6 +59,8 @@ def linear_cross_entropy(
             w * target_loss(p, softmax(x)) takes the place of the share w of all but the z-loss.
             None: labels alone.
         first: number of the first of these heads, from 0.
+        vocabulary: of which `weight` has this rank's rows. All its ranks call this with the same
+            hiddens and labels, and sum the hiddens' gradients. None: `weight` has all rows.
 
     Raises:
         UserError: shapes, dtypes or devices that do not fit, or an option out of its range; one
@@ -77,7 +81,7 @@ def linear_cross_entropy(
     if row_weights is not None:
         columns = row_weights if row_weights.dim() == 2 else row_weights.unsqueeze(1)
         row_weights = columns.detach().expand(labels.shape)
-    tensors = (weight, labels, head_scales.detach(), row_weights, teacher, None, first)
+    tensors = (weight, labels, head_scales.detach(), row_weights, teacher, None, first, vocabulary)
     scale = fp16_gradient_scale(head_scales.detach(), heads[0])
     needs_grad = [needs_gradient(tensor) for tensor in (weight, *heads)]
     return LossOutput(*HeadsLoss.apply(*tensors, options, scale, needs_grad, None, False, *heads))

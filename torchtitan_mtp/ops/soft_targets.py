@@ -15,29 +15,28 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from torchtitan_mtp.ops.vocabulary import VocabularyShard, over_ranks
+
 TARGET_LOSSES = ("kl", "lk", "tv")
 _CACHED = 2**17  # logits: 1.5 MiB with what is computed of them
 
 
 def target_losses(
-    logits: Tensor, teacher: Tensor, kind: str | None, softcap: float | None
+    log_q: Tensor, log_p: Tensor, kind: str | None, vocabulary: VocabularyShard | None
 ) -> tuple[Tensor, Tensor]:
-    """Losses [C, 1] and their gradient [C, V] in `logits`.
-
-    logits: [C, V], after the soft cap; teacher: [C, V], before it; kind: of `TARGET_LOSSES`.
+    """Losses [C, 1] and their gradient [C, V] in the head's logits, from logarithms of both
+    distributions [C, V]; kind: of `TARGET_LOSSES`; vocabulary: whose tokens these are, None: all.
 
     With m_v = [q_v <= p_v], the gradients of kl and tv in logit j are
     q_j - p_j  and  q_j (sum_v m_v q_v - m_j); that of lk is tv's over a.
     """
-    if softcap is not None:
-        teacher = softcap * torch.tanh(teacher / softcap)
-    log_q, log_p = logits.log_softmax(1), teacher.log_softmax(1)
     q, p = log_q.exp(), log_p.exp()
-    if kind == "kl":
-        return (p * (log_p - log_q)).sum(1, keepdim=True), q - p
     below = q * (q <= p)
-    grad = q * below.sum(1, keepdim=True) - below
-    accepted = torch.minimum(p, q).sum(1, keepdim=True)
+    terms = [p * (log_p - log_q)] if kind == "kl" else [torch.minimum(p, q), below]
+    sums = over_ranks("sum", [u.sum(1, keepdim=True) for u in terms], vocabulary)
+    if kind == "kl":
+        return sums[0], q - p
+    accepted, grad = sums[0], q * sums[1] - below
     if kind == "tv":
         return 1 - accepted, grad
     accepted = accepted.clamp(min=torch.finfo(accepted.dtype).tiny)

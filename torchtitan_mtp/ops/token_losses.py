@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from torchtitan_mtp.errors import import_optional
+from torchtitan_mtp.errors import UserError, import_optional
 from torchtitan_mtp.ops.soft_targets import compare_, read_teacher_, rows_at_once, target_losses
+from torchtitan_mtp.ops.vocabulary import VocabularyShard, over_ranks
 
 PASSES = ("eager", "compiled", "triton")
 
@@ -58,16 +59,27 @@ def chunk_losses(
     dtype: torch.dtype,
     need_grad: bool,
     teacher: Tensor | None = None,
+    vocabulary: VocabularyShard | None = None,
 ) -> tuple[LossSums, Tensor, Tensor | None]:
     """Losses of a chunk by `options.passes`, and ``scale`` times its logits' gradient [C, V] in
-    ``dtype`` as ``factor * G``, factor [C, 1] or None for 1. The rest as in `token_losses`."""
+    ``dtype`` as ``factor * G``, factor [C, 1] or None for 1. The rest as in `token_losses`.
+
+    vocabulary: of which the logits' tokens are a rank's; None: they are all. Its loss has one form,
+    compiled or not.
+    """
+    if options.passes == "triton" and vocabulary is not None:
+        raise UserError(
+            'loss.passes is "triton" and the vocabulary is spread over ranks; expected "compiled" '
+            'or "eager"'
+        )
     if options.passes == "triton":
         kernel = import_optional("torchtitan_mtp.ops.triton_losses", _WITHOUT_TRITON)
         how = (options, scale, weights, dtype, need_grad, teacher)
         return *kernel.triton_token_losses(logits, labels, *how), None
-    if options.passes == "compiled":
-        fused = compiled_token_losses()
-        return *fused(logits, labels, options, scale, weights, dtype, teacher), None
+    if options.passes == "compiled" or vocabulary is not None:
+        compiled = options.passes == "compiled"
+        passes = compiled_token_losses() if compiled else traceable_token_losses
+        return *passes(logits, labels, options, scale, weights, dtype, teacher, vocabulary), None
     part, grad, factor = token_losses(logits, labels, options, need_grad, weights, teacher)
     if scale is not None:
         factor = factor * scale.to(factor.dtype)
@@ -189,32 +201,43 @@ def traceable_token_losses(
     weights: Tensor | None,
     dtype: torch.dtype,
     teacher: Tensor | None = None,
+    vocabulary: VocabularyShard | None = None,
 ) -> tuple[LossSums, Tensor]:
     """As `token_losses`, in a form that torch.compile fuses into three passes over [C, V], of which
-    two only read.
+    two only read; between them the ranks of a ``vocabulary`` meet.
 
     Returns the sums, and ``scale`` times the whole gradient [C, V] in ``dtype``; it overwrites
     ``logits`` where that is their dtype.
     """
-    vocab, smoothing, cap = logits.shape[1], options.label_smoothing, options.softcap
+    size, smoothing, cap = logits.shape[1], options.label_smoothing, options.softcap
+    first, total = (0, size) if vocabulary is None else vocabulary[1:]
     acc = torch.promote_types(logits.dtype, torch.float32)
     is_valid, y = _targets(labels, options)
-    target, x = logits.gather(1, y).to(acc), logits.to(acc)  # [C, 1], [C, V]
+    column = y if vocabulary is None else (y - first).clamp(0, size - 1)
+    target, x = logits.gather(1, column).to(acc), logits.to(acc)  # [C, 1], [C, V]
+    t = [] if teacher is None else [teacher.to(acc)]
     if cap is not None:
-        target, x = cap * torch.tanh(target / cap), cap * torch.tanh(x / cap)
-    is_target = torch.arange(vocab, device=logits.device) == y  # [C, V]
+        target, x, *t = [cap * torch.tanh(u / cap) for u in (target, x, *t)]
+    is_target = torch.arange(first, first + size, device=logits.device) == y  # [C, V]
     others = x.masked_fill(is_target, -torch.inf).amax(1, keepdim=True)  # [C, 1]
+    if vocabulary is not None:
+        target = target.masked_fill(column + first != y, -torch.inf)  # another rank has it
+    tops = [others, target, *[u.amax(1, keepdim=True) for u in t]]
+    others, target, *t_top = over_ranks("max", tops, vocabulary)
     maximum = torch.maximum(others, target)
     exps = (x - maximum).exp()
-    sums = exps.sum(1, keepdim=True)
+    terms = [exps, *[(u - t_top[0]).exp() for u in t], *([x] if smoothing else [])]
+    sums, *more = over_ranks("sum", [u.sum(1, keepdim=True) for u in terms], vocabulary)
     lse = maximum + sums.log()
-    mean = x.mean(1, keepdim=True) if smoothing else None
+    mean = more[-1] / total if smoothing else None
     soft, d_soft, hard = None, None, 1.0
-    if teacher is not None:
-        soft, d_soft = target_losses(x, teacher.to(acc), options.target_loss, cap)
+    if t:
+        log_p = t[0] - (t_top[0] + more[0].log())
+        soft, d_soft = target_losses(x - lse, log_p, options.target_loss, vocabulary)
         hard = 1 - options.target_weight
-    part = _sums(lse, target, mean, soft, target > others, is_valid, options, weights)
-    grad = exps * ((hard + 2 * options.z_loss * lse) / sums) - hard * smoothing / vocab
+    correct = (target > others) & ~lse.isnan()  # (a maximum over ranks may have lost a NaN)
+    part = _sums(lse, target, mean, soft, correct, is_valid, options, weights)
+    grad = exps * ((hard + 2 * options.z_loss * lse) / sums) - hard * smoothing / total
     grad = torch.where(is_target, grad - hard * (1 - smoothing), grad)
     if d_soft is not None:
         grad = grad + options.target_weight * d_soft

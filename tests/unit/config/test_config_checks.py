@@ -211,6 +211,9 @@ def test_logits_in_bfloat16_need_passes_that_read_them():
     message = refusal("--loss.bf16_logits")
     assert message.startswith('loss.bf16_logits = true: expected loss.passes "compiled"')
     assert parse_args(["--loss.bf16_logits", "--compile.enable"]).loss_passes == "compiled"
+    message = refusal("--loss.passes", "triton", "--parallelism.tensor_parallel_degree", "2")
+    assert message.startswith('loss.passes = "triton": its kernel reads whole rows of logits')
+    assert "tensor_parallel_degree = 2" in message
 
 
 @pytest.mark.parametrize(
