@@ -111,9 +111,13 @@ def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
 
 
 def on_page_content(html: str, page: Page, **_: Any) -> None:
-    """Warn where mkdocs' Markdown and CommonMark see other lists, tables, blocks or emphasis."""
+    """Warn where mkdocs' Markdown and CommonMark see other lists, tables, blocks or emphasis, and
+    where a docstring's argument stands outside of `Args:` and would be folded away."""
     from markdown_it import MarkdownIt
 
+    if page.file.src_uri == API:
+        for name in re.findall(r'<details class="(?!mkdocstrings-source)([^"]+)', html):
+            log.warning(f"docs/{API}: the docstring with {name!r} has it outside of Args:")
     if page.file.src_uri.startswith("source/") or page.file.src_uri == API:
         return
     common = MarkdownIt("commonmark").enable("table").render(page.file.content_string)

@@ -80,8 +80,9 @@ def to_toml(config: JobConfig, folder: str | None = None) -> str:
     while it is at its defaults and its converter is not in model.converters: a file with [mtp] but
     without the converter is refused.
 
-    folder: where the file is to lie; paths to what is there are written as from the file, so that
-        they hold wherever the folder is moved. None: as they are.
+    Args:
+        folder: where the file is to lie; paths to what is there are written as from the file, so
+            that they hold wherever the folder is moved. None: as they are.
     """
     lines: list[str] = []
     unused_mtp = "mtp" not in config.model.converters and config.mtp == MTP()

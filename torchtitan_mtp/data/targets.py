@@ -92,8 +92,9 @@ def make_batch(window: Window, num_future_tokens: int, from_head_1: bool = False
     t[i+k], else IGNORE. The ids decide at distance k itself, so a document shorter than k, lying
     wholly between i and i+k, is seen as the boundary it is.
 
-    from_head_1: whether heads 2..n learn from head 1, which has t[i+k] as its target k-1 places
-        further on. Then i+k-1 has to be one of the S positions, too.
+    Args:
+        from_head_1: whether heads 2..n learn from head 1, which has t[i+k] as its target k-1 places
+            further on. Then i+k-1 has to be one of the S positions, too.
 
     Raises:
         ValueError: `num_future_tokens` < 1, or the window is not wider than it.

@@ -47,7 +47,8 @@ from torchtitan_mtp.models.args import ModelSpec
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_SHARD_SIZE = 5 * 10**9  # bytes
+DEFAULT_SHARD_SIZE = 5 * 10**9
+"""Bytes of a file of weights, at most, if nothing else is said."""
 
 
 @memory_told("one tensor is held at a time; give it a machine with more memory")

@@ -112,6 +112,7 @@ FORMATS: dict[str, Format] = {
     ),
     "torchtitan": Format(names.torchtitan, "", lambda _: {}, container="dcp", kind=None),
 }
+"""Every format, by the word after `--format`."""
 
 
 def find_format(name: str) -> Format:

@@ -48,9 +48,10 @@ def load_for_inference(
 ) -> tuple[Trunk, Tokenizer, JobConfig]:
     """The model of a checkpoint with its weights and heads, its tokenizer and its run's config.
 
-    path: a step-N folder, a run's folder, or a folder that `export_checkpoint.py` wrote in one of
-        the HF formats (or that others did). dtype: weights are rounded to it where it is narrower;
-        None: the device's (`default_dtype`).
+    Args:
+        path: a step-N folder, a run's folder, or a folder that `export_checkpoint.py` wrote in one
+            of the HF formats (or that others did).
+        dtype: weights are rounded to it where it is narrower; None: the device's (`default_dtype`).
 
     Raises:
         UserError: no checkpoint, none that is whole, no config.toml, another's model or tokenizer.

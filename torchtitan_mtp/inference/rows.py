@@ -13,7 +13,12 @@ EndIds = int | Collection[int] | None  # each of them ends a row
 
 @dataclass(frozen=True)
 class Generation:
-    """tokens: of each row, the new ones only, eos included where it ended the row."""
+    """What `generate` gives.
+
+    Attributes:
+        tokens: of each row, the new ones only, eos included where it ended the row.
+        stats: counts over all rows.
+    """
 
     tokens: list[list[int]]
     stats: Stats

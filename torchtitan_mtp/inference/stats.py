@@ -10,8 +10,11 @@ from dataclasses import dataclass, field
 class DraftCounts:
     """How often drafts were right. One entry a drafting head, 2, 3, ...
 
-    drafted, agreed: how often a draft of head k had something to be compared with, and how often it
-    was the same. checked, right: the same where the drafts of heads 2..k-1 were right.
+    Attributes:
+        drafted: how often a draft of head k had something to be compared with.
+        agreed: how often it was the same.
+        checked: `drafted` where the drafts of heads 2..k-1 were right.
+        right: `agreed` there.
     """
 
     drafted: list[int] = field(default_factory=list)
@@ -34,13 +37,16 @@ class DraftCounts:
 class Stats(DraftCounts):
     """Counts over all rows of a generation.
 
-    tokens: generated, over all rows. steps: (row, forward) pairs after the prompt's forward, while
-    the row was not finished. forwards: of the trunk, the prompt's included. seconds: of the whole
-    generation, of which `prompt_seconds` until each row's first token. first_tokens: how many came
-    of the prompt's forward, one a row.
-
     A draft is drafted where the text reached its place in the end (after a token that head 1 had to
     correct, or after all drafts were right), and checked where head 1 was asked about it.
+
+    Attributes:
+        tokens: generated, over all rows.
+        steps: (row, forward) pairs after the prompt's forward, while the row was not finished.
+        forwards: of the trunk, the prompt's included.
+        seconds: of the whole generation.
+        prompt_seconds: of these, until each row's first token.
+        first_tokens: how many came of the prompt's forward, one a row.
     """
 
     tokens: int = 0

@@ -138,10 +138,12 @@ class ModelArgs:
 class ModelSpec:
     """The sizes of a trunk and its heads, all that defines a model: `model.spec`.
 
-    args: the trunk's. heads: the family ("parallel", ...), or "" for none, where
-    `num_future_tokens` is 1.
-    trunk_state: what the first sequential head reads (`mtp.trunk_state`). hf_config: of a trunk of
-    transformers its config.json, which defines it; `args` then only has its sizes.
+    Attributes:
+        args: the trunk's.
+        heads: the family ("parallel", ...), or "" for none, where `num_future_tokens` is 1.
+        trunk_state: what the first sequential head reads (`mtp.trunk_state`).
+        hf_config: of a trunk of transformers its config.json, which defines it; `args` then only
+            has its sizes.
     """
 
     args: ModelArgs

@@ -45,11 +45,13 @@ class BlockContext(Protocol):
 class TrunkOutput(NamedTuple):
     """What the trunk computes for the heads, of one batch.
 
-    state [B, S, D]: the output of the last layer, before the final norm; or the input of the last
-    layer, where the heads take that (`Heads.reads_before_last_layer`). context: what the attention
-    of all blocks shares. embedded [B, W, S/W+n-1, D]: embeddings of the batch's tokens and of the
-    n - 1 after them, where the heads read these (`Heads.reads_future_tokens`), for each of W
-    contiguous pieces of the sequence: one, unless ranks share it.
+    Attributes:
+        state: [B, S, D], the output of the last layer, before the final norm; or the input of the
+            last layer, where the heads take that (`Heads.reads_before_last_layer`).
+        context: what the attention of all blocks shares.
+        embedded: [B, W, S/W+n-1, D], embeddings of the batch's tokens and of the n - 1 after them,
+            where the heads read these (`Heads.reads_future_tokens`), for each of W contiguous
+            pieces of the sequence: one, unless ranks share it.
     """
 
     state: Tensor

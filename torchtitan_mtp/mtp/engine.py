@@ -91,3 +91,4 @@ def _together(outputs: Sequence[LossOutput]) -> LossOutput:
 Engine = Callable[[Trunk, Batch, Tensor, LossOptions, bool], LossOutput]
 
 ENGINES: dict[str, Engine] = {"head_by_head": head_by_head, "joint": joint}
+"""What runs forward and backward of a micro-batch, by the word of `mtp.engine`."""

@@ -58,7 +58,8 @@ def head_weights(mtp: MTP, step: int, steps: int) -> list[float]:
 def head_scales(weights: list[float], valid: Tensor) -> Tensor:
     """Factors of the loss sums [n] float32: weight_k / valid_k, and 0 for a head without targets.
 
-    valid: int64 [n], global counts, on any device.
+    Args:
+        valid: int64 [n], global counts, on any device.
     """
     weight = to_device(torch.tensor(weights, dtype=torch.float64), valid.device)
     return torch.where(valid > 0, weight / valid.clamp(min=1), 0.0).float()
@@ -71,8 +72,11 @@ def clear_unused_gradients(
     zero), and return the modules' names. The optimizer then skips them: no weight decay, no step
     from moments of earlier steps.
 
-    weights: of CE_1..CE_n in this step; targets: how many each has. Call it after clipping, which
-    sums over all gradients.
+    Call it after clipping, which sums over all gradients.
+
+    Args:
+        weights: of CE_1..CE_n in this step.
+        targets: how many each has.
     """
     heads = [] if model.mtp is None else list(model.mtp.heads)
     weighted = [k for k in range(2, len(weights) + 1) if weights[k - 1] and targets[k - 1]]

@@ -79,9 +79,11 @@ def add_heads(model: Trunk, mtp: MTP) -> Trunk:
 def copy_last_layer(model: Trunk, names: Collection[str] | None = None) -> None:
     """Start heads from the trunk's last block, and their output norm from the final norm.
 
-    names: the parameters (and biases of experts) to set, all of the heads' by default. A sequential
-    head's projection and input norms have no counterpart in the trunk and keep their own
-    initialisation.
+    A sequential head's projection and input norms have no counterpart in the trunk and keep their
+    own initialisation.
+
+    Args:
+        names: the parameters (and biases of experts) to set, all of the heads' by default.
     """
     assert model.mtp is not None
     last = model.mtp.trunk_parts.head_layer.state_dict(keep_vars=True)

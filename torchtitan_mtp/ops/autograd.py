@@ -26,7 +26,8 @@ class HeadByHeadLoss:
     ``weight.grad`` where that exists in the accumulation dtype. Else all calls add to one
     [V, D] buffer, which the call with `last` hands to autograd, to be reduced once.
 
-    head_scales: [n], as in `linear_cross_entropy`.
+    Args:
+        head_scales: [n], as in `linear_cross_entropy`.
     """
 
     def __init__(self, head_scales: Tensor, options: LossOptions) -> None:
