@@ -62,7 +62,7 @@ def test_the_map_names_what_is_defined_there() -> None:
     page = ROOT / "docs/architecture.md"
     rows = re.findall(r"^\| .*` in \[.*$", page.read_text(encoding="utf-8"), re.M)
     placed = [pair for row in rows for pair in PLACED.findall(row)]
-    assert len(rows) == 15 and len(placed) > 12
+    assert len(rows) >= 15 and len(placed) > 20
     assert [pair for pair in placed if not defines(page.parent / pair[1], pair[0])] == []
 
 
