@@ -100,8 +100,7 @@ def head_loss_and_grad(
     d_weight: [V, D] in `accumulation_dtype(weight.dtype)`; the weight's gradient is ADDED to it.
         None: it is not computed.
     mm: dtype of the matrix products; None: `matmul_dtype(hidden)`.
-    vocabulary: of which `weight` has this rank's rows; the losses are those of all tokens, the
-        gradient in `hidden` is to be summed over its ranks. None: `weight` has all.
+    vocabulary: of which `weight` has a rank's rows, and whose ranks' gradients are to be summed.
     """
     acc, mm = accumulation_dtype(hidden.dtype), mm or matmul_dtype(hidden)
     device, need_grad = hidden.device, need_d_hidden or d_weight is not None

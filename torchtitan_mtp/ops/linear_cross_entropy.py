@@ -59,8 +59,8 @@ def linear_cross_entropy(
             w * target_loss(p, softmax(x)) takes the place of the share w of all but the z-loss.
             None: labels alone.
         first: number of the first of these heads, from 0.
-        vocabulary: of which `weight` has this rank's rows. All its ranks call this with the same
-            hiddens and labels, and sum the hiddens' gradients. None: `weight` has all rows.
+        vocabulary: of which `weight` has a rank's rows. All its ranks call this with the same
+            hiddens and labels, and have to sum the hiddens' gradients.
 
     Raises:
         UserError: shapes, dtypes or devices that do not fit, or an option out of its range; one
