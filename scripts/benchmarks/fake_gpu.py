@@ -3,7 +3,7 @@
 Tensors have shapes and no numbers (torch's FakeTensorMode), the other ranks are torch's fake
 process group, whose collectives move nothing. To the program the device is a GPU, and it goes a
 GPU's ways: attention by a kernel that keeps no scores, the loss in a GPU's chunks, products of
-bfloat16.
+bfloat16. Or it is a CPU, with a CPU's ways: then what is counted can be held against a real run.
 """
 
 from __future__ import annotations
@@ -11,15 +11,18 @@ from __future__ import annotations
 import contextlib
 import functools
 import weakref
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.distributed.fsdp._fully_shard import _fsdp_param
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -31,31 +34,39 @@ from torchtitan_mtp.data import targets
 from torchtitan_mtp.distributed.mesh import Degrees, World, world_of
 from torchtitan_mtp.models import attention, latent_attention, transformer
 from torchtitan_mtp.models.trunk import Trunk
+from torchtitan_mtp.ops import chunked
 
 NAME = "gpu"
+ACTIVATIONS, COMMUNICATION = "activations", "communication"
 # What a GPU has a kernel for, and other devices compute in several steps with their own memory.
 _KERNELS = ("silu_backward", "_fused_rms_norm", "_fused_rms_norm_backward")
 
 
 @dataclass(eq=False)
 class Allocation:
-    """One storage. Times are counts of allocations and frees."""
+    """One storage, of one size: resized, it is another. Times are counts of allocations and
+    frees."""
 
     size: int  # bytes
     born: int
     died: float = float("inf")
+    kind: str = ACTIVATIONS
 
 
 class Allocations(TorchDispatchMode):
-    """Every storage on the fake GPU, from the operation that makes it to the end of its last
+    """Every storage on the fake device, from the operation that makes it to the end of its last
     tensor. Not in it: what a real allocator rounds up and cannot reuse, and kernels' own room.
 
-    alive, peak: bytes now, and most of them since `begin`; time, peak_at: now, and when that was.
+    kind: what those are that are made now; those that collectives, and FSDP2's copies for them,
+    read or write become `COMMUNICATION`. alive, peak: bytes now, and most of them since `begin`;
+    time, peak_at: now, and when that was.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: str = NAME) -> None:
         super().__init__()
+        self.device, self.kind = device, ACTIVATIONS
         self.storages: dict[int, Allocation] = {}  # those alive
+        self.seen: list[Allocation] = []  # those alive at some time since `begin`
         self.alive = self.time = 0
         self.counting = True
         self.begin()
@@ -63,57 +74,102 @@ class Allocations(TorchDispatchMode):
     def begin(self) -> None:
         """Take the peak from here on."""
         self.peak, self.peak_at = self.alive, self.time
+        self.seen = list(self.storages.values())
 
     def of(self, tensors: Iterable[Tensor]) -> set[Allocation]:
         """Those that these tensors are in; of sharded ones, the shards."""
         local = (t._local_tensor if isinstance(t, DTensor) else t for t in tensors)
-        return {self.storages[t.untyped_storage()._cdata] for t in local}
+        found = (self.storages.get(t.untyped_storage()._cdata) for t in local)
+        return {allocation for allocation in found if allocation is not None}
 
-    def at_peak(self, allocations: Iterable[Allocation]) -> int:
-        """Bytes of those of them that were alive then."""
-        return sum(a.size for a in allocations if a.born <= self.peak_at < a.died)
+    def mark(self, kind: str, allocations: Iterable[Allocation]) -> None:
+        """Say what these are."""
+        for allocation in allocations:
+            allocation.kind = kind
+
+    def kinds_at_peak(self) -> Callable[[], Counter[str]]:
+        """Bytes alive at the present peak by kind, as these are known when it is asked for."""
+        seen, peak_at = self.seen, self.peak_at
+
+        def bytes_by_kind() -> Counter[str]:
+            found: Counter[str] = Counter()
+            for allocation in seen:
+                if allocation.born <= peak_at < allocation.died:
+                    found[allocation.kind] += allocation.size
+            return found
+
+        return bytes_by_kind
+
+    @contextlib.contextmanager
+    def making(self, kind: str) -> Iterator[None]:
+        """What is made now is of this kind."""
+        before, self.kind = self.kind, kind
+        try:
+            yield
+        finally:
+            self.kind = before
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """What is made now has no memory on a real GPU either."""
+        """What is made now has no memory on a real device either."""
         self.counting = False
         yield
         self.counting = True
 
     def resize(self, key: int, size: int) -> None:
         """The storage `key` has so many bytes now."""
-        self.time += 1
-        self.alive += size - self.storages[key].size
-        self.storages[key].size = size
-        if self.alive > self.peak:
-            self.begin()
+        before = self.storages[key]
+        self._end(before)
+        self._start(key, size, before.kind)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(issubclass(kind, DTensor) for kind in types):
             return NotImplemented  # the operation on its shard comes by
         out = func(*args, **(kwargs or {}))
-        for tensor in pytree.tree_leaves(out) if self.counting else ():
-            if isinstance(tensor, Tensor) and tensor.device.type == NAME:
+        if not self.counting:
+            return out
+        for tensor in pytree.tree_leaves(out):
+            if isinstance(tensor, Tensor) and tensor.device.type == self.device:
                 self._see(tensor.untyped_storage())
+        if func.namespace in ("fsdp", "c10d", "_c10d_functional"):
+            tensors = pytree.tree_leaves((args, kwargs, out))
+            touched = self.of(t for t in tensors if isinstance(t, Tensor))
+            self.mark(COMMUNICATION, (a for a in touched if a.kind == ACTIVATIONS))
         return out
 
     def _see(self, storage: torch.UntypedStorage) -> None:
         key = storage._cdata
         if key not in self.storages:
-            self.storages[key] = Allocation(0, self.time + 1)
-            self.resize(key, storage.nbytes())
+            self._start(key, storage.nbytes(), self.kind)
             weakref.finalize(storage, self._free, key)
 
-    def _free(self, key: int) -> None:
+    def _start(self, key: int, size: int, kind: str) -> None:
         self.time += 1
-        freed = self.storages.pop(key)
-        freed.died = self.time
-        self.alive -= freed.size
+        self.storages[key] = made = Allocation(size, self.time, kind=kind)
+        self.seen.append(made)
+        self.alive += size
+        if self.alive > self.peak:
+            self.peak, self.peak_at = self.alive, self.time
+
+    def _end(self, allocation: Allocation) -> None:
+        self.time += 1
+        allocation.died = self.time
+        self.alive -= allocation.size
+
+    def _free(self, key: int) -> None:
+        self._end(self.storages.pop(key))
 
 
 class _Stream(torch.cpu.Stream):
     def record_event(self, event: Any = None) -> Any:
         return event or torch.cpu.Event()
+
+
+class _Arrived:
+    """A stream on which nothing has to be waited for."""
+
+    def record_event(self) -> None:
+        pass
 
 
 class _Module(backend_registration._DummyBackendModule):
@@ -146,8 +202,30 @@ def _one_document(doc_ids: Tensor) -> targets.Documents:
     return targets.Documents(doc_ids.new_empty(rows + 1, dtype=torch.int32), longest)
 
 
-@contextlib.contextmanager
-def _patched(allocations: Allocations) -> Iterator[None]:
+class _Chunks:
+    """What `torch.chunk` gives, each when it is asked for: FSDP2 makes one for every rank and
+    takes its own."""
+
+    def __init__(self, tensor: Tensor, count: int, dim: int) -> None:
+        self.tensor, self.count, self.dim = tensor, count, dim
+
+    def __getitem__(self, i: int) -> Tensor:
+        length = self.tensor.shape[self.dim]
+        size = -(-length // self.count)
+        start = i * size
+        if start >= length:
+            return self.tensor.new_empty(0)
+        return self.tensor.narrow(self.dim, start, min(size, length - start))
+
+
+def _all_rows(labels: Tensor, _: int, chunk: int) -> Iterator[slice]:
+    """Every label is a target."""
+    for start in range(0, len(labels), chunk):
+        yield slice(start, min(start + chunk, len(labels)))
+
+
+def _patches(allocations: Allocations) -> Iterator[Any]:
+    """What a fake tensor, or a fake rank of thousands, can't do as a real one does."""
     resize, propagate = (
         torch.UntypedStorage.resize_,
         ShardingPropagator._propagate_tensor_meta_non_cached,
@@ -162,21 +240,25 @@ def _patched(allocations: Allocations) -> Iterator[None]:
         with allocations.paused():
             return propagate(*args)
 
-    is_cuda = property(lambda tensor: tensor.device.type == NAME)
     patch = mock.patch.object
-    with (
-        patch(torch.UntypedStorage, "resize_", resized),  # FSDP2 frees and allocates by it
-        patch(ShardingPropagator, "_propagate_tensor_meta_non_cached", propagated),
-        patch(torch.accelerator, "current_stream", lambda *_: _Stream()),
-        patch(FakeTensorMode, "avoid_device_init", True),  # torch.tensor asks no device then
-        patch(FakeTensor, "is_cuda", is_cuda, create=True),
-        patch(attention, "attend", _attend),
-        patch(latent_attention, "attend", _attend),
-        patch(transformer, "packed_mask", lambda *_: None),
-        patch(targets, "list_documents", _one_document),
-        patch(FakeTensor, "pin_memory", lambda tensor: tensor, create=True),
-    ):
-        yield
+    yield patch(torch.UntypedStorage, "resize_", resized)  # FSDP2 frees and allocates by it
+    yield patch(ShardingPropagator, "_propagate_tensor_meta_non_cached", propagated)
+    yield patch(_fsdp_param, "_chunk_with_empty", _Chunks)
+    yield patch(chunked, "_row_chunks", _all_rows)
+    # What is read on the host are ones: every head has a target, and all is finite.
+    yield patch(FakeTensor, "numpy", lambda tensor: np.ones(tuple(tensor.shape)), create=True)
+    if allocations.device != NAME:
+        return
+    is_cuda = property(lambda tensor: tensor.device.type == NAME)
+    yield patch(torch.accelerator, "current_stream", lambda *_: _Stream())
+    yield patch(torch.cuda, "current_stream", lambda *_: _Arrived())
+    yield patch(FakeTensorMode, "avoid_device_init", True)  # torch.tensor asks no device then
+    yield patch(FakeTensor, "is_cuda", is_cuda, create=True)
+    yield patch(attention, "attend", _attend)
+    yield patch(latent_attention, "attend", _attend)
+    yield patch(transformer, "packed_mask", lambda *_: None)
+    yield patch(targets, "list_documents", _one_document)
+    yield patch(FakeTensor, "pin_memory", lambda tensor: tensor, create=True)
 
 
 @functools.cache
@@ -192,16 +274,25 @@ def _add_device() -> torch.library.Library:
 
 
 @contextlib.contextmanager
-def fake_gpu(degrees: Degrees) -> Iterator[tuple[World, Allocations]]:
-    """Rank 0 of a mesh of so many, and what is allocated there. The process knows the device from
-    then on, so it should be one of its own."""
+def fake_rank(
+    degrees: Degrees, device: str = NAME, rank: int = 0
+) -> Iterator[tuple[World, Allocations]]:
+    """A rank of a mesh of so many, and what is allocated there, on a "gpu" or "cpu". The process
+    knows the device from then on, so it should be one of its own."""
     _add_device()
-    dist.init_process_group("faked", rank=0, world_size=degrees.ranks, store=FakeStore())
-    world = world_of(torch.device(NAME, 0), degrees)
-    allocations = Allocations()
-    with _patched(allocations), FakeTensorMode(), allocations:
+    dist.init_process_group("faked", rank=rank, world_size=degrees.ranks, store=FakeStore())
+    world = world_of(torch.device(NAME, 0) if device == NAME else torch.device(device), degrees)
+    allocations = Allocations(device)
+    with contextlib.ExitStack() as stack:
+        for patch in _patches(allocations):
+            stack.enter_context(patch)
+        stack.enter_context(FakeTensorMode())
+        stack.enter_context(allocations)
         yield world, allocations
     dist.destroy_process_group()
+
+
+fake_gpu: Callable[..., Any] = functools.partial(fake_rank, device=NAME)
 
 
 def _unexpected(*_: Any) -> None:

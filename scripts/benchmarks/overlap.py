@@ -95,8 +95,8 @@ def _figures(step: Step) -> dict[str, float]:
         "step ms": 1e3 * step.seconds,
         "exposed ms": 1e3 * step.exposed,
         "within ms": 1e3 * step.within,
-        "gathered GiB": step.bytes["gather"] / GIB,
-        "reduced GiB": step.bytes["reduce"] / GIB,
+        "gathered GiB": step.bytes["all-gather"] / GIB,
+        "reduced GiB": step.bytes["reduce-scatter"] / GIB,
     }
 
 
@@ -125,7 +125,8 @@ def _step(
     model = parallelize(model, job, world, torch.bfloat16, seed=0)
     options, before = loss_options(job, model.softcap), allocations.alive
     allocations.begin()
-    with clock(rates) as time:
+    with clock(world, rates) as time:
         ENGINES[job.mtp.engine](model, batch, scales, options, True)
     compute, peak = time.compute, allocations.peak - before
-    return Step(compute.time, compute.busy, compute.waits, dict(time.bytes), peak)
+    sizes = {kind: size for (_, kind), size in time.collectives.bytes.items()}
+    return Step(compute.time, compute.busy, compute.waits, sizes, peak)

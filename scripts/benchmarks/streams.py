@@ -1,9 +1,10 @@
 """A clock for every stream of a fake GPU: what computation waits for.
 
 An operation takes, on the stream that is current, the time of its arithmetic or of its bytes; a
-stream that waits for an event goes on when that has happened. Collectives of one process group
-follow one another in the order of their calls, whatever their streams, as NCCL's do. The CPU takes
-no time: it is far ahead of the GPU. Nothing slows anything else down.
+stream that waits for an event, or for a functional collective's result, goes on when that has
+happened. Collectives of one process group follow one another in the order of their calls, whatever
+their streams, as NCCL's do. The CPU takes no time: it is far ahead of the GPU. Nothing slows
+anything else down.
 """
 
 from __future__ import annotations
@@ -22,14 +23,11 @@ from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.collectives import Call, Collectives, collective
 from benchmarks.fake_gpu import NAME
+from torchtitan_mtp.distributed.mesh import World
 
-_COLLECTIVES = {  # how often the bytes go around
-    "_allgather_base_": ("gather", 1),
-    "_reduce_scatter_base_": ("reduce", 1),
-    "allreduce_": ("all-reduce", 2),
-}
-_PRODUCTS = ("mm", "addmm", "addmm_", "bmm", "baddbmm")
+_PRODUCTS = ("mm", "addmm", "addmm_", "bmm", "baddbmm", "_scaled_mm")
 
 
 @dataclass(frozen=True)
@@ -37,6 +35,8 @@ class Rates:
     """What the hardware does in a second."""
 
     link: float  # bytes, a GPU to all others and back: NCCL's bus bandwidth
+    between: float | None = None  # the same over several machines; None: as within one
+    machine: int = 8  # GPUs of one
     products: float = 700e12  # FLOPs of matrix products
     attention: float = 400e12
     memory: float = 2.9e12  # bytes
@@ -47,13 +47,13 @@ class Rates:
 class Wait(NamedTuple):
     """Computation standing still."""
 
-    collective: str  # for this
+    collective: tuple[str, str]  # for this: its dimension and kind
     busy: float  # seconds for which it ran before
     seconds: float
 
 
 class Event:
-    time, of = 0.0, ""
+    time, of = 0.0, ("", "")
 
     def record(self, stream: Stream | None = None) -> None:
         stream = stream or Stream.current
@@ -68,13 +68,16 @@ class Stream:
 
     def __init__(self, priority: int = 0) -> None:
         self.time = self.launched = self.busy = 0.0
-        self.last = ""
+        self.last = ("", "")
         self.waits: list[Wait] = []
 
     def wait_event(self, event: Event) -> None:
-        if event.time > self.time:
-            self.waits.append(Wait(event.of, self.busy, event.time - self.time))
-            self.time = event.time
+        self.wait_until(event.time, event.of)
+
+    def wait_until(self, time: float, of: tuple[str, str]) -> None:
+        if time > self.time:
+            self.waits.append(Wait(of, self.busy, time - self.time))
+            self.time = time
 
     def wait_stream(self, stream: Stream) -> None:
         self.wait_event(stream.record_event())
@@ -88,12 +91,14 @@ class Stream:
 class Clock(TorchDispatchMode):
     """Lets time go by on the current stream with every operation."""
 
-    def __init__(self, rates: Rates) -> None:
+    def __init__(self, world: World, rates: Rates) -> None:
         super().__init__()
-        self.rates = rates
+        self.rates, self.collectives = rates, Collectives(world)
         self.compute = Stream()
         self.free: Counter[str] = Counter()  # when each process group is, in seconds
-        self.bytes: Counter[str] = Counter()  # of whole tensors gathered and reduced
+        self.links: dict[str, float] = {}  # of each process group
+        self.arrival: dict[int, tuple[float, tuple[str, str]]] = {}  # of functional collectives
+        self.flops = 0  # of products, attention's among them
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(issubclass(kind, DTensor) for kind in types):
@@ -104,40 +109,69 @@ class Clock(TorchDispatchMode):
         made = [t for t in _tensors(out) if not any(t is other for other in given)]
         if not any(t.device.type == NAME for t in (*given, *made)):
             return out
-        if func.namespace == "c10d":
+        if name == "wait_tensor":
+            self._wait(given[0])
+        elif func.namespace in ("c10d", "_c10d_functional"):
             options = dict(zip((a.name for a in func._schema.arguments), args, strict=False))
-            self._communicate(name, options, max(t.nbytes for t in given))
+            call = collective(func, args, kwargs, out)
+            self.collectives.see(call)
+            end, what = self._communicate(call)
+            if func.namespace == "_c10d_functional":
+                for tensor in made or given:
+                    self.arrival[tensor.untyped_storage()._cdata] = end, what
+            elif options.get("async_op", True):
+                stream.last, stream.launched = what, end
+            else:
+                stream.last, stream.time = what, end
         elif not func.is_view:
             seconds = self._seconds(func, name, args, given, made)
             stream.time += seconds
             stream.busy += seconds
         return out
 
-    def _communicate(self, name: str, options: dict[str, Any], size: int) -> None:
-        stream, group = Stream.current, dist.ProcessGroup.unbox(options["process_group"])
-        what, rounds = _COLLECTIVES[name]
-        ranks = group.size()
-        end = stream.time
-        if ranks > 1:
-            self.bytes[what] += size
-            end = max(end, self.free[group.group_name]) + self.rates.latency
-            end += rounds * size * (ranks - 1) / ranks / self.rates.link
-            self.free[group.group_name] = end
-        stream.last = what
-        if options.get("async_op", True):
-            stream.launched = end
-        else:
-            stream.time = end
+    def _communicate(self, call: Call | None) -> tuple[float, tuple[str, str]]:
+        """When a collective that is called now has ended, and which it is."""
+        now = Stream.current.time
+        if call is None:
+            return now, ("", "")
+        group, ranks = call.group.group_name, call.group.size()
+        rounds = 2 if call.kind == "all-reduce" else 1
+        end = max(now, self.free[group]) + self.rates.latency
+        end += rounds * call.bytes * (ranks - 1) / ranks / self._link(call.group)
+        self.free[group] = end
+        return end, (self.collectives.names[group], call.kind)
+
+    def _link(self, group: dist.ProcessGroup) -> float:
+        rates, name = self.rates, group.group_name
+        if name not in self.links:
+            machines = {rank // rates.machine for rank in dist.get_process_group_ranks(group)}
+            apart = len(machines) > 1 and rates.between is not None
+            self.links[name] = rates.between if apart else rates.link  # type: ignore[assignment]
+        return self.links[name]
+
+    def _wait(self, tensor: Tensor) -> None:
+        """Computation goes on when a functional collective's result is there."""
+        end, what = self.arrival.pop(tensor.untyped_storage()._cdata, (0.0, ("", "")))
+        Stream.current.wait_until(end, what)
 
     def _seconds(self, func: Any, name: str, args: Any, given: Any, made: Any) -> float:
         rates = self.rates
+        flops, rate = 0, rates.products
         if "attention" in name:  # causal: half of the products
-            batch, heads, length, width = args["backward" in name].shape
-            flops = 2 * batch * heads * length**2 * width
-            return flops * (2.5 if "backward" in name else 1) / rates.attention
-        if name in _PRODUCTS:
-            a, b = [t for t in args if isinstance(t, Tensor)][-2:]
-            return 2 * a.numel() * b.shape[-1] / rates.products
+            q, k, v = args["backward" in name :][:3]
+            flops = q.shape[:-1].numel() * k.shape[-2] * (q.shape[-1] + v.shape[-1])
+            flops, rate = int(flops * (2.5 if "backward" in name else 1)), rates.attention
+        elif name in _PRODUCTS:
+            a, b = args[name.startswith(("add", "badd")) :][:2]
+            flops, rate = 2 * a.numel() * b.shape[-1], rate * (2 if a.dtype.itemsize == 1 else 1)
+        elif name in (
+            "grouped_linear",
+            "grouped_outer",
+        ):  # [R, in], [E, out, in]; [R, out], [R, in]
+            flops = 2 * args[0].numel() * args[1].shape[1]
+        if flops:
+            self.flops += flops
+            return flops / rate
         if name.startswith(("empty", "new_empty", "_unsafe_view", "set_", "resize_")):
             return 0.0
         if name == "all_gather_copy_in":  # of this rank's shard, into its place
@@ -161,9 +195,9 @@ def _stream(stream: Stream | None) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def clock(rates: Rates) -> Iterator[Clock]:
+def clock(world: World, rates: Rates) -> Iterator[Clock]:
     """The streams of the fake GPU (inside `fake_gpu`) keep time."""
-    found = Clock(rates)
+    found = Clock(world, rates)
     Stream.current = found.compute
 
     def current(*_: Any) -> Stream:

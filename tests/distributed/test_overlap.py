@@ -79,8 +79,8 @@ def check(cases, steps) -> None:
         in_turn = engine == "head_by_head" and heads != "sequential"
         kept = blocks[LAYERS - 1 :] if in_turn else blocks[-1:]
         again = sum(blocks) - sum(kept) if reshard == "default" else 0
-        assert step.bytes["gather"] == 2 * (parameters + again), case
-        assert step.bytes["reduce"] == 4 * parameters, case
+        assert step.bytes["all-gather"] == 2 * (parameters + again), case
+        assert step.bytes["reduce-scatter"] == 4 * parameters, case
 
 
 def test_computation_waits_for_the_first_gathers_and_the_last_reductions():
