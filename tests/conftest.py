@@ -1,5 +1,7 @@
-"""What holds for every test: a fixed seed, and the `distributed` mark on tests/distributed."""
+"""What holds for every test: a fixed seed, the `distributed` mark on tests/distributed, a GPU for
+the tests of one."""
 
+import re
 import signal
 from pathlib import Path
 
@@ -11,6 +13,13 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 DISTRIBUTED = Path(__file__).parent / "distributed"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Skipped, what was asked for would look as if it had passed."""
+    asked = re.findall(r"(not +)?\bcuda\b", config.option.markexpr)
+    if "" in asked and not torch.cuda.is_available():
+        raise pytest.UsageError("-m cuda needs a GPU, and torch sees none on this machine")
 
 
 @pytest.fixture(autouse=True)

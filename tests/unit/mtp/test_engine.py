@@ -101,21 +101,26 @@ ways = pytest.mark.parametrize(("heads", "engine"), WAYS)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("mtp", CASES, ids=lambda mtp: mtp.heads)
 def test_loss_and_gradients_are_the_naive_ones(mtp, shape):
-    """In all runs, for what is naive takes long."""
+    check_against_naive(mtp, shape, torch.device("cpu"))
+
+
+def check_against_naive(mtp: MTP, shape: str, device: torch.device) -> None:
+    """All runs on `device`, for what is naive takes long."""
     window = small_window(2, 9 + mtp.num_future_tokens)
     batch, options = make_batch(window, mtp.num_future_tokens, mtp.target == "trunk"), {}
     if mtp.target == "trunk":
         options = {"target_loss": mtp.target_loss, "target_weight": mtp.target_weight}
     model = small_model(mtp, torch.float64, **SHAPES[shape])
     loss, losses, expected = naive_gradients(model, window, mtp)
+    model, batch, scales = model.to(device), batch.to(device), scales_of(mtp, batch).to(device)
     for run, train in RUNS.items():
         if run == "joint" and mtp.heads == "sequential":
             continue
         model.zero_grad()
         how = LossOptions(chunk_rows=5, **options)
-        out = train(model, batch, scales_of(mtp, batch), how, True)
+        out = train(model, batch, scales, how, True)
         # head_scales are float32 whatever the model is.
-        torch.testing.assert_close(out.loss, loss, rtol=1e-6, atol=0)
+        torch.testing.assert_close(out.loss.cpu(), loss, rtol=1e-6, atol=0)
         valid = out.valid.clamp(min=1)
         torch.testing.assert_close((out.loss_sum / valid).tolist(), losses, rtol=1e-9, atol=1e-12)
         found = named_gradients(model)
@@ -124,7 +129,7 @@ def test_loss_and_gradients_are_the_naive_ones(mtp, shape):
             if name not in expected:
                 assert parameter.grad is None, (run, name)
                 continue
-            assert relative_error(found[name], expected[name]) < 1e-6, (run, name)
+            assert relative_error(found[name].cpu(), expected[name]) < 1e-6, (run, name)
 
 
 def test_a_chain_is_not_joint():

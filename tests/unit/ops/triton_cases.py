@@ -1,5 +1,8 @@
-"""Cases of the loss by Triton's passes, and a program that runs them in Triton's interpreter, which
-has to be chosen before Triton is imported: TRITON_INTERPRET=1 python triton_cases.py OUT."""
+"""Cases of the loss by Triton's passes and their right values; a program that runs them in Triton's
+interpreter, which has to be chosen before Triton is imported:
+
+    TRITON_INTERPRET=1 python triton_cases.py OUT
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ import torch
 from loss_inputs import IGNORE, OPTIONS
 from torch import Tensor
 
+from tests.naive_loss import naive_loss
 from torchtitan_mtp.ops import LossOptions, accumulation_dtype, chunked, head_loss_and_grad
 from torchtitan_mtp.ops.soft_targets import TARGET_LOSSES
 
@@ -96,11 +100,51 @@ def inputs(case: Case) -> dict[str, Any]:
     }
 
 
-def run(case: Case) -> list[Tensor | None]:
+def run(case: Case, passes: str = "triton", device: str = "cpu") -> list[Tensor | None]:
     """[loss sum, valid, correct, the hidden states' gradient, the logits']."""
-    arguments = inputs(case)
-    losses, d_hidden = head_loss_and_grad(**arguments)
+    given = inputs(case)
+    options = given["options"]._replace(passes=passes)
+    arguments = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in given.items()}
+    losses, d_hidden = head_loss_and_grad(**arguments | {"options": options})
     return [*losses, d_hidden, arguments["d_weight"]]
+
+
+def expected(case: Case) -> list[Tensor]:
+    """The same from whole logits in float64."""
+    given = inputs(case)
+    hidden, weight = (given[name].double().requires_grad_() for name in ("hidden", "weight"))
+    weights = given["row_weights"]
+    out = naive_loss(
+        [hidden],
+        weight,
+        given["labels"].unsqueeze(1),
+        given["scale"].double().unsqueeze(0),
+        given["options"],
+        row_weights=None if weights is None else weights.double(),
+        teacher=None if given["teacher"] is None else hidden.detach(),
+        first=1,
+    )
+    gradients = torch.autograd.grad(out.loss, (hidden, weight))
+    return [out.loss_sum[0], out.valid[0], out.correct[0], *gradients]
+
+
+def check(case: Case, results: list[Tensor | None]) -> None:
+    """That what `run` found of finite logits is right."""
+    found = [None if result is None else result.cpu() for result in results]
+    (loss_sum, valid, correct, *got), exact = found, expected(case)
+    assert loss_sum is not None
+    tolerance = 1e-12 if loss_sum.dtype == torch.float64 else 1e-5
+    torch.testing.assert_close(loss_sum.double(), exact[0], rtol=tolerance, atol=1e-30)
+    assert (valid, correct) == (exact[1], exact[2]), case
+    assert exact[2] >= (not case.ignored)
+    if not case.need_grad:
+        assert got == [None, None]
+        return
+    for gradient, right in zip(got, exact[3:], strict=True):
+        assert gradient is not None
+        # (A whole unit of the last place: the interpreter cuts off where a GPU rounds.)
+        eps = max(torch.finfo(dtype).eps for dtype in (case.dtypes[1], gradient.dtype))
+        assert (gradient.double() - right).norm() <= max(tolerance, eps) * right.norm(), case
 
 
 def all_rows(labels: Tensor, ignore_index: int, chunk: int) -> Iterator[slice]:
