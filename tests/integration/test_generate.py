@@ -101,6 +101,70 @@ def test_several_prompts_are_compared_each(
     assert texts.startswith("--- 1 of 2\n" + alone[: alone.index("\u250f")])
 
 
+@pytest.mark.parametrize("sampled", [[], ["--temperature", "1"]])
+def test_what_is_shown_is_the_text_and_what_was_counted(
+    script: ModuleType,
+    run: Path,
+    tmp_path: Path,
+    sampled: list[str],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shown, generations = [], []
+
+    def seen(*arguments: Any, show: Any = script.show) -> Any:
+        shown.append(show(*arguments))
+        return shown[-1]
+
+    def generated(*arguments: Any, **options: Any) -> Any:
+        generations.append(generate(*arguments, **options))
+        return generations[-1]
+
+    monkeypatch.setattr(script, "show", seen)
+    monkeypatch.setattr(script, "generate", generated)
+    page = tmp_path / "page.html"
+    arguments = [str(run), "--prompt", "é ", "--max_new_tokens", "40", "--speculative", *sampled]
+    assert script.main(arguments) == 0
+    plain = capsys.readouterr().out
+    assert script.main([*arguments, "--show", "--html", str(page)]) == 0
+    out, err = capsys.readouterr()
+    ((spans,), counts, stats) = shown.pop()
+    kept = "".join(span.text for span in spans if not span.rejected)
+    assert kept + "\n" == plain and stats is generations[-1].stats
+    # A single row drafts nothing beyond its end.
+    assert [count.tokens for count in counts[1:]] == stats.right
+    assert sum(count.tokens for count in counts) == stats.tokens == 40
+    drafted = sum(len(step.drafts) for step in generations[-1].steps[0])
+    assert sum(count.tokens + count.rejected for count in counts[1:]) == drafted
+    assert out.endswith(f"in {stats.steps} steps\n")
+    assert f"head 2 (x²): {stats.right[0]}, " in out and f"wrote {page}" in err
+    assert f"<title>{stats.tokens_per_step:.2f} tokens a step: " in page.read_text("utf-8")
+
+
+@parallel
+def test_several_texts_and_stop_strings_are_shown(
+    script: ModuleType,
+    run: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shown: list[Any] = []
+    monkeypatch.setattr(
+        script, "show", lambda *a, show=script.show: shown.append(show(*a)) or shown[0]
+    )
+    arguments = [str(run), "--max_new_tokens", "20", "--prompt", "def ", "--prompt", "import os\n"]
+    arguments += ["--speculative", "--stop", "e"]
+    assert script.main(arguments) == 0
+    plain = capsys.readouterr().out
+    page = tmp_path / "page.html"
+    assert script.main([*arguments, "--html", str(page)]) == 0
+    assert capsys.readouterr().out == plain, "without --show the text stays as it is"
+    texts = ["".join(span.text for span in spans if not span.rejected) for spans in shown[0].texts]
+    assert plain == "".join(f"--- {i} of 2\n{text}\n" for i, text in enumerate(texts, start=1))
+    assert page.read_text("utf-8").count("<pre") == 2
+
+
 def test_what_is_typed_is_continued_as_one_text(
     script: ModuleType,
     run: Path,
@@ -331,6 +395,9 @@ def test_samples_are_not_judged_by_the_margin(
         (["--interactive", "--max_new_tokens", "-5"], "max_new_tokens = -5"),
         (["--prompt", "a", "--stop", ""], "--stop: the text is empty"),
         (["--prompt", "a", "--num_draft", "1"], "--num_draft: needs --speculative"),
+        (["--prompt", "a", "--show"], "--show: needs --speculative"),
+        (["--prompt", "a", "--html", "a.html"], "--html: needs --speculative"),
+        (["--interactive", "--speculative", "--show"], "--show goes without --interactive"),
     ],
 )
 def test_errors_are_one_line(

@@ -3,7 +3,8 @@
 CHECKPOINT is a step-N folder, a run's folder, whose latest step is taken, or a Hugging Face folder.
 With --speculative, heads 2..n draft and head 1 verifies; --compare decodes the same prompts both
 ways and shows what the heads gained. --interactive reads texts from the terminal, line by line.
---output writes the answers to many prompts as records to train on.
+--output writes the answers to many prompts as records to train on. --show and --html show which
+head drafted each token.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from rich.table import Table
 from torchtitan_mtp.cli.answers import BATCH_SIZE, check_output, write_answers
 from torchtitan_mtp.cli.arguments import check_generation, exit_status, path, sampling
 from torchtitan_mtp.cli.prompts import Message, Prompt, encode, read_prompts
+from torchtitan_mtp.cli.show import print_shown, show
+from torchtitan_mtp.cli.show_html import write_page
 from torchtitan_mtp.config import JobConfig
 from torchtitan_mtp.data.chat import chat_tokenizer
 from torchtitan_mtp.data.tokenizer import Tokenizer
@@ -88,6 +91,12 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         help="drafts a step; auto: as many as have paid of late; default: n - 1",
     )
     parser.add_argument("--compare", action="store_true", help="plain and speculative, compared")
+    parser.add_argument(
+        "--show", action="store_true", help="colour each token by the head that drafted it"
+    )
+    parser.add_argument(
+        "--html", type=path, metavar="F.html", help="the same as a page for a browser"
+    )
     parser.add_argument(
         "--compile", action="store_true", help="compile a step; the first ones take long"
     )
@@ -215,13 +224,7 @@ def continue_prompts(
         ends = [TextStream(tokenizer, args.stop, prompt) for prompt in prompts if args.stop]
         runs[name] = generate(model, prompts, args.max_new_tokens, texts=ends, **options, **way)
     *_, last = runs.values()
-    for i, (prompt, new) in enumerate(zip(prompts, last.tokens, strict=True), start=1):
-        if len(prompts) > 1:
-            print(f"--- {i} of {len(prompts)}")
-        text = TextStream(tokenizer, args.stop, prompt)
-        for token in new:
-            text.add(token)
-        print(("" if args.chat else tokenizer.decode(prompt)) + text.finish())
+    write_texts(args, prompts, last, tokenizer)
     # The text alone goes to stdout, so that it can be piped; a comparison is what was asked for.
     console = Console(stderr=not args.compare)
     console.print(speed_table({name: generation.stats for name, generation in runs.items()}))
@@ -232,6 +235,31 @@ def continue_prompts(
             console.print(line)
     if length > seen:
         console.print(f"note: {length} tokens, the model was trained on {seen} at a time")
+
+
+def write_texts(
+    args: argparse.Namespace, prompts: list[list[int]], last: Generation, tokenizer: Tokenizer
+) -> None:
+    """The texts to stdout, with --show in the heads' colours; to --html as a page."""
+    asked = ["" if args.chat else tokenizer.decode(prompt) for prompt in prompts]
+    texts = [TextStream(tokenizer, args.stop, prompt) for prompt in prompts]
+    for text, new in zip(texts, last.tokens, strict=True):
+        for token in new:
+            text.add(token)
+        text.finish()
+    if args.show or args.html is not None:
+        sizes = [len(text.text) if text.stopped else None for text in texts]
+        shown = show(tokenizer, prompts, last, asked, sizes)
+    if args.html is not None:
+        write_page(shown, args.checkpoint, args.html)
+        print(f"wrote {args.html}", file=sys.stderr)
+    if args.show:
+        print_shown(shown, Console())
+        return
+    for i, (prompt, text) in enumerate(zip(asked, texts, strict=True), start=1):
+        if len(texts) > 1:
+            print(f"--- {i} of {len(texts)}")
+        print(prompt + text.text)
 
 
 def converse(
@@ -303,6 +331,11 @@ def run(args: argparse.Namespace) -> None:
     if "" in args.stop:
         raise UserError("--stop: the text is empty: give one that ends the answer")
     check_output(args)
+    for name in ("show", "html"):
+        if getattr(args, name) and (args.interactive or args.output is not None):
+            raise UserError(f"--{name} goes without --interactive and --output")
+        if getattr(args, name) and not (args.speculative or args.compare):
+            raise UserError(f"--{name}: needs --speculative or --compare, for heads that draft")
     # What can't be read is said before a model is loaded.
     prompts = None if args.interactive else read_prompts(args)
 

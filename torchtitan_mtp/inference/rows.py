@@ -4,11 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torchtitan_mtp.inference.stats import Stats
 from torchtitan_mtp.inference.text_stream import TextStream
 
 EndIds = int | Collection[int] | None  # each of them ends a row
+
+
+class Step(NamedTuple):
+    """What a step did to a row: `drafts`, of heads 2, 3, ..., for the row's new tokens from `place`
+    on; the first `accepted` were right, and head 1's choice comes after these. A row may end in the
+    midst of them."""
+
+    place: int
+    drafts: list[int]
+    accepted: int
 
 
 @dataclass(frozen=True)
@@ -18,10 +29,12 @@ class Generation:
     Attributes:
         tokens: of each row, the new ones only, eos included where it ended the row.
         stats: counts over all rows.
+        steps: of each row, those after the prompt's forward, which gave the first token.
     """
 
     tokens: list[list[int]]
     stats: Stats
+    steps: list[list[Step]]
 
 
 class Rows:
@@ -42,7 +55,7 @@ class Rows:
         self.room = [max_new_tokens] * batch  # how many more each may get; 0 when it is finished
         drafted, agreed, checked, right = ([0] * num_draft for _ in range(4))
         self.stats = Stats(drafted, agreed, checked, right, first_tokens=batch)
-        self._drafts: list[tuple[int, int, list[int]]] = []  # row, place in its text, drafts
+        self.steps: list[list[Step]] = [[] for _ in range(batch)]
 
     def left(self) -> int:
         """How many tokens the row that needs most may still get; 0 when all are finished."""
@@ -65,7 +78,7 @@ class Rows:
                 accepted = next((a for a, (draft, t) in pairs if draft != t), len(drafts))
                 self.stats.count_step(len(drafts), accepted)
                 place = len(self.tokens[row])
-                self._drafts.append((row, place, drafts))
+                self.steps[row].append(Step(place, drafts, accepted))
                 self._take(row, choices[: accepted + 1])
                 grown[row] = len(self.tokens[row]) - place
         return grown
@@ -81,8 +94,9 @@ class Rows:
 
     def finish(self, prompt_seconds: float, seconds: float) -> Generation:
         """The texts and the counts, with the seconds to the first tokens and in all."""
-        for row, place, drafts in self._drafts:
-            self.stats.count_drafts(drafts, self.tokens[row][place:])
+        for tokens, steps in zip(self.tokens, self.steps, strict=True):
+            for place, drafts, _ in steps:
+                self.stats.count_drafts(drafts, tokens[place:])
         self.stats.tokens = sum(map(len, self.tokens))
         self.stats.prompt_seconds, self.stats.seconds = prompt_seconds, seconds
-        return Generation(self.tokens, self.stats)
+        return Generation(self.tokens, self.stats, self.steps)
