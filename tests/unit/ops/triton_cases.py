@@ -57,6 +57,7 @@ def cases() -> Iterator[Case]:
         yield Case(1000, DTYPES[0], OPTIONS[0], need_grad=False, target_loss=kind)
         yield Case(7, DTYPES[0], OPTIONS[-1], weighted=True, target_loss=kind)
         yield Case(32000, DTYPES[2], next(options), target_loss=kind)
+    yield Case(5001, DTYPES[2], OPTIONS[-1], target_loss="kl")  # rows of no whole 16 elements
     yield Case(ignored=True)
     yield Case(ignored=True, target_loss="lk")
     for value in NOT_FINITE:
