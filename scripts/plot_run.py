@@ -1,4 +1,4 @@
-"""Draw the heads' losses of a run: torchtitan_mtp/cli/plot_run.py."""
+"""Draw runs beside one another: torchtitan_mtp/cli/plot_run.py."""
 
 import sys
 from pathlib import Path

@@ -23,7 +23,6 @@ WHOSE = {
     "cli/figures": "integration/test_evaluate",
     "cli/generate": "integration/test_generate",
     "cli/import_checkpoint": "integration/test_export",
-    "cli/plot_run": "unit/monitoring/test_logging",
     "cli/prompts": "integration/test_generate",
     "cli/tasks": "integration/test_evaluate",
     "cli/train_tokenizer": "unit/data/test_train_tokenizer",

@@ -1,22 +1,34 @@
-"""Draw the heads' losses of a run.
+"""Draw runs beside one another: the heads' losses, acceptance of their drafts, tokens a step.
 
-RUN is a run's dump folder with TensorBoard files; training losses are lines, held-out ones dots.
+RUN is a run's dump folder with TensorBoard files. Of losses, training's are lines and held-out ones
+dots; acceptance and tokens a step are measured in validation (docs/monitoring.md), where there is
+one. Heads differ in colour, runs in the style of line.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torchtitan_mtp.cli.arguments import exit_status, path
 from torchtitan_mtp.cli.figures import new_figure
+from torchtitan_mtp.cli.show import hue
 from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.writing import written_whole
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
-def read_scalars(run: Path) -> dict[str, list[tuple[int, float]]]:
+Scalars = dict[str, list[tuple[int, float]]]
+_HELD_OUT = "validation_metrics/"
+_LINES, _DOTS = ("-", "--", ":", "-."), "os^Dv"
+
+
+def read_scalars(run: Path) -> Scalars:
     """Tag -> (step, value) of every event file below `run`, a later start's values last."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -32,41 +44,84 @@ def read_scalars(run: Path) -> dict[str, list[tuple[int, float]]]:
     return {tag: sorted(values.items()) for tag, values in scalars.items()}
 
 
-def plot(scalars: dict[str, list[tuple[int, float]]], out: Path) -> int:
-    """Write the picture; returns the number of heads in it."""
-    axes = (figure := new_figure(7, 3.6)).subplots()
-    head = 0
+def names_of(runs: Sequence[Path]) -> list[str]:
+    """What tells the runs apart: the last part of their paths if it does."""
+    last = [run.resolve().name for run in runs]
+    return last if len(set(last)) == len(last) else [os.fspath(run) for run in runs]
 
-    def points(tag: str) -> tuple[Any, Any]:
-        """Steps and values."""
-        steps, values = zip(*scalars[tag], strict=True) if tag in scalars else ((), ())
-        return steps, values
 
+def colors_of(scalars: Scalars) -> dict[int, str]:
+    """The numbers of a run's heads and their colours, as in `generate.py --show`."""
+    colors, head = dict[int, str](), 1
     # (Heads that learn from the trunk have no training loss to stand beside the held-out one.)
-    while f"loss_metrics/mtp_head_{head + 1}_accuracy" in scalars:
+    while f"loss_metrics/mtp_head_{head}_accuracy" in scalars:
+        colors[head] = hue(head).middle if head > 1 else "#444444"
         head += 1
-        color, curve = f"C{head - 1}", points(f"loss_metrics/mtp_head_{head}_loss")
-        axes.plot(*curve, color=color, lw=1, label=f"head {head}")
-        axes.scatter(*points(f"validation_metrics/mtp_head_{head}_loss"), c=color)
-    if head == 0:
-        raise UserError("the run has no loss_metrics/mtp_head_1_loss; is it a run of this trainer?")
-    axes.set(xlabel="step", ylabel="loss (nats a token)")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    with written_whole(out) as file:
-        figure.savefig(file, dpi=110)
-    return head
+    return colors
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("run", type=path, help="a run's dump folder")
-    parser.add_argument("out", type=path, help="the picture, .png or .svg")
-    args = parser.parse_args()
+def draw(runs: dict[str, Scalars]) -> Figure:
+    """The figure: a panel of losses and, where a run was validated, one each of acceptance and
+    tokens a step. Error: a run has no heads."""
+    for name, scalars in runs.items():
+        if not colors_of(scalars):
+            raise UserError(f"{name}: no loss_metrics/mtp_head_1_loss; is it this trainer's run?")
+    panels = 1 + 2 * any(f"{_HELD_OUT}tokens_per_step" in scalars for scalars in runs.values())
+    figure = new_figure((7, 7, 13)[panels - 1], 3.8)
+    axes = figure.subplots(1, panels, sharex=True, squeeze=False, width_ratios=(2, 1, 1)[:panels])[
+        0
+    ]
+    axes[0].set(xlabel="step", title="loss, nats a token (dots: held out)")
+    for panel, label in zip(axes[1:], ("acceptance of drafts", "tokens a step"), strict=False):
+        panel.set(xlabel="step", title=f"{label}, held out")
+    keys = []
+    for number, (name, scalars) in enumerate(runs.items()):
+        line = {"ls": _LINES[number % len(_LINES)]}
+        dots = {"marker": _DOTS[number % len(_DOTS)], "ms": 5}
+        draw_run(axes, scalars, line, dots)
+        keys += axes[0].plot([], color="black", label=name, **line, **dots)
+    colors = max(map(colors_of, runs.values()), key=len)
+    heads = [axes[0].plot([], color=colors[k], label=f"head {k}")[0] for k in colors]
+    axes[0].legend(handles=heads, loc="upper right")
+    for panel in axes:
+        panel.grid(alpha=0.3)
+    if len(runs) > 1:
+        figure.legend(handles=keys, loc="outside lower center", ncols=len(keys))
+    return figure
+
+
+def draw_run(axes: Any, scalars: Scalars, line: dict[str, Any], dots: dict[str, Any]) -> None:
+    """One run into the panels that there are."""
+
+    def curve(panel: Any, tag: str, **style: Any) -> None:
+        if tag in scalars:
+            panel.plot(*zip(*scalars[tag], strict=True), **style)
+
+    for head, color in colors_of(scalars).items():
+        curve(axes[0], f"loss_metrics/mtp_head_{head}_loss", color=color, lw=1, **line)
+        curve(axes[0], f"{_HELD_OUT}mtp_head_{head}_loss", color=color, ls="", **dots)
+        if len(axes) > 1:
+            curve(axes[1], f"{_HELD_OUT}mtp_head_{head}_acceptance", color=color, **line, **dots)
+    if len(axes) > 1:
+        curve(axes[2], f"{_HELD_OUT}tokens_per_step", color="black", **line, **dots)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", type=path, help="a run's dump folder")
+    parser.add_argument("out", metavar="OUT", type=path, help="the picture, .png, .svg or .pdf")
+    args = parser.parse_args(argv)
 
     def program() -> None:
-        heads = plot(read_scalars(args.run), args.out)
-        print(f"wrote {args.out}: {heads} heads")
+        figure = draw(dict(zip(names_of(args.runs), map(read_scalars, args.runs), strict=True)))
+        try:
+            with written_whole(args.out) as file:
+                figure.savefig(file, dpi=110)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{args.out}: can't be written: {error}") from error
+        print(f"wrote {args.out}: {len(args.runs)} run(s)")
 
     return exit_status(program)
 
