@@ -59,6 +59,15 @@ class TrunkOutput(NamedTuple):
     embedded: Tensor | None = None
 
 
+class HeadsOutput(NamedTuple):
+    """What the heads make of a trunk's output: losses by head, 1..n; and what the trunk's backward
+    begins with, tensors of `TrunkOutput` and their gradients, none where it is frozen."""
+
+    losses: dict[int, LossOutput]
+    roots: list[Tensor]
+    gradients: list[Tensor]
+
+
 class Heads(nn.Module):
     """Heads 2..n; what `Transformer.mtp` holds. Parameters are named `mtp.heads.{j}.*`.
 
@@ -87,10 +96,19 @@ class Heads(nn.Module):
         """The hidden states [B, S, D] of heads 1..n, normalised, in one graph."""
         raise NotImplementedError
 
-    def head_by_head(
-        self, model: Trunk, batch: Batch, head_loss: HeadByHeadLoss, reduce: bool
-    ) -> dict[int, LossOutput]:
-        """The forwards and backwards of one micro-batch: each head's loss by its number 1..n.
+    def first_module(self, taught: bool) -> nn.Module | None:
+        """The module that runs first in `turns`; taught: where heads 2..n learn from head 1."""
+        raise NotImplementedError
+
+    def turns(
+        self,
+        model: Trunk,
+        batch: Batch,
+        trunk: TrunkOutput,
+        head_loss: HeadByHeadLoss,
+        reduce: bool,
+    ) -> HeadsOutput:
+        """The heads' forwards and backwards on one micro-batch, down to the trunk's output.
 
         reduce: whether gradients are reduced over the ranks now.
         """

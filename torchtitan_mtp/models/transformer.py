@@ -116,9 +116,8 @@ class Transformer(Trunk):
 
     def _forward_trunk(self, batch: Batch) -> TrunkOutput:
         x, embedded = self._embedded(batch)
-        context, heads = self.attention_context(batch, x.dtype), self.mtp
-        layers = list(self.layers.values())
-        for block in layers[:-1] if heads and heads.reads_before_last_layer else layers:
+        context = self.attention_context(batch, x.dtype)
+        for block in self.trunk_layers():
             x = block(x, context)
         return TrunkOutput(x, context, embedded)
 

@@ -131,6 +131,11 @@ class Trunk(nn.Module):
         embedded = self.tok_embeddings(torch.cat((tokens, after[:, :, -1]), dim=2))
         return embedded[:, :, :length].flatten(1, 2).contiguous(), embedded
 
+    def trunk_layers(self) -> list[Any]:
+        """The blocks that `forward_trunk` runs: without the last one, where that is head 1."""
+        layers = list(self.layers.values())
+        return layers[:-1] if self.mtp is not None and self.mtp.reads_before_last_layer else layers
+
     def _forward_trunk(self, batch: Batch) -> TrunkOutput:
         raise NotImplementedError
 

@@ -5,7 +5,7 @@ loss, one backward. Their blocks are checkpointed (by `apply_activation_checkpoi
 head keeps one state [N, D] until its backward, not its activations, and gradients overwrite states.
 
 `head_by_head` runs the heads' losses and backwards one after another, so that what a head needs for
-its backward is gone before the next one's loss; each family does it in its file.
+its backward is gone before the next one's loss; each family does it in its file (`Heads.turns`).
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
+from torch.profiler import record_function
 
 from torchtitan_mtp.data.targets import Batch
 from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.models.trunk import Trunk
-from torchtitan_mtp.mtp.schedule import reshard_again, unshard_beside
+from torchtitan_mtp.mtp.schedule import next_backward_is_last, reshard_again, unshard_beside
 from torchtitan_mtp.ops import HeadByHeadLoss, LossOptions, LossOutput
 
 
@@ -70,9 +71,18 @@ def head_by_head(
     if model.mtp is None:
         return joint(model, batch, head_scales, options, reduce)
     head_loss = HeadByHeadLoss(head_scales, options)
-    outputs = model.mtp.head_by_head(model, batch, head_loss, reduce)
+    for layer in model.trunk_layers()[-1:]:
+        first = model.mtp.first_module(options.target_loss is not None)
+        unshard_beside(layer, first, model.output)
+    trunk = model.forward_trunk(batch)
+    losses, roots, gradients = model.mtp.turns(model, batch, trunk, head_loss, reduce)
+    if roots:
+        reshard_again(model.output)
+        next_backward_is_last(model, reduce)
+        with record_function("backward of the trunk"):
+            torch.autograd.backward(roots, gradients)
     reshard_again(model.output, model)
-    return _together([outputs[k] for k in sorted(outputs)])
+    return _together([losses[k] for k in sorted(losses)])
 
 
 def backward_follows_forward(model: Trunk, engine: str) -> bool:

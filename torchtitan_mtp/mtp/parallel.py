@@ -25,17 +25,15 @@ from torch.profiler import record_function
 
 from torchtitan_mtp.config import MTP
 from torchtitan_mtp.data.targets import Batch
-from torchtitan_mtp.models.heads import BlockContext, Heads, TrunkOutput, TrunkParts
+from torchtitan_mtp.models.heads import BlockContext, Heads, HeadsOutput, TrunkOutput, TrunkParts
 from torchtitan_mtp.models.trunk import Trunk
 from torchtitan_mtp.mtp.schedule import (
     begin_no_sync,
     head_order,
     loss_backward,
     next_backward_is_last,
-    reshard_again,
     sync_in_next_backward,
     unshard_ahead,
-    unshard_beside,
 )
 from torchtitan_mtp.ops import HeadByHeadLoss, LossOutput
 
@@ -58,22 +56,28 @@ class IndependentHeads(Heads):
         heads = range(1, self.num_future_tokens + 1)
         return [self.hidden(k, trunk.state, trunk.context) for k in heads]
 
-    def head_by_head(
-        self, model: Trunk, batch: Batch, head_loss: HeadByHeadLoss, reduce: bool
-    ) -> dict[int, LossOutput]:
-        """As `Heads.head_by_head`."""
+    def first_module(self, taught: bool) -> nn.Module | None:
+        """As `Heads.first_module`."""
+        return self.block(1 if taught else self.num_future_tokens)
+
+    def turns(
+        self,
+        model: Trunk,
+        batch: Batch,
+        trunk: TrunkOutput,
+        head_loss: HeadByHeadLoss,
+        reduce: bool,
+    ) -> HeadsOutput:
+        """As `Heads.turns`."""
         n, taught = self.num_future_tokens, head_loss.options.target_loss is not None
-        trunk = [layer for layer in model.layers.values() if layer is not self.block(1)]
-        for layer in trunk[-1:]:
-            unshard_beside(layer, self.block(1 if taught else n), model.output)
-        z, context, _ = model.forward_trunk(batch)  # [B, S, D]
+        layers, (z, context, _) = model.trunk_layers(), trunk  # z [B, S, D]
         dz = torch.zeros_like(z, dtype=torch.promote_types(z.dtype, torch.float32))
         # A frozen trunk's head 1 has no backward; where it is the teacher, it has to run first.
         order = head_order(n, z.requires_grad and not taught)
         last_to_output = 1 if self.detach_trunk else order[-1]
         # Not the heads' own blocks: FSDP2 has not unsharded them yet in this micro-batch.
-        begin_no_sync(model, trunk)
-        following = [*(self.block(k) for k in order[1:]), *(trunk[-1:] if z.requires_grad else ())]
+        begin_no_sync(model, layers)
+        following = [*(self.block(k) for k in order[1:]), *(layers[-1:] if z.requires_grad else ())]
         losses: dict[int, LossOutput] = {}
         for k, block in itertools.zip_longest(order, following):
             last = k == last_to_output
@@ -90,12 +94,9 @@ class IndependentHeads(Heads):
             losses[k] = loss_backward(model, batch, head_loss, k, hidden, last)
             if leaf.grad is not None:
                 dz += leaf.grad
-        if z.requires_grad:
-            reshard_again(model.output)
-            next_backward_is_last(model, reduce)
-            with record_function("backward of the trunk"):
-                z.backward(dz.to(z.dtype))
-        return losses
+        if not z.requires_grad:
+            return HeadsOutput(losses, [], [])
+        return HeadsOutput(losses, [z], [dz.to(z.dtype)])
 
 
 class ParallelHeads(IndependentHeads):

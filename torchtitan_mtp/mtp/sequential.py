@@ -29,7 +29,7 @@ from torch.profiler import record_function
 from torchtitan_mtp.config import MTP
 from torchtitan_mtp.data.targets import Batch
 from torchtitan_mtp.models.attention import KVCache
-from torchtitan_mtp.models.heads import BlockContext, Heads, TrunkOutput, TrunkParts
+from torchtitan_mtp.models.heads import BlockContext, Heads, HeadsOutput, TrunkOutput, TrunkParts
 from torchtitan_mtp.models.layers import NormParams, normalize
 from torchtitan_mtp.models.trunk import Trunk
 from torchtitan_mtp.mtp.schedule import (
@@ -38,10 +38,8 @@ from torchtitan_mtp.mtp.schedule import (
     head_order,
     loss_backward,
     next_backward_is_last,
-    reshard_again,
     sync_in_next_backward,
     unshard_ahead,
-    unshard_beside,
 )
 from torchtitan_mtp.ops import HeadByHeadLoss, LossOutput
 
@@ -133,13 +131,21 @@ class SequentialHeads(Heads):
             hiddens.append(h)
         return hiddens
 
-    def head_by_head(
-        self, model: Trunk, batch: Batch, head_loss: HeadByHeadLoss, reduce: bool
-    ) -> dict[int, LossOutput]:
-        """As `Heads.head_by_head`."""
+    def first_module(self, taught: bool) -> nn.Module:
+        """As `Heads.first_module`."""
+        return self.module(2)
+
+    def turns(
+        self,
+        model: Trunk,
+        batch: Batch,
+        trunk: TrunkOutput,
+        head_loss: HeadByHeadLoss,
+        reduce: bool,
+    ) -> HeadsOutput:
+        """As `Heads.turns`."""
         n, last_layer = self.num_future_tokens, list(model.layers.values())[-1]
-        unshard_beside(last_layer, self.module(2), model.output)
-        state, context, embedded = model.forward_trunk(batch)  # [B, S, D], [B, W, S/W+n-1, D]
+        state, context, embedded = trunk  # [B, S, D], [B, W, S/W+n-1, D]
         assert embedded is not None
         trained = state.requires_grad
         into_trunk = trained and not self.detach_trunk
@@ -165,6 +171,8 @@ class SequentialHeads(Heads):
         # the only one whose gradient reaches `output`.
         order = head_order(n, head_1_last=trained)
         losses: dict[int, LossOutput] = {}
+        roots: list[Tensor] = []
+        gradients: list[Tensor] = []
         for k in order:
             last, state, output = k == order[-1], states.pop(k), outputs.pop(k)
             if last:
@@ -190,12 +198,9 @@ class SequentialHeads(Heads):
                     assert grad is not None
                     self.lookahead(d_embedded, k).add_(grad)
             elif trained:
-                reshard_again(model.output)
-                next_backward_is_last(model, reduce)
-                roots, d_roots = [output], [state.grad]
+                assert state.grad is not None
+                roots, gradients = [output], [state.grad]
                 if d_embedded is not None:
                     roots.append(embedded)
-                    d_roots.append(d_embedded.to(embedded.dtype))
-                with record_function("backward of the trunk"):
-                    torch.autograd.backward(roots, d_roots)
-        return losses
+                    gradients.append(d_embedded.to(embedded.dtype))
+        return HeadsOutput(losses, roots, gradients)
