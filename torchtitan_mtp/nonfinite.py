@@ -108,24 +108,29 @@ class FiniteGuard:
 
 
 def find_cause(
-    model: Trunk, options: LossOptions, device: torch.device, batches: Sequence[Batch]
+    parts: Sequence[Trunk],
+    forward: Callable[[Batch], list[Tensor] | None],
+    options: LossOptions,
+    device: torch.device,
+    batches: Sequence[Batch],
 ) -> str:
     """The first rank, head and place whose hidden state or loss is not finite, by a forward anew.
 
-    The update was skipped, so the weights are still those that the step was computed with. All
-    ranks call it together.
+    parts: of the model, those that this rank has, the end of it last. forward: as in
+    `evaluate_batches`. The update was skipped, so the weights are still those that the step was
+    computed with. All ranks call it together.
     """
     found, compute = "", functools.partial(linear_cross_entropy, options=options)
-    with apart_from_training(model):
+    with apart_from_training(*parts):
         for i, batch in enumerate(batches):
             batch = batch.to(device)
-            for k, hidden in enumerate(model(batch)):  # [B, S, D]
+            for k, hidden in enumerate(forward(batch) or ()):  # [B, S, D]
                 for row in range(len(hidden)):
                     place = f"head {k + 1}, micro-batch {i + 1}, sequence {row + 1}"
                     one = slice(row, row + 1)
                     # Every rank calls `output` as often as the others: its weight is gathered anew.
                     labels = batch.labels[one, :, k : k + 1]
-                    out = model.output.loss([hidden[one]], labels, compute)
+                    out = parts[-1].output.loss([hidden[one]], labels, compute)
                     # Not where in the sequence: attention kernels multiply what is masked by zero,
                     # and so spread what is not finite over earlier positions.
                     real = batch.doc_ids[row] != PADDING  # [S]
@@ -133,7 +138,8 @@ def find_cause(
                         found = f"{place}: hidden state not finite"
                     elif not found and not out.loss_sum.isfinite().all():
                         found = f"{place}: loss {out.loss_sum.item()}"
-    name = next((name for name, p in model.named_parameters() if not is_finite(p)), "")
+    named = (named for part in parts for named in part.named_parameters())
+    name = next((name for name, p in named if not is_finite(p)), "")
     everyone = Ranks().gather((found, name))
     weight = next((f"; {name} itself is not finite" for _, name in everyone if name), "")
     for rank, (found, _) in enumerate(everyone):

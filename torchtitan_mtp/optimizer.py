@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
@@ -74,7 +75,24 @@ def build_scheduler(optimizer: torch.optim.Optimizer, config: LRScheduler, steps
     return schedule  # it would warn after a first step without a target, or update
 
 
-def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
-    """Scale all gradients so that their global norm is at most `max_norm`; the norm before."""
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm, foreach=True)
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+def clip_gradients(
+    model: nn.Module,
+    max_norm: float,
+    stages: dist.ProcessGroup | None = None,
+    copied: nn.Parameter | None = None,
+) -> Tensor:
+    """Scale all gradients so that their global norm is at most `max_norm`; the norm before.
+
+    stages: the ranks that have the rest of the model, if any. copied: a parameter that another of
+    them has too, and counts.
+    """
+    parameters = list(model.parameters())
+    own = [p.grad for p in parameters if p.grad is not None and p is not copied]
+    norm = torch.nn.utils.get_total_norm(own, foreach=True)
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    if stages is not None:
+        squares = norm.to(parameters[0].device).double() ** 2
+        dist.all_reduce(squares, group=stages)
+        norm = squares.sqrt().to(norm.dtype)
+    torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm, foreach=True)
+    return norm

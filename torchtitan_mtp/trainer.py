@@ -21,7 +21,11 @@ from torchtitan_mtp.checkpoint.origin import completed, find_origin
 from torchtitan_mtp.checkpoint.resume import LoaderState, TrainState, settings_of
 from torchtitan_mtp.config import JobConfig, to_toml
 from torchtitan_mtp.config.values import further_heads
-from torchtitan_mtp.data.run import loaders_from_config, micro_batches_per_step
+from torchtitan_mtp.data.run import (
+    loaders_from_config,
+    micro_batches_in_window,
+    micro_batches_per_step,
+)
 from torchtitan_mtp.data.targets import IGNORE, Batch, Window, make_batch
 from torchtitan_mtp.data.tokenizer import build_tokenizer
 from torchtitan_mtp.distributed.balance import (
@@ -33,20 +37,20 @@ from torchtitan_mtp.distributed.float8 import convert_to_float8, float8_scales_a
 from torchtitan_mtp.distributed.heartbeat import Heartbeat
 from torchtitan_mtp.distributed.memory import check_run
 from torchtitan_mtp.distributed.mesh import all_reduce, init_world, set_determinism, set_timeout
-from torchtitan_mtp.distributed.parallelize import parallelize
+from torchtitan_mtp.distributed.parallelize import OnePiece
+from torchtitan_mtp.distributed.pipeline import Pipeline, in_pieces
 from torchtitan_mtp.distributed.ranks import Ranks, agree, shared_settings
 from torchtitan_mtp.distributed.shared_cores import SharedCores
 from torchtitan_mtp.distributed.stopping import Stopping
 from torchtitan_mtp.formats.training import hf_format, load_hf_weights, save_in_hf
 from torchtitan_mtp.models.trunk import Trunk
 from torchtitan_mtp.monitoring.device import peak_flops, resolve_auto_dtype
-from torchtitan_mtp.monitoring.flops import forward_backward_flops_per_token
+from torchtitan_mtp.monitoring.flops import cost_in_layers, forward_backward_flops_per_token
 from torchtitan_mtp.monitoring.gc import GarbageCollection
 from torchtitan_mtp.monitoring.losses import MissingTargets, StepLosses
 from torchtitan_mtp.monitoring.metrics import MetricsProcessor
 from torchtitan_mtp.monitoring.profiling import Profiling
 from torchtitan_mtp.mtp import (
-    ENGINES,
     clear_unused_gradients,
     copy_last_layer,
     head_scales,
@@ -116,8 +120,11 @@ class Trainer:
         """The parallelized model on its device, optimizer, scheduler and checkpointer."""
         config, training = self.config, self.config.training
         self.loss_options = loss_options(config, model.softcap)
-        self.model = self._parallelize(model)
-        self.engine = ENGINES[config.mtp.engine]
+        self.flops_per_token = forward_backward_flops_per_token(
+            model, training.seq_len, config.target_loss is not None
+        )
+        self.pieces = self._parallelize(model)
+        self.model = self.pieces.model
         self.float8_scales = float8_scales_after_step(config)
         self.optimizer = build_optimizer(self.model.parameters(), config.optimizer)
         self.scheduler = build_scheduler(self.optimizer, config.lr_scheduler, training.steps)
@@ -139,33 +146,30 @@ class Trainer:
         self.metrics = MetricsProcessor(
             config,
             device=self.device,
-            flops_per_token=forward_backward_flops_per_token(
-                self.model, training.seq_len, config.target_loss is not None
-            ),
+            flops_per_token=self.flops_per_token,
             peak_flops=peak_flops(self.device, self.param_dtype),
             rank=self.world.rank,
             world_size=self.world.size,
             start_step=self.state.step,
         )
-        self.missing = MissingTargets()
+        self.missing, how = MissingTargets(), (self.pieces.parts, self.pieces.forward)
         self.guard = FiniteGuard(
             self.optimizer,
             training.skip_nonfinite,
             self.state,
-            functools.partial(find_cause, self.model, self.loss_options, self.device),
+            functools.partial(find_cause, *how, self.loss_options, self.device),
         )
         self.stopping = Stopping()
         self.stopped_unsaved = False
         self.heartbeat = Heartbeat(config.comm.train_timeout_seconds)
         self.gc = GarbageCollection(training.gc_freq, debug=training.gc_debug, rank=self.world.rank)
 
-    def _parallelize(self, model: Trunk) -> Trunk:
+    def _parallelize(self, model: Trunk) -> OnePiece | Pipeline:
         config = self.config
         if "quantize.linear.float8" in config.model.converters:
             convert_to_float8(model, config.quantize.linear.float8, config.compile.enable)
         if config.model.print_after_conversion:
             logger.info("model after conversion:\n%s", model)
-        model = parallelize(model, config, self.world, self.param_dtype, self.seed)
         heads = sum(p.numel() for name, p in model.named_parameters() if name.startswith("mtp."))
         total = sum(p.numel() for p in model.parameters())
         logger.info(
@@ -174,7 +178,9 @@ class Trainer:
             f", of which {heads:,} in {further_heads(self.n)}" if self.n > 1 else "",
             str(self.param_dtype).removeprefix("torch."),
         )
-        return model
+        cost = cost_in_layers(model, config.training.seq_len, self.flops_per_token)
+        how = (config, self.world, self.param_dtype, self.seed, self.loss_options)
+        return in_pieces(model, *how, heads_cost=cost, windows=self.accumulation)
 
     def _load(self) -> None:
         """Resume or load initial weights; heads that were not loaded are initialised (mtp.init)."""
@@ -277,6 +283,7 @@ class Trainer:
         self.heartbeat.where = f"step {state.step + 1}, reading data"
         begin = time.perf_counter()
         windows = [self.loader.next_window() for _ in range(self.accumulation)]
+        windows = [part for w in windows for part in w.split(micro_batches_in_window(config))]
         batches = [self._batch(w, config.target_loss is not None) for w in windows]
         data_seconds = time.perf_counter() - begin
         self.heartbeat.where = f"step {state.step + 1}"
@@ -290,12 +297,11 @@ class Trainer:
         sequences = training.local_batch_size * self.accumulation * self.world.data_size
         weigh_balance_losses(self.model, weights, sequences)
         losses = StepLosses(self.n, self.device, self.world.losses)
-        for i, batch in enumerate(batches):
-            batch = batch.to(self.device)
-            reduce = training.reduce_every_micro_batch or i == len(batches) - 1
-            losses.add(*self.engine(self.model, batch, scales, self.loss_options, reduce))
+        for out in self.pieces.step(batches, scales):
+            losses.add(*out)
 
-        self.grad_norm = clip_gradients(self.model, training.max_norm)
+        beside = (self.pieces.group, self.pieces.copied)
+        self.grad_norm = clip_gradients(self.model, training.max_norm, *beside)
         targets = arrive()  # this waits for no more than the step before, as the guard does
         unused = clear_unused_gradients(self.model, weights, targets)
         lr = float(self.scheduler.get_last_lr()[0])
@@ -303,7 +309,7 @@ class Trainer:
             self.optimizer.step()
         if self.float8_scales:
             self.float8_scales(self.model)
-        self.expert_loads = balance_experts(self.model, unused)
+        self.expert_loads = balance_experts(self.model, unused, self.world.stage)
         self.scheduler.step()
         self.optimizer.zero_grad()
 
@@ -327,7 +333,7 @@ class Trainer:
         values = {"grad_norm": norm()[0], "lr": lr, "n_tokens_seen": state.tokens}
         values |= {f"mtp/head_{k}_scale": weight for k, weight in enumerate(weights, 1)}
         values |= {"skipped_steps": state.skipped} if state.skipped else {}
-        values |= loads()
+        values |= self.pieces.gather(loads())
         heads = losses()
         self.metrics.log(state.step, heads, values)
 
@@ -344,11 +350,10 @@ class Trainer:
         begin = time.perf_counter()
         compare = compare and self.tokenizer.vocab_size <= 512
         seen: list[Batch] = []
-        with apart_from_training(self.model):
+        with apart_from_training(*self.pieces.parts):
             batches = self._validation_batches(seen, keep=compare)
-            found = evaluate_batches(
-                self.model, batches, self.device, self.loss_options, self.world.losses
-            )
+            how = (self.loss_options, self.world.losses, self.pieces.forward)
+            found = evaluate_batches(self.model, batches, self.device, *how)
         if self.stopping.signal:
             return []
         self.missing.check(where, found.targets, seen)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -48,18 +48,23 @@ def evaluate_batches(
     device: torch.device,
     options: LossOptions,
     group: dist.ProcessGroup | None = None,
+    forward: Callable[[Batch], list[Tensor] | None] | None = None,
 ) -> TextMetrics:
-    """Losses, accuracies and acceptance on batches, over the ranks of a group, or all."""
+    """Losses, accuracies and acceptance on batches, over the ranks of a group, or all.
+
+    forward: the model's, or what stands for it: the hidden states of n heads [B, S, D] of a batch
+    on the device; None on a rank that has not got the model's end.
+    """
     n = model.spec.num_future_tokens
     losses, tokens = StepLosses(n, device, group), 0
     compute = functools.partial(linear_cross_entropy, options=options)
     agreement = torch.zeros(4, n - 1, dtype=torch.int64, device=device)
     for batch in batches:
         batch = batch.to(device)
-        hiddens = model(batch)
-        losses.add(*model.output.loss(hiddens, batch.labels, compute))
-        agreement += text_agreement(model, hiddens, batch.labels)
         tokens += batch.tokens.numel()
+        if (hiddens := (forward or model)(batch)) is not None:
+            losses.add(*model.output.loss(hiddens, batch.labels, compute))
+            agreement += text_agreement(model, hiddens, batch.labels)
     means = losses.send()  # before the host waits
     acceptance = Acceptance(*all_reduce(agreement, group=group).tolist())
     return TextMetrics(**vars(means()), acceptance=acceptance, tokens=tokens)

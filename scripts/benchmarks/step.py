@@ -82,6 +82,9 @@ def run_step(
     config.compile.enable = config.checkpoint.enable = False
     if config.model.name == "hf":
         raise UserError('model.name = "hf": fake tensors do not follow transformers\' models yet')
+    if (degree := config.parallelism.pipeline_parallel_degree) > 1:
+        key = f"parallelism.pipeline_parallel_degree = {degree}"
+        raise UserError(f"{key}: fake tensors do not follow a pipeline's sends yet; set it to 1")
     micro = micro_batches or micro_batches_per_step(config, data_ranks(config, ranks))
 
     def at(layers: int, micro: int) -> Step:
@@ -208,7 +211,7 @@ class FakeTrainer(Trainer):
         allocations.mark(
             "parameters", allocations.of([*self.model.parameters(), *self.model.buffers()])
         )
-        engine = self.engine
+        engine = self.pieces.engine
 
         def marking(*args: Any) -> Any:
             before = set(allocations.storages.values())
@@ -219,7 +222,7 @@ class FakeTrainer(Trainer):
             allocations.mark("gradients", (a for a in made if a.size))
             return out
 
-        self.engine = marking
+        self.pieces.engine = marking
         dense = model.args.moe.n_dense_layers if model.args.moe else 0
         list(model.layers.values())[dense].register_forward_hook(self._at_first)
 

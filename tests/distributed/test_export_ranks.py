@@ -48,14 +48,14 @@ def start_from(rank: int, folder: Path, exported: Path) -> FirstStep:
     started: list[Any] = []
 
     def look(trainer: Trainer) -> None:
-        engine = trainer.engine
+        engine = trainer.pieces.engine
 
         def watched(model: Any, batch: Batch, *rest: Any) -> Any:
             if len(started) == 1:
                 started.append(batch)
             return engine(model, batch, *rest)
 
-        trainer.engine = watched
+        trainer.pieces.engine = watched
         started.append(weights_of(trainer))
 
     run = train(config_of(folder, RUN | here(folder), changes), look)

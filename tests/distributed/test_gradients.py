@@ -1,6 +1,6 @@
-"""FSDP2, HSDP and context parallelism on gloo ranks, with accumulation and unequal numbers of
-targets: the loss and every gradient are those of one process that sees the whole batch, and so are
-each expert's tokens and what its bias becomes."""
+"""FSDP2, HSDP, context parallelism and pipelines on gloo ranks, with accumulation and unequal
+numbers of targets: the loss and every gradient are those of one process that sees the whole batch,
+and so are each expert's tokens and what its bias becomes."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from torchtitan_mtp.data.targets import IGNORE, Window, make_batch
 from torchtitan_mtp.distributed.balance import balance_experts
 from torchtitan_mtp.distributed.mesh import Degrees, all_reduce, init_world
 from torchtitan_mtp.distributed.parallelize import parallelize
+from torchtitan_mtp.distributed.pipeline import Pipeline
 from torchtitan_mtp.models.args import ModelArgs
 from torchtitan_mtp.models.transformer import build_model
 from torchtitan_mtp.mtp import ENGINES, add_heads, head_scales, head_weights
@@ -45,7 +46,7 @@ def length_of(degrees: Degrees) -> int:
     return 10 if degrees.cp == 1 else 12  # a multiple of twice 2, and of twice 3
 
 
-def config_of(mtp: MTP, degrees: Degrees, ac: str = "none") -> JobConfig:
+def config_of(mtp: MTP, degrees: Degrees, ac: str = "none", schedule: str = "1F1B") -> JobConfig:
     config = JobConfig()
     config.mtp = mtp
     config.training.mixed_precision_param = "float32"
@@ -54,7 +55,11 @@ def config_of(mtp: MTP, degrees: Degrees, ac: str = "none") -> JobConfig:
         data_parallel_replicate_degree=degrees.dp_replicate,
         data_parallel_shard_degree=degrees.dp_shard,
         context_parallel_degree=degrees.cp,
+        pipeline_parallel_degree=degrees.pp,
+        pipeline_parallel_schedule=schedule,
+        pipeline_parallel_microbatch_size=2,
     )
+    config.training.seq_len = length_of(degrees)
     return config
 
 
@@ -63,11 +68,17 @@ def steps_on_rank(rank: int, degrees: Degrees, cases):
     return [step_on_rank(rank, degrees, *case) for case in cases]
 
 
-def step_on_rank(rank: int, degrees: Degrees, mtp: MTP, ac: str, args: ModelArgs):
-    config = config_of(mtp, degrees, ac)
+def step_on_rank(rank: int, degrees: Degrees, mtp: MTP, ac: str, args: ModelArgs, *schedule: str):
+    config = config_of(mtp, degrees, ac, *schedule)
     world = init_world(config.parallelism)
     model = add_heads(build_model(args), mtp)
-    model = parallelize(model, config, world, torch.float32, seed=0)
+    options, pipeline = loss_options(mtp), None
+    if degrees.pp > 1:
+        how = (config, world, torch.float32, 0, options)
+        pipeline = Pipeline(model, *how, heads_cost=1.0, micro_batches=ACCUMULATION)
+        model = pipeline.model
+    else:
+        model = parallelize(model, config, world, torch.float32, seed=0)
     perturb_norms(model)
     n, taught = mtp.num_future_tokens, mtp.target == "trunk"
     size = length_of(degrees)
@@ -75,9 +86,6 @@ def step_on_rank(rank: int, degrees: Degrees, mtp: MTP, ac: str, args: ModelArgs
     batches = [make_batch(window, n, taught) for window in windows]
     if (ranks := world.context_parallel) is not None:
         batches = [ranks.shard(batch) for batch in batches]
-    options = LossOptions()
-    if taught:
-        options = options._replace(target_loss=mtp.target_loss, target_weight=mtp.target_weight)
     valid = torch.stack([(b.labels != IGNORE).sum((0, 1)) for b in batches]).sum(0)
     valid = all_reduce(valid, group=world.batch)
     scales = head_scales(head_weights(mtp, 1, 10), valid)
@@ -85,30 +93,41 @@ def step_on_rank(rank: int, degrees: Degrees, mtp: MTP, ac: str, args: ModelArgs
         model.zero_grad()
         for _, moe in model.named_moe_layers():
             moe.tokens_per_expert.zero_()
-        total = torch.zeros(())
-        for i, batch in enumerate(batches):
-            last = i == len(batches) - 1
-            out = ENGINES[mtp.engine](model, batch, scales, options, last)
-            total += out.loss
+        if pipeline is not None:
+            outputs = pipeline.step(batches, scales)
+        else:
+            engine, end = ENGINES[mtp.engine], len(batches) - 1
+            outputs = [
+                engine(model, batch, scales, options, i == end) for i, batch in enumerate(batches)
+            ]
+        total = sum((out.loss for out in outputs), torch.zeros(()))
         all_reduce(total, group=world.losses)
     gradients = {}
     for name, param in model.named_parameters():
         gradient = param.grad
         gradients[name] = gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
-    return total, gradients, balanced(model)
+    return total, gradients, balanced(model, world.stage)
 
 
-def balanced(model) -> list:
-    """Each expert's tokens and biases after the step."""
-    loads = balance_experts(model)
+def loss_options(mtp: MTP) -> LossOptions:
+    if mtp.target != "trunk":
+        return LossOptions()
+    return LossOptions(target_loss=mtp.target_loss, target_weight=mtp.target_weight)
+
+
+def balanced(model, group=None) -> dict:
+    """Each expert's tokens and biases after the step, by block."""
+    loads = balance_experts(model, group=group)
     assert all(moe.tokens_per_expert.sum() == 0 for _, moe in model.named_moe_layers())
-    return [
-        loads and loads.counts,
-        *(moe.expert_bias.clone() for _, moe in model.named_moe_layers()),
-    ]
+    return {
+        name: torch.stack((counts.float(), moe.expert_bias))
+        for (name, moe), counts in zip(
+            model.named_moe_layers(), loads.counts if loads else (), strict=True
+        )
+    }
 
 
-def naive_step(degrees: Degrees, mtp: MTP, args: ModelArgs):
+def naive_step(degrees: Degrees, mtp: MTP, args: ModelArgs, *schedule: str):
     model = small_model(mtp, torch.float64, shape=args)
     parameters = naive_parameters(model)
     windows = [
@@ -147,6 +166,41 @@ WITH_CP = [
     (sequential(), "full", EXPERTS),
     (sequential(target="trunk"), "none", ARGS),
 ]
+FOUR = replace(ARGS, n_layers=4)  # for two stages on each of two ranks
+PIPELINES = {  # (pp, dp_replicate, dp_shard, cp) -> the same, and a schedule
+    (2, 1, 1, 1): [
+        (sequential(), "full", QWEN2),
+        (parallel(), "selective", EXPERTS),
+        (parallel(), "none", FOUR, "InterleavedZeroBubble"),
+    ],
+    (2, 1, 2, 1): [(parallel(), "none", ARGS), (sequential(), "full", QWEN2)],
+}
+MORE_PIPELINES = {
+    (2, 1, 1, 1): [
+        (MTP(num_future_tokens=1), "none", QWEN2),
+        (parallel(engine="joint"), "selective", ARGS),
+        (parallel(heads="medusa"), "none", QWEN2, "GPipe"),
+        (parallel(target="trunk", detach_trunk=True), "none", DEEPSEEK),
+        (sequential(target="trunk", detach_trunk=True), "none", QWEN2),
+        (sequential(share_weights=True, trunk_state="raw"), "full", DEEPSEEK, "GPipe"),
+        (parallel(train="trunk"), "none", FOUR, "Interleaved1F1B"),
+        (sequential(), "full", replace(QWEN2, n_layers=4), "LoopedBFS"),
+        (sequential(), "selective", FOUR, "InterleavedZeroBubble"),
+        (parallel(engine="joint"), "none", replace(DEEPSEEK, n_layers=4), "ZBVZeroBubble"),
+        (parallel(), "full", FOUR, "ZBVZeroBubble"),
+    ],
+    (2, 1, 2, 1): [
+        (parallel(), "selective", EXPERTS),
+        (parallel(), "none", FOUR, "InterleavedZeroBubble"),
+        (sequential(), "none", FOUR, "Interleaved1F1B"),
+    ],
+    (2, 2, 1, 1): [(parallel(), "none", QWEN2), (sequential(), "full", EXPERTS)],
+    (2, 1, 1, 2): [(parallel(), "none", QWEN2), (sequential(), "full", EXPERTS)],
+    (4, 1, 1, 1): [
+        (parallel(), "none", FOUR, "GPipe"),
+        (sequential(), "full", replace(QWEN2, n_layers=4), "GPipe"),
+    ],
+}
 MESHES = {  # (dp_replicate, dp_shard, cp) -> cases of (mtp, activation checkpointing, shape)
     (1, 2, 1): [
         (parallel(engine="joint"), "selective", QWEN2),
@@ -208,28 +262,35 @@ MORE = {
 }
 
 
+ALL = {(1, *d): cases for d, cases in MESHES.items()} | PIPELINES
+ALL_MORE = {(1, *d): cases for d, cases in MORE.items()} | MORE_PIPELINES
+
+
+def name_of(degrees: tuple[int, ...]) -> str:
+    return "x".join(map(str, degrees if degrees[0] > 1 else degrees[1:]))
+
+
 @pytest.mark.distributed
 @pytest.mark.parametrize(
     ("degrees", "cases"),
-    [pytest.param(Degrees(1, *d), cases, id="x".join(map(str, d))) for d, cases in MESHES.items()]
+    [pytest.param(Degrees(*d), cases, id=name_of(d)) for d, cases in ALL.items()]
     + [
-        pytest.param(
-            Degrees(1, *d), cases, id="x".join(map(str, d)) + ", more", marks=pytest.mark.exhaustive
-        )
-        for d, cases in MORE.items()
+        pytest.param(Degrees(*d), cases, id=f"{name_of(d)}, more", marks=pytest.mark.exhaustive)
+        for d, cases in ALL_MORE.items()
     ],
 )
 def test_ranks_compute_what_one_process_does(degrees, cases):
     results = run_ranks(degrees.ranks, steps_on_rank, degrees, cases, timeout=240)
-    for i, (mtp, ac, args) in enumerate(cases):
-        loss, expected, expert_state = naive_step(degrees, mtp, args)
+    for i, (mtp, ac, *args) in enumerate(cases):
+        loss, expected, expert_state = naive_step(degrees, mtp, *args)
+        assert {name for of_rank in results for name in of_rank[i][1]} == expected.keys()
         for found_loss, found, found_state in (of_rank[i] for of_rank in results):
-            for a, b in zip(found_state, expert_state, strict=True):
-                assert a is b is None or torch.equal(a, b), (mtp, ac)
+            for name, state in found_state.items():
+                assert torch.equal(state, expert_state[name]), (mtp, ac, name)
             assert abs(found_loss.item() / loss.item() - 1) < 1e-5, (mtp, ac)
-            assert found.keys() == expected.keys()
-            for name, gradient in expected.items():
-                if gradient is None:
+            assert degrees.pp > 1 or found.keys() == expected.keys()
+            for name in found:
+                if (gradient := expected[name]) is None:
                     assert found[name] is None or found[name].count_nonzero() == 0, (mtp, ac, name)
                 else:
                     error = relative_error(found[name].double(), gradient)

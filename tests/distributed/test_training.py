@@ -100,7 +100,7 @@ def count_reductions(folder: Path, keys: dict[str, Any], every: bool) -> list[in
     # What FSDP2 calls: the name before torch 2.13, and since.
     name = "reduce_scatter_single"
     name = name if hasattr(dist, name) else "reduce_scatter_tensor"
-    engine, reduce_scatter = trainer.engine, getattr(dist, name)
+    engine, reduce_scatter = trainer.pieces.engine, getattr(dist, name)
 
     def counting(*args: Any, **options: Any) -> Any:
         nonlocal seen
@@ -113,7 +113,7 @@ def count_reductions(folder: Path, keys: dict[str, Any], every: bool) -> list[in
         counts.append(seen - before)  # clipping, after the last one, has collectives of its own
         return output
 
-    trainer.engine = micro_batch
+    trainer.pieces.engine = micro_batch
     setattr(dist, name, counting)
     try:
         trainer.train_step()

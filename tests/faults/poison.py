@@ -10,7 +10,7 @@ from torchtitan_mtp.trainer import Trainer
 def poison(trainer: Trainer, steps: set[int], row: int = 1, position: int = 5) -> None:
     """The embedding of these steps' first micro-batch is NaN from one position on, whenever the
     batch is computed: like data that a model overflows on."""
-    make, engine = trainer.model.tok_embeddings, trainer.engine
+    make, engine = trainer.model.tok_embeddings, trainer.pieces.engine
     bad: list[torch.Tensor] = []
 
     def note(model, batch, *rest):
@@ -27,7 +27,7 @@ def poison(trainer: Trainer, steps: set[int], row: int = 1, position: int = 5) -
             return spoilt
         return None
 
-    trainer.engine = note
+    trainer.pieces.engine = note
     make.register_forward_hook(spoil)
 
 

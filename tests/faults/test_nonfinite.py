@@ -114,14 +114,14 @@ def test_weights_that_are_bad_already_are_named(tmp_path):
 
 def test_a_gradient_that_alone_is_not_finite(tmp_path):
     trainer = Trainer(config_of(tmp_path))
-    engine = trainer.engine
+    engine = trainer.pieces.engine
 
     def overflow(*args):
         out = engine(*args)
         trainer.model.norm.weight.grad.to_local()[3] = torch.inf
         return out
 
-    trainer.engine = overflow
+    trainer.pieces.engine = overflow
     with pytest.raises(UserError, match="all losses are finite when computed anew, so it was the"):
         trainer.train()
     finish(trainer)

@@ -31,7 +31,7 @@ def tell(trainer: Trainer, number: int) -> None:
 
 
 def told_in_step(trainer: Trainer, step: int, number: int) -> None:
-    engine, told = trainer.engine, []
+    engine, told = trainer.pieces.engine, []
 
     def be_told(*args: Any) -> Any:
         if trainer.state.step + 1 == step and not told:
@@ -39,7 +39,7 @@ def told_in_step(trainer: Trainer, step: int, number: int) -> None:
             tell(trainer, number)
         return engine(*args)
 
-    trainer.engine = be_told
+    trainer.pieces.engine = be_told
 
 
 def told_in_validation(trainer: Trainer, number: int) -> None:

@@ -35,7 +35,7 @@ def tell(trainer: Trainer, number: int) -> None:
 
 def interrupt(trainer: Trainer, where: str, number: int) -> None:
     """Be told to stop inside step 3, in the validation after it, or in the save of step 4."""
-    step, write, forward = trainer.engine, trainer.checkpointer._write, trainer.model.forward
+    step, write, forward = trainer.pieces.engine, trainer.checkpointer._write, trainer.model.forward
     told = False
 
     def once(*, now: bool) -> None:
@@ -56,7 +56,7 @@ def interrupt(trainer: Trainer, where: str, number: int) -> None:
         once(now=where == "save" and args[1] == 4)
         return write(*args)
 
-    trainer.engine, trainer.checkpointer._write = engine, write_and_stop
+    trainer.pieces.engine, trainer.checkpointer._write = engine, write_and_stop
     trainer.model.forward = forward_and_stop
 
 

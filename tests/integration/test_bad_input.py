@@ -64,7 +64,7 @@ WRONG = {
     "--mtp.num_future_tokens 4 --mtp.match_parameters": ["mtp.match_parameters", "lower"],
     "--parallelism.data_parallel_shard_degree 2": ["data_parallel_shard_degree", "2", "-1"],
     "--parallelism.data_parallel_replicate_degree 3": ["replicate_degree = 3", "1"],
-    "--parallelism.pipeline_parallel_degree 2": ["pipeline_parallel_degree", "not supported"],
+    "--parallelism.pipeline_parallel_degree 2": ["degree = 2", "pipeline degree to 1"],
     "--training.global_batch_size 3": ["global_batch_size", "3", "local_batch_size"],
     "--checkpoint.initial_load_path /no/checkpoint": ["/no/checkpoint"],
     "--checkpoint.load_step 7": ["load_step", "step-7"],

@@ -25,13 +25,13 @@ def write(folder, **record):
 
 def targets_of(trainer: Trainer) -> dict[int, int]:
     """Step -> targets of all heads in it, filled as the trainer trains."""
-    engine, found = trainer.engine, {}
+    engine, found = trainer.pieces.engine, {}
 
     def count(model, batch, *rest):
         found[trainer.state.step + 1] = int((batch.labels != IGNORE).sum())
         return engine(model, batch, *rest)
 
-    trainer.engine = count
+    trainer.pieces.engine = count
     return found
 
 

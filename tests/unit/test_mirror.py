@@ -54,6 +54,7 @@ WHOSE = {
     "data/spans": "unit/data/test_sources",
     "distributed/memory": "unit/distributed/test_memory_bounds",
     "distributed/parallelize": "distributed/test_gradients",
+    "distributed/pipeline": "distributed/test_pipeline_ranks",
     "distributed/ranks": "distributed/test_spawn",
     "distributed/stopping": "unit/distributed/test_signals",
     "errors": "faults/test_errors",

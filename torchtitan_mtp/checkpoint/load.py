@@ -227,14 +227,17 @@ def load_opened_weights(
             ranks.on_all(lambda: _check_table(opened, table, model))
     wanted = {n: t for n, t in states_of.model_state(model).items() if not excluded(n, exclude)}
     offered = {name for name in stored if not excluded(name, exclude)}
-    aliases = {name: {name} for name in wanted} | aliases_of(model)
-    report = compare_names(opened.path, wanted, offered, other_heads, aliases)
+    aliases = names_of(model)
+    whole = [name for name in aliases if not excluded(name, exclude)]
+    report = compare_names(opened.path, whole, offered, other_heads, aliases)
     targets = {name: tensor for name, tensor in wanted.items() if name in offered}
-    cast = [
-        name
-        for name, tensor in targets.items()
-        if check_entry(opened, stored[name], tensor, allow_cast, resuming)
-    ]
+    cast = ranks.on_all(
+        lambda: [
+            name
+            for name, tensor in targets.items()
+            if check_entry(opened, stored[name], tensor, allow_cast, resuming)
+        ]
+    )
     _read_tensors(opened, targets, aliases, stored, ranks)
     checked = {stored[n]: t for n, t in targets.items() if allow_cast or n in cast}
     ranks.on_all(lambda: _check_finite(opened, checked))
@@ -276,6 +279,13 @@ def _check_program(opened: Opened, record: Record) -> None:
         )
 
 
+def names_of(model: nn.Module) -> Mapping[str, Collection[str]]:
+    """Name -> all names of the same tensor (a tied weight has several), of all that a checkpoint of
+    the model holds: of a stage of a pipeline, those of other ranks too."""
+    whole = getattr(model, "whole", None)
+    return whole or {name: {name} for name in states_of.model_state(model)} | aliases_of(model)
+
+
 def aliases_of(model: nn.Module) -> dict[str, set[str]]:
     """Name -> all names of the same parameter (a tied weight has several)."""
     names: dict[nn.Parameter, set[str]] = {}
@@ -295,10 +305,10 @@ def compare_names(
     wanted: Collection[str],
     offered: set[str],
     other_heads: bool,
-    aliases: Mapping[str, set[str]],
+    aliases: Mapping[str, Collection[str]],
 ) -> LoadReport:
     """What is missing or unexpected. Error: beyond what is allowed, or a head there in part."""
-    missing = tuple(name for name in wanted if aliases.get(name, {name}).isdisjoint(offered))
+    missing = tuple(name for name in wanted if offered.isdisjoint(aliases.get(name, {name})))
     unexpected = tuple(sorted(offered.difference(wanted)))
     free = ("mtp.",) if other_heads else ()
     absent = [name for name in missing if not name.startswith(free)]
@@ -353,24 +363,30 @@ def check_entry(
 def _read_tensors(
     opened: Opened,
     targets: dict[str, torch.Tensor],
-    aliases: dict[str, set[str]],
+    aliases: Mapping[str, Collection[str]],
     stored: dict[str, str],
     ranks: Ranks,
 ) -> None:
     """Fill the targets (by parameter); tied names that differ in the checkpoint are an error."""
-    first = {name: min(aliases[name] & targets.keys()) for name in targets}  # it fills the tensor
+    first = {name: min(targets.keys() & aliases[name]) for name in targets}  # it fills the tensor
     states: dict[str, Any] = {
         stored[name]: tensor if first[name] == name else torch.empty_like(tensor)
         for name, tensor in targets.items()
     }
     read_states(opened, states, ranks)
-    for key, other in ((stored[name], stored[n]) for name, n in first.items() if name != n):
-        same = torch.equal(*map(states_of.local_part, (states[key], states[other])))
-        if not all(ranks.gather(same)):
-            raise UserError(
-                f"{opened.path}: {key} and {other} differ, but the model ties them; choose a model "
-                "without tied embeddings"
-            )
+    if all(len(names) == 1 for names in aliases.values()):
+        return
+    pairs = [(stored[name], stored[n]) for name, n in first.items() if name != n]
+    differ = [
+        f"{key} and {other}"
+        for key, other in pairs
+        if not torch.equal(*map(states_of.local_part, (states[key], states[other])))
+    ]
+    if told := [names for found in ranks.gather(differ) for names in found]:
+        raise UserError(
+            f"{opened.path}: {told[0]} differ, but the model ties them; choose a model "
+            "without tied embeddings"
+        )
 
 
 def log_report(path: Path, report: LoadReport) -> None:

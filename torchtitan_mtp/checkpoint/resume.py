@@ -14,10 +14,10 @@ from torch.distributed.checkpoint.stateful import Stateful
 from torchtitan_mtp.checkpoint import state as states_of
 from torchtitan_mtp.checkpoint.load import (
     Opened,
-    aliases_of,
     check_entry,
     excluded,
     names_line,
+    names_of,
     read_states,
 )
 from torchtitan_mtp.checkpoint.state import MOMENTS, OPTIMIZER, RNG, parameter_of, plain_name
@@ -108,7 +108,9 @@ def restore(
         )
     states: dict[str, Any] = dict.fromkeys(extra)
     fresh = set() if optimizer is None else _fresh(opened, model, exclude)
-    moments = {} if optimizer is None else _moments(opened, model, optimizer, fresh)
+    moments = dict[str, Any]()
+    if optimizer is not None:
+        moments = ranks.on_all(lambda: _moments(opened, model, optimizer, fresh))
     if without:
         told = f"; the optimizer's state of {names_line(sorted(fresh))}" if fresh else ""
         logger.info("not loaded, as excluded: %s%s", ", ".join(sorted(without)), told)
@@ -127,7 +129,7 @@ def restore(
 
 def _fresh(opened: Opened, model: nn.Module, exclude: Sequence[str]) -> set[str]:
     """The parameters, here or in the checkpoint, that are not loaded under any name."""
-    aliases = aliases_of(model)
+    aliases = names_of(model)
     stored = {parameter_of(key) for key in opened.stored if key.startswith(f"{OPTIMIZER}.")}
     names = {name: aliases.get(name, {name}) for name in aliases.keys() | stored}
     return {name for name, group in names.items() if all(excluded(n, exclude) for n in group)}
@@ -138,7 +140,9 @@ def _moments(
 ) -> dict[str, Any]:
     """The optimizer's own tensors, to read stored moments into; parameters that are `fresh` or were
     never stepped have none from here on."""
+    elsewhere = names_of(model).keys() - states_of.model_state(model).keys()
     stored = {key for key in opened.stored if key.startswith(f"{OPTIMIZER}.")}
+    stored = {key for key in stored if parameter_of(key) not in elsewhere}
     current = states_of.empty_optimizer_state(model, optimizer)
     ours, theirs = set(map(parameter_of, current)), set(map(parameter_of, stored))
     found = {k for k in stored if k.startswith(MOMENTS) and parameter_of(k) not in fresh}

@@ -23,6 +23,7 @@ def check(config: JobConfig, given: Collection[str] = ()) -> None:
     _check_run(config)
     _check_built(config)
     _check_context_parallel(config)
+    _check_pipeline_parallel(config)
     _check_float8(config)
     if "mtp" in config.model.converters:
         _check_mtp(config)
@@ -117,7 +118,7 @@ def _check_run(config: JobConfig) -> None:
 
 
 def _check_built(config: JobConfig) -> None:
-    for key in ("tensor_parallel", "expert_parallel", "pipeline_parallel"):
+    for key in ("tensor_parallel", "expert_parallel"):
         degree = getattr(config.parallelism, f"{key}_degree")
         if degree != 1:
             raise UserError(
@@ -146,6 +147,33 @@ def _check_context_parallel(config: JobConfig) -> None:
                 f"{key}, the last head looks no further than the next of {2 * degree} chunks of "
                 f"{table}.seq_len = {length}; expected at most {length // (2 * degree) + 1}"
             )
+
+
+def _check_pipeline_parallel(config: JobConfig) -> None:
+    parallelism, training = config.parallelism, config.training
+    key = f"parallelism.pipeline_parallel_degree = {parallelism.pipeline_parallel_degree}"
+    if parallelism.pipeline_parallel_degree == 1:
+        return
+    if config.model.name == "hf":
+        raise UserError(f'{key}: model.name = "hf" runs in one piece; expected 1, set it')
+    size, local = parallelism.pipeline_parallel_microbatch_size, training.local_batch_size
+    if local % size:
+        nearest = max(d for d in range(1, local + 1) if local % d == 0 and d <= max(size, 1))
+        raise UserError(
+            f"parallelism.pipeline_parallel_microbatch_size = {size}: expected a divisor of "
+            f"training.local_batch_size = {local}; the nearest below is {nearest}"
+        )
+    schedule, compiled = parallelism.pipeline_parallel_schedule, config.compile
+    if schedule.endswith("ZeroBubble") and compiled.enable and "model" in compiled.components:
+        raise UserError(
+            f'parallelism.pipeline_parallel_schedule = "{schedule}": splits the backwards of '
+            'blocks, which a compiled one does not; take "model" out of compile.components'
+        )
+    if config.mtp.train == "heads" and "mtp" in config.model.converters:
+        raise UserError(
+            f'mtp.train = "heads": with {key} nothing of the trunk has a backward to wait for; '
+            "use data_parallel_shard_degree"
+        )
 
 
 def _lengths(config: JobConfig) -> dict[str, int]:

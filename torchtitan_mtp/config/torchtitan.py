@@ -33,7 +33,8 @@ HELD: dict[str, tuple[Any, str]] = {
     "parallelism.context_parallel_rotate_method": ("allgather", "keys and values are gathered"),
     "parallelism.context_parallel_load_balancer": ("headtail", "each rank has two such chunks"),
     "parallelism.expert_tensor_parallel_degree": (1, _EXPERTS),
-    "parallelism.module_fqns_per_model_part": (None, "there is no pipeline parallelism"),
+    "parallelism.module_fqns_per_model_part": (None, "set pipeline_parallel_layers_per_stage"),
+    "parallelism.pipeline_parallel_schedule_csv": ("", "set pipeline_parallel_schedule"),
     "activation_checkpoint.per_op_sac_force_recompute_mm_shapes_by_fqns": (
         ["moe.router.gate"],
         "every second product is recomputed, whatever its layer",
@@ -54,9 +55,6 @@ HELD: dict[str, tuple[Any, str]] = {
 WITHOUT_EFFECT: dict[str, str] = {
     "checkpoint": "enable_ft_dataloader_checkpoints initial_load_in_hf_quantized",
     "parallelism": "disable_loss_parallel expert_parallel_comm_backend "
-    "pipeline_parallel_first_stage_less_layers pipeline_parallel_last_stage_less_layers "
-    "pipeline_parallel_layers_per_stage pipeline_parallel_schedule "
-    "pipeline_parallel_schedule_csv pipeline_parallel_microbatch_size "
     "pipeline_parallel_expert_parallel_overlap",
     "activation_checkpoint": "memory_budget preserve_rng_state",
     "quantize.linear.mx": "mxfp8_dim1_cast_kernel_choice recipe_name filter_fqns",

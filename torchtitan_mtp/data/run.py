@@ -47,6 +47,13 @@ def loaders_from_config(
     )
 
 
+def micro_batches_in_window(config: JobConfig) -> int:
+    """Into how many micro-batches what a loader gives is split: in a pipeline, by their size."""
+    if config.parallelism.pipeline_parallel_degree == 1:
+        return 1
+    return config.training.local_batch_size // config.parallelism.pipeline_parallel_microbatch_size
+
+
 def micro_batches_per_step(config: JobConfig, data_ranks: int) -> int:
     """Gradient accumulation steps. Error: the global batch is not a multiple of one pass."""
     local, whole = config.training.local_batch_size, config.training.global_batch_size

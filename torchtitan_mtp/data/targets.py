@@ -33,6 +33,12 @@ class Window(NamedTuple):
     doc_ids: Tensor
     loss_mask: Tensor | None = None
 
+    def split(self, parts: int) -> list[Window]:
+        """Its sequences in `parts` of the same size."""
+        tensors = (None if t is None else t.chunk(parts) for t in self)
+        pieces = ([None] * parts if t is None else t for t in tensors)
+        return [Window(*piece) for piece in zip(*pieces, strict=True)]
+
 
 class Documents(NamedTuple):
     """Where the documents of B rows begin that lie one behind another (`cu_seqlens` elsewhere).

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
@@ -32,14 +33,16 @@ def weigh_balance_losses(model: Trunk, head_weights: Sequence[float], sequences:
 
 
 @contextmanager
-def apart_from_training(model: Trunk) -> Iterator[None]:
-    """For forwards without a backward: they leave no parameter gathered and count no tokens."""
-    counts = [(c := moe.tokens_per_expert, c.clone()) for _, moe in model.named_moe_layers()]
+def apart_from_training(*parts: Trunk) -> Iterator[None]:
+    """For forwards without a backward of a model, or of the stages of one that this rank has: they
+    leave no parameter gathered and count no tokens."""
+    mixtures = [moe for part in parts for _, moe in part.named_moe_layers()]
+    counts = [(c := moe.tokens_per_expert, c.clone()) for moe in mixtures]
     with torch.no_grad():
         yield
     for count, before in counts:
         count.copy_(before)
-    for module in model.modules():
+    for module in (module for part in parts for module in part.modules()):
         if isinstance(module, FSDPModule):
             module.reshard()
 
@@ -68,19 +71,21 @@ class ExpertLoads(NamedTuple):
 
 
 @torch.no_grad()
-def balance_experts(model: Trunk, rest: Sequence[str] = ()) -> ExpertLoads | None:
+def balance_experts(
+    model: Trunk, rest: Sequence[str] = (), group: dist.ProcessGroup | None = None
+) -> ExpertLoads | None:
     """Move every expert's bias once, after a step, by what the step's tokens were; count anew.
 
     An expert with fewer tokens than the mean gains `load_balance_coeff`, one with more loses it.
     Less the mean of these moves, which changes no choice, biases don't drift away together. A
     frozen router's biases stay, and those of modules at `rest` (by name). None for a model without
-    experts.
+    experts. group: the ranks that have the same blocks (`World.stage`).
     """
     mixtures = dict(model.named_moe_layers())
     if not mixtures:
         return None
     counts = torch.stack([moe.tokens_per_expert for moe in mixtures.values()])  # [M, E]
-    all_reduce(counts)
+    all_reduce(counts, group=group)
     tokens = counts.double()
     moves = torch.sign(tokens.mean(1, keepdim=True) - tokens)
     moves -= moves.mean(1, keepdim=True)

@@ -55,6 +55,7 @@ class World:
     batch: the ranks whose tokens together are a batch: all but those of pp and tp, which work on
     the same; None: all ranks. Targets are counted over them.
     losses: these on all stages of the pipeline, of which the last one has losses; None: all ranks.
+    stage: the ranks that have the same layers: all but those of pp; None: all ranks.
     """
 
     rank: int
@@ -65,6 +66,7 @@ class World:
     context_parallel: ContextParallel | None = None
     batch: dist.ProcessGroup | None = None
     losses: dist.ProcessGroup | None = None
+    stage: dist.ProcessGroup | None = None
 
     @property
     def data_rank(self) -> int:
@@ -232,7 +234,8 @@ def world_of(device: torch.device, degrees: Degrees) -> World:
         apart = fsdp._unflatten(0, (shard, cp), ("dp_shard", "cp"))["cp"] if shard > 1 else fsdp
         ranks = ContextParallel(apart.get_group())
     own = (dist.get_rank(), dist.get_world_size(), device, mesh, degrees, ranks)
-    return World(*own, _group_without(mesh, "pp", "tp"), _group_without(mesh, "tp"))
+    groups = (_group_without(mesh, *names) for names in (("pp", "tp"), ("tp",), ("pp",)))
+    return World(*own, *groups)
 
 
 def _group_without(mesh: DeviceMesh, *names: str) -> dist.ProcessGroup | None:

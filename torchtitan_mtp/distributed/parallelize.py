@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator, Sequence
 
 import torch
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
     FSDPModule,
@@ -17,12 +19,57 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import Shard
 
 from torchtitan_mtp.config import JobConfig
+from torchtitan_mtp.data.targets import Batch
 from torchtitan_mtp.distributed.activation_checkpoint import apply_activation_checkpointing
 from torchtitan_mtp.distributed.mesh import World
 from torchtitan_mtp.models.trunk import Trunk
-from torchtitan_mtp.mtp.engine import backward_follows_forward
+from torchtitan_mtp.mtp.engine import ENGINES, backward_follows_forward
+from torchtitan_mtp.ops import LossOptions, LossOutput
 
 _MOST_BUFFERED = 4 * 2**30  # bytes of a block's gradients that may wait to be reduced
+
+
+class OnePiece:
+    """A model that is whole on every rank, or on the ranks that share its parameters, and how it
+    runs; what `Pipeline` is for one in stages. Arguments: those of `parallelize`.
+
+    Attributes:
+        model: parallelized.
+        parts: it alone.
+    """
+
+    group: dist.ProcessGroup | None = None  # the ranks with other parts of the model
+    copied: nn.Parameter | None = None
+
+    def __init__(
+        self,
+        model: Trunk,
+        config: JobConfig,
+        world: World,
+        param_dtype: torch.dtype,
+        seed: int,
+        options: LossOptions,
+    ) -> None:
+        self.model = parallelize(model, config, world, param_dtype, seed)
+        self.parts = [self.model]
+        self.device, self.engine, self.options = world.device, ENGINES[config.mtp.engine], options
+        self.always = config.training.reduce_every_micro_batch
+
+    def step(self, batches: Sequence[Batch], head_scales: Tensor) -> Iterator[LossOutput]:
+        """Forward and backward of a step's micro-batches; gradients add to `.grad`, reduced over
+        the ranks. The losses of each."""
+        for i, batch in enumerate(batches):
+            reduce = self.always or i == len(batches) - 1
+            batch = batch.to(self.device)
+            yield self.engine(self.model, batch, head_scales, self.options, reduce)
+
+    def forward(self, batch: Batch) -> list[Tensor]:
+        """The heads' hidden states, n of [B, S, D]."""
+        return self.model(batch)
+
+    def gather(self, values: dict[str, float]) -> dict[str, float]:
+        """Of all parts of the model: there are no others."""
+        return values
 
 
 def parallelize(
@@ -79,7 +126,9 @@ def apply_fsdp(model: Trunk, config: JobConfig, world: World, param_dtype: torch
         offload_policy=offload,
         shard_placement_fn=functools.partial(_placement, ranks=shards.size()),
     )
-    reshard = config.parallelism.fsdp_reshard_after_forward != "never"
+    # A stage of a pipeline would gather its blocks anew for every micro-batch.
+    kept = ("never",) if config.parallelism.pipeline_parallel_degree == 1 else ("never", "default")
+    reshard = config.parallelism.fsdp_reshard_after_forward not in kept
     blocks = [block for _, block in model.named_blocks()]
     one_after_another = backward_follows_forward(model, config.mtp.engine)
     for i, block in enumerate(blocks):
@@ -88,9 +137,10 @@ def apply_fsdp(model: Trunk, config: JobConfig, world: World, param_dtype: torch
         is_head = one_after_another and i >= len(model.layers) - 1
         at_once = is_head or i == len(blocks) - 1
         shard(block, reshard_after_forward=reshard and not at_once)
-    if not model.args.tied_embeddings:
+    if not model.args.tied_embeddings and model.tok_embeddings is not None:
         embedding = shard(model.tok_embeddings, reshard_after_forward=reshard)
         embedding.set_unshard_in_backward(False)  # which does not read it
+    if not model.args.tied_embeddings and model.output is not None:
         shard(model.output, reshard_after_forward=False)
         for method in ("loss", "argmax"):
             register_fsdp_forward_method(model.output, method)

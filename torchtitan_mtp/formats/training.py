@@ -12,7 +12,13 @@ import torch
 
 from torchtitan_mtp.build import differing_sizes, write_spec_to_config
 from torchtitan_mtp.checkpoint.folders import back_up
-from torchtitan_mtp.checkpoint.load import LoadReport, compare_names, excluded, log_report
+from torchtitan_mtp.checkpoint.load import (
+    LoadReport,
+    compare_names,
+    excluded,
+    log_report,
+    names_of,
+)
 from torchtitan_mtp.checkpoint.record import check_record, record_of, record_of_model
 from torchtitan_mtp.checkpoint.state import cast_weights, model_state
 from torchtitan_mtp.config import JobConfig
@@ -91,16 +97,16 @@ def _load(path: Path, model: Trunk, exclude: Sequence[str]) -> LoadReport:
     spec, tensors = open_model(name, path)
     if different := differing_sizes(model.args, spec.args):
         raise UserError(f"{path}: the run's model has {'; '.join(different)} as config.json says")
-    wanted = {key: t for key, t in model_state(model).items() if not excluded(key, exclude)}
-    if model.args.tied_embeddings:
-        wanted.pop("output.weight", None)
-    found = inward(tensors, FORMATS[name], spec, model.output.weight.dtype)
+    tied = {"output.weight"} if model.args.tied_embeddings else set()
+    wanted = {key for key in names_of(model) if not excluded(key, exclude)} - tied
+    found = inward(tensors, FORMATS[name], spec, next(model.parameters()).dtype)
     offered = {key for key in found.kinds if not excluded(key, exclude)}
-    if any(key.startswith("mtp.") for key in wanted.keys() & offered):
+    if any(key.startswith("mtp.") for key in wanted & offered):
         check_record(path, record_of(spec), record_of_model(model), exclude)
     report = compare_names(path, wanted, offered, other_heads=True, aliases={})
-    for key in wanted.keys() & offered:
-        copy_full_tensor(wanted[key], found.read(key).to(wanted[key].device))
+    own = model_state(model)
+    for key in wanted & offered & own.keys():
+        copy_full_tensor(own[key], found.read(key).to(own[key].device))
     log_report(path, report)
     return report
 

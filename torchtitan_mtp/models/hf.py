@@ -215,7 +215,7 @@ class HFTrunk(Trunk):
         scale = self.around.embedding_scale
         return x if scale == 1.0 else x * torch.tensor(scale, dtype=x.dtype, device=x.device)
 
-    def _forward_trunk(self, batch: Batch) -> TrunkOutput:
+    def _forward_trunk(self, batch: Batch, state: Tensor | None = None) -> TrunkOutput:
         x, embedded = self._embedded(batch)
         inputs: dict[str, Any] = {"position_ids": batch.positions, "use_cache": False}
         if self.args.attn_mask_type == "block_causal":

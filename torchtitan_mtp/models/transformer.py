@@ -114,8 +114,8 @@ class Transformer(Trunk):
             ranks,
         )
 
-    def _forward_trunk(self, batch: Batch) -> TrunkOutput:
-        x, embedded = self._embedded(batch)
+    def _forward_trunk(self, batch: Batch, state: Tensor | None = None) -> TrunkOutput:
+        x, embedded = self._embedded(batch, state)
         context = self.attention_context(batch, x.dtype)
         for block in self.trunk_layers():
             x = block(x, context)

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -88,7 +88,8 @@ class Trunk(nn.Module):
     (`torchtitan_mtp.mtp`). Its parameters keep their names whatever the slot holds.
 
     layers: its blocks by number; their names begin with `layers_name`. softcap: of the logits;
-    whoever uses these applies it.
+    whoever uses these applies it. whole: of a stage of a pipeline, which lacks some of the modules,
+    the names of the whole model's tensors, each with all names of the same one.
     """
 
     spec: ModelSpec
@@ -99,6 +100,7 @@ class Trunk(nn.Module):
     output: Unembedding
     layers_name = "layers"
     softcap: float | None = None
+    whole: Mapping[str, Collection[str]] | None = None
     context_parallel: ContextParallel | None = None  # the ranks that sequences are spread over
     native_blocks = True  # this project's: in decoding, several run as one, and steps are compiled
 
@@ -115,11 +117,11 @@ class Trunk(nn.Module):
         """tokens [B, S] -> [B, S, D], as the first block reads them."""
         return self.tok_embeddings(tokens)
 
-    def _embedded(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+    def _embedded(self, batch: Batch, state: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Embeddings of a batch's tokens [B, S, D], and where heads read them, of these and the
-        tokens after them (`TrunkOutput.embedded`)."""
+        tokens after them (`TrunkOutput.embedded`). A `state` that is given stands for the first."""
         if self.mtp is None or not self.mtp.reads_future_tokens:
-            return self.tok_embeddings(batch.tokens), None
+            return self.tok_embeddings(batch.tokens) if state is None else state, None
         # Each token once, although up to n heads read it: what is contiguous is so with the n - 1
         # tokens after it.
         pieces = 1 if self.context_parallel is None else CHUNKS
@@ -129,20 +131,23 @@ class Trunk(nn.Module):
         )
         length = tokens.shape[2]
         embedded = self.tok_embeddings(torch.cat((tokens, after[:, :, -1]), dim=2))
-        return embedded[:, :, :length].flatten(1, 2).contiguous(), embedded
+        if state is None:
+            state = embedded[:, :, :length].flatten(1, 2).contiguous()
+        return state, embedded
 
     def trunk_layers(self) -> list[Any]:
         """The blocks that `forward_trunk` runs: without the last one, where that is head 1."""
         layers = list(self.layers.values())
         return layers[:-1] if self.mtp is not None and self.mtp.reads_before_last_layer else layers
 
-    def _forward_trunk(self, batch: Batch) -> TrunkOutput:
+    def _forward_trunk(self, batch: Batch, state: Tensor | None = None) -> TrunkOutput:
         raise NotImplementedError
 
-    def forward_trunk(self, batch: Batch) -> TrunkOutput:
-        """The trunk alone, for an engine that runs the heads itself."""
+    def forward_trunk(self, batch: Batch, state: Tensor | None = None) -> TrunkOutput:
+        """The trunk alone, for an engine that runs the heads itself. state [B, S, D]: where the
+        model is a later stage of a pipeline, what the stage before it gives."""
         with record_function("trunk"):
-            return self._forward_trunk(batch)
+            return self._forward_trunk(batch, state)
 
     def forward(self, batch: Batch) -> list[Tensor]:
         """The hidden states of the n heads: n tensors [B, S, D], each normalised."""
@@ -179,7 +184,7 @@ class Trunk(nn.Module):
 
     def tie_weights(self) -> None:
         """Make `output` and `tok_embeddings` one parameter where the model ties them."""
-        if self.args.tied_embeddings:
+        if self.args.tied_embeddings and self.output is not None:  # a stage may have none
             self.output.weight = self.tok_embeddings.weight
 
     def named_blocks(self) -> Iterator[tuple[str, nn.Module]]:

@@ -57,6 +57,13 @@ def forward_backward_flops_per_token(model: Trunk, seq_len: int, from_head_1: bo
     return 2 * (trunk + others)
 
 
+def cost_in_layers(model: Trunk, seq_len: int, flops_per_token: int) -> float:
+    """What `output` and heads cost, in layers of the trunk; flops_per_token: of the whole model."""
+    params, attention = _count(model.layers.values(), model.output, 1)
+    layers = 6 * (params + seq_len * attention)
+    return max(0.0, (flops_per_token / layers - 1) * len(model.layers))
+
+
 def _count(parts: Iterable[Any], skip: nn.Module, chosen: int) -> tuple[int, int]:
     """Active linear weights and attention widths in `parts`, without the shared module `skip`.
 

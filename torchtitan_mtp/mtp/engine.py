@@ -20,6 +20,7 @@ from torch.profiler import record_function
 
 from torchtitan_mtp.data.targets import Batch
 from torchtitan_mtp.errors import UserError
+from torchtitan_mtp.models.heads import TrunkOutput
 from torchtitan_mtp.models.trunk import Trunk
 from torchtitan_mtp.mtp.schedule import next_backward_is_last, reshard_again, unshard_beside
 from torchtitan_mtp.ops import HeadByHeadLoss, LossOptions, LossOutput
@@ -44,9 +45,17 @@ def joint(
         model.set_requires_gradient_sync(reduce)
         model.set_is_last_backward(reduce)
     unshard_beside([*model.layers.values()][-1], model.output)
-    head_loss = HeadByHeadLoss(head_scales, options)
-    hiddens, groups = model(batch), [slice(0, None)]
-    if options.target_loss is not None:
+    out = _joint_loss(model, batch, model(batch), HeadByHeadLoss(head_scales, options))
+    out.loss.backward()
+    return out._replace(loss=out.loss.detach())
+
+
+def _joint_loss(
+    model: Trunk, batch: Batch, hiddens: list[Tensor], head_loss: HeadByHeadLoss
+) -> LossOutput:
+    """The loss of n hidden states [B, S, D]."""
+    groups = [slice(0, None)]
+    if head_loss.options.target_loss is not None:
         model.teach(head_loss, hiddens[0])
     if model.mtp is not None and model.mtp.detach_trunk:
         groups = [slice(0, 1), slice(1, None)]  # the others' must not train `output`
@@ -55,9 +64,7 @@ def joint(
         compute = functools.partial(head_loss, first=heads.start)
         labels, detach = batch.labels[..., heads], heads.start > 0
         outputs.append(model.output.loss(hiddens[heads], labels, compute, detach))
-    out = _together(outputs)
-    out.loss.backward()
-    return out._replace(loss=out.loss.detach())
+    return _together(outputs)
 
 
 def head_by_head(
@@ -83,6 +90,30 @@ def head_by_head(
             torch.autograd.backward(roots, gradients)
     reshard_again(model.output, model)
     return _together([losses[k] for k in sorted(losses)])
+
+
+def heads_backward(
+    model: Trunk,
+    batch: Batch,
+    trunk: TrunkOutput,
+    head_scales: Tensor,
+    options: LossOptions,
+    engine: str,
+) -> tuple[LossOutput, list[Tensor], list[Tensor]]:
+    """What an engine does on a trunk's output that is there already, whose backward is another's:
+    losses, backwards of the heads, and the roots and gradients of `HeadsOutput`. Nothing is reduced
+    over the ranks."""
+    head_loss = HeadByHeadLoss(head_scales, options)
+    if engine == "head_by_head" and model.mtp is not None:
+        losses, roots, gradients = model.mtp.turns(model, batch, trunk, head_loss, reduce=False)
+        return _together([losses[k] for k in sorted(losses)]), roots, gradients
+    leaf = trunk.state.detach().requires_grad_(trunk.state.requires_grad)
+    own = trunk._replace(state=leaf)
+    hiddens = [model.norm(leaf)] if model.mtp is None else model.mtp(own)
+    out = _joint_loss(model, batch, hiddens, head_loss)
+    out.loss.backward()
+    out = out._replace(loss=out.loss.detach())
+    return (out, [], []) if leaf.grad is None else (out, [trunk.state], [leaf.grad])
 
 
 def backward_follows_forward(model: Trunk, engine: str) -> bool:

@@ -26,7 +26,7 @@ UNSUPPORTED = [
     "parallelism.tensor_parallel_degree=2",
     "parallelism.context_parallel_rotate_method=alltoall",
     "parallelism.context_parallel_load_balancer=ptrr",
-    "parallelism.pipeline_parallel_degree=2",
+    "parallelism.pipeline_parallel_schedule_csv=x",
     "parallelism.expert_parallel_degree=2",
     "parallelism.expert_tensor_parallel_degree=2",
     "parallelism.enable_async_tensor_parallel=true",
@@ -67,7 +67,7 @@ def test_an_unsupported_key_may_state_its_default(setting, tmp_path):
 def test_a_key_without_effect_may_have_any_value(tmp_path):
     path = tmp_path / "run.toml"
     path.write_text(
-        '[parallelism]\npipeline_parallel_schedule = "GPipe"\n'
+        "[parallelism]\npipeline_parallel_expert_parallel_overlap = true\n"
         "[quantize.linear.mx]\nfilter_fqns = []\n[activation_checkpoint]\nmemory_budget = 0.3\n"
     )
     flags = ["--parallelism.disable_loss_parallel", "--fault_tolerance.replica_id", "3"]

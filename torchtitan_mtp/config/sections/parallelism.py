@@ -31,8 +31,28 @@ class Parallelism:
     pipeline_parallel_degree: int = setting(1, at_least=1)
     """Ranks that have a part of the layers each, and hand on micro-batches."""
 
+    pipeline_parallel_schedule: Literal[
+        "1F1B", "GPipe", "Interleaved1F1B", "LoopedBFS", "InterleavedZeroBubble", "ZBVZeroBubble"
+    ] = "1F1B"
+    """The order of the micro-batches' forwards and backwards: torch's, by name."""
+
+    pipeline_parallel_layers_per_stage: int | None = setting(None, at_least=1)
+    """Layers of a stage; unset, a rank has one stage, or two where the schedule has several."""
+
+    pipeline_parallel_first_stage_less_layers: int | None = setting(None, at_least=0)
+    """How many layers fewer the first stage has, for the embedding; unset, none."""
+
+    pipeline_parallel_last_stage_less_layers: int | None = setting(None, at_least=0)
+    """How many layers fewer the last stage has, for output and heads; unset, what their work is
+    in layers, as far as a layer is left."""
+
+    pipeline_parallel_microbatch_size: int = setting(1, at_least=1)
+    """Sequences of a micro-batch; a step's are those of training.local_batch_size, as often as
+    training.global_batch_size has them."""
+
     fsdp_reshard_after_forward: Literal["default", "always", "never"] = "default"
-    """Whether a block's gathered parameters are freed after its forward."""
+    """Whether a block's gathered parameters are freed after its forward; "default": unless it is
+    in a pipeline, which runs it for many micro-batches."""
 
 
 @dataclass

@@ -1,0 +1,146 @@
+"""Pipelines on two gloo ranks: whole trainings against one process, and from one to the other.
+
+Losses and gradients of every family and schedule: test_gradients.py. The ranks are started once,
+run everything, and the tests look at what came of it.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from runs import DEEPSEEK, SEQUENTIAL, Run, config_of, train, validation, write_corpus
+from spawn import run_ranks
+from torchtitan_mtp.errors import UserError
+from torchtitan_mtp.trainer import Trainer
+
+PIPELINE = {"parallelism.pipeline_parallel_degree": 2}
+RUNS: dict[str, dict[str, Any]] = {
+    # Both ranks have the embedding. Two micro-batches of two sequences, of windows with two.
+    "tied chain": {
+        **SEQUENTIAL,
+        "model.args.tied_embeddings": True,
+        "training.steps": 4,
+        "training.global_batch_size": 4,
+        "activation_checkpoint.mode": "selective",
+        "optimizer.implementation": "foreach",
+        "checkpoint.enable": True,
+        "checkpoint.interval": 2,
+        "checkpoint.last_save_model_only": False,
+    },
+    "experts": {**DEEPSEEK, "training.steps": 2, "model.args.moe.aux_loss_coeff": 0.5},
+    "several stages": {
+        "model.args.n_layers": 4,
+        "training.steps": 2,
+        "training.global_batch_size": 4,
+        "mtp.engine": "joint",
+        "mtp.target": "trunk",
+    },
+}
+ON_RANKS: dict[str, dict[str, Any]] = {
+    "tied chain": {
+        "parallelism.pipeline_parallel_microbatch_size": 2,
+        "parallelism.pipeline_parallel_schedule": "GPipe",
+    },
+    "several stages": {"parallelism.pipeline_parallel_schedule": "InterleavedZeroBubble"},
+}
+SAVED = "tied chain"
+CASES = [SAVED, *(pytest.param(name, marks=pytest.mark.exhaustive) for name in list(RUNS)[1:])]
+
+
+def keys_of(name: str, folder: Path, where: str) -> dict[str, Any]:
+    at = {"job.dump_folder": str(folder / f"{name} {where}")}
+    return {**RUNS[name], **(validation(folder, 2) if name != "experts" else {}), **at}
+
+
+def spoil(trainer: Trainer) -> None:
+    """On the first stage, which has no losses."""
+    if trainer.world.rank == 0:
+        with torch.no_grad():
+            trainer.model.layers["0"].ffn_norm.weight.fill_(torch.inf)
+
+
+def on_ranks(rank: int, folder: Path, name: str) -> dict[str, Any]:
+    keys = (PIPELINE, ON_RANKS.get(name, {}))
+    found: dict[str, Any] = {"run": train(config_of(folder, keys_of(name, folder, "ranks"), *keys))}
+    if name == SAVED:
+        resumed = config_of(folder, keys_of(name, folder, "resumed"), *keys)
+        found["resumed"] = train(resumed)
+        with pytest.raises(UserError) as error:
+            train(config_of(folder, keys_of(name, folder, "spoiled"), *keys), spoil)
+        found["error"] = str(error.value)
+    return found
+
+
+@pytest.fixture(scope="module", params=CASES)
+def case(request, tmp_path_factory) -> tuple[str, Path, Run, list[dict[str, Any]]]:
+    """A run's name, folder, what one process made of it, which saves what the ranks go on from,
+    and what each rank made of it."""
+    name, folder = request.param, tmp_path_factory.mktemp("pipeline")
+    write_corpus(folder, "jsonl")
+    write_corpus(folder / "held_out", "jsonl", count=9, seed=9)
+    alone = train(config_of(folder, keys_of(name, folder, "alone")))
+    if name == SAVED:
+        step = "checkpoint/step-2"
+        shutil.copytree(folder / f"{name} alone" / step, folder / f"{name} resumed" / step)
+    return name, folder, alone, run_ranks(2, on_ranks, folder, name, timeout=240)
+
+
+def assert_close(found: Any, expected: Any) -> None:
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+
+
+def test_two_ranks_train_as_one_process(case):
+    """With checkpointed blocks, tied embeddings and a chain; experts with a balance loss; several
+    stages a rank, and backwards in two parts."""
+    _, _, expected, (first, second) = case
+    found, other = first["run"], second["run"]
+    assert found.losses == other.losses
+    assert_close(found.losses, expected.losses)
+    for key in ("grad_norm", "n_tokens_seen", "global_max_loss", "head_accuracies"):
+        assert_close([s[key] for s in found.logged], [s[key] for s in expected.logged])
+    for key in ("extra_metrics", "head_scales"):
+        assert [s[key] for s in found.logged] == [s[key] for s in expected.logged]
+    assert_close(found.validated, expected.validated)
+    for ours, single in zip(found.acceptance, expected.acceptance, strict=True):
+        assert ours.drafted == single.drafted and min(ours.drafted) > 100
+        torch.testing.assert_close(ours.agreed, single.agreed, rtol=0, atol=2)  # ties
+
+
+def test_each_rank_has_its_layers(case):
+    name, _, alone, ranks = case
+    first, second = (found["run"].weights for found in ranks)
+    assert first.keys() | second.keys() == alone.weights.keys()
+    both = {"tok_embeddings.weight"} if name in ("tied chain", "experts") else set()
+    assert first.keys() & second.keys() == both
+    assert all(torch.equal(first[weight], second[weight]) for weight in both)
+    assert "layers.0.attention.wq.weight" in first or name == "experts"
+    assert "tok_embeddings.weight" in first and "norm.weight" in second
+
+
+def test_checkpoints_go_from_one_layout_to_the_other(case):
+    """Two steps more: one process from what two ranks saved, and the reverse."""
+    name, folder, alone, ranks = case
+    if name != SAVED:
+        return
+    resumed = ranks[0]["resumed"]
+    assert resumed.start == 2
+    assert_close(resumed.losses, alone.losses[2:])
+    step = "checkpoint/step-2"
+    shutil.copytree(folder / f"{name} ranks" / step, folder / f"{name} back" / step)
+    back = train(config_of(folder, keys_of(name, folder, "back")))
+    assert back.start == 2
+    assert_close(back.losses, ranks[0]["run"].losses[2:])
+
+
+def test_what_is_not_finite_is_found_on_another_stage(case):
+    name, _, _, ranks = case
+    if name != SAVED:
+        return
+    for found in ranks:
+        assert "it began on rank 1 with head 1, micro-batch 1, sequence 1" in found["error"]
+        assert "layers.0.ffn_norm.weight itself is not finite" in found["error"]
