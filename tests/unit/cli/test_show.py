@@ -78,6 +78,10 @@ def test_a_character_of_several_tokens() -> None:
         Span("é", (2, 1), 5),
     ]
     assert spans_of(BYTES, [], [0xE2, 0x82], [Step(1, [0x82], 1)]) == [Span("\ufffd", (1, 2), 1)]
+    # Bytes of the text that no character has are not the draft's: A, or a part of a character.
+    for draft, text in ((0x41, "A"), (0xC3, "\ufffd")):
+        spans = spans_of(BYTES, [], [0xFF, 0xFF, 0x42], [Step(2, [draft], 0)])
+        assert spans == [Span(text, (2,), 3, True), Span("\ufffd\ufffdB", (1, 1, 1), 1)]
 
 
 def test_words_keep_the_space_before_them(tmp_path: Path) -> None:
