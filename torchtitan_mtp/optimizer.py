@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -19,9 +20,10 @@ logger = logging.getLogger(__name__)
 
 
 def build_optimizer(parameters: Iterable[nn.Parameter], config: Optimizer) -> torch.optim.Optimizer:
-    """Adam or AdamW over the parameters that train."""
+    """Adam or AdamW over the parameters that train, in a group for each mesh that some lie on."""
+    by_mesh = _by_mesh(p for p in parameters if p.requires_grad)
     return getattr(torch.optim, config.name)(
-        [p for p in parameters if p.requires_grad],
+        [{"params": group} for group in by_mesh.values()],
         lr=config.lr,
         betas=(config.beta1, config.beta2),
         eps=config.eps,
@@ -86,13 +88,28 @@ def clip_gradients(
     stages: the ranks that have the rest of the model, if any. copied: a parameter that another of
     them has too, and counts.
     """
-    parameters = list(model.parameters())
-    own = [p.grad for p in parameters if p.grad is not None and p is not copied]
-    norm = torch.nn.utils.get_total_norm(own, foreach=True)
-    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    by_mesh = _by_mesh(p for p in model.parameters() if p.grad is not None)
+    norms = []
+    for group in by_mesh.values():
+        own = [p.grad for p in group if p.grad is not None and p is not copied]
+        norm = torch.nn.utils.get_total_norm(own, foreach=True)
+        norms.append(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    if len(norms) != 1:
+        norms = [torch.linalg.vector_norm(torch.stack(norms or [torch.zeros(())]))]
+    (norm,) = norms
     if stages is not None:
-        squares = norm.to(parameters[0].device).double() ** 2
+        squares = norm.to(next(model.parameters()).device).double() ** 2
         dist.all_reduce(squares, group=stages)
         norm = squares.sqrt().to(norm.dtype)
-    torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm, foreach=True)
+    for group in by_mesh.values():
+        torch.nn.utils.clip_grads_with_norm_(group, max_norm, norm, foreach=True)
     return norm
+
+
+def _by_mesh(parameters: Iterable[nn.Parameter]) -> dict[DeviceMesh | None, list[nn.Parameter]]:
+    """Parameters by their mesh: one call of a fused or foreach kernel takes those of one mesh."""
+    found: dict[DeviceMesh | None, list[nn.Parameter]] = {}
+    for param in parameters:
+        mesh = param.device_mesh if isinstance(param, DTensor) else None
+        found.setdefault(mesh, []).append(param)
+    return found

@@ -58,6 +58,7 @@ def config_of(mtp: MTP, degrees: Degrees, ac: str = "none", schedule: str = "1F1
         pipeline_parallel_degree=degrees.pp,
         pipeline_parallel_schedule=schedule,
         pipeline_parallel_microbatch_size=2,
+        expert_parallel_degree=degrees.ep,
     )
     config.training.seq_len = length_of(degrees)
     return config
@@ -166,6 +167,11 @@ WITH_CP = [
     (sequential(), "full", EXPERTS),
     (sequential(target="trunk"), "none", ARGS),
 ]
+WITH_EP = [
+    (parallel(), "selective", EXPERTS),
+    (parallel(engine="joint"), "none", EXPERTS),
+    (sequential(), "full", EXPERTS),
+]
 FOUR = replace(ARGS, n_layers=4)  # for two stages on each of two ranks
 PIPELINES = {  # (pp, dp_replicate, dp_shard, cp) -> the same, and a schedule
     (2, 1, 1, 1): [
@@ -196,12 +202,16 @@ MORE_PIPELINES = {
     ],
     (2, 2, 1, 1): [(parallel(), "none", QWEN2), (sequential(), "full", EXPERTS)],
     (2, 1, 1, 2): [(parallel(), "none", QWEN2), (sequential(), "full", EXPERTS)],
+    (2, 1, 2, 1, 1, 2): [
+        *WITH_EP,
+        (parallel(), "selective", replace(DEEPSEEK, n_layers=4), "Interleaved1F1B"),
+    ],
     (4, 1, 1, 1): [
         (parallel(), "none", FOUR, "GPipe"),
         (sequential(), "full", replace(QWEN2, n_layers=4), "GPipe"),
     ],
 }
-MESHES = {  # (dp_replicate, dp_shard, cp) -> cases of (mtp, activation checkpointing, shape)
+MESHES = {  # (dp_replicate, dp_shard, cp, tp, ep) -> (mtp, activation checkpointing, shape) each
     (1, 2, 1): [
         (parallel(engine="joint"), "selective", QWEN2),
         (parallel(), "full", QWEN2),
@@ -238,6 +248,7 @@ MESHES = {  # (dp_replicate, dp_shard, cp) -> cases of (mtp, activation checkpoi
         (sequential(), "selective", EXPERTS),
         (sequential(target="trunk", target_loss="tv", target_weight=0.7), "none", CAUSAL),
     ],
+    (1, 2, 1, 1, 2): WITH_EP,
 }
 # Of what the cases above have on another mesh or with another shape.
 MORE = {
@@ -259,6 +270,22 @@ MORE = {
     (1, 2, 2): WITH_CP,
     (2, 1, 2): WITH_CP,
     (1, 1, 3): WITH_CP,
+    (1, 2, 1, 1, 2): [
+        (parallel(), "none", EXPERTS),
+        (parallel(detach_trunk=True), "none", EXPERTS),
+        (parallel(train="heads"), "none", EXPERTS),
+        (parallel(target="trunk"), "full", EXPERTS),
+        (sequential(), "none", EXPERTS),
+        (sequential(train="heads"), "none", EXPERTS),
+        (sequential(share_weights=True), "full", DEEPSEEK),
+    ],
+    (1, 4, 1, 1, 2): WITH_EP,
+    (1, 4, 1, 1, 4): WITH_EP,
+    (2, 2, 1, 1, 2): WITH_EP,
+    (1, 1, 2, 1, 2): WITH_EP,
+    (1, 2, 2, 1, 2): WITH_EP,
+    (1, 2, 2, 1, 4): WITH_EP,
+    (2, 2, 2, 1, 4): WITH_EP,
 }
 
 

@@ -18,6 +18,8 @@ LAYOUTS: dict[str, dict[str, int]] = {  # degrees; data_parallel_shard_degree is
     "fsdp": {},
     "hsdp": {"data_parallel_replicate_degree": 2},
     "cp": {"context_parallel_degree": 2},
+    "ep": {"expert_parallel_degree": 2},
+    "ep alone": {"expert_parallel_degree": 4},
 }
 KEYS = {
     **DEEPSEEK,

@@ -71,6 +71,7 @@ WHOSE = {
     "formats/write": "unit/formats/test_formats",
     "inference/drafting": "unit/inference/test_decoding",
     "inference/rows": "unit/inference/test_decoding",
+    "models/expert_parallel": "distributed/test_expert_ranks",
     "models/args": "unit/models/test_flavors",
     "models/heads": "unit/mtp/test_transform",
     "models/hf_config": "unit/models/test_hf",

@@ -24,6 +24,7 @@ def check(config: JobConfig, given: Collection[str] = ()) -> None:
     _check_built(config)
     _check_context_parallel(config)
     _check_pipeline_parallel(config)
+    _check_expert_parallel(config)
     _check_float8(config)
     if "mtp" in config.model.converters:
         _check_mtp(config)
@@ -118,13 +119,22 @@ def _check_run(config: JobConfig) -> None:
 
 
 def _check_built(config: JobConfig) -> None:
-    for key in ("tensor_parallel", "expert_parallel"):
+    for key in ("tensor_parallel",):
         degree = getattr(config.parallelism, f"{key}_degree")
         if degree != 1:
             raise UserError(
                 f"parallelism.{key}_degree = {degree}: expected 1; not supported here yet: use "
                 "data_parallel_shard_degree"
             )
+
+
+def _check_expert_parallel(config: JobConfig) -> None:
+    degree = config.parallelism.expert_parallel_degree
+    if degree != 1 and config.model.name == "hf":
+        raise UserError(
+            f'parallelism.expert_parallel_degree = {degree}: model.name = "hf" has experts of its '
+            "own; expected 1, set it"
+        )
 
 
 def _check_context_parallel(config: JobConfig) -> None:

@@ -8,7 +8,9 @@ from typing import Any
 from torchtitan_mtp.config.job_config import JobConfig
 from torchtitan_mtp.config.setting import NO_RULE, Option, Rule, options
 
-_EXPERTS = "experts are sharded like all parameters, by data_parallel_shard_degree"
+_EXPERTS = (
+    "each expert is whole on a rank: expert_parallel_degree takes those of tensor parallelism"
+)
 _BALANCE = "model.args.moe.load_balance_coeff balances experts"
 _WORKERS = "each rank reads its data in its own process"
 _DATALOADER: dict[str, tuple[Any, str]] = {
@@ -33,6 +35,7 @@ HELD: dict[str, tuple[Any, str]] = {
     "parallelism.context_parallel_rotate_method": ("allgather", "keys and values are gathered"),
     "parallelism.context_parallel_load_balancer": ("headtail", "each rank has two such chunks"),
     "parallelism.expert_tensor_parallel_degree": (1, _EXPERTS),
+    "parallelism.expert_parallel_comm_backend": ("standard", "rows go by all_to_all_single"),
     "parallelism.module_fqns_per_model_part": (None, "set pipeline_parallel_layers_per_stage"),
     "parallelism.pipeline_parallel_schedule_csv": ("", "set pipeline_parallel_schedule"),
     "activation_checkpoint.per_op_sac_force_recompute_mm_shapes_by_fqns": (
@@ -54,8 +57,7 @@ HELD: dict[str, tuple[Any, str]] = {
 # Keys that have no effect while the ones above are at their defaults, by table.
 WITHOUT_EFFECT: dict[str, str] = {
     "checkpoint": "enable_ft_dataloader_checkpoints initial_load_in_hf_quantized",
-    "parallelism": "disable_loss_parallel expert_parallel_comm_backend "
-    "pipeline_parallel_expert_parallel_overlap",
+    "parallelism": "disable_loss_parallel pipeline_parallel_expert_parallel_overlap",
     "activation_checkpoint": "memory_budget preserve_rng_state",
     "quantize.linear.mx": "mxfp8_dim1_cast_kernel_choice recipe_name filter_fqns",
     "quantize.grouped_mm.float8": "fqns",

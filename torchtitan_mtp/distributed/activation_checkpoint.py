@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
@@ -18,8 +19,9 @@ from torchtitan_mtp.models.trunk import Trunk
 from torchtitan_mtp.mtp.engine import backward_follows_forward
 
 # Worth keeping: attention, every second matrix product, which experts a token goes to, which is
-# decided once, and the largest magnitudes that float8 scales by (of a tensor, of its rows): a
-# number each, of which every one takes a pass over a tensor. The rest is cheap to compute again.
+# decided once, what ranks exchange for their experts, and the largest magnitudes that float8 scales
+# by (of a tensor, of its rows): a number each, of which every one takes a pass over a tensor. The
+# rest is cheap to compute again.
 _KEPT = (
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
     torch.ops.aten._scaled_dot_product_flash_attention.default,
@@ -28,6 +30,7 @@ _KEPT = (
     torch._higher_order_ops.flex_attention,
     torch.ops.torch_attn._varlen_attn.default,
     torch.ops.aten.topk.default,
+    torch.ops._c10d_functional.all_to_all_single.default,
     torch.ops.aten.max.default,
     torch.ops.aten.amax.default,
 )
@@ -48,7 +51,26 @@ def _selective_contexts() -> Any:
             keep = seen[context.is_recompute] % 2 == 1
         return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
-    return create_selective_checkpoint_contexts(policy)
+    forward, again = create_selective_checkpoint_contexts(policy)
+    return forward, _Recompute(again)
+
+
+class _Recompute(TorchDispatchMode):
+    """torch's mode of a recomputation, for what may have been kept alone. It demands that the same
+    operations run as in the forward; FSDP2's, where a block holds a unit, are not the same."""
+
+    def __init__(self, mode: TorchDispatchMode) -> None:
+        super().__init__()
+        self.mode = mode
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        return True
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _KEPT or func in _PRODUCTS:
+            return self.mode.__torch_dispatch__(func, types, args, kwargs)
+        return func(*args, **(kwargs or {}))
 
 
 def apply_activation_checkpointing(

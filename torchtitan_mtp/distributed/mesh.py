@@ -18,6 +18,7 @@ from torchtitan_mtp.config import Comm, Parallelism
 from torchtitan_mtp.distributed.ranks import agree
 from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.models.context_parallel import ContextParallel
+from torchtitan_mtp.models.expert_parallel import ExpertParallel
 
 # What the driver of a GPU has in /dev, and the variables by which a user hides the GPUs.
 GPU_NODES = {
@@ -56,6 +57,9 @@ class World:
     the same; None: all ranks. Targets are counted over them.
     losses: these on all stages of the pipeline, of which the last one has losses; None: all ranks.
     stage: the ranks that have the same layers: all but those of pp; None: all ranks.
+    experts: of `expert_parallel`'s ranks and of the others that have tokens of their own, the mesh
+    with dimensions "ep", and "efsdp", over which the experts of a rank are sharded ("dp_replicate"
+    before them); None: experts are sharded like the rest.
     """
 
     rank: int
@@ -67,6 +71,8 @@ class World:
     batch: dist.ProcessGroup | None = None
     losses: dist.ProcessGroup | None = None
     stage: dist.ProcessGroup | None = None
+    experts: DeviceMesh | None = None
+    expert_parallel: ExpertParallel | None = None
 
     @property
     def data_rank(self) -> int:
@@ -233,9 +239,27 @@ def world_of(device: torch.device, degrees: Degrees) -> World:
         fsdp = mesh["fsdp"]
         apart = fsdp._unflatten(0, (shard, cp), ("dp_shard", "cp"))["cp"] if shard > 1 else fsdp
         ranks = ContextParallel(apart.get_group())
-    own = (dist.get_rank(), dist.get_world_size(), device, mesh, degrees, ranks)
-    groups = (_group_without(mesh, *names) for names in (("pp", "tp"), ("tp",), ("pp",)))
-    return World(*own, *groups)
+    experts = _experts_mesh(mesh, degrees) if degrees.ep > 1 else None
+    return World(
+        *(dist.get_rank(), dist.get_world_size(), device, mesh, degrees),
+        context_parallel=ranks,
+        batch=_group_without(mesh, "pp", "tp"),
+        losses=_group_without(mesh, "tp"),
+        stage=_group_without(mesh, "pp"),
+        experts=experts,
+        expert_parallel=ExpertParallel(experts["ep"].get_group()) if experts else None,
+    )
+
+
+def _experts_mesh(mesh: DeviceMesh, degrees: Degrees) -> DeviceMesh:
+    """The mesh of experts' parameters: of ranks that see tokens of their own, those of "ep", which
+    are neighbours, share the experts, and those of "efsdp" shard what is left."""
+    left = degrees.dp_shard * degrees.cp * degrees.tp // degrees.ep
+    sizes = {"pp": degrees.pp, "dp_replicate": degrees.dp_replicate}
+    sizes = {name: size for name, size in sizes.items() if size > 1}
+    sizes |= {"efsdp": left, "ep": degrees.ep}
+    whole = mesh._flatten("ranks")._unflatten(0, (*sizes.values(),), (*sizes,))
+    return whole[(*(name for name in sizes if name != "pp"),)]
 
 
 def _group_without(mesh: DeviceMesh, *names: str) -> dist.ProcessGroup | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -16,12 +16,20 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
-from torch.distributed.tensor import Shard
+from torch.distributed.tensor import DTensor, Shard
 
 from torchtitan_mtp.config import JobConfig
 from torchtitan_mtp.data.targets import Batch
 from torchtitan_mtp.distributed.activation_checkpoint import apply_activation_checkpointing
+from torchtitan_mtp.distributed.experts import (
+    placement,
+    prefetch_experts,
+    sharding_mesh,
+    share_experts,
+    shared_experts,
+)
 from torchtitan_mtp.distributed.mesh import World
+from torchtitan_mtp.models.moe import Experts, MoE
 from torchtitan_mtp.models.trunk import Trunk
 from torchtitan_mtp.mtp.engine import ENGINES, backward_follows_forward
 from torchtitan_mtp.ops import LossOptions, LossOutput
@@ -75,8 +83,8 @@ class OnePiece:
 def parallelize(
     model: Trunk, config: JobConfig, world: World, param_dtype: torch.dtype, seed: int
 ) -> Trunk:
-    """Context parallelism, checkpointing, compilation and FSDP2, block by block; then memory and
-    weights.
+    """Context and expert parallelism, checkpointing, compilation and FSDP2, block by block; then
+    memory and weights.
 
     The model comes from the meta device with its converters applied (heads, float8). It returns
     materialised, sharded and initialised.
@@ -84,10 +92,11 @@ def parallelize(
     model.context_parallel = world.context_parallel
     for _, moe in model.named_moe_layers():
         moe.context_parallel = world.context_parallel
+    share_experts(model, world)
     apply_activation_checkpointing(model, config.activation_checkpoint, config.mtp.engine)
     if config.compile.enable and "model" in config.compile.components:
         for _, block in model.named_blocks():
-            block.compile(backend=config.compile.backend, fullgraph=True)
+            compile_block(block, config.compile.backend)
     apply_fsdp(model, config, world, param_dtype)
     model.to_empty(device="cpu" if config.training.enable_cpu_offload else world.device)
     model.tie_weights()
@@ -99,14 +108,27 @@ def parallelize(
     return model
 
 
+def compile_block(block: nn.Module, backend: str) -> None:
+    """Compile a block in one graph; or, where ranks share its experts, the modules around these:
+    how many rows they get is known to no compiler, and they are an FSDP2 unit of their own."""
+    if not any(isinstance(part, MoE) and part.expert_parallel for part in block.modules()):
+        block.compile(backend=backend, fullgraph=True)
+        return
+    for part in block.children():
+        layers = [*part.children()]  # of torch's own layers, each is a kernel as it is
+        if layers and not isinstance(part, Experts):
+            compile_block(part, backend)
+
+
 def apply_fsdp(model: Trunk, config: JobConfig, world: World, param_dtype: torch.dtype) -> None:
     """Shard parameters over `dp_shard` and `cp`, replicate over `dp_replicate`: FSDP2, HSDP.
 
     One rank takes the same way: its shard is the whole parameter, its mixed precision FSDP2's.
 
-    Units: every block (trunk's and heads', its experts with it), the embedding and `output`. The
-    final norm, of which every head makes use, and tied embeddings stay with the root, which keeps
-    them gathered from the first use to the last.
+    Units: every block (trunk's and heads', its experts with it, unless ranks share them: then they
+    are one of their own, sharded over the ranks that have the same), the embedding and `output`.
+    The final norm, of which every head makes use, and tied embeddings stay with the root, which
+    keeps them gathered from the first use to the last.
     """
     policy = MixedPrecisionPolicy(
         param_dtype=param_dtype,
@@ -130,13 +152,8 @@ def apply_fsdp(model: Trunk, config: JobConfig, world: World, param_dtype: torch
     kept = ("never",) if config.parallelism.pipeline_parallel_degree == 1 else ("never", "default")
     reshard = config.parallelism.fsdp_reshard_after_forward not in kept
     blocks = [block for _, block in model.named_blocks()]
-    one_after_another = backward_follows_forward(model, config.mtp.engine)
-    for i, block in enumerate(blocks):
-        # What the backward needs first is not worth freeing: the last block, and head by head
-        # every parallel one, whose backward follows its forward at once.
-        is_head = one_after_another and i >= len(model.layers) - 1
-        at_once = is_head or i == len(blocks) - 1
-        shard(block, reshard_after_forward=reshard and not at_once)
+    largest = max((sum(_local_size(p) for p in block.parameters()) for block in blocks), default=0)
+    _shard_blocks(model, config, shard, world, reshard)
     if not model.args.tied_embeddings and model.tok_embeddings is not None:
         embedding = shard(model.tok_embeddings, reshard_after_forward=reshard)
         embedding.set_unshard_in_backward(False)  # which does not read it
@@ -147,7 +164,6 @@ def apply_fsdp(model: Trunk, config: JobConfig, world: World, param_dtype: torch
     root = shard(model, reshard_after_forward=False)
     register_fsdp_forward_method(model, "forward_trunk")
     turns = model.mtp is not None and config.mtp.engine == "head_by_head"
-    largest = max(sum(param.numel() for param in block.parameters()) for block in blocks)
     if turns and shards.size() > 1 and 4 * largest <= _MOST_BUFFERED:
         overlap_reductions(root)
     for module in model.modules():
@@ -157,6 +173,31 @@ def apply_fsdp(model: Trunk, config: JobConfig, world: World, param_dtype: torch
             if world.size > 1:
                 module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+
+
+def _shard_blocks(
+    model: Trunk,
+    config: JobConfig,
+    shard: Callable[..., FSDPModule],
+    world: World,
+    reshard: bool,
+) -> None:
+    """Every block by `shard`, and before it, on their own mesh, those of its experts that ranks
+    share."""
+    one_after_another = backward_follows_forward(model, config.mtp.engine)
+    blocks = [block for _, block in model.named_blocks()]
+    for i, block in enumerate(blocks):
+        # What the backward needs first is not worth freeing: the last block, and head by head
+        # every parallel one, whose backward follows its forward at once.
+        is_head = one_after_another and i >= len(model.layers) - 1
+        again = reshard and not is_head and i < len(blocks) - 1
+        if world.experts is not None:
+            mesh, how = sharding_mesh(world.experts), functools.partial(placement, world.experts)
+            for experts in shared_experts(block):
+                shard(experts, mesh=mesh, shard_placement_fn=how, reshard_after_forward=again)
+        shard(block, reshard_after_forward=again)
+    if world.experts is not None:
+        prefetch_experts(model)
 
 
 def overlap_reductions(root: FSDPModule) -> None:
@@ -174,3 +215,8 @@ def _placement(param: nn.Parameter, ranks: int) -> Shard | None:
     """By rows; stacked experts by expert, unless that would leave ranks without any."""
     by_row = param.ndim == 3 and ranks > param.shape[0] and param.shape[1] % ranks == 0
     return Shard(1) if by_row else None
+
+
+def _local_size(param: nn.Parameter) -> int:
+    """Numbers of a parameter that this rank has, before FSDP2 shards it."""
+    return (param.to_local() if isinstance(param, DTensor) else param).numel()

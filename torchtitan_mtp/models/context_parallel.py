@@ -62,7 +62,7 @@ class ContextParallel:
 
     def sum(self, x: Tensor) -> Tensor:
         """The sum of all ranks' x, a constant to autograd."""
-        return _arrived(funcol.all_reduce(x.detach(), "sum", self.name))
+        return arrived(funcol.all_reduce(x.detach(), "sum", self.name))
 
     def whole(self, x: Tensor) -> Tensor:
         """x [B, S / size, ...] of all ranks in the sequence's order: [B, S, ...]."""
@@ -144,13 +144,13 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
         ctx.group = group
-        return _arrived(_all_gather(x.contiguous(), 1, group))
+        return arrived(_all_gather(x.contiguous(), 1, group))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _arrived(_reduce_scatter(grad.contiguous(), "sum", 1, ctx.group)), None
+        return arrived(_reduce_scatter(grad.contiguous(), "sum", 1, ctx.group)), None
 
 
-def _arrived(x: Tensor) -> Tensor:
+def arrived(x: Tensor) -> Tensor:
     """What a collective gives, once it is there."""
     return x.wait() if isinstance(x, funcol.AsyncCollectiveTensor) else x

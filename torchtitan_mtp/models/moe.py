@@ -14,16 +14,20 @@ with the counts that are gathered here.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from torchtitan_mtp.models.args import MoEArgs
 from torchtitan_mtp.models.context_parallel import ContextParallel
 from torchtitan_mtp.models.layers import FeedForward
 from torchtitan_mtp.ops.grouped_linear import grouped_linear
+
+if TYPE_CHECKING:
+    from torchtitan_mtp.models.expert_parallel import ExpertParallel
 
 
 class Router(nn.Module):
@@ -60,7 +64,8 @@ class Router(nn.Module):
 
 
 class Experts(nn.Module):
-    """E SwiGLU feed-forwards, their matrices stacked."""
+    """E SwiGLU feed-forwards, their matrices stacked. (Where ranks share the experts, these are
+    DTensors, and the forward is that of this rank's own.)"""
 
     def __init__(self, dim: int, args: MoEArgs) -> None:
         super().__init__()
@@ -72,13 +77,15 @@ class Experts(nn.Module):
     def forward(self, x: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
         """Rows x [R, D], sorted by expert (whose rows end at `offsets`, int32 [E]), times their
         weights [R]: [R, D]."""
-        hidden = F.silu(grouped_linear(x, self.w1, offsets)) * grouped_linear(x, self.w3, offsets)
+        ws = (self.w1, self.w2, self.w3)
+        w1, w2, w3 = (w.to_local() if isinstance(w, DTensor) else w for w in ws)
+        hidden = F.silu(grouped_linear(x, w1, offsets)) * grouped_linear(x, w3, offsets)
         # The weight belongs to the output, but the map is linear and its input narrower.
         hidden = hidden * weights.unsqueeze(-1).to(hidden.dtype)
-        return grouped_linear(hidden, self.w2, offsets)
+        return grouped_linear(hidden, w2, offsets)
 
 
-class _SumRows(torch.autograd.Function):
+class SumRows(torch.autograd.Function):
     """x [R, D], index [M, J], back [R, I] -> [M, D]: the sum of the rows index[m] of x.
 
     Rows back[r] are those that x's row r is summed into, and their gradients' sum is its own:
@@ -140,6 +147,7 @@ class MoE(nn.Module):
     tokens_per_expert: Tensor
     aux_loss_scale: Tensor
     context_parallel: ContextParallel | None = None  # as the model's
+    expert_parallel: ExpertParallel | None = None  # the ranks that the experts are dealt to
 
     def __init__(self, dim: int, args: MoEArgs) -> None:
         super().__init__()
@@ -170,12 +178,16 @@ class MoE(nn.Module):
         # Activations are computed a second time inside of a backward, and not counted then. (The
         # compiler recomputes without side effects.)
         again = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+        counts = torch.diff(offsets, prepend=offsets.new_zeros(1))
         if self.training and torch.is_grad_enabled() and not again:
             # (.data: a checkpointed block takes the buffer as an input, and may not see it change.)
-            self.tokens_per_expert.data.add_(torch.diff(offsets, prepend=offsets.new_zeros(1)))
-        rows = _SumRows.apply(tokens, token, place)
-        rows = self.experts(rows, weights.flatten()[order], offsets)
-        out = _SumRows.apply(rows, place, token)
+            self.tokens_per_expert.data.add_(counts)
+        rows, weights = SumRows.apply(tokens, token, place), weights.flatten()[order]
+        if self.expert_parallel is None:
+            rows = self.experts(rows, weights, offsets)
+        else:
+            rows = self.expert_parallel.run(self.experts, rows, weights, counts)
+        out = SumRows.apply(rows, place, token)
         if self.shared_experts is not None:
             out = out + self.shared_experts(tokens)
         return out.view(x.shape)

@@ -52,15 +52,20 @@ def fsdp_units(*modules: object) -> list[FSDPModule]:
     return [module for module in modules if isinstance(module, FSDPModule)]
 
 
+def block_units(*blocks: nn.Module | None) -> list[FSDPModule]:
+    """The FSDP2 units of blocks: their own, and those within them (of experts that ranks share)."""
+    return fsdp_units(*(part for block in blocks if block is not None for part in block.modules()))
+
+
 def unshard_beside(block: nn.Module, *units: nn.Module | None) -> None:
     """Unshard what runs next while `block` runs forward, from now on."""
     for unit in fsdp_units(block):
-        unit.set_modules_to_forward_prefetch(fsdp_units(*units))
+        unit.set_modules_to_forward_prefetch(block_units(*units))
 
 
 def unshard_ahead(unit: nn.Module | None) -> None:
     """Start to unshard what runs next; FSDP2 waits for it there."""
-    for module in fsdp_units(unit):
+    for module in block_units(unit):
         module.unshard(async_op=True)
 
 
@@ -73,7 +78,8 @@ def begin_no_sync(model: Trunk, blocks: Iterable[nn.Module]) -> None:
     """
     for unit in fsdp_units(model):
         unit.set_is_last_backward(False)
-    for unit in fsdp_units(model, model.tok_embeddings, model.output, *blocks):
+    shared = fsdp_units(model, model.tok_embeddings, model.output)
+    for unit in (*shared, *block_units(*blocks)):
         unit.set_requires_gradient_sync(False, recurse=False)
         unit.set_reshard_after_backward(False, recurse=False)
 

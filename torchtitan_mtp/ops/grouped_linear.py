@@ -30,6 +30,8 @@ def grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
 
 @torch.library.custom_op("torchtitan_mtp::grouped_linear", mutates_args=())
 def _product(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+    if not len(x):  # of a rank whose experts got no row
+        return x.new_empty(0, weight.shape[1])
     if _is_native(x.dtype, *weight.shape[1:]):
         return F.grouped_mm(x, weight.transpose(1, 2), offs=offsets)
     parts = x.tensor_split(offsets.tolist()[:-1])  # waits for the device to know the sizes
@@ -39,6 +41,8 @@ def _product(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
 @torch.library.custom_op("torchtitan_mtp::grouped_outer", mutates_args=())
 def _outer(g: Tensor, x: Tensor, offsets: Tensor) -> Tensor:
     """Sum over each group's rows of g [R, out] times x [R, in]: [G, out, in]."""
+    if not len(x):
+        return x.new_zeros(len(offsets), g.shape[1], x.shape[1])
     if not _is_native(x.dtype, g.shape[1], x.shape[1]):
         splits = offsets.tolist()[:-1]
         parts = zip(g.tensor_split(splits), x.tensor_split(splits), strict=True)

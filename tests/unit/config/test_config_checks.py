@@ -27,7 +27,7 @@ UNSUPPORTED = [
     "parallelism.context_parallel_rotate_method=alltoall",
     "parallelism.context_parallel_load_balancer=ptrr",
     "parallelism.pipeline_parallel_schedule_csv=x",
-    "parallelism.expert_parallel_degree=2",
+    "parallelism.expert_parallel_comm_backend=deepep",
     "parallelism.expert_tensor_parallel_degree=2",
     "parallelism.enable_async_tensor_parallel=true",
     "parallelism.enable_compiled_autograd=true",
@@ -362,3 +362,9 @@ def test_weights_that_would_not_be_loaded_are_refused(argv):
 def test_sequences_that_ranks_cannot_share(more, expected):
     message = refusal("--parallelism.context_parallel_degree", "4", *more)
     assert re.search(expected, message) and "context_parallel_degree = " in message
+
+
+def test_transformers_own_experts_are_its_own():
+    hf = ("--model.name", "hf", "--model.hf_assets_path", "x")
+    message = refusal("--parallelism.expert_parallel_degree", "2", *hf)
+    assert message.startswith('parallelism.expert_parallel_degree = 2: model.name = "hf" has exp')

@@ -157,7 +157,7 @@ TORCHTITAN = {
     "qwen3/qwen3_32b": ("qwen3", "32B", None),
     "qwen3/qwen3_moe_debug": ("qwen3", "debugmodel_moe", "model.flavor=debugmodel_moe"),
     "deepseek_v3/debug_model": ("deepseek_v3", "debugmodel", None),
-    "deepseek_v3/deepseek_v3_16b": ("deepseek_v3", "16B", "parallelism.expert_parallel_degree=8"),
+    "deepseek_v3/deepseek_v3_16b": ("deepseek_v3", "16B", None),
     "deepseek_v3/deepseek_v3_671b": ("deepseek_v3", "671B", None),
     "llama4/debug_model": ("llama4", "debugmodel", "model.name=llama4"),
     "llama4/llama4_17bx16e": ("llama4", "17bx16e", "parallelism.tensor_parallel_degree=8"),

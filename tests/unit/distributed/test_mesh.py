@@ -131,8 +131,20 @@ def test_groups(rank_of):
     places = [world.dimension(name).get_local_rank() for name in ("pp", "dp_replicate", "tp")]
     assert places == [0, 1, 1]
     assert (world.data_rank, world.data_size, world.batch_size) == (3, 4, 8)
+    assert members(world.stage) == [*range(16)] and world.experts is None
     world = rank_of(3, Degrees(dp_shard=4))
     assert world.mesh.mesh_dim_names == ("fsdp",) and world.dimension("tp") is None
+
+
+def test_who_shares_experts(rank_of):
+    """Neighbours, tp's ranks among them; those with the same experts are apart by so many."""
+    world = rank_of(29, Degrees(pp=2, dp_replicate=2, dp_shard=2, cp=2, tp=2, ep=4))
+    assert world.experts.mesh_dim_names == ("dp_replicate", "efsdp", "ep")
+    groups = {n: members(world.experts[n].get_group()) for n in world.experts.mesh_dim_names}
+    assert groups == {"dp_replicate": [21, 29], "efsdp": [25, 29], "ep": [28, 29, 30, 31]}
+    assert (world.expert_parallel.rank, world.expert_parallel.size) == (1, 4)
+    world = rank_of(1, Degrees(cp=2, ep=2))
+    assert (world.experts["efsdp"].size(), members(world.experts["ep"].get_group())) == (1, [0, 1])
 
 
 def cannot(reason):

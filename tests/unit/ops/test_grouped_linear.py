@@ -66,3 +66,11 @@ def test_it_is_taken_whole_by_the_compiler():
         expected = torch.autograd.grad(naive(x, weight, OFFSETS[name]).square().sum(), (x, weight))
         for a, b in zip(found, expected, strict=True):
             torch.testing.assert_close(a, b)
+
+
+def test_no_rows_at_all():
+    """Of a rank whose experts no token goes to."""
+    x, weight = torch.zeros(0, 16), torch.randn(4, 24, 16)
+    offsets = torch.zeros(4, dtype=torch.int32)
+    y, dx, dw = gradients(grouped_linear, x, weight, offsets, torch.zeros(0, 24))
+    assert (y.shape, dx.shape) == ((0, 24), (0, 16)) and torch.equal(dw, torch.zeros(4, 24, 16))
