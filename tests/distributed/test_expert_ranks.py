@@ -258,3 +258,18 @@ def test_weights_begin_and_are_exported_as_those_of_one_process(ranks, folder, t
     import_checkpoint(tmp_path / "hf", tmp_path / "back", "deepseek_v3_hf")
     found = weights(tmp_path / "back", load_toml(tmp_path / "back" / "config.toml"))
     assert same(found, ranks[0]["chain"].weights)
+
+
+def low_precision(rank: int, folder: Path, keys: dict[str, Any]) -> Run:
+    return train(config_of(folder, TWO, SHARED, keys))
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("converters", [["mtp"], ["mtp", "quantize.linear.float8"]])
+def test_bfloat16_and_float8_stay_close(converters, folder):
+    """Their scales are of a rank's own tokens."""
+    keys = {**DEEPSEEK, "model.converters": converters, "training.steps": 3}
+    keys |= {"training.mixed_precision_param": "bfloat16", "quantize.linear.float8.emulate": True}
+    found, _ = run_ranks(2, low_precision, folder, keys)
+    expected = train(config_of(folder, ONE, keys))
+    torch.testing.assert_close(found.losses, expected.losses, rtol=0.02, atol=0)
