@@ -124,7 +124,8 @@ def find_cause(
     with apart_from_training(*parts):
         for i, batch in enumerate(batches):
             batch = batch.to(device)
-            for k, hidden in enumerate(forward(batch) or ()):  # [B, S, D]
+            for k, hidden in enumerate(forward(batch) or ()):  # [B, S, D], or a piece of S
+                states = parts[-1].output.gather(hidden)  # [B, S, D]
                 for row in range(len(hidden)):
                     place = f"head {k + 1}, micro-batch {i + 1}, sequence {row + 1}"
                     one = slice(row, row + 1)
@@ -134,7 +135,7 @@ def find_cause(
                     # Not where in the sequence: attention kernels multiply what is masked by zero,
                     # and so spread what is not finite over earlier positions.
                     real = batch.doc_ids[row] != PADDING  # [S]
-                    if not found and not hidden[row][real].isfinite().all():
+                    if not found and not states[row][real].isfinite().all():
                         found = f"{place}: hidden state not finite"
                     elif not found and not out.loss_sum.isfinite().all():
                         found = f"{place}: loss {out.loss_sum.item()}"

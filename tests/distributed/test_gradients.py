@@ -1,6 +1,6 @@
-"""FSDP2, HSDP, context parallelism and pipelines on gloo ranks, with accumulation and unequal
-numbers of targets: the loss and every gradient are those of one process that sees the whole batch,
-and so are each expert's tokens and what its bias becomes."""
+"""FSDP2, HSDP, context and tensor parallelism and pipelines on gloo ranks, with accumulation and
+unequal numbers of targets: the loss and every gradient are those of one process that sees the whole
+batch, and so are each expert's tokens and what its bias becomes."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def micro_batch(rank: int, index: int, n: int, size: int) -> Window:
 
 
 def length_of(degrees: Degrees) -> int:
-    return 10 if degrees.cp == 1 else 12  # a multiple of twice 2, and of twice 3
+    return 10 if degrees.cp == 1 and degrees.tp < 4 else 12  # of two or three pieces twice
 
 
 def config_of(mtp: MTP, degrees: Degrees, ac: str = "none", schedule: str = "1F1B") -> JobConfig:
@@ -59,6 +59,7 @@ def config_of(mtp: MTP, degrees: Degrees, ac: str = "none", schedule: str = "1F1
         pipeline_parallel_schedule=schedule,
         pipeline_parallel_microbatch_size=2,
         expert_parallel_degree=degrees.ep,
+        tensor_parallel_degree=degrees.tp,
     )
     config.training.seq_len = length_of(degrees)
     return config
@@ -161,6 +162,18 @@ FEW_EXPERTS = replace(  # fewer than ranks: each rank has rows of all
     moe=replace(DEEPSEEK.moe, num_experts=2, top_k=1, num_expert_groups=1, num_limited_groups=1),
 )
 CAUSAL = replace(ARGS, attn_mask_type="causal")
+# A vocabulary that ranks can share.
+WIDE = {"vocab_size": 30}
+WITH_TP = [
+    (parallel(), "selective", replace(ARGS, **WIDE)),
+    (parallel(engine="joint", target="trunk"), "none", replace(QWEN2, **WIDE)),
+    (sequential(), "full", replace(EXPERTS, **WIDE)),
+    (
+        sequential(target="trunk", target_loss="tv", trunk_state="raw"),
+        "none",
+        replace(ARGS, **WIDE),
+    ),
+]
 WITH_CP = [
     (parallel(), "selective", CAUSAL),
     (parallel(engine="joint", target="trunk"), "none", QWEN2),
@@ -249,6 +262,12 @@ MESHES = {  # (dp_replicate, dp_shard, cp, tp, ep) -> (mtp, activation checkpoin
         (sequential(target="trunk", target_loss="tv", target_weight=0.7), "none", CAUSAL),
     ],
     (1, 2, 1, 1, 2): WITH_EP,
+    (1, 1, 1, 2): [
+        (parallel(), "selective", replace(QWEN2, **WIDE)),
+        (sequential(share_weights=True, detach_trunk=True), "full", replace(ARGS, **WIDE)),
+        (sequential(target="trunk"), "none", replace(EXPERTS, **WIDE)),
+    ],
+    (1, 1, 2, 2): [(sequential(), "none", replace(EXPERTS, **WIDE))],
 }
 # Of what the cases above have on another mesh or with another shape.
 MORE = {
@@ -286,6 +305,19 @@ MORE = {
     (1, 2, 2, 1, 2): WITH_EP,
     (1, 2, 2, 1, 4): WITH_EP,
     (2, 2, 2, 1, 4): WITH_EP,
+    (1, 1, 1, 2): [
+        *WITH_TP,
+        (parallel(engine="joint", detach_trunk=True), "selective", replace(ARGS, **WIDE)),
+        (parallel(train="heads"), "full", replace(EXPERTS, **WIDE)),
+        (sequential(train="heads", loss_reduction="mean"), "none", replace(QWEN2, **WIDE)),
+        (parallel(heads="medusa"), "none", replace(QWEN2, **WIDE)),
+        (parallel(), "none", replace(FEW_EXPERTS, **WIDE)),
+    ],
+    (1, 2, 1, 2): WITH_TP,
+    (2, 1, 1, 2): WITH_TP,
+    (1, 1, 2, 2): WITH_TP,
+    (1, 1, 1, 4): [(sequential(), "none", replace(EXPERTS, n_heads=4, vocab_size=32))],
+    (1, 2, 2, 2): WITH_TP,
 }
 
 

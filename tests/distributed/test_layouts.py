@@ -20,9 +20,11 @@ LAYOUTS: dict[str, dict[str, int]] = {  # degrees; data_parallel_shard_degree is
     "cp": {"context_parallel_degree": 2},
     "ep": {"expert_parallel_degree": 2},
     "ep alone": {"expert_parallel_degree": 4},
+    "tp": {"tensor_parallel_degree": 2},
 }
 KEYS = {
     **DEEPSEEK,
+    "model.vocab_size": 264,
     "training.steps": 10,
     "training.local_batch_size": 1,
     "training.global_batch_size": 4,

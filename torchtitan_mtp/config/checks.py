@@ -1,5 +1,6 @@
 """Configurations that can't be, whatever the model, the data and the machine."""
 
+import math
 from collections.abc import Collection
 
 from torchtitan_mtp.config.job_config import JobConfig
@@ -21,10 +22,10 @@ def check(config: JobConfig, given: Collection[str] = ()) -> None:
     _check_model(config)
     _check_loss(config)
     _check_run(config)
-    _check_built(config)
     _check_context_parallel(config)
     _check_pipeline_parallel(config)
     _check_expert_parallel(config)
+    _check_tensor_parallel(config)
     _check_float8(config)
     if "mtp" in config.model.converters:
         _check_mtp(config)
@@ -118,25 +119,6 @@ def _check_run(config: JobConfig) -> None:
         )
 
 
-def _check_built(config: JobConfig) -> None:
-    for key in ("tensor_parallel",):
-        degree = getattr(config.parallelism, f"{key}_degree")
-        if degree != 1:
-            raise UserError(
-                f"parallelism.{key}_degree = {degree}: expected 1; not supported here yet: use "
-                "data_parallel_shard_degree"
-            )
-
-
-def _check_expert_parallel(config: JobConfig) -> None:
-    degree = config.parallelism.expert_parallel_degree
-    if degree != 1 and config.model.name == "hf":
-        raise UserError(
-            f'parallelism.expert_parallel_degree = {degree}: model.name = "hf" has experts of its '
-            "own; expected 1, set it"
-        )
-
-
 def _check_context_parallel(config: JobConfig) -> None:
     degree, mtp = config.parallelism.context_parallel_degree, config.mtp
     key = f"parallelism.context_parallel_degree = {degree}"
@@ -184,6 +166,41 @@ def _check_pipeline_parallel(config: JobConfig) -> None:
             f'mtp.train = "heads": with {key} nothing of the trunk has a backward to wait for; '
             "use data_parallel_shard_degree"
         )
+
+
+def _check_expert_parallel(config: JobConfig) -> None:
+    degree = config.parallelism.expert_parallel_degree
+    if degree != 1 and config.model.name == "hf":
+        raise UserError(
+            f'parallelism.expert_parallel_degree = {degree}: model.name = "hf" has experts of its '
+            "own; expected 1, set it"
+        )
+
+
+def _check_tensor_parallel(config: JobConfig) -> None:
+    degree, context = (
+        getattr(config.parallelism, f"{name}_parallel_degree") for name in ("tensor", "context")
+    )
+    key = f"parallelism.tensor_parallel_degree = {degree}"
+    if degree == 1:
+        return
+    if config.model.name == "hf":
+        raise UserError(f'{key}: model.name = "hf" has blocks of its own; expected 1, set it')
+    if (stages := config.parallelism.pipeline_parallel_degree) > 1:
+        raise UserError(
+            f"{key}: not supported here yet with parallelism.pipeline_parallel_degree = {stages}; "
+            "set one of them to 1"
+        )
+    # Chunks of context parallelism are cut once more, each into as many pieces.
+    pieces = degree if context == 1 else context * math.lcm(2, degree)
+    for table, length in _lengths(config).items():
+        if length % pieces:
+            nearest = max(round(length / pieces), 1) * pieces
+            also = "" if context == 1 else f" and context_parallel_degree = {context}"
+            raise UserError(
+                f"{table}.seq_len = {length}: expected a multiple of {pieces}, for {key}{also} "
+                f"give each rank as many positions; the nearest is {nearest}"
+            )
 
 
 def _lengths(config: JobConfig) -> dict[str, int]:

@@ -30,7 +30,8 @@ HELD: dict[str, tuple[Any, str]] = {
     "optimizer.early_step_in_backward": (False, "gradients are clipped by their global norm"),
     "lr_scheduler.total_steps": (None, "set training.steps"),
     **{f"validation.{key}": row for key, row in _DATALOADER.items()},
-    "parallelism.enable_async_tensor_parallel": (False, "there is no tensor parallelism"),
+    "parallelism.disable_loss_parallel": (False, "logits are never whole, so nothing is gained"),
+    "parallelism.enable_async_tensor_parallel": (False, "collectives are waited for"),
     "parallelism.enable_compiled_autograd": (False, "compile.enable compiles backwards too"),
     "parallelism.context_parallel_rotate_method": ("allgather", "keys and values are gathered"),
     "parallelism.context_parallel_load_balancer": ("headtail", "each rank has two such chunks"),
@@ -57,7 +58,7 @@ HELD: dict[str, tuple[Any, str]] = {
 # Keys that have no effect while the ones above are at their defaults, by table.
 WITHOUT_EFFECT: dict[str, str] = {
     "checkpoint": "enable_ft_dataloader_checkpoints initial_load_in_hf_quantized",
-    "parallelism": "disable_loss_parallel pipeline_parallel_expert_parallel_overlap",
+    "parallelism": "pipeline_parallel_expert_parallel_overlap",
     "activation_checkpoint": "memory_budget preserve_rng_state",
     "quantize.linear.mx": "mxfp8_dim1_cast_kernel_choice recipe_name filter_fqns",
     "quantize.grouped_mm.float8": "fqns",

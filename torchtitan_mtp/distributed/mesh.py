@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torchtitan_mtp.config import Comm, Parallelism
 from torchtitan_mtp.distributed.ranks import agree
 from torchtitan_mtp.errors import UserError
-from torchtitan_mtp.models.context_parallel import ContextParallel
+from torchtitan_mtp.models.context_parallel import ContextParallel, SequenceRanks
 from torchtitan_mtp.models.expert_parallel import ExpertParallel
 
 # What the driver of a GPU has in /dev, and the variables by which a user hides the GPUs.
@@ -53,6 +53,9 @@ class World:
     always "fsdp", over which parameters are sharded: dp_shard times cp.
     context_parallel: the ranks that read the same windows and have a part of each; None: every
     rank reads its own.
+    tensor_parallel: the ranks that share the work on the same tokens; None: there are none.
+    sequence: the ranks of both, between which a sequence is spread where every position is computed
+    once; None: each has whole ones.
     batch: the ranks whose tokens together are a batch: all but those of pp and tp, which work on
     the same; None: all ranks. Targets are counted over them.
     losses: these on all stages of the pipeline, of which the last one has losses; None: all ranks.
@@ -68,6 +71,8 @@ class World:
     mesh: DeviceMesh
     degrees: Degrees
     context_parallel: ContextParallel | None = None
+    tensor_parallel: SequenceRanks | None = None
+    sequence: SequenceRanks | None = None
     batch: dist.ProcessGroup | None = None
     losses: dist.ProcessGroup | None = None
     stage: dist.ProcessGroup | None = None
@@ -234,15 +239,16 @@ def world_of(device: torch.device, degrees: Degrees) -> World:
     sizes = {"pp": pp, "dp_replicate": replicate, "fsdp": shard * cp, "tp": tp}
     sizes = {name: size for name, size in sizes.items() if size > 1 or name == "fsdp"}
     mesh = init_device_mesh(device.type, (*sizes.values(),), mesh_dim_names=(*sizes,))
-    ranks = None
-    if cp > 1:
-        fsdp = mesh["fsdp"]
-        apart = fsdp._unflatten(0, (shard, cp), ("dp_shard", "cp"))["cp"] if shard > 1 else fsdp
-        ranks = ContextParallel(apart.get_group())
+    apart = mesh._unflatten("fsdp", (shard, cp), ("dp_shard", "cp")) if cp > 1 else mesh
+    context = _group_of(apart, ["cp"] * (cp > 1))
+    tensor = _group_of(apart, ["tp"] * (tp > 1))
+    both = _group_of(apart, ["cp"] * (cp > 1) + ["tp"] * (tp > 1))
     experts = _experts_mesh(mesh, degrees) if degrees.ep > 1 else None
     return World(
         *(dist.get_rank(), dist.get_world_size(), device, mesh, degrees),
-        context_parallel=ranks,
+        context_parallel=ContextParallel(context) if context else None,
+        tensor_parallel=SequenceRanks(tensor) if tensor else None,
+        sequence=SequenceRanks(both) if both else None,
         batch=_group_without(mesh, "pp", "tp"),
         losses=_group_without(mesh, "tp"),
         stage=_group_without(mesh, "pp"),
@@ -262,14 +268,19 @@ def _experts_mesh(mesh: DeviceMesh, degrees: Degrees) -> DeviceMesh:
     return whole[(*(name for name in sizes if name != "pp"),)]
 
 
+def _group_of(mesh: DeviceMesh, names: Sequence[str]) -> dist.ProcessGroup | None:
+    """Ranks that differ in these dimensions; None for none."""
+    if not names:
+        return None
+    part = mesh[(*names,)]
+    return (part._flatten("_".join(names)) if len(names) > 1 else part).get_group()
+
+
 def _group_without(mesh: DeviceMesh, *names: str) -> dist.ProcessGroup | None:
     """Ranks that differ in all dimensions but those named; None: all ranks."""
     all_names = mesh.mesh_dim_names or ()
-    kept = tuple(name for name in all_names if name not in names)
-    if len(kept) == len(all_names):
-        return None
-    part = mesh[kept]
-    return (part._flatten("_".join(kept)) if len(kept) > 1 else part).get_group()
+    kept = [name for name in all_names if name not in names]
+    return None if len(kept) == len(all_names) else _group_of(mesh, kept)
 
 
 def record_collectives(comm: Comm, dump_folder: str) -> None:

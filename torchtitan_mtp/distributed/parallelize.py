@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,6 +17,7 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
+from torch.distributed.fsdp._fully_shard import _fsdp_common as fsdp
 from torch.distributed.tensor import DTensor, Shard
 
 from torchtitan_mtp.config import JobConfig
@@ -29,6 +31,8 @@ from torchtitan_mtp.distributed.experts import (
     shared_experts,
 )
 from torchtitan_mtp.distributed.mesh import World
+from torchtitan_mtp.distributed.tensor_parallel import apply_tensor_parallel
+from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.models.moe import Experts, MoE
 from torchtitan_mtp.models.trunk import Trunk
 from torchtitan_mtp.mtp.engine import ENGINES, backward_follows_forward
@@ -83,15 +87,17 @@ class OnePiece:
 def parallelize(
     model: Trunk, config: JobConfig, world: World, param_dtype: torch.dtype, seed: int
 ) -> Trunk:
-    """Context and expert parallelism, checkpointing, compilation and FSDP2, block by block; then
-    memory and weights.
+    """Tensor, context and expert parallelism, checkpointing, compilation and FSDP2, block by block;
+    then memory and weights.
 
     The model comes from the meta device with its converters applied (heads, float8). It returns
     materialised, sharded and initialised.
     """
+    if world.tensor_parallel is not None:
+        apply_tensor_parallel(model, world.mesh["tp"], world.tensor_parallel)
     model.context_parallel = world.context_parallel
     for _, moe in model.named_moe_layers():
-        moe.context_parallel = world.context_parallel
+        moe.sequence_ranks = world.sequence
     share_experts(model, world)
     apply_activation_checkpointing(model, config.activation_checkpoint, config.mtp.engine)
     if config.compile.enable and "model" in config.compile.components:
@@ -121,7 +127,8 @@ def compile_block(block: nn.Module, backend: str) -> None:
 
 
 def apply_fsdp(model: Trunk, config: JobConfig, world: World, param_dtype: torch.dtype) -> None:
-    """Shard parameters over `dp_shard` and `cp`, replicate over `dp_replicate`: FSDP2, HSDP.
+    """Shard parameters over `dp_shard` and `cp`, replicate over `dp_replicate`: FSDP2, HSDP. Those
+    that tensor parallelism leaves whole are sharded over its ranks too (`_placements`).
 
     One rank takes the same way: its shard is the whole parameter, its mixed precision FSDP2's.
 
@@ -146,7 +153,7 @@ def apply_fsdp(model: Trunk, config: JobConfig, world: World, param_dtype: torch
         mesh=world.mesh["dp_replicate", "fsdp"] if replicated else shards,
         mp_policy=policy,
         offload_policy=offload,
-        shard_placement_fn=functools.partial(_placement, ranks=shards.size()),
+        shard_placement_fn=_placements(world),
     )
     # A stage of a pipeline would gather its blocks anew for every micro-batch.
     kept = ("never",) if config.parallelism.pipeline_parallel_degree == 1 else ("never", "default")
@@ -209,6 +216,35 @@ def overlap_reductions(root: FSDPModule) -> None:
     """
     if hasattr(root, "set_reduce_scatter_max_input_buffers"):
         root.set_reduce_scatter_max_input_buffers(2)
+
+
+def _placements(world: World) -> Callable[[nn.Parameter], Any]:
+    """How FSDP2 shards each parameter.
+
+    Of those that tensor parallelism leaves whole, each of its ranks sees other positions: they are
+    sharded over these ranks too.
+    """
+    replicated, tensor = world.dimension("dp_replicate"), world.dimension("tp")
+    if tensor is None:
+        return functools.partial(_placement, ranks=world.mesh["fsdp"].size())
+    if not hasattr(fsdp, "ShardPlacementResult"):
+        raise UserError(
+            f"parallelism.tensor_parallel_degree = {tensor.size()}: FSDP2 of torch "
+            f"{torch.__version__} has one mesh for all parameters; expected torch 2.12 or later"
+        )
+    mesh = world.mesh["fsdp", "tp"]._flatten("fsdp_tp")
+    over = fsdp.FSDPMeshInfo(mesh, shard_mesh_dim=0)
+    if replicated:
+        mesh = world.mesh["dp_replicate", "fsdp_tp"]
+        over = fsdp.HSDPMeshInfo(mesh, shard_mesh_dim=1, replicate_mesh_dim=0)
+
+    def place(param: nn.Parameter) -> Any:
+        if isinstance(param, DTensor):
+            return None
+        placement = _placement(param, ranks=over.shard_mesh_size) or Shard(0)
+        return fsdp.ShardPlacementResult(placement, over)
+
+    return place
 
 
 def _placement(param: nn.Parameter, ranks: int) -> Shard | None:

@@ -31,16 +31,30 @@ _all_gather = getattr(funcol, "all_gather_single", None) or funcol.all_gather_te
 _reduce_scatter = getattr(funcol, "reduce_scatter_single", None) or funcol.reduce_scatter_tensor
 
 
-class ContextParallel:
-    """The ranks of a group, to which each sequence is dealt.
-
-    Of [B, S, ...] a rank has [B, S / size, ...], its two chunks one after the other. Gathered
-    tensors [B, S, ...] have the ranks' parts one after another.
-    """
+class SequenceRanks:
+    """The ranks of a group, each with a part of the same sequences: of [B, S, ...] it has
+    [B, S / size, ...]. Gathered tensors [B, S, ...] have the ranks' parts one after another."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.rank, self.size = group.rank(), group.size()
         self.name: Any = group.group_name
+
+    def gather(self, x: Tensor) -> Tensor:
+        """x [B, S / size, ...] of all ranks: [B, S, ...]. The gradient is the sum of the ranks'."""
+        return gather(x, self.name)
+
+    def scatter(self, x: Tensor) -> Tensor:
+        """Of the sum of all ranks' x [B, S, ...] this rank's part [B, S / size, ...]; the gradient
+        is gathered."""
+        return _Scatter.apply(x, self.name)
+
+    def sum(self, x: Tensor) -> Tensor:
+        """The sum of all ranks' x, a constant to autograd."""
+        return arrived(funcol.all_reduce(x.detach(), "sum", self.name))
+
+
+class ContextParallel(SequenceRanks):
+    """The ranks to which each sequence is dealt: one has two chunks, one after the other."""
 
     def shard(self, batch: Batch) -> Batch:
         """This rank's part of a batch whose length is a multiple of 2 * size."""
@@ -51,18 +65,10 @@ class ContextParallel:
         parts = {n: x[:, own].flatten(1, 2) for n, x in chunks.items()}
         return batch._replace(**parts, documents=None)
 
-    def gather(self, x: Tensor) -> Tensor:
-        """x [B, S / size, ...] of all ranks: [B, S, ...]. The gradient is the sum of the ranks'."""
-        return gather(x, self.name)
-
     def gather_kv(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values [B, S / size, KV, *] of all ranks in one collective: [B, S, KV, *]."""
         k, v = self.gather(torch.cat((k, v), dim=-1)).split((k.shape[-1], v.shape[-1]), dim=-1)
         return k, v
-
-    def sum(self, x: Tensor) -> Tensor:
-        """The sum of all ranks' x, a constant to autograd."""
-        return arrived(funcol.all_reduce(x.detach(), "sum", self.name))
 
     def whole(self, x: Tensor) -> Tensor:
         """x [B, S / size, ...] of all ranks in the sequence's order: [B, S, ...]."""
@@ -149,6 +155,19 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return arrived(_reduce_scatter(grad.contiguous(), "sum", 1, ctx.group)), None
+
+
+class _Scatter(torch.autograd.Function):
+    """The reverse."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        return arrived(_reduce_scatter(x.contiguous(), "sum", 1, group))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return arrived(_all_gather(grad.contiguous(), 1, ctx.group)), None
 
 
 def arrived(x: Tensor) -> Tensor:

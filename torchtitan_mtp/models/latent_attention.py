@@ -52,9 +52,9 @@ class LatentAttention(nn.Module):
         """x [B, S, D] -> [B, S, D]."""
         shape = self.shape
         q = self.wq_b(self.q_norm(self.wq_a(x))) if shape.q_lora_rank else self.wq(x)
-        q_nope, q_rope = q.unflatten(-1, (self.n_heads, -1)).split(
+        q_nope, q_rope = q.unflatten(-1, (-1, shape.qk_head_dim)).split(
             (shape.qk_nope_head_dim, shape.qk_rope_head_dim), dim=-1
-        )  # [B, S, H, nope or rope]
+        )  # [B, S, H, nope or rope]; H heads are this rank's
         c, k_rope = self.wkv_a(x).split((shape.kv_lora_rank, shape.qk_rope_head_dim), dim=-1)
         q_rope = apply_rope(q_rope, context.cos, context.sin)
         k_rope = apply_rope(k_rope.unsqueeze(2), context.cos, context.sin)
@@ -74,9 +74,10 @@ class LatentAttention(nn.Module):
         self, q_nope: Tensor, q_rope: Tensor, c: Tensor, k_rope: Tensor, context: AttentionContext
     ) -> Tensor:
         """With keys and values expanded for every head: [B, H, S, v]."""
-        kv = self.wkv_b(c.squeeze(1)).unflatten(-1, (self.n_heads, -1)).transpose(1, 2)
-        k_nope, v = kv.split((self.shape.qk_nope_head_dim, self.shape.v_head_dim), dim=-1)
-        k = torch.cat((k_nope, k_rope.expand(-1, self.n_heads, -1, -1)), dim=-1)  # [B, H, S, qk]
+        widths = self.shape.qk_nope_head_dim, self.shape.v_head_dim
+        kv = self.wkv_b(c.squeeze(1)).unflatten(-1, (-1, sum(widths))).transpose(1, 2)
+        k_nope, v = kv.split(widths, dim=-1)
+        k = torch.cat((k_nope, k_rope.expand(-1, kv.shape[1], -1, -1)), dim=-1)  # [B, H, S, qk]
         q = torch.cat((q_nope, q_rope), dim=-1).transpose(1, 2)
         return attend(q, k, v, context.mask, self.scale)
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from torchtitan_mtp.models.args import MoEArgs
-from torchtitan_mtp.models.context_parallel import ContextParallel
+from torchtitan_mtp.models.context_parallel import SequenceRanks
 from torchtitan_mtp.models.layers import FeedForward
 from torchtitan_mtp.ops.grouped_linear import grouped_linear
 
@@ -120,7 +120,7 @@ class _AddLoss(torch.autograd.Function):
 
 
 def sequence_balance_loss(
-    scores: Tensor, chosen: Tensor, ranks: ContextParallel | None = None
+    scores: Tensor, chosen: Tensor, ranks: SequenceRanks | None = None
 ) -> Tensor:
     """Equations 17 to 20 without alpha, summed over sequences: scores [B, S, E], chosen [B, S, K].
 
@@ -146,7 +146,7 @@ class MoE(nn.Module):
     expert_bias: Tensor
     tokens_per_expert: Tensor
     aux_loss_scale: Tensor
-    context_parallel: ContextParallel | None = None  # as the model's
+    sequence_ranks: SequenceRanks | None = None  # those that sequences are spread over
     expert_parallel: ExpertParallel | None = None  # the ranks that the experts are dealt to
 
     def __init__(self, dim: int, args: MoEArgs) -> None:
@@ -168,7 +168,7 @@ class MoE(nn.Module):
         scores, chosen, weights = self.router(tokens, self.expert_bias)
         if self.args.aux_loss_coeff and torch.is_grad_enabled():
             s, c = (t.unflatten(0, x.shape[:2]) for t in (scores, chosen))
-            loss = self.aux_loss_scale * sequence_balance_loss(s, c, self.context_parallel)
+            loss = self.aux_loss_scale * sequence_balance_loss(s, c, self.sequence_ranks)
             weights = _AddLoss.apply(weights, loss)
         expert, order = chosen.flatten().sort(stable=True)  # [N * K]
         token = order.unsqueeze(1) // top_k  # [N * K, 1], of each row

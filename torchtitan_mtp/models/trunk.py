@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -102,6 +103,7 @@ class Trunk(nn.Module):
     softcap: float | None = None
     whole: Mapping[str, Collection[str]] | None = None
     context_parallel: ContextParallel | None = None  # the ranks that sequences are spread over
+    tensor_ranks = 1  # that share the work on the same tokens, each with a part of the positions
     native_blocks = True  # this project's: in decoding, several run as one, and steps are compiled
 
     @property
@@ -125,6 +127,7 @@ class Trunk(nn.Module):
         # Each token once, although up to n heads read it: what is contiguous is so with the n - 1
         # tokens after it.
         pieces = 1 if self.context_parallel is None else CHUNKS
+        pieces = math.lcm(pieces, self.tensor_ranks)  # of which each of these ranks keeps as many
         tokens, after = (
             x.unflatten(1, (pieces, batch.tokens.shape[1] // pieces))
             for x in (batch.tokens, batch.future_tokens)

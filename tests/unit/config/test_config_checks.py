@@ -23,13 +23,13 @@ def refusal(*argv: str) -> str:
 
 
 UNSUPPORTED = [
-    "parallelism.tensor_parallel_degree=2",
     "parallelism.context_parallel_rotate_method=alltoall",
     "parallelism.context_parallel_load_balancer=ptrr",
     "parallelism.pipeline_parallel_schedule_csv=x",
     "parallelism.expert_parallel_comm_backend=deepep",
     "parallelism.expert_tensor_parallel_degree=2",
     "parallelism.enable_async_tensor_parallel=true",
+    "parallelism.disable_loss_parallel=true",
     "parallelism.enable_compiled_autograd=true",
     "optimizer.early_step_in_backward=true",
     "fault_tolerance.enable=true",
@@ -70,7 +70,7 @@ def test_a_key_without_effect_may_have_any_value(tmp_path):
         "[parallelism]\npipeline_parallel_expert_parallel_overlap = true\n"
         "[quantize.linear.mx]\nfilter_fqns = []\n[activation_checkpoint]\nmemory_budget = 0.3\n"
     )
-    flags = ["--parallelism.disable_loss_parallel", "--fault_tolerance.replica_id", "3"]
+    flags = ["--quantize.grouped_mm.mx.recipe_name", "x", "--fault_tolerance.replica_id", "3"]
     config = parse_args(["--job.config_file", str(path), *flags])
     config.job.config_file = None
     assert config == JobConfig()
@@ -368,3 +368,34 @@ def test_transformers_own_experts_are_its_own():
     hf = ("--model.name", "hf", "--model.hf_assets_path", "x")
     message = refusal("--parallelism.expert_parallel_degree", "2", *hf)
     assert message.startswith('parallelism.expert_parallel_degree = 2: model.name = "hf" has exp')
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        (
+            ["--training.seq_len", "1025"],
+            "training.seq_len = 1025: expected a multiple of 3, for .* = 3 give .* is 1026",
+        ),
+        (
+            ["--training.seq_len", "24", "--parallelism.context_parallel_degree", "2"],
+            None,
+        ),
+        (
+            ["--training.seq_len", "28", "--parallelism.context_parallel_degree", "2"],
+            "a multiple of 12, for .* = 3 and context_parallel_degree = 2 give .* is 24",
+        ),
+        (
+            ["--training.seq_len", "6", "--validation.enable", "--validation.seq_len", "1"],
+            "validation.seq_len = 1: .*; the nearest is 3",
+        ),
+        (["--model.name", "hf", "--model.hf_assets_path", "x"], 'model.name = "hf" has blocks'),
+    ],
+)
+def test_positions_that_ranks_cannot_share(more, expected):
+    argv = ["--parallelism.tensor_parallel_degree", "3", *more]
+    if expected is None:
+        parse_args(argv)
+    else:
+        message = refusal(*argv)
+        assert re.search(expected, message) and "tensor_parallel_degree = 3" in message

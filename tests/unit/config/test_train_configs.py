@@ -149,8 +149,8 @@ FT = "job.custom_config_module=torchtitan.components.ft.config"
 TORCHTITAN = {
     "llama3/debug_model": ("llama3", "debugmodel", None),
     "llama3/llama3_8b": ("llama3", "8B", None),
-    "llama3/llama3_70b": ("llama3", "70B", "parallelism.tensor_parallel_degree=8"),
-    "llama3/llama3_405b": ("llama3", "405B", "parallelism.tensor_parallel_degree=8"),
+    "llama3/llama3_70b": ("llama3", "70B", None),
+    "llama3/llama3_405b": ("llama3", "405B", "parallelism.enable_async_tensor_parallel=true"),
     "llama3_ft/debug_model": ("llama3", "debugmodel", FT),
     "qwen3/qwen3_0.6b": ("qwen3", "0.6B", None),
     "qwen3/qwen3_1.7b": ("qwen3", "1.7B", None),
@@ -160,8 +160,8 @@ TORCHTITAN = {
     "deepseek_v3/deepseek_v3_16b": ("deepseek_v3", "16B", None),
     "deepseek_v3/deepseek_v3_671b": ("deepseek_v3", "671B", None),
     "llama4/debug_model": ("llama4", "debugmodel", "model.name=llama4"),
-    "llama4/llama4_17bx16e": ("llama4", "17bx16e", "parallelism.tensor_parallel_degree=8"),
-    "llama4/llama4_17bx128e": ("llama4", "17bx128e", "parallelism.tensor_parallel_degree=8"),
+    "llama4/llama4_17bx16e": ("llama4", "17bx16e", "model.name=llama4"),
+    "llama4/llama4_17bx128e": ("llama4", "17bx128e", "model.name=llama4"),
     "gpt_oss/debug_model": ("gpt_oss", "debugmodel", "model.name=gpt_oss"),
 }
 
