@@ -57,9 +57,10 @@ def everything(rank: int, folder: Path) -> dict[Any, Any]:
 
 
 @pytest.mark.exhaustive
+@pytest.mark.timeout(1200)
 def test_any_layout_goes_on_from_any(tmp_path):
     write_corpus(tmp_path, "jsonl")
-    first, *_, last = run_ranks(4, everything, tmp_path, timeout=900)
+    first, *_, last = run_ranks(4, everything, tmp_path, timeout=1100)
     for found in (first, last):
         for saved, loaded in itertools.product(LAYOUTS, repeat=2):
             run, began = found[saved, loaded]
