@@ -305,6 +305,8 @@ MORE = {
     (1, 2, 2, 1, 2): WITH_EP,
     (1, 2, 2, 1, 4): WITH_EP,
     (2, 2, 2, 1, 4): WITH_EP,
+    (1, 1, 1, 2, 2): [(mtp, ac, replace(args, vocab_size=30)) for mtp, ac, args in WITH_EP],
+    (1, 2, 1, 2, 4): [(mtp, ac, replace(args, vocab_size=30)) for mtp, ac, args in WITH_EP[::2]],
     (1, 1, 1, 2): [
         *WITH_TP,
         (parallel(engine="joint", detach_trunk=True), "selective", replace(ARGS, **WIDE)),
