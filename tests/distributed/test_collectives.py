@@ -4,7 +4,9 @@ once where they stay gathered."""
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 
+import pytest
 import torch
 import torch.distributed.fsdp._fully_shard._fsdp_param_group as fsdp
 
@@ -14,7 +16,9 @@ from torchtitan_mtp.config import MTP, JobConfig
 from torchtitan_mtp.data.targets import make_batch
 from torchtitan_mtp.distributed.mesh import init_world
 from torchtitan_mtp.distributed.parallelize import parallelize
+from torchtitan_mtp.distributed.pipeline import Pipeline
 from torchtitan_mtp.models.transformer import build_model
+from torchtitan_mtp.models.trunk import Trunk
 from torchtitan_mtp.mtp import ENGINES, add_heads
 from torchtitan_mtp.ops import LossOptions
 
@@ -49,29 +53,72 @@ def collectives_of_a_step(mtp: MTP, reshard: str = "default") -> tuple[Counter[s
     model = parallelize(model, config, world, torch.float32, seed=0)
     n = mtp.num_future_tokens
     batch = make_batch(small_window(2, 9 + n), n)
+    engine = ENGINES[mtp.engine]
+    return counted(model, lambda: engine(model, batch, torch.ones(n), LossOptions(), True))
+
+
+def counted(model: Trunk, step: Callable[[], object]) -> tuple[Counter[str], Counter[str]]:
+    """Of the third step; the first find the order of the units."""
     gathered: Counter[str] = Counter()
     reduced: Counter[str] = Counter()
 
     def counting(collective, counts):
-        def counted(fsdp_params, *args, **kwargs):
+        def count(fsdp_params, *args, **kwargs):
             counts[fsdp_params[0]._param_fqn.rsplit(".", 1)[0]] += 1
             return collective(fsdp_params, *args, **kwargs)
 
-        return counted
+        return count
 
     originals = fsdp.foreach_all_gather, fsdp.foreach_reduce
     try:
-        for _ in range(3):  # the first steps find the order of the units
+        for _ in range(3):
             gathered.clear()
             reduced.clear()
             fsdp.foreach_all_gather = counting(originals[0], gathered)
             fsdp.foreach_reduce = counting(originals[1], reduced)
             model.zero_grad()
-            ENGINES[mtp.engine](model, batch, torch.ones(n), LossOptions(), True)
+            step()
             fsdp.foreach_all_gather, fsdp.foreach_reduce = originals
     finally:
         fsdp.foreach_all_gather, fsdp.foreach_reduce = originals
     return gathered, reduced
+
+
+def pipeline_on_rank(rank: int):
+    return {name: collectives_of_a_pipeline(MODELS[name]) for name in ("plain", *PIPELINED)}
+
+
+def collectives_of_a_pipeline(mtp: MTP) -> tuple[Counter[str], Counter[str]]:
+    """As `collectives_of_a_step`, on one of two stages: of two micro-batches."""
+    config = JobConfig()
+    config.mtp, config.training.seq_len = mtp, 9
+    config.parallelism.pipeline_parallel_degree = 2
+    config.parallelism.pipeline_parallel_microbatch_size = 2
+    world, n = init_world(config.parallelism), mtp.num_future_tokens
+    model = add_heads(build_model(ARGS), mtp)
+    how = (config, world, torch.float32, 0, LossOptions())
+    pipeline = Pipeline(model, *how, heads_cost=0.0, micro_batches=2)
+    batches = [make_batch(small_window(2, 9 + n), n)] * 2
+    return counted(pipeline.model, lambda: pipeline.step(batches, torch.ones(n)))
+
+
+PIPELINED = ("joint 2", "head_by_head 2", "head_by_head 6", "chain 6")
+
+
+@pytest.mark.exhaustive
+def test_a_stage_gathers_and_reduces_once_a_step():
+    """Whatever the heads and the micro-batches; but a chain's modules are freed after each."""
+    results = run_ranks(4, pipeline_on_rank, timeout=200)
+    for name in PIPELINED:
+        for rank, (gathered, reduced) in enumerate(of_rank[name] for of_rank in results):
+            plain, _ = results[rank]["plain"]
+            own = {unit: k for unit, k in gathered.items() if unit.startswith("mtp.")}
+            assert bool(own) == (rank > 1)
+            assert set(own.values()) <= {2 if name == "chain 6" else 1}
+            copy = {"tok_embeddings"} if name == "chain 6" and rank > 1 else set()
+            assert gathered.keys() - own == plain.keys() | copy
+            assert {k for unit, k in gathered.items() if unit not in own} == {1}
+            assert reduced == Counter(gathered.keys()), name
 
 
 def test_heads_add_only_their_own_collectives():

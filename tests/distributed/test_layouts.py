@@ -21,6 +21,7 @@ LAYOUTS: dict[str, dict[str, int]] = {  # degrees; data_parallel_shard_degree is
     "ep": {"expert_parallel_degree": 2},
     "ep alone": {"expert_parallel_degree": 4},
     "tp": {"tensor_parallel_degree": 2},
+    "pp": {"pipeline_parallel_degree": 2},
 }
 KEYS = {
     **DEEPSEEK,
@@ -61,11 +62,13 @@ def everything(rank: int, folder: Path) -> dict[Any, Any]:
 def test_any_layout_goes_on_from_any(tmp_path):
     write_corpus(tmp_path, "jsonl")
     first, *_, last = run_ranks(4, everything, tmp_path, timeout=1100)
-    for found in (first, last):
-        for saved, loaded in itertools.product(LAYOUTS, repeat=2):
-            run, began = found[saved, loaded]
+    for saved, loaded in itertools.product(LAYOUTS, repeat=2):
+        pairs = ((saved, loaded), (saved, saved))  # of a pipeline, each rank has a part
+        began, expected = ({**first[pair][1], **last[pair][1]} for pair in pairs)
+        assert same(began, expected), (saved, loaded)
+        for found in (first, last):
+            run = found[saved, loaded][0]
             assert run.start == 5
-            assert same(began, found[saved, saved][1]), (saved, loaded)
             torch.testing.assert_close(
                 run.losses, found[saved].losses[5:], rtol=1e-5, atol=0, msg=f"{saved} to {loaded}"
             )

@@ -52,6 +52,15 @@ SAVED = "tied chain"
 CASES = [SAVED, *(pytest.param(name, marks=pytest.mark.exhaustive) for name in list(RUNS)[1:])]
 
 
+def low(folder: Path, where: str) -> dict[str, Any]:
+    """Parallel heads that take turns; gradients are kept in another dtype than they come in."""
+    return {
+        "training.mixed_precision_param": "bfloat16",
+        "training.steps": 2,
+        "job.dump_folder": str(folder / f"low {where}"),
+    }
+
+
 def keys_of(name: str, folder: Path, where: str) -> dict[str, Any]:
     at = {"job.dump_folder": str(folder / f"{name} {where}")}
     return {**RUNS[name], **(validation(folder, 2) if name != "experts" else {}), **at}
@@ -68,6 +77,7 @@ def on_ranks(rank: int, folder: Path, name: str) -> dict[str, Any]:
     keys = (PIPELINE, ON_RANKS.get(name, {}))
     found: dict[str, Any] = {"run": train(config_of(folder, keys_of(name, folder, "ranks"), *keys))}
     if name == SAVED:
+        found["low"] = train(config_of(folder, PIPELINE, low(folder, "ranks")))
         resumed = config_of(folder, keys_of(name, folder, "resumed"), *keys)
         found["resumed"] = train(resumed)
         with pytest.raises(UserError) as error:
@@ -109,6 +119,14 @@ def test_two_ranks_train_as_one_process(case):
     for ours, single in zip(found.acceptance, expected.acceptance, strict=True):
         assert ours.drafted == single.drafted and min(ours.drafted) > 100
         torch.testing.assert_close(ours.agreed, single.agreed, rtol=0, atol=2)  # ties
+
+
+def test_bfloat16_stays_close(case):
+    name, folder, _, ranks = case
+    if name != SAVED:
+        return
+    expected = train(config_of(folder, low(folder, "alone")))
+    torch.testing.assert_close(ranks[1]["low"].losses, expected.losses, rtol=1e-3, atol=0)
 
 
 def test_each_rank_has_its_layers(case):

@@ -10,6 +10,7 @@ So the schedule orders the trunk's stages alone, and heads run as they do on one
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Sequence
 from typing import Any, cast
@@ -29,7 +30,7 @@ from torchtitan_mtp.distributed.mesh import World
 from torchtitan_mtp.distributed.parallelize import OnePiece, parallelize
 from torchtitan_mtp.distributed.stages import (
     ONE_STAGE,
-    check_micro_batches,
+    check_schedule,
     cut,
     has_copy,
     join,
@@ -40,6 +41,8 @@ from torchtitan_mtp.models.heads import TrunkOutput
 from torchtitan_mtp.models.trunk import Trunk
 from torchtitan_mtp.mtp.engine import heads_backward
 from torchtitan_mtp.ops import LossOptions, LossOutput
+
+logger = logging.getLogger(__name__)
 
 
 class Pipeline:
@@ -55,7 +58,7 @@ class Pipeline:
         parts: its stages, each parallelized.
         copied: the embedding's weight that the last stage has beside the first's, if this is it.
 
-    Errors: those of `layers_of_stages`, `check_micro_batches` and `cut`.
+    Errors: those of `layers_of_stages` and `check_schedule`.
     """
 
     def __init__(
@@ -74,7 +77,7 @@ class Pipeline:
         assert mesh is not None
         self.group, self.rank, ranks = mesh.get_group(), mesh.get_local_rank(), mesh.size()
         schedule = parallelism.pipeline_parallel_schedule
-        check_micro_batches(parallelism, micro_batches)
+        check_schedule(parallelism, model, micro_batches)
         layers = layers_of_stages(parallelism, model.args.n_layers, heads_cost)
         count = len(layers)
         own = [stages_of_rank(rank, ranks, count, schedule) for rank in range(ranks)]
@@ -97,6 +100,11 @@ class Pipeline:
         kind: Any = get_schedule_class(schedule)
         first = stages[0] if schedule in ONE_STAGE else stages
         self.schedule = kind(first, micro_batches, loss_fn=self._loss, scale_grads=False)
+        logger.info(
+            "pipeline of %d stages on %d ranks (%s): %s layers; %d micro-batches of %d",
+            *(count, ranks, schedule, ", ".join(str(len(stage)) for stage in layers)),
+            *(micro_batches, size),
+        )
         # A stage whose only block is head 1 hands its input on; nothing is done to it in place.
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
 
@@ -112,8 +120,8 @@ class Pipeline:
         self.batches = [batch.to(self.device) for batch in batches]
         self.head_scales, self.trunks = head_scales, dict[int, TrunkOutput]()
         self.losses: list[LossOutput] = []
-        for part in self.parts:
-            keep_gradients(part)
+        if self.last is not None:
+            keep_gradients(self.last, self.engine == "joint" or self.last.mtp is None)
         index = torch.arange(len(batches))
         self.schedule.step(index=index, target=index, return_outputs=False)
         self._sum_copies()
@@ -225,10 +233,15 @@ class _Stage(PipelineStage):
         return trunk.state
 
 
-def keep_gradients(part: nn.Module) -> None:
-    """Until torch's schedule reduces them all at the end of a step: nothing is reduced, and what is
-    unsharded stays so, as the schedule has it in its own backwards."""
-    if isinstance(part, FSDPModule):
-        part.set_is_last_backward(False)
-        part.set_requires_gradient_sync(False)
-        part.set_reshard_after_backward(False)
+def keep_gradients(last: Trunk, joint: bool) -> None:
+    """Have FSDP2 do in the backwards of the heads what torch's schedule has it do in its own:
+    nothing is reduced before the end of the step, and what is unsharded stays so.
+
+    joint: all heads run forward before the first backward. Else their turns see to it, unit by
+    unit, for FSDP2 can't keep gradients of what it has never unsharded.
+    """
+    if isinstance(last, FSDPModule):
+        last.set_is_last_backward(False)
+        last.set_reshard_after_backward(False)
+        if joint:
+            last.set_requires_gradient_sync(False)

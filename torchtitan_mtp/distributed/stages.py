@@ -81,9 +81,16 @@ def _deal(layers: int, stages: int, first: int, last: int) -> list[int]:
     return counts
 
 
-def check_micro_batches(parallelism: Parallelism, count: int) -> None:
-    """Error: a step has another number of micro-batches than the schedule can take."""
+def check_schedule(parallelism: Parallelism, model: Trunk, count: int) -> None:
+    """Error: the schedule does not take `count` micro-batches a step, or has the first and the last
+    stage on one rank, where the model would need the embedding twice."""
     ranks, schedule = parallelism.pipeline_parallel_degree, parallelism.pipeline_parallel_schedule
+    if schedule == V_SHAPED and has_copy(model):
+        what = "tied embeddings" if model.args.tied_embeddings else 'mtp.heads = "sequential"'
+        raise UserError(
+            f'{_KEY}_schedule = "{schedule}": has the first and the last stage on one rank, and '
+            f"{what} would need the embedding on both; take InterleavedZeroBubble"
+        )
 
     def fits(n: int) -> bool:
         if schedule in ("Interleaved1F1B", "InterleavedZeroBubble"):
@@ -114,17 +121,8 @@ def has_copy(model: Trunk) -> bool:
 
 def cut(model: Trunk, layers: Sequence[range], own: Sequence[int]) -> dict[int, Trunk]:
     """The stages `own` of a model on the meta device, each with its layers under their own names;
-    the first has the embedding, the last one norm, `output` and heads.
-
-    Error: the first and the last stage are on one rank, which can't have the embedding twice.
-    """
+    the first has the embedding, the last one norm, `output` and heads."""
     twice, parts = has_copy(model), {}
-    if twice and {0, len(layers) - 1} <= {*own}:
-        what = "tied embeddings" if model.args.tied_embeddings else 'mtp.heads = "sequential"'
-        raise UserError(
-            f'{_KEY}_schedule = "{V_SHAPED}": has the first and the last stage on one rank, and '
-            f"{what} would need the embedding on both; take InterleavedZeroBubble"
-        )
     whole = _names(model)
     for i in own:
         blocks = {str(number): model.layers[str(number)] for number in layers[i]}

@@ -126,3 +126,12 @@ def test_a_batch_on_an_accelerator_knows_its_documents():
     )
     assert moved.documents.starts.is_meta and moved.documents.starts.shape == (3,)
     assert moved.documents.longest == 3
+
+
+def test_a_window_is_split_by_sequences():
+    tokens = torch.arange(12).view(4, 3)
+    first, second = Window(tokens, tokens // 6).split(2)
+    assert first.tokens.tolist() == [[0, 1, 2], [3, 4, 5]] and first.loss_mask is None
+    assert second.doc_ids.tolist() == [[1, 1, 1], [1, 1, 1]]
+    masked = Window(tokens, tokens, tokens > 5).split(4)
+    assert [part.loss_mask.any().item() for part in masked] == [False, False, True, True]

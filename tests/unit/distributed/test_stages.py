@@ -7,7 +7,7 @@ import pytest
 from tests.small import ARGS
 from torchtitan_mtp.config import MTP, Parallelism
 from torchtitan_mtp.distributed.stages import (
-    check_micro_batches,
+    check_schedule,
     cut,
     has_copy,
     join,
@@ -76,12 +76,12 @@ def test_what_does_not_fit_names_the_nearest_that_does(parallelism, layers, told
     ],
 )
 def test_the_schedules_take_so_many_micro_batches(schedule, fits, refused):
-    parallelism = keys(4, schedule=schedule)
+    parallelism, model = keys(4, schedule=schedule), build_model(ARGS)
     for count in fits:
-        check_micro_batches(parallelism, count)
+        check_schedule(parallelism, model, count)
     for count, nearest in refused.items():
         with pytest.raises(UserError, match=f"has {count} micro-batches, .* takes is {nearest}; "):
-            check_micro_batches(parallelism, count)
+            check_schedule(parallelism, model, count)
 
 
 def test_stages_of_ranks():
@@ -109,4 +109,5 @@ def test_parts_have_the_names_of_the_whole(heads):
 def test_the_embedding_is_not_twice_on_a_rank():
     model = add_heads(build_model(ARGS), MTP(num_future_tokens=2, heads="sequential"))
     with pytest.raises(UserError, match=r"ZBVZeroBubble.*would need the"):
-        cut(model, [range(1), range(1, 2), range(2, 3)], [0, 2])
+        check_schedule(keys(2, schedule="ZBVZeroBubble"), model, 4)
+    check_schedule(keys(2, schedule="ZBVZeroBubble"), build_model(ARGS), 4)

@@ -17,7 +17,7 @@ from torchtitan_mtp.models.args import LatentArgs, ModelArgs, MoEArgs
 from torchtitan_mtp.models.hf import HFTrunk
 from torchtitan_mtp.models.hf_config import sizes_of_config
 from torchtitan_mtp.models.transformer import Transformer
-from torchtitan_mtp.monitoring.flops import forward_backward_flops_per_token
+from torchtitan_mtp.monitoring.flops import cost_in_layers, forward_backward_flops_per_token
 from torchtitan_mtp.mtp.transform import add_heads
 
 B, S, V, D, LAYERS = 2, 16, 48, 32, 3
@@ -147,6 +147,15 @@ def test_output_multiplies_once_per_head() -> None:
         for n in (1, 3)
     )
     assert three - one == 6 * 2 * D * V
+
+
+def test_heads_in_layers_by_hand() -> None:
+    """Of a chain: two modules, each with a projection beside its layer, and `output` three times,
+    over a layer."""
+    model = build(MTP(num_future_tokens=3, heads="sequential"))
+    layer = block_params() + S * D
+    cost = cost_in_layers(model, S, forward_backward_flops_per_token(model, S))
+    assert cost == pytest.approx((2 * (layer + 2 * D * D) + 3 * D * V) / layer)
 
 
 def test_a_model_on_the_meta_device_counts_the_same() -> None:
