@@ -219,6 +219,11 @@ MORE_PIPELINES = {
         *WITH_EP,
         (parallel(), "selective", replace(DEEPSEEK, n_layers=4), "Interleaved1F1B"),
     ],
+    (2, 1, 1, 1, 2): WITH_TP,
+    (2, 1, 2, 1, 2): [
+        *WITH_TP[::2],
+        (parallel(), "none", replace(FOUR, **WIDE), "InterleavedZeroBubble"),
+    ],
     (4, 1, 1, 1): [
         (parallel(), "none", FOUR, "GPipe"),
         (sequential(), "full", replace(QWEN2, n_layers=4), "GPipe"),

@@ -186,11 +186,6 @@ def _check_tensor_parallel(config: JobConfig) -> None:
         return
     if config.model.name == "hf":
         raise UserError(f'{key}: model.name = "hf" has blocks of its own; expected 1, set it')
-    if (stages := config.parallelism.pipeline_parallel_degree) > 1:
-        raise UserError(
-            f"{key}: not supported here yet with parallelism.pipeline_parallel_degree = {stages}; "
-            "set one of them to 1"
-        )
     # Chunks of context parallelism are cut once more, each into as many pieces.
     pieces = degree if context == 1 else context * math.lcm(2, degree)
     for table, length in _lengths(config).items():
