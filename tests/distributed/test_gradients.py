@@ -174,6 +174,10 @@ WITH_TP = [
         replace(ARGS, **WIDE),
     ),
 ]
+WITH_EP_AND_TP = [
+    (parallel(), "none", replace(EXPERTS, **WIDE)),
+    (sequential(), "full", replace(EXPERTS, **WIDE)),
+]
 WITH_CP = [
     (parallel(), "selective", CAUSAL),
     (parallel(engine="joint", target="trunk"), "none", QWEN2),
@@ -311,7 +315,9 @@ MORE = {
     (1, 2, 2, 1, 4): WITH_EP,
     (2, 2, 2, 1, 4): WITH_EP,
     (1, 1, 1, 2, 2): [(mtp, ac, replace(args, vocab_size=30)) for mtp, ac, args in WITH_EP],
-    (1, 2, 1, 2, 4): [(mtp, ac, replace(args, vocab_size=30)) for mtp, ac, args in WITH_EP[::2]],
+    (1, 2, 1, 2, 2): WITH_EP_AND_TP,
+    (1, 2, 1, 2, 4): WITH_EP_AND_TP,
+    (1, 2, 2, 2, 4): WITH_EP_AND_TP,
     (1, 1, 1, 2): [
         *WITH_TP,
         (parallel(engine="joint", detach_trunk=True), "selective", replace(ARGS, **WIDE)),

@@ -1,15 +1,27 @@
-"""Which sizes ranks can share. What they compute: tests/distributed."""
+"""Which sizes ranks can share, and what one keeps alive. What they compute: tests/distributed."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
 import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from tests.small import ARGS, DEEPSEEK
-from torchtitan_mtp.distributed.tensor_parallel import check_sizes
+from tests.allocations import most_alive
+from tests.small import ARGS, DEEPSEEK, small_model, small_window
+from torchtitan_mtp.config import MTP
+from torchtitan_mtp.data.targets import make_batch
+from torchtitan_mtp.distributed.tensor_parallel import apply_tensor_parallel, check_sizes
 from torchtitan_mtp.errors import UserError
+from torchtitan_mtp.models.context_parallel import SequenceRanks
 from torchtitan_mtp.models.flavors import flavors
+from torchtitan_mtp.models.transformer import build_model
+from torchtitan_mtp.models.trunk import Trunk
+from torchtitan_mtp.mtp import ENGINES, add_heads
+from torchtitan_mtp.ops import LossOptions
 
 EVEN = replace(ARGS, n_heads=8, n_kv_heads=4, hidden_dim=48, vocab_size=32)
 
@@ -33,3 +45,35 @@ def test_sizes_that_ranks_share(args, degree, expected):
         with pytest.raises(UserError, match=expected) as caught:
             check_sizes(args, degree)
         assert f"parallelism.tensor_parallel_degree = {degree}" in str(caught.value)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("table", [{}, {"heads": "sequential"}])
+def test_two_ranks_keep_half_of_the_activations_each(table):
+    """Of 2048 tokens, beside weights and gradients, which are there before. Every layer gathers
+    what attention and feed-forward read. The other rank is of torch's fake group."""
+    size, n = 2048, 3
+    mtp = MTP(num_future_tokens=n, **table)
+    args = replace(
+        ARGS, dim=256, n_layers=4, max_seq_len=size, vocab_size=30, attn_mask_type="causal"
+    )
+    batch = make_batch(small_window(1, size + n), n)
+
+    def peak(model: Trunk) -> int:
+        scales = torch.full((n,), 1 / size)
+        options = LossOptions(chunk_rows=64)
+        ENGINES[mtp.engine](model, batch, scales, options, True)
+        return most_alive(lambda: ENGINES[mtp.engine](model, batch, scales, options, True))
+
+    alone = peak(small_model(mtp, shape=args))
+    dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    try:
+        mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
+        model = add_heads(build_model(args), mtp)
+        apply_tensor_parallel(model, mesh, SequenceRanks(mesh.get_group()))
+        model.to_empty(device="cpu")
+        model.init_weights(0)
+        found = peak(model)
+    finally:
+        dist.destroy_process_group()
+    assert found < 0.6 * alone
