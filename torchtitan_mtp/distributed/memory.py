@@ -45,7 +45,10 @@ def check_run(
 ) -> None:
     """Error: a training of `model` (on meta) can't fit, whatever is sharded or computed twice."""
     training, validation, n = config.training, config.validation, config.num_future_tokens
-    cp = config.parallelism.context_parallel_degree
+    parallelism, sequences = config.parallelism, training.local_batch_size
+    cp, tp = parallelism.context_parallel_degree, parallelism.tensor_parallel_degree
+    if parallelism.pipeline_parallel_degree > 1:
+        sequences = parallelism.pipeline_parallel_microbatch_size
     data, state = dict[str, int](), dict[str, int]()
     for table, keys, times in (
         ("training", training, accumulation),
@@ -57,10 +60,11 @@ def check_run(
         data[name] = 16 * (n + 1) * times * keys.local_batch_size * keys.seq_len // cp
     longest = model.args.max_seq_len
     state[f"seq_len = {longest}"] = 4 * model.args.rope_dim * longest
-    rows = min(config.loss.chunk_rows or 1, training.local_batch_size * training.seq_len // cp)
-    state[f"loss.chunk_rows = {rows}"] = 2 * rows * model.tok_embeddings.num_embeddings
+    rows = min(config.loss.chunk_rows or 1, sequences * training.seq_len // cp)
+    state[f"loss.chunk_rows = {rows}"] = 2 * rows * model.tok_embeddings.num_embeddings // tp
     largest = max(model.named_parameters(), key=lambda item: item[1].numel())[0]
-    size = sum(p.numel() * p.element_size() for p in model.parameters()) // ranks
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    size //= ranks // parallelism.data_parallel_replicate_degree
     trains = config.mtp.train == "all" and not config.checkpoint.create_seed_checkpoint
     copies = 4 if trains else 1  # with gradients and the optimizer's two moments
     where = data if training.enable_cpu_offload else state

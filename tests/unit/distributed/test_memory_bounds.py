@@ -135,3 +135,18 @@ def test_weights_alone_do_for_a_seed(tmp_path, monkeypatch):
     memory.check_run(config, model, CPU, 4, 1)
     config.checkpoint.enable = config.checkpoint.create_seed_checkpoint = True
     memory.check_run(config, model, CPU, 1, 1)
+
+
+def test_what_ranks_share_and_what_each_of_them_has(tmp_path, monkeypatch):
+    """Replicas have the weights each; a chunk's logits are spread over the ranks of tensor
+    parallelism, and are of one micro-batch where a pipeline splits what a loader gives."""
+    config = config_of(tmp_path, {BATCH: 4, "loss.chunk_rows": 10**6})
+    for name in ("data_parallel_replicate", "tensor_parallel", "pipeline_parallel"):
+        setattr(config.parallelism, f"{name}_degree", 2)
+    model, seen = build_model(replace(TINY, vocab_size=256)), []
+    monkeypatch.setattr(memory, "check_memory", lambda needs, device: seen.append(needs))
+    memory.check_run(config, model, CPU, 8, 1)
+    (needs,), size = seen, sum(4 * p.numel() for p in model.parameters())
+    found = {key.split()[0]: number for key, number in needs.items()}
+    assert found["loss.chunk_rows"] == 2 * config.training.seq_len * 256 / 2
+    assert found["model.args,"] == 4 * (size // 4)
