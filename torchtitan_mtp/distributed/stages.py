@@ -30,17 +30,10 @@ def layers_of_stages(parallelism: Parallelism, layers: int, heads_cost: float) -
 
     Errors: more stages than layers, or another number of stages than the schedule has.
     """
-    ranks = parallelism.pipeline_parallel_degree
     first = parallelism.pipeline_parallel_first_stage_less_layers or 0
     given = parallelism.pipeline_parallel_last_stage_less_layers
     last = round(heads_cost) if given is None else given
-    stages = _number_of_stages(parallelism, layers + first + (given or 0))
-    if stages > layers:
-        most = max(layers // (stages // ranks), 1)
-        raise UserError(
-            f"{_KEY}_degree = {ranks}: {stages} stages of a model of {layers} layers, expected at "
-            f"most as many as layers; lower it to {most}, or take a deeper flavor"
-        )
+    stages = _number_of_stages(parallelism, layers, layers + first + (given or 0))
     counts, least = _deal(layers, stages, first, last), (first, last)
     while min(counts) < 1:
         least = (least[0] - 1, least[1]) if counts[0] < 1 else (least[0], least[1] - 1)
@@ -55,20 +48,34 @@ def layers_of_stages(parallelism: Parallelism, layers: int, heads_cost: float) -
     return [range(end - count, end) for count, end in zip(counts, ends, strict=True)]
 
 
-def _number_of_stages(parallelism: Parallelism, work: int) -> int:
+def _number_of_stages(parallelism: Parallelism, layers: int, work: int) -> int:
+    """work: layers, and what counts as so many more. Errors: those of `layers_of_stages`."""
     ranks, schedule = parallelism.pipeline_parallel_degree, parallelism.pipeline_parallel_schedule
     each = parallelism.pipeline_parallel_layers_per_stage
+    a_rank = 1 if schedule in ONE_STAGE else 2
+    least = ranks * a_rank
+    if least > layers:
+        raise UserError(
+            f"{_KEY}_degree = {ranks}: {least} stages of a model of {layers} layers, expected at "
+            f"most as many as layers; lower it to {max(layers // a_rank, 1)}, or take a deeper "
+            "flavor"
+        )
     if each is None:
-        return ranks * (1 if schedule in ONE_STAGE else 2)
+        return least
+    fixed = schedule in ONE_STAGE or schedule == V_SHAPED
+    fit = range(least, least + 1 if fixed else layers + 1, ranks)
     stages = math.ceil(work / each)
-    a_rank = stages / ranks
-    fits = a_rank == 1 if schedule in ONE_STAGE else a_rank == int(a_rank) and a_rank >= 2
-    if not fits or (schedule == V_SHAPED and a_rank != 2):
-        nearest = math.ceil(work / (ranks * (1 if schedule in ONE_STAGE else 2)))
+    if stages not in fit:
+        # The fewest and the most layers that give as many stages.
+        ends = [
+            d for n in fit for d in (-(-work // n), (work - 1) // (n - 1)) if -(-work // d) == n
+        ]
+        nearest = min(ends, key=lambda d: abs(d - each), default=None)
         raise UserError(
             f"{_KEY}_layers_per_stage = {each}: {stages} stages on {ranks} ranks, expected "
-            f"{'one' if schedule in ONE_STAGE else 'two'} on each for {_KEY}_schedule = "
-            f'"{schedule}"; the nearest is {nearest}'
+            f"{least if fixed else f'a multiple of {ranks} from {least} to {layers}'} for "
+            f'{_KEY}_schedule = "{schedule}"; '
+            + (f"the nearest is {nearest}" if nearest else "no number gives that: leave it unset")
         )
     return stages
 

@@ -58,7 +58,9 @@ def test_heads_count_as_layers_of_the_last_stage():
         (keys(2, first_stage_less_layers=9), 4, "first of 2 stages no layer of 4; .* is 3$"),
         (keys(2, layers_per_stage=1), 4, "= 1: 4 stages on 2 ranks, .* nearest is 2$"),
         (keys(2, layers_per_stage=2, schedule="GPipe"), 8, "= 2: 4 stages .* nearest is 4$"),
-        (keys(2, layers_per_stage=4, schedule="LoopedBFS"), 8, "expected two .* nearest is 2$"),
+        (keys(2, layers_per_stage=4, schedule="LoopedBFS"), 8, "from 4 to 8 .* nearest is 2$"),
+        (keys(2, layers_per_stage=8, schedule="GPipe"), 8, "= 8: 1 stages .* nearest is 7$"),
+        (keys(4, layers_per_stage=3), 6, "= 3: 2 .* expected 4 for .* gives that: leave it unset$"),
     ],
 )
 def test_what_does_not_fit_names_the_nearest_that_does(parallelism, layers, told):
