@@ -6,6 +6,7 @@ run everything, and the tests look at what came of it.
 
 from __future__ import annotations
 
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 from runs import DEEPSEEK, SEQUENTIAL, Run, config_of, train, validation, write_corpus
 from spawn import run_ranks
 from torchtitan_mtp.errors import UserError
+from torchtitan_mtp.monitoring.losses import StepLosses
 from torchtitan_mtp.trainer import Trainer
 
 PIPELINE = {"parallelism.pipeline_parallel_degree": 2}
@@ -73,6 +75,13 @@ def spoil(trainer: Trainer) -> None:
             trainer.model.layers["0"].ffn_norm.weight.fill_(torch.inf)
 
 
+def largest_loss(rank: int, lost: int) -> float:
+    """Of a step in which rank `lost` has a loss that is no number."""
+    losses, loss = StepLosses(1, torch.device("cpu")), math.nan if rank == lost else 2.0
+    losses.add(*map(torch.tensor, (loss, [loss], [1], [1])))
+    return losses.reduce().max_loss
+
+
 def on_ranks(rank: int, folder: Path, name: str) -> dict[str, Any]:
     keys = (PIPELINE, ON_RANKS.get(name, {}))
     found: dict[str, Any] = {"run": train(config_of(folder, keys_of(name, folder, "ranks"), *keys))}
@@ -83,6 +92,7 @@ def on_ranks(rank: int, folder: Path, name: str) -> dict[str, Any]:
         with pytest.raises(UserError) as error:
             train(config_of(folder, keys_of(name, folder, "spoiled"), *keys), spoil)
         found["error"] = str(error.value)
+        found["largest"] = [largest_loss(rank, lost) for lost in (0, 1, 2)]
     return found
 
 
@@ -162,3 +172,4 @@ def test_what_is_not_finite_is_found_on_another_stage(case):
     for found in ranks:
         assert "it began on rank 1 with head 1, micro-batch 1, sequence 1" in found["error"]
         assert "layers.0.ffn_norm.weight itself is not finite" in found["error"]
+        assert str(found["largest"]) == "[nan, nan, 2.0]"

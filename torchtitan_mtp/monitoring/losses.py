@@ -69,7 +69,8 @@ class StepLosses:
         max_loss = all_reduce(own, dist.ReduceOp.MAX, group)
         loss_sum, correct, valid = all_reduce(self.sums.clone(), group=group)
         total = all_reduce(self.total, group=group).where(valid.any(), torch.nan)
-        max_loss = max_loss.where(valid[0] > 0, torch.nan)
+        # A maximum loses a nan on the way, a sum does not.
+        max_loss = max_loss.where((valid[0] > 0) & ~loss_sum[0].isnan(), torch.nan)
         means = (loss_sum / valid, correct / valid, valid)
         arrive = send_to_host(torch.cat((*means, torch.stack((total, max_loss)))))
 
