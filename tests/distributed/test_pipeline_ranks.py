@@ -55,8 +55,12 @@ CASES = [SAVED, *(pytest.param(name, marks=pytest.mark.exhaustive) for name in l
 
 
 def low(folder: Path, where: str) -> dict[str, Any]:
-    """Parallel heads that take turns; gradients are kept in another dtype than they come in."""
+    """Parallel heads that take turns; gradients are kept in another dtype than they come in. It
+    excludes what another stage has."""
     return {
+        "checkpoint.enable": True,
+        "checkpoint.load_only": True,
+        "checkpoint.exclude_from_loading": ["layers.0", "output"],
         "training.mixed_precision_param": "bfloat16",
         "training.steps": 2,
         "job.dump_folder": str(folder / f"low {where}"),

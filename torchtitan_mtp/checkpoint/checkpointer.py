@@ -27,6 +27,7 @@ from torchtitan_mtp.checkpoint.load import (
     Opened,
     excluded,
     load_opened_weights,
+    names_of,
     one_line,
     open_checkpoint,
     stored_model_names,
@@ -310,7 +311,7 @@ class Checkpointer:
     def _check_exclude(self, stored: Iterable[str]) -> None:
         """Every entry of exclude_from_loading means something, here or in the checkpoint."""
         states = {"model", *OTHER_STATES, *self.extra}
-        names = [*states_of.model_state(self.model), *stored, "mtp.heads.0"]
+        names = [*names_of(self.model), *stored, "mtp.heads.0"]
         for entry in self.config.exclude_from_loading:
             if entry not in states and not any(excluded(name, (entry,)) for name in names):
                 raise UserError(
