@@ -36,6 +36,8 @@ ROOM = 0.85  # of a device's memory, for what the allocator rounds up, kernels a
 _KEYS = {
     "dp_replicate": "data_parallel_replicate_degree",
     "cp": "context_parallel_degree",
+    "tp": "tensor_parallel_degree",
+    "ep": "expert_parallel_degree",
 }
 
 
@@ -165,7 +167,10 @@ def try_layouts(
     chosen = list(itertools.islice(possible_layouts(config, ranks), most))
 
     def row(job: JobConfig, degrees: Degrees) -> dict[str, Any]:
-        step = in_process(run_step, job, ranks, NAME, rates)
+        try:
+            step = in_process(run_step, job, ranks, NAME, rates)
+        except UserError:  # the model's sizes do not admit it
+            return {}
         gib = step.peak.total() / GIB
         return {
             "layout": " ".join(f"{k}={v}" for k, v in degrees._asdict().items() if v > 1),
@@ -178,7 +183,7 @@ def try_layouts(
 
     with ThreadPoolExecutor(2) as pool:
         rows = list(pool.map(lambda layout: row(*layout), chosen))
-    return sorted(rows, key=lambda r: (not r["fits"], -r["tokens/s a rank"]))
+    return sorted(filter(None, rows), key=lambda r: (not r["fits"], -r["tokens/s a rank"]))
 
 
 def possible_layouts(config: JobConfig, ranks: int) -> Iterator[tuple[JobConfig, Degrees]]:
@@ -186,7 +191,7 @@ def possible_layouts(config: JobConfig, ranks: int) -> Iterator[tuple[JobConfig,
     first; the shards are what is left."""
     powers = [2**k for k in range(ranks.bit_length()) if ranks % 2**k == 0]
     combinations = itertools.product(powers, repeat=len(_KEYS))
-    for degrees in sorted(combinations, key=lambda ds: (sum(d > 1 for d in ds), ds)):
+    for degrees in sorted(combinations, key=lambda ds: (sum(d > 1 for d in ds), max(ds), ds)):
         job = copy.deepcopy(config)
         job.parallelism.data_parallel_shard_degree = -1
         for key, degree in zip(_KEYS.values(), degrees, strict=True):

@@ -62,18 +62,41 @@ def _tensors(tree: Any) -> list[Tensor]:
     return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
-def dimensions(world: World) -> dict[str, str]:
-    """The names of process groups, and the dimension that each is of. Over several dimensions at
-    once are counts and sums of losses: "batch", "losses", "all"."""
-    names = {dist.group.WORLD.group_name: "all"}  # type: ignore[union-attr]
-    for name, group in (("batch", world.batch), ("losses", world.losses)):
-        if group is not None:
-            names[group.group_name] = name
-    if world.context_parallel is not None:
-        names[world.context_parallel.name] = "cp"
-    for name in world.mesh.mesh_dim_names or ():
-        names[world.mesh[name].get_group().group_name] = name
-    return names
+class Dimensions:
+    """The dimension of the mesh that a process group is of.
+
+    Of the flattened ones, "fsdp" and those that they are made of have their names; groups over
+    several dimensions have all names, or "all". "ep" and "efsdp" are those of the experts' mesh.
+    """
+
+    def __init__(self, world: World) -> None:
+        self.degrees = world.degrees
+        self.names: dict[str, str] = {}
+        shared = world.expert_parallel
+        self.exchanges = None if shared is None else shared.name
+        for mesh in (world.experts, world.mesh):
+            for name in () if mesh is None else mesh.mesh_dim_names or ():
+                self.names[mesh[name].get_group().group_name] = name
+
+    def of(self, call: Call) -> str:
+        group, name = call.group, call.group.group_name
+        if name == self.exchanges and call.kind == "all-to-all":
+            return "ep"  # its ranks may be those of "fsdp" too
+        if name not in self.names:
+            self.names[name] = self._spanned(dist.get_process_group_ranks(group))
+        return self.names[name]
+
+    def _spanned(self, ranks: list[int]) -> str:
+        """The dimensions in which these ranks differ, from their places in the mesh."""
+        if len(ranks) == self.degrees.ranks:
+            return "all"
+        inner, found = 1, []
+        for name in ("tp", "cp", "dp_shard", "dp_replicate", "pp"):
+            degree = getattr(self.degrees, name)
+            if len({rank // inner % degree for rank in ranks}) > 1:
+                found.append(name)
+            inner *= degree
+        return "+".join(reversed(found))
 
 
 class Collectives(TorchDispatchMode):
@@ -81,7 +104,7 @@ class Collectives(TorchDispatchMode):
 
     def __init__(self, world: World) -> None:
         super().__init__()
-        self.names = dimensions(world)
+        self.dimensions = Dimensions(world)
         self.calls: Counter[tuple[str, str]] = Counter()
         self.bytes: Counter[tuple[str, str]] = Counter()
 
@@ -94,6 +117,6 @@ class Collectives(TorchDispatchMode):
 
     def see(self, call: Call | None) -> None:
         if call is not None:
-            key = self.names[call.group.group_name], call.kind
+            key = self.dimensions.of(call), call.kind
             self.calls[key] += 1
             self.bytes[key] += call.bytes

@@ -9,11 +9,13 @@ bfloat16. Or it is a CPU, with a CPU's ways: then what is counted can be held ag
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -22,17 +24,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp._fully_shard import _fsdp_param
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils import _pytree as pytree
 from torch.utils import backend_registration
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from torchtitan_mtp.data import targets
+from torchtitan_mtp.distributed import tensor_parallel
 from torchtitan_mtp.distributed.mesh import Degrees, World, world_of
 from torchtitan_mtp.models import attention, latent_attention, transformer
+from torchtitan_mtp.models.expert_parallel import ExpertParallel
 from torchtitan_mtp.models.trunk import Trunk
 from torchtitan_mtp.ops import chunked
 
@@ -224,6 +229,43 @@ def _all_rows(labels: Tensor, _: int, chunk: int) -> Iterator[slice]:
         yield slice(start, min(start + chunk, len(labels)))
 
 
+class _EvenRouting:
+    """Experts that ranks share get as many rows from each rank."""
+
+    def __init__(self) -> None:
+        self.rows, self.run = 0, ExpertParallel.run
+
+    def run_noting(self, ranks: ExpertParallel, experts: Any, rows: Tensor, *others: Any) -> Tensor:
+        self.rows = len(rows)
+        return self.run(ranks, experts, rows, *others)
+
+    def sizes(self, asked: Tensor) -> list[list[int]]:
+        """What the host reads of a tensor [2, ranks]: rows that are sent, and that are taken."""
+        ranks = asked.shape[1]
+        each, rest = divmod(self.rows, ranks)
+        return [[each + (i < rest) for i in range(ranks)] for _ in range(2)]
+
+
+def _bare_copy(module: nn.Module) -> nn.Module:
+    """What tensor parallelism copies has no memory: it is on the meta device then, but not here."""
+    bare = copy.deepcopy(module, {id(p): p for p in module.parameters()})
+    for part in bare.modules():
+        for name, p in list(part.named_parameters(recurse=False)):
+            setattr(part, name, nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad))
+    return bare
+
+
+def _without_modes(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A mesh has the numbers of its ranks in real tensors."""
+
+    @functools.wraps(function)
+    def really(*args: Any, **kwargs: Any) -> Any:
+        with _disable_current_modes():
+            return function(*args, **kwargs)
+
+    return really
+
+
 def _patches(allocations: Allocations) -> Iterator[Any]:
     """What a fake tensor, or a fake rank of thousands, can't do as a real one does."""
     resize, propagate = (
@@ -241,12 +283,20 @@ def _patches(allocations: Allocations) -> Iterator[Any]:
             return propagate(*args)
 
     patch = mock.patch.object
+    for name in ("__init__", "__getitem__", "_flatten", "_unflatten"):
+        yield patch(DeviceMesh, name, _without_modes(getattr(DeviceMesh, name)))
+    yield patch(DeviceMesh, "mesh", property(_without_modes(DeviceMesh.mesh.fget)))
     yield patch(torch.UntypedStorage, "resize_", resized)  # FSDP2 frees and allocates by it
     yield patch(ShardingPropagator, "_propagate_tensor_meta_non_cached", propagated)
     yield patch(_fsdp_param, "_chunk_with_empty", _Chunks)
     yield patch(chunked, "_row_chunks", _all_rows)
     # What is read on the host are ones: every head has a target, and all is finite.
     yield patch(FakeTensor, "numpy", lambda tensor: np.ones(tuple(tensor.shape)), create=True)
+    yield patch(tensor_parallel, "copy", SimpleNamespace(deepcopy=_bare_copy))
+    routing = _EvenRouting()
+    run = lambda ranks, *args: routing.run_noting(ranks, *args)  # noqa: E731
+    yield patch(ExpertParallel, "run", run)
+    yield patch(FakeTensor, "tolist", lambda tensor: routing.sizes(tensor), create=True)
     if allocations.device != NAME:
         return
     is_cuda = property(lambda tensor: tensor.device.type == NAME)

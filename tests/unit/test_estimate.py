@@ -2,34 +2,101 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
+import estimate
 import pytest
+from benchmarks.devices import device_named
 from benchmarks.measure import in_process
 from benchmarks.step import Step, count_step, run_step
 from benchmarks.streams import Rates
 
 from torchtitan_mtp.config import parse_args
+from torchtitan_mtp.distributed.memory import GIB
+from torchtitan_mtp.distributed.mesh import Degrees
+from torchtitan_mtp.errors import UserError
 
-RANKS, LAYERS, MICRO = 4, 7, 4
-DEEPSEEK = f"""
---model.name deepseek_v3 --model.flavor quickstart --model.vocab_size 512
---model.args.n_layers {LAYERS} --model.converters mtp --mtp.heads sequential
---mtp.num_future_tokens 2 --training.seq_len 64 --validation.seq_len 64
---training.local_batch_size 1 --training.global_batch_size {RANKS * MICRO}
+RANKS, LAYERS = 4, 7
+SMALL = """
+--model.converters mtp --mtp.num_future_tokens 2 --model.vocab_size 512
+--training.seq_len 64 --validation.seq_len 64 --training.local_batch_size 1
 --activation_checkpoint.mode full --compile.enable false --checkpoint.enable false
 """
+DEEPSEEK = SMALL + "--model.name deepseek_v3 --model.flavor quickstart --mtp.heads sequential"
+TWO_LAYERS = (
+    SMALL
+    + """
+--model.name llama3 --model.flavor custom --model.args.n_layers 2 --model.args.dim 32
+--model.args.n_heads 4
+"""
+)
 
 
-def both_ways() -> list[Step]:
-    config, rates = parse_args(DEEPSEEK.split()), Rates(link=1e9)
-    return [run_step(config, RANKS, rates=rates), count_step(config, RANKS, MICRO, "gpu", rates)]
+def both_ways(options: str, micro_batches: int) -> list[Step]:
+    config, rates = parse_args(options.split()), Rates(link=1e9)
+    line = run_step(config, RANKS, rates=rates, micro_batches=micro_batches)
+    return [line, count_step(config, RANKS, micro_batches, "gpu", rates)]
 
 
-def test_a_line_through_few_layers_and_micro_batches_is_the_whole_step() -> None:
-    line, whole = in_process(both_ways)
+def check_a_line_is_the_whole_step(options: str, micro_batches: int) -> None:
+    line, whole = in_process(both_ways, options, micro_batches)
     assert line.peak == whole.peak
     assert (line.calls, line.bytes, line.flops) == (whole.calls, whole.bytes, whole.flops)
     assert line.seconds == pytest.approx(whole.seconds, rel=1e-3)
     found: Any = line.waits
     assert found == pytest.approx(whole.waits, rel=1e-2)
+
+
+def test_a_line_through_few_micro_batches_is_the_whole_step() -> None:
+    check_a_line_is_the_whole_step(TWO_LAYERS, 4)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("micro_batches", [1, 4])
+def test_a_line_through_few_layers_is_the_whole_step(micro_batches: int) -> None:
+    options = f"{DEEPSEEK} --model.args.n_layers {LAYERS}"
+    check_a_line_is_the_whole_step(options, micro_batches)
+
+
+LLAMA = "--job.config_file debug_parallel.toml --training.global_batch_size 64"
+
+
+def test_layouts_are_those_that_the_checks_admit() -> None:
+    config = parse_args(LLAMA.split())
+    found = [degrees for _, degrees in estimate.possible_layouts(config, 8)]
+    assert found[0] == Degrees(dp_shard=8)
+    assert all(degrees.ranks == 8 for degrees in found) and len(set(found)) == len(found)
+    assert Degrees(dp_replicate=2, dp_shard=2, cp=2) in found
+    config.training.seq_len = config.validation.seq_len = 4  # two chunks of a token on two ranks
+    assert {degrees.cp for _, degrees in estimate.possible_layouts(config, 8)} == {1, 2}
+
+
+def test_a_table_of_a_step() -> None:
+    """Llama's debugmodel: 256 tokens on each of 4 ranks, in one second of 4 TFLOP/s."""
+    config, key = parse_args(LLAMA.split()), ("fsdp", "all-gather")
+    memory = {"early": Counter(parameters=3 * GIB, loss=GIB), "late": Counter(parameters=3 * GIB)}
+    step = Step(memory, Counter({key: 2}), Counter({key: GIB}), 10**12, 1.0, Counter({key: 0.25}))
+    device = device_named("h100")
+    found = estimate.figures(config, 4, step, device, 4e12)
+    assert found["memory of a rank"][-2:] == [
+        {"alive at the peak": "all", "GiB": 4.0},
+        {"alive at the peak": "a device has", "GiB": 79.6},
+    ]
+    assert found["collectives of a step"] == [
+        {
+            "dimension": "fsdp",
+            "collective": "all-gather",
+            "calls": 2,
+            "GiB": 1.0,
+            "waited for, ms": 250.0,
+        }
+    ]
+    time = {row["of a rank"]: row[""] for row in found["time of a step"]}
+    assert time["tokens"] == time["tokens/s"] == 64 * 128 / 4
+    assert time["MFU, %"] == pytest.approx(100 * time["TFLOPs that the model needs"] / 4)
+
+
+def test_an_unknown_device_is_one_line() -> None:
+    with pytest.raises(UserError, match='--device h1: expected "cpu" or one of a100, h100'):
+        device_named("h1")
