@@ -13,9 +13,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from runs import DEEPSEEK, SEQUENTIAL, Run, config_of, train, validation, write_corpus
 from spawn import run_ranks
+from torchtitan_mtp.checkpoint import folders
 from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.monitoring.losses import StepLosses
 from torchtitan_mtp.trainer import Trainer
@@ -86,9 +89,22 @@ def largest_loss(rank: int, lost: int) -> float:
     return losses.reduce().max_loss
 
 
+def note_sizes(sizes: list[int]) -> None:
+    """Keep the bytes that every save from now on asks for."""
+    start = folders.start_writing
+
+    def noted(folder: Path, step: int, total: int) -> None:
+        sizes.append(total)
+        start(folder, step, total)
+
+    folders.start_writing = noted
+
+
 def on_ranks(rank: int, folder: Path, name: str) -> dict[str, Any]:
-    keys = (PIPELINE, ON_RANKS.get(name, {}))
-    found: dict[str, Any] = {"run": train(config_of(folder, keys_of(name, folder, "ranks"), *keys))}
+    keys, sizes = (PIPELINE, ON_RANKS.get(name, {})), list[int]()
+    note_sizes(sizes)
+    found: dict[str, Any] = {"sizes": sizes}
+    found |= {"run": train(config_of(folder, keys_of(name, folder, "ranks"), *keys))}
     if name == SAVED:
         found["low"] = train(config_of(folder, PIPELINE, low(folder, "ranks")))
         resumed = config_of(folder, keys_of(name, folder, "resumed"), *keys)
@@ -167,6 +183,21 @@ def test_checkpoints_go_from_one_layout_to_the_other(case):
     back = train(config_of(folder, keys_of(name, folder, "back")))
     assert back.start == 2
     assert_close(back.losses, ranks[0]["run"].losses[2:])
+
+
+def test_room_is_asked_for_the_tensors_of_all_stages(case):
+    """Of the embedding, which two of them have, twice."""
+    name, folder, _, ranks = case
+    if name != SAVED:
+        return
+    stored = FileSystemReader(folder / f"{name} ranks/checkpoint/step-2").read_metadata()
+    sizes = {
+        key: entry.size.numel() * entry.properties.dtype.itemsize
+        for key, entry in stored.state_dict_metadata.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
+    twice = sum(size for key, size in sizes.items() if "tok_embeddings" in key)
+    assert ranks[0]["sizes"][0] == sum(sizes.values()) + twice > 2 * twice > 0
 
 
 def test_what_is_not_finite_is_found_on_another_stage(case):

@@ -140,8 +140,10 @@ class Checkpointer:
             logger.info("%s is there already: not saved again", self.folder / "step-0")
             return False
         states = self._states(kind, export)
-        # (A DTensor's are all ranks'.)
-        total = sum(x.nbytes for x in states.values() if isinstance(x, torch.Tensor))
+        # (A DTensor's bytes are all ranks', but a stage of a pipeline has its own tensors alone.)
+        own = {name: x.nbytes for name, x in states.items() if isinstance(x, torch.Tensor)}
+        stages = dict(self._ranks.gather((min(own, default=""), sum(own.values()))))
+        total = sum(stages.values())
         self._ranks.on_rank_0(lambda: folders.start_writing(self.folder, step, total))
         if last or force or self.config.async_mode == "disabled":
             self._write(states, step, kind)
