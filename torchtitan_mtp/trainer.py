@@ -36,7 +36,7 @@ from torchtitan_mtp.distributed.balance import (
 from torchtitan_mtp.distributed.float8 import convert_to_float8, float8_scales_after_step
 from torchtitan_mtp.distributed.heartbeat import Heartbeat
 from torchtitan_mtp.distributed.memory import check_run
-from torchtitan_mtp.distributed.mesh import all_reduce, init_world, set_determinism, set_timeout
+from torchtitan_mtp.distributed.mesh import all_reduce, init_world, set_determinism
 from torchtitan_mtp.distributed.parallelize import OnePiece
 from torchtitan_mtp.distributed.pipeline import Pipeline, in_pieces
 from torchtitan_mtp.distributed.ranks import Ranks, agree, shared_settings
@@ -222,7 +222,7 @@ class Trainer:
                 step = self.state.step
                 if step == first:
                     # Compilation and start-up are over: a rank that hangs is noticed sooner now.
-                    set_timeout(config.comm.train_timeout_seconds)
+                    self.pieces.set_timeout(config.comm.train_timeout_seconds)
                 self.gc.run(step)
                 # Save before validating: a crash in validation then loses no step.
                 self._save(last=step == steps, stop=self.stopping.agreed())

@@ -30,7 +30,7 @@ from torchtitan_mtp.distributed.experts import (
     share_experts,
     shared_experts,
 )
-from torchtitan_mtp.distributed.mesh import World
+from torchtitan_mtp.distributed.mesh import World, set_timeout
 from torchtitan_mtp.distributed.tensor_parallel import apply_tensor_parallel
 from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.models.moe import Experts, MoE
@@ -52,6 +52,7 @@ class OnePiece:
 
     group: dist.ProcessGroup | None = None  # the ranks with other parts of the model
     copied: nn.Parameter | None = None
+    set_timeout = staticmethod(set_timeout)
 
     def __init__(
         self,

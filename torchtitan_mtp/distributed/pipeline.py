@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Sequence
+from datetime import timedelta
 from typing import Any, cast
 
 import torch
@@ -26,7 +27,7 @@ from torch.distributed.tensor import DTensor
 from torchtitan_mtp.config import JobConfig
 from torchtitan_mtp.data.run import micro_batches_in_window
 from torchtitan_mtp.data.targets import Batch
-from torchtitan_mtp.distributed.mesh import World
+from torchtitan_mtp.distributed.mesh import World, set_timeout
 from torchtitan_mtp.distributed.parallelize import OnePiece, parallelize
 from torchtitan_mtp.distributed.stages import (
     ONE_STAGE,
@@ -96,9 +97,9 @@ class Pipeline:
         size = parallelism.pipeline_parallel_microbatch_size
         length = config.training.seq_len // parallelism.context_parallel_degree
         state = self._state(size, length, device="meta", requires_grad=True)
-        stages = [_Stage(self, i, state) for i in self.stages]
+        self.running = [_Stage(self, i, state) for i in self.stages]
         kind: Any = get_schedule_class(schedule)
-        first = stages[0] if schedule in ONE_STAGE else stages
+        first = self.running[0] if schedule in ONE_STAGE else self.running
         self.schedule = kind(first, micro_batches, loss_fn=self._loss, scale_grads=False)
         logger.info(
             "pipeline of %d stages on %d ranks (%s): %s layers; %d micro-batches of %d",
@@ -113,6 +114,15 @@ class Pipeline:
         tensor parallelism have a part of S each."""
         size = (sequences, length // self.tp, self.model.args.dim)
         return torch.empty(size, dtype=self.dtype, **how)
+
+    def set_timeout(self, seconds: int) -> None:
+        """As `mesh.set_timeout`, in which gloo leaves sends as they were: these get a new group."""
+        set_timeout(seconds)
+        if self.device.type == "cpu":
+            ranks, timeout = dist.get_process_group_ranks(self.group), timedelta(seconds=seconds)
+            self.group = dist.new_group(ranks, timeout, use_local_synchronization=True)
+            for stage in self.running:
+                stage.group = self.group
 
     def step(self, batches: Sequence[Batch], head_scales: Tensor) -> list[LossOutput]:
         """Forward and backward of a step's micro-batches; gradients add to `.grad`, reduced over
