@@ -78,7 +78,7 @@ class Pipeline:
         assert mesh is not None
         self.group, self.rank, ranks = mesh.get_group(), mesh.get_local_rank(), mesh.size()
         schedule = parallelism.pipeline_parallel_schedule
-        check_schedule(parallelism, model, micro_batches)
+        check_schedule(parallelism, model, micro_batches, micro_batches_in_window(config))
         layers = layers_of_stages(parallelism, model.args.n_layers, heads_cost)
         count = len(layers)
         own = [stages_of_rank(rank, ranks, count, schedule) for rank in range(ranks)]

@@ -88,9 +88,10 @@ def _deal(layers: int, stages: int, first: int, last: int) -> list[int]:
     return counts
 
 
-def check_schedule(parallelism: Parallelism, model: Trunk, count: int) -> None:
-    """Error: the schedule does not take `count` micro-batches a step, or has the first and the last
-    stage on one rank, where the model would need the embedding twice."""
+def check_schedule(parallelism: Parallelism, model: Trunk, count: int, window: int = 1) -> None:
+    """Error: the schedule does not take `count` micro-batches a step, a multiple of those in a
+    loader's `window`, or has the first and the last stage on one rank, where the model would need
+    the embedding twice."""
     ranks, schedule = parallelism.pipeline_parallel_degree, parallelism.pipeline_parallel_schedule
     if schedule == V_SHAPED and has_copy(model):
         what = "tied embeddings" if model.args.tied_embeddings else 'mtp.heads = "sequential"'
@@ -105,7 +106,7 @@ def check_schedule(parallelism: Parallelism, model: Trunk, count: int) -> None:
         return schedule != "1F1B" or n >= ranks
 
     if not fits(count):
-        nearest = next(n for n in range(count, 2 * count + ranks + 1) if fits(n))
+        nearest = next(n for n in range(count, count + ranks * window + 1, window) if fits(n))
         raise UserError(
             f'{_KEY}_schedule = "{schedule}" on {ranks} ranks: a step has {count} micro-batches, '
             f"the next number that it takes is {nearest}; set training.global_batch_size to so "

@@ -86,6 +86,13 @@ def test_the_schedules_take_so_many_micro_batches(schedule, fits, refused):
             check_schedule(parallelism, model, count)
 
 
+def test_the_number_of_micro_batches_that_is_named_is_of_whole_windows():
+    """Of windows with two each: 16 is no multiple of 16 // 3, and 15 no number of whole windows."""
+    parallelism, model = keys(3, schedule="Interleaved1F1B"), build_model(ARGS)
+    with pytest.raises(UserError, match=r"has 14 micro-batches, .* takes is 18; "):
+        check_schedule(parallelism, model, 14, 2)
+
+
 def test_stages_of_ranks():
     assert [stages_of_rank(r, 2, 6, "Interleaved1F1B") for r in (0, 1)] == [[0, 2, 4], [1, 3, 5]]
     assert [stages_of_rank(r, 2, 4, "ZBVZeroBubble") for r in (0, 1)] == [[0, 3], [1, 2]]
