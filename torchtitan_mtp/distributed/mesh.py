@@ -135,8 +135,11 @@ def mesh_degrees(parallelism: Parallelism, world_size: int) -> Degrees:
 
 def _advice(degrees: Degrees, world_size: int) -> str:
     """The nearest degree that fits, of the innermost dimension that is in the way, if any."""
-    rest = max(degrees.dp_replicate, 1)
-    for name, word in (("pp", "pipeline"), ("tp", "tensor"), ("cp", "context")):
+    rest, words = (
+        1,
+        {"dp_replicate": "replicate", "pp": "pipeline", "tp": "tensor", "cp": "context"},
+    )
+    for name, word in words.items():
         degree = getattr(degrees, name)
         fit = [d for d in range(1, world_size + 1) if world_size % (rest * d) == 0]
         nearest = min(fit or [1], key=lambda d: abs(d - degree))

@@ -59,11 +59,11 @@ def test_degrees(degrees, world, expected):
 @pytest.mark.parametrize(
     ("degrees", "advice"),
     [
-        ({"replicate": 3, "shard": -1}, ""),
+        ({"replicate": 3, "shard": -1}, " and the replicate degree to 2"),
         ({"replicate": 1, "shard": 4}, ""),
         ({"replicate": 2, "shard": 8}, ""),
-        ({"replicate": 0, "shard": -1}, ""),
-        ({"replicate": -1, "shard": -1}, ""),
+        ({"replicate": 0, "shard": -1}, " and the replicate degree to 1"),
+        ({"replicate": -1, "shard": -1}, " and the replicate degree to 1"),
         ({"replicate": 1, "shard": -1, "cp": 3}, " and the context degree to 2"),
         ({"replicate": 2, "shard": -1, "cp": 8}, " and the context degree to 4"),
         ({"replicate": 1, "shard": 8, "cp": 0}, " and the context degree to 1"),
