@@ -156,9 +156,12 @@ def check_sizes(args: ModelArgs, degree: int) -> None:
                 f"all of its sizes is {nearest}"
             )
     if vocabulary % degree:
+        common = math.gcd(vocabulary, *sizes.values())
+        lower = next(d for d in range(degree, 0, -1) if common % d == 0)
         raise UserError(
             f"model.vocab_size = {vocabulary}: expected a multiple of {key}; the next is "
-            f"{-(-vocabulary // degree) * degree}, set it"
+            f"{-(-vocabulary // degree) * degree}, set it for new weights, or lower the degree to "
+            f"{lower} for stored ones"
         )
 
 

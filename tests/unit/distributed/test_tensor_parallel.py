@@ -35,7 +35,12 @@ EVEN = replace(ARGS, n_heads=8, n_kv_heads=4, hidden_dim=48, vocab_size=32)
         (EVEN, 8, "= 8: expected a divisor of the model's n_kv_heads, 4; the nearest .* is 4"),
         (EVEN, 3, "= 3: expected a divisor of the model's n_heads, 8; .* is 2"),
         (replace(EVEN, hidden_dim=46), 4, "hidden_dim, 46; .* is 2"),
-        (replace(EVEN, vocab_size=257), 4, "^model.vocab_size = 257: .*; the next is 260, set it"),
+        (
+            replace(EVEN, vocab_size=258),
+            4,
+            "^model.vocab_size = 258: .*; the next is 260, set it for new weights, or lower the "
+            "degree to 2 for stored ones$",
+        ),
     ],
 )
 def test_sizes_that_ranks_share(args, degree, expected):
