@@ -74,6 +74,10 @@ def run(
         most: layouts that are tried at most.
         json: file for the figures.
     """
+    sizes = {"ranks": ranks, "machine": machine, "most": most, "memory": memory}
+    for key, value in {**sizes, "flops": flops, "within": within, "between": between}.items():
+        if value is not None and value <= 0:
+            raise UserError(f"--{key} {value}: expected a positive number")
     arguments = [f"--{option}" for option in options]
     job = parse_args(["--job.config_file", config, *arguments])
     chosen, rates, peak = _device(device, memory, flops, within, between, machine)

@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from torchtitan_mtp.errors import UserError
+
 
 @dataclass
 class Measurement:
@@ -95,7 +97,8 @@ def _answer(pipe: Connection, function: Callable[..., Any], args: tuple[Any, ...
     try:
         answer = None, function(*args)
     except Exception as error:
-        traceback.print_exc()
+        if not isinstance(error, UserError):
+            traceback.print_exc()
         answer = error, None
         try:
             pickle.loads(pickle.dumps(error))

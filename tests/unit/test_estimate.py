@@ -97,6 +97,9 @@ def test_a_table_of_a_step() -> None:
     assert time["MFU, %"] == pytest.approx(100 * time["TFLOPs that the model needs"] / 4)
 
 
-def test_an_unknown_device_is_one_line() -> None:
+def test_what_is_wrong_is_one_line(capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(UserError, match='--device h1: expected "cpu" or one of a100, h100'):
-        device_named("h1")
+        in_process(device_named, "h1")
+    assert "Traceback" not in capfd.readouterr().err
+    with pytest.raises(UserError, match="--machine 0: expected a positive number"):
+        estimate.run("debug_parallel.toml", machine=0)
