@@ -199,8 +199,9 @@ class FakeTrainer(Trainer):
 
     def _make_moments(self) -> None:
         """They are there from the first step on."""
-        for param in self.optimizer.param_groups[0]["params"]:
-            param.grad = torch.zeros_like(param)
+        for group in self.optimizer.param_groups:  # experts that ranks share have one of their own
+            for param in group["params"]:
+                param.grad = torch.zeros_like(param)
         self.optimizer.step()
         self.optimizer.zero_grad()
 
