@@ -143,7 +143,9 @@ def plan_of_block(block: TransformerBlock, ranks: SequenceRanks) -> dict[str, Pa
 def check_sizes(args: ModelArgs, degree: int) -> None:
     """Error: a model's sizes that `degree` ranks can't share."""
     key, vocabulary = f"parallelism.tensor_parallel_degree = {degree}", args.vocab_size or 0
-    sizes = {"n_heads": args.n_heads, "hidden_dim": args.ffn_dim}
+    sizes = {"n_heads": args.n_heads}
+    if args.moe is None or args.moe.n_dense_layers:  # experts stay whole
+        sizes["hidden_dim"] = args.ffn_dim
     if args.latent is None:
         sizes["n_kv_heads"] = args.kv_heads
     for name, size in sizes.items():

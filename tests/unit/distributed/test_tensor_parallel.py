@@ -23,6 +23,7 @@ from torchtitan_mtp.models.trunk import Trunk
 from torchtitan_mtp.mtp import ENGINES, add_heads
 from torchtitan_mtp.ops import LossOptions
 
+EXPERTS_ALONE = replace(DEEPSEEK, moe=replace(DEEPSEEK.moe, n_dense_layers=0))
 EVEN = replace(ARGS, n_heads=8, n_kv_heads=4, hidden_dim=48, vocab_size=32)
 
 
@@ -31,6 +32,7 @@ EVEN = replace(ARGS, n_heads=8, n_kv_heads=4, hidden_dim=48, vocab_size=32)
     [
         (EVEN, 4, None),
         (replace(DEEPSEEK, vocab_size=32), 4, None),  # its latent vector serves all heads
+        (replace(EXPERTS_ALONE, hidden_dim=47, vocab_size=32), 4, None),
         (replace(flavors["llama3"]["70B"], vocab_size=128256), 8, None),
         (EVEN, 8, "= 8: expected a divisor of the model's n_kv_heads, 4; the nearest .* is 4"),
         (EVEN, 3, "= 3: expected a divisor of the model's n_heads, 8; .* is 2"),
