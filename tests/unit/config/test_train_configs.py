@@ -105,6 +105,8 @@ def test_the_recipes_are_there():
         "llama3_8b",
         "mtp_8b",
         "mtp_8b_sequential",
+        "mtp_8b_64gpu",
+        "mtp_8b_128k_context",
         "mtp_byte_7b",
         "finetune_add_heads",
         "finetune_native_mtp",
