@@ -23,6 +23,7 @@ from benchmarks.streams import Rates
 from rich.console import Console
 from rich.table import Table
 
+from torchtitan_mtp.build import model_args_from_config
 from torchtitan_mtp.config import JobConfig, parse_args
 from torchtitan_mtp.config.checks import check
 from torchtitan_mtp.data.run import micro_batches_per_step
@@ -71,7 +72,7 @@ def run(
         machine: GPUs of one machine.
         options: keys to change, as section.key=value.
         layouts: a table of layouts in place of the recipe's one, the fastest that fits first.
-        most: layouts that are tried at most.
+        most: rows of that table.
         json: file for the figures.
     """
     sizes = {"ranks": ranks, "machine": machine, "most": most, "memory": memory}
@@ -83,7 +84,7 @@ def run(
     chosen, rates, peak = _device(device, memory, flops, within, between, machine)
     console = Console(width=100, highlight=False)
     if layouts:
-        rows = try_layouts(job, ranks, rates, chosen, most)
+        rows = try_layouts(job, ranks, rates, chosen, most, machine)
         console.print(_table(f"{config} on {ranks} of {device}", rows))
         found: Any = {"layouts": rows}
     else:
@@ -163,18 +164,25 @@ def _work(config: JobConfig, ranks: int) -> tuple[int, float]:
 
 
 def try_layouts(
-    config: JobConfig, ranks: int, rates: Rates | None, device: Device | None, most: int
+    config: JobConfig,
+    ranks: int,
+    rates: Rates | None,
+    device: Device | None,
+    most: int,
+    machine: int = 8,
 ) -> list[dict[str, Any]]:
     """A row for each of the first `most` layouts, two at a time; the fastest that fits first."""
     if rates is None or device is None:
         raise UserError("--layouts: times are of GPUs; take another --device than cpu")
-    chosen = list(itertools.islice(possible_layouts(config, ranks), most))
 
-    def row(job: JobConfig, degrees: Degrees) -> dict[str, Any]:
+    def row(layout: tuple[JobConfig, Degrees]) -> dict[str, Any]:
+        job, degrees = layout
         try:
             step = in_process(run_step, job, ranks, NAME, rates)
-        except UserError:  # the model's sizes do not admit it
-            return {}
+        except UserError:
+            if degrees == Degrees(dp_shard=ranks):
+                raise  # it is not the layout
+            return {}  # the model's sizes do not admit it
         gib = step.peak.total() / GIB
         return {
             "layout": " ".join(f"{k}={v}" for k, v in degrees._asdict().items() if v > 1),
@@ -185,16 +193,26 @@ def try_layouts(
             "tokens/s a rank": _work(job, ranks)[0] / step.seconds,
         }
 
+    layouts, rows = possible_layouts(config, ranks, machine), list[dict[str, Any]]()
     with ThreadPoolExecutor(2) as pool:
-        rows = list(pool.map(lambda layout: row(*layout), chosen))
-    return sorted(filter(None, rows), key=lambda r: (not r["fits"], -r["tokens/s a rank"]))
+        while batch := list(itertools.islice(layouts, most - len(rows))):
+            rows += filter(None, pool.map(row, batch))
+    if not rows:
+        raise UserError(f"--layouts: no layout of {ranks} ranks passes; run without it to see why")
+    return sorted(rows, key=lambda r: (not r["fits"], -r["tokens/s a rank"]))
 
 
-def possible_layouts(config: JobConfig, ranks: int) -> Iterator[tuple[JobConfig, Degrees]]:
+def possible_layouts(
+    config: JobConfig, ranks: int, machine: int = 8
+) -> Iterator[tuple[JobConfig, Degrees]]:
     """Powers of two of every dimension that the configuration's checks admit, few dimensions
-    first; the shards are what is left."""
+    first; the shards are what is left. Tensor parallelism stays within a machine, as it waits for
+    its collectives, and there are no more ranks to share the experts than experts."""
     powers = [2**k for k in range(ranks.bit_length()) if ranks % 2**k == 0]
-    combinations = itertools.product(powers, repeat=len(_KEYS))
+    moe = model_args_from_config(config, 0).moe
+    limits = {"tp": machine, "ep": moe.num_experts if moe else 1}
+    each = ([p for p in powers if p <= limits.get(name, ranks)] for name in _KEYS)
+    combinations = itertools.product(*each)
     for degrees in sorted(combinations, key=lambda ds: (sum(d > 1 for d in ds), max(ds), ds)):
         job = copy.deepcopy(config)
         job.parallelism.data_parallel_shard_degree = -1

@@ -12,7 +12,7 @@ from benchmarks.measure import in_process
 from benchmarks.step import Step, count_step, run_step
 from benchmarks.streams import Rates
 
-from torchtitan_mtp.config import parse_args
+from torchtitan_mtp.config import JobConfig, parse_args
 from torchtitan_mtp.distributed.memory import GIB
 from torchtitan_mtp.distributed.mesh import Degrees
 from torchtitan_mtp.errors import UserError
@@ -70,6 +70,47 @@ def test_layouts_are_those_that_the_checks_admit() -> None:
     assert Degrees(dp_replicate=2, dp_shard=2, cp=2) in found
     config.training.seq_len = config.validation.seq_len = 4  # two chunks of a token on two ranks
     assert {degrees.cp for _, degrees in estimate.possible_layouts(config, 8)} == {1, 2}
+
+
+def test_layouts_share_experts_that_there_are_and_split_tensors_within_a_machine() -> None:
+    config = parse_args(LLAMA.split())
+    found = [degrees for _, degrees in estimate.possible_layouts(config, 8, machine=2)]
+    assert {degrees.ep for degrees in found} == {1} and {degrees.tp for degrees in found} == {1, 2}
+    config = parse_args(DEEPSEEK.split())  # of 16 experts
+    found = [degrees for _, degrees in estimate.possible_layouts(config, 32, machine=1)]
+    assert {degrees.ep for degrees in found} == {1, 2, 4, 8, 16}
+
+
+def test_the_fastest_layout_that_fits_is_the_first_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step of half the tokens takes 0.4 s by cp, and replicas have no room; tp is refused."""
+
+    def step_of(_: Any, job: JobConfig, *__: Any) -> Step:
+        degrees = job.parallelism
+        if degrees.tensor_parallel_degree > 1:
+            raise UserError("the heads can't be split")
+        gib = 70 if degrees.data_parallel_replicate_degree > 1 else 30
+        seconds = 0.4 if degrees.context_parallel_degree > 1 else 1.0
+        return Step({"early": Counter(parameters=gib * GIB)}, seconds=seconds)
+
+    monkeypatch.setattr(estimate, "in_process", step_of)
+    config, h100 = parse_args(TWO_LAYERS.split()), device_named("h100")  # of 79.6 GiB
+    rows = estimate.try_layouts(config, 2, Rates(link=1e9), h100, most=3)
+    assert [(row["layout"], row["fits"]) for row in rows] == [
+        ("cp=2", True),
+        ("dp_shard=2", True),
+        ("dp_replicate=2", False),
+    ]
+    assert [row["tokens/s a rank"] for row in rows] == [32 / 0.4, 64, 64]
+
+
+def test_a_recipe_that_no_layout_can_follow_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> Step:
+        raise UserError("not followed yet")
+
+    monkeypatch.setattr(estimate, "in_process", refuse)
+    config, h100 = parse_args(TWO_LAYERS.split()), device_named("h100")
+    with pytest.raises(UserError, match="not followed yet"):
+        estimate.try_layouts(config, 2, Rates(link=1e9), h100, most=3)
 
 
 def test_a_table_of_a_step() -> None:
