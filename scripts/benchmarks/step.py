@@ -85,6 +85,9 @@ def run_step(
     if (degree := config.parallelism.pipeline_parallel_degree) > 1:
         key = f"parallelism.pipeline_parallel_degree = {degree}"
         raise UserError(f"{key}: fake tensors do not follow a pipeline's sends yet; set it to 1")
+    if config.training.enable_cpu_offload:
+        key = "training.enable_cpu_offload = true"
+        raise UserError(f"{key}: fake tensors do not follow it yet; set it to false")
     micro = micro_batches or micro_batches_per_step(config, data_ranks(config, ranks))
 
     def at(layers: int, micro: int) -> Step:
@@ -179,8 +182,7 @@ class FakeTrainer(Trainer):
         self.param_dtype = auto if dtype == "auto" else getattr(torch, dtype)
         self.loader: Any = SimpleNamespace(next_window=self._window)
         self.tokenizer: Any = None
-        offload = config.training.enable_cpu_offload
-        put_on(model, torch.device("cpu") if offload else world.device)
+        put_on(model, world.device)
         self._build_training(model)
         self.guard = _Guard(self.optimizer, 0, self.state, lambda _: "")
         self.heartbeat: Any = SimpleNamespace()

@@ -144,3 +144,9 @@ def test_what_is_wrong_is_one_line(capfd: pytest.CaptureFixture[str]) -> None:
     assert "Traceback" not in capfd.readouterr().err
     with pytest.raises(UserError, match="--machine 0: expected a positive number"):
         estimate.run("debug_parallel.toml", machine=0)
+
+
+def test_an_offloaded_optimizer_is_refused_by_name() -> None:
+    config = parse_args([*TWO_LAYERS.split(), "--training.enable_cpu_offload", "true"])
+    with pytest.raises(UserError, match=r"training\.enable_cpu_offload = true: fake"):
+        run_step(config, RANKS)
