@@ -17,8 +17,7 @@ import torch
 import tyro
 from benchmarks.devices import Device, device_named, peak_of, rates_of
 from benchmarks.fake_gpu import NAME
-from benchmarks.measure import in_process
-from benchmarks.step import KINDS, Step, data_ranks, model_on_meta, run_step
+from benchmarks.step import KINDS, Step, data_ranks, model_on_meta, run_layout
 from benchmarks.streams import Rates
 from rich.console import Console
 from rich.table import Table
@@ -88,7 +87,7 @@ def run(
         console.print(_table(f"{config} on {ranks} of {device}", rows))
         found: Any = {"layouts": rows}
     else:
-        step = in_process(run_step, job, ranks, NAME if rates else "cpu", rates)
+        step = run_layout(job, ranks, NAME if rates else "cpu", rates)
         found = figures(job, ranks, step, chosen, peak)
         for title, rows in found.items():
             console.print(_table(title, rows))
@@ -137,7 +136,19 @@ def figures(
         for dimension, kind in step.calls
     ]
     found = {"memory of a rank": memory, "collectives of a step": collectives}
+    if step.stages:
+        found["ranks of the pipeline"] = [_rank(*item) for item in step.stages.items()]
     return found | {"time of a step": _time(config, ranks, step, peak)} if peak else found
+
+
+def _rank(rank: int, step: Step) -> dict[str, Any]:
+    """A row of one rank of a pipeline."""
+    return {
+        "rank": rank,
+        "GiB": step.peak.total() / GIB,
+        "ms of a micro-batch on a stage": 1e3 * step.micro_batch,
+        "ms without bubble": 1e3 * step.seconds,
+    }
 
 
 def _time(config: JobConfig, ranks: int, step: Step, peak: float) -> list[dict[str, Any]]:
@@ -148,6 +159,7 @@ def _time(config: JobConfig, ranks: int, step: Step, peak: float) -> list[dict[s
         {"of a rank": "TFLOPs that run", "": step.flops / 1e12},
         {"of a rank": "step, ms", "": 1e3 * step.seconds},
         {"of a rank": "of it waiting for collectives, ms", "": 1e3 * step.waits.total()},
+        {"of a rank": "of it the pipeline's bubble, ms", "": 1e3 * step.bubble},
         {"of a rank": "tokens/s", "": tokens / step.seconds},
         {"of a rank": "MFU, %", "": 100 * needed / step.seconds / peak},
     ]
@@ -178,9 +190,9 @@ def try_layouts(
     def row(layout: tuple[JobConfig, Degrees]) -> dict[str, Any]:
         job, degrees = layout
         try:
-            step = in_process(run_step, job, ranks, NAME, rates)
+            step = run_layout(job, ranks, NAME, rates)
         except UserError:
-            if degrees == Degrees(dp_shard=ranks):
+            if degrees == Degrees(pp=degrees.pp, dp_shard=ranks // degrees.pp):
                 raise  # it is not the layout
             return {}  # the model's sizes do not admit it
         gib = step.peak.total() / GIB

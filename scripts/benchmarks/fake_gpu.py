@@ -188,6 +188,12 @@ class _Module(backend_registration._DummyBackendModule):
     def set_device(self, device: Any) -> None:
         pass
 
+    def get_rng_state(self, device: Any = None) -> None:
+        """Nothing is random."""
+
+    def set_rng_state(self, state: None, device: Any = None) -> None:
+        pass
+
     def get_amp_supported_dtype(self) -> list[torch.dtype]:
         return [torch.bfloat16]
 

@@ -92,7 +92,8 @@ def _settings(config: JobConfig) -> dict[str, Any]:
 
 
 def bytes_at_peak(config: JobConfig, ranks: int, micro_batches: int) -> dict[str, int]:
-    """What one of the ranks has alive at the peak of a step after the first, by what it is."""
+    """What one of the ranks (of a pipeline, of its first stage) has alive at the peak of a step
+    after the first, by what it is."""
     peak = run_step(config, ranks, micro_batches=micro_batches).peak
     found = {kind: peak[kind] for kind in ("parameters", "gradients", "moments")}
     return found | {"activations": peak.total() - sum(found.values()), "total": peak.total()}

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -121,6 +122,10 @@ class Clock(TorchDispatchMode):
             if func.namespace == "_c10d_functional":
                 for tensor in made or given:
                     self.arrival[tensor.untyped_storage()._cdata] = end, what
+            elif call is not None and call.kind == "receive":
+                stream.wait_until(end, what)  # torch's schedules wait right after the call
+            elif call is not None and call.kind == "send":
+                pass  # and for these later, when they are over
             elif options.get("async_op", True):
                 stream.last, stream.launched = what, end
             else:
@@ -137,9 +142,11 @@ class Clock(TorchDispatchMode):
         if call is None:
             return now, ("", "")
         group, ranks = call.group.group_name, call.group.size()
-        rounds = 2 if call.kind == "all-reduce" else 1
+        share = (ranks - 1) / ranks * (2 if call.kind == "all-reduce" else 1)
+        if call.kind in ("send", "receive"):  # both ways at once, and nothing stays here
+            group, share = f"{group} {call.kind}", 1.0
         end = max(now, self.free[group]) + self.rates.latency
-        end += rounds * call.bytes * (ranks - 1) / ranks / self._link(call.group)
+        end += share * call.bytes / self._link(call.group)
         self.free[group] = end
         return end, (self.collectives.dimensions.of(call), call.kind)
 
@@ -205,10 +212,17 @@ def clock(world: World, rates: Rates) -> Iterator[Clock]:
     def current(*_: Any) -> Stream:
         return Stream.current
 
+    propagate = ShardingPropagator._propagate_tensor_meta_non_cached
+
+    def propagated(*args: Any) -> Any:
+        with _stream(Stream()):  # a question about shapes, once in a process: it takes no time
+            return propagate(*args)
+
     streams = {"Stream": Stream, "Event": Event, "current_stream": current, "stream": _stream}
     with (
         mock.patch.multiple(getattr(torch, NAME), **streams),
         mock.patch.object(torch.accelerator, "current_stream", current),
+        mock.patch.object(ShardingPropagator, "_propagate_tensor_meta_non_cached", propagated),
         found,
     ):
         yield found

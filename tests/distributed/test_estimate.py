@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 import torch
 from benchmarks.collectives import Collectives
-from benchmarks.measure import in_process
-from benchmarks.step import Step, run_step
+from benchmarks.step import run_layout
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -36,6 +35,7 @@ PARALLEL = LLAMA + COMMON
 CHAIN = LLAMA + COMMON + "--mtp.heads sequential --model.attn_mask_type block_causal"
 MIXTURE = DEEPSEEK + COMMON + "--mtp.heads sequential"
 TWO = " --training.global_batch_size 8"  # micro-batches, on two data ranks
+STAGES = " --parallelism.pipeline_parallel_degree 2"  # micro-batches of one sequence
 CASES = {  # ranks and options
     "1": (1, PARALLEL + " --activation_checkpoint.mode none"),
     "2": (2, PARALLEL + TWO),
@@ -43,6 +43,8 @@ CASES = {  # ranks and options
     "2 experts": (2, MIXTURE),
     "2 experts shared": (2, MIXTURE + " --parallelism.expert_parallel_degree 2"),
     "2 tensor": (2, CHAIN + " --parallelism.tensor_parallel_degree 2"),
+    "2 stages": (2, CHAIN + STAGES + " --training.global_batch_size 2"),
+    "2 stages, four": (2, CHAIN + STAGES + " --training.global_batch_size 4"),
     "4 replicas": (4, PARALLEL + " --parallelism.data_parallel_replicate_degree 2"),
     "4 context": (4, CHAIN + TWO + " --parallelism.context_parallel_degree 2"),
 }
@@ -74,18 +76,16 @@ def real_step(rank: int, options: str, folder: str) -> tuple[int, Any, Any]:
     return held + most_alive(trainer.train_step), counts.calls, counts.bytes
 
 
-def estimated(options: str, ranks: int) -> Step:
-    return run_step(configuration(options, "unused"), ranks, "cpu")
-
-
 @pytest.mark.parametrize(
     "case", [pytest.param(c, marks=[pytest.mark.exhaustive] * (c != "2 chain")) for c in CASES]
 )
 def test_the_estimate_of_a_step_is_the_step(case: str, tmp_path: Any) -> None:
     ranks, options = CASES[case]
-    step = in_process(estimated, options, ranks)
-    peak, calls, size = run_ranks(ranks, real_step, options, str(tmp_path))[0]
-    print(f"{case}: {step.peak.total() / 2**20:.2f} MiB, measured {peak / 2**20:.2f}")
-    assert step.calls == calls
-    assert step.bytes == size
-    assert step.peak.total() == pytest.approx(peak, rel=0.05)
+    estimate = run_layout(configuration(options, "unused"), ranks, "cpu", None)
+    measured = run_ranks(ranks, real_step, options, str(tmp_path))
+    for rank, step in (estimate.stages or {0: estimate}).items():
+        peak, calls, size = measured[rank]
+        print(f"{case}: {step.peak.total() / 2**20:.2f} MiB, measured {peak / 2**20:.2f}")
+        assert step.calls == calls
+        assert step.bytes == size
+        assert step.peak.total() == pytest.approx(peak, rel=0.05)

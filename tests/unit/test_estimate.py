@@ -9,6 +9,7 @@ import estimate
 import pytest
 from benchmarks.devices import device_named
 from benchmarks.measure import in_process
+from benchmarks.stages import bubble
 from benchmarks.step import Step, count_step, run_step
 from benchmarks.streams import Rates
 
@@ -33,14 +34,14 @@ TWO_LAYERS = (
 )
 
 
-def both_ways(options: str, micro_batches: int) -> list[Step]:
+def both_ways(options: str, micro_batches: int, stage: int) -> list[Step]:
     config, rates = parse_args(options.split()), Rates(link=1e9)
-    line = run_step(config, RANKS, rates=rates, micro_batches=micro_batches)
-    return [line, count_step(config, RANKS, micro_batches, "gpu", rates)]
+    line = run_step(config, RANKS, "gpu", rates, micro_batches, stage)
+    return [line, count_step(config, RANKS, micro_batches, "gpu", rates, stage)]
 
 
-def check_a_line_is_the_whole_step(options: str, micro_batches: int) -> None:
-    line, whole = in_process(both_ways, options, micro_batches)
+def check_a_line_is_the_whole_step(options: str, micro_batches: int, stage: int = 0) -> None:
+    line, whole = in_process(both_ways, options, micro_batches, stage)
     assert line.peak == whole.peak
     assert (line.calls, line.bytes, line.flops) == (whole.calls, whole.bytes, whole.flops)
     assert line.seconds == pytest.approx(whole.seconds, rel=1e-3)
@@ -57,6 +58,24 @@ def test_a_line_through_few_micro_batches_is_the_whole_step() -> None:
 def test_a_line_through_few_layers_is_the_whole_step(micro_batches: int) -> None:
     options = f"{DEEPSEEK} --model.args.n_layers {LAYERS}"
     check_a_line_is_the_whole_step(options, micro_batches)
+
+
+@pytest.mark.parametrize(
+    ("stage", "micro_batches"),
+    [(0, 7), *(pytest.param(*case, marks=pytest.mark.exhaustive) for case in [(0, 4), (3, 7)])],
+)
+def test_a_line_through_few_micro_batches_in_flight_is_the_whole_step(
+    stage: int, micro_batches: int
+) -> None:
+    """The first of four stages has four in flight, the last one one."""
+    options = TWO_LAYERS + "--model.args.n_layers 4 --parallelism.pipeline_parallel_degree 4"
+    check_a_line_is_the_whole_step(options, micro_batches, stage)
+
+
+def test_a_bubble_is_the_way_there_and_back() -> None:
+    """Of 4 ranks and 3 seconds: 3 times 3, whatever a rank's stages are."""
+    assert bubble("1F1B", 4, 3.0) == bubble("Interleaved1F1B", 4, 3.0) == 9.0
+    assert bubble("InterleavedZeroBubble", 4, 3.0) == 0.0
 
 
 LLAMA = "--job.config_file debug_parallel.toml --training.global_batch_size 64"
@@ -84,7 +103,7 @@ def test_layouts_share_experts_that_there_are_and_split_tensors_within_a_machine
 def test_the_fastest_layout_that_fits_is_the_first_row(monkeypatch: pytest.MonkeyPatch) -> None:
     """A step of half the tokens takes 0.4 s by cp, and replicas have no room; tp is refused."""
 
-    def step_of(_: Any, job: JobConfig, *__: Any) -> Step:
+    def step_of(job: JobConfig, *_: Any) -> Step:
         degrees = job.parallelism
         if degrees.tensor_parallel_degree > 1:
             raise UserError("the heads can't be split")
@@ -92,7 +111,7 @@ def test_the_fastest_layout_that_fits_is_the_first_row(monkeypatch: pytest.Monke
         seconds = 0.4 if degrees.context_parallel_degree > 1 else 1.0
         return Step({"early": Counter(parameters=gib * GIB)}, seconds=seconds)
 
-    monkeypatch.setattr(estimate, "in_process", step_of)
+    monkeypatch.setattr(estimate, "run_layout", step_of)
     config, h100 = parse_args(TWO_LAYERS.split()), device_named("h100")  # of 79.6 GiB
     rows = estimate.try_layouts(config, 2, Rates(link=1e9), h100, most=3)
     assert [(row["layout"], row["fits"]) for row in rows] == [
@@ -107,7 +126,7 @@ def test_a_recipe_that_no_layout_can_follow_is_refused(monkeypatch: pytest.Monke
     def refuse(*_: Any) -> Step:
         raise UserError("not followed yet")
 
-    monkeypatch.setattr(estimate, "in_process", refuse)
+    monkeypatch.setattr(estimate, "run_layout", refuse)
     config, h100 = parse_args(TWO_LAYERS.split()), device_named("h100")
     with pytest.raises(UserError, match="not followed yet"):
         estimate.try_layouts(config, 2, Rates(link=1e9), h100, most=3)
