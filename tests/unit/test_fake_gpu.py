@@ -101,7 +101,8 @@ def test_the_second_of_two_micro_batches_by_hand(counted: dict[str, Any]) -> Non
     angles = 2 * SEQ * (DIM // 4 // 2) * 4
     assert found["parameters"] == 4 * weights // RANKS + angles
     assert found["moments"] == 2 * 4 * weights // RANKS + 4 * tensors  # each has a count of steps
-    assert found["gradients"] == 4 * weights // RANKS  # of the first micro-batch
+    # Of the first micro-batch, whose loss, and loss sums, targets and hits of two heads are there.
+    assert found["gradients"] == 4 * weights // RANKS + 4 + 2 * (4 + 8 + 8)
     # The loss is where most is alive: logits, their gradient in bfloat16, the weight's in float32
     # and the weight in bfloat16, which FSDP2 has twice until the next block is gathered.
     loss = SEQ * VOCAB * (4 + 2) + VOCAB * DIM * (4 + 2 + 2)
