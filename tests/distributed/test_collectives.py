@@ -4,7 +4,8 @@ once where they stay gathered."""
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from torchtitan_mtp.models.transformer import build_model
 from torchtitan_mtp.models.trunk import Trunk
 from torchtitan_mtp.mtp import ENGINES, add_heads
 from torchtitan_mtp.ops import LossOptions
+from two_ranks import counted
 
 PLAIN = MTP(num_future_tokens=1)
 MODELS = {
@@ -54,33 +56,22 @@ def collectives_of_a_step(mtp: MTP, reshard: str = "default") -> tuple[Counter[s
     n = mtp.num_future_tokens
     batch = make_batch(small_window(2, 9 + n), n)
     engine = ENGINES[mtp.engine]
-    return counted(model, lambda: engine(model, batch, torch.ones(n), LossOptions(), True))
+    return of_units(model, lambda: engine(model, batch, torch.ones(n), LossOptions(), True))
 
 
-def counted(model: Trunk, step: Callable[[], object]) -> tuple[Counter[str], Counter[str]]:
+def of_units(model: Trunk, step: Callable[[], object]) -> tuple[Counter[str], Counter[str]]:
     """Of the third step; the first find the order of the units."""
-    gathered: Counter[str] = Counter()
-    reduced: Counter[str] = Counter()
 
-    def counting(collective, counts):
-        def count(fsdp_params, *args, **kwargs):
-            counts[fsdp_params[0]._param_fqn.rsplit(".", 1)[0]] += 1
-            return collective(fsdp_params, *args, **kwargs)
+    def unit(fsdp_params: Sequence[Any], *_: Any) -> str:
+        return fsdp_params[0]._param_fqn.rsplit(".", 1)[0]
 
-        return count
-
-    originals = fsdp.foreach_all_gather, fsdp.foreach_reduce
-    try:
-        for _ in range(3):
-            gathered.clear()
-            reduced.clear()
-            fsdp.foreach_all_gather = counting(originals[0], gathered)
-            fsdp.foreach_reduce = counting(originals[1], reduced)
-            model.zero_grad()
+    for _ in range(3):
+        model.zero_grad()
+        with (
+            counted(fsdp, "foreach_all_gather", what=unit) as gathered,
+            counted(fsdp, "foreach_reduce", what=unit) as reduced,
+        ):
             step()
-            fsdp.foreach_all_gather, fsdp.foreach_reduce = originals
-    finally:
-        fsdp.foreach_all_gather, fsdp.foreach_reduce = originals
     return gathered, reduced
 
 
@@ -99,7 +90,7 @@ def collectives_of_a_pipeline(mtp: MTP) -> tuple[Counter[str], Counter[str]]:
     how = (config, world, torch.float32, 0, LossOptions())
     pipeline = Pipeline(model, *how, heads_cost=0.0, micro_batches=2)
     batches = [make_batch(small_window(2, 9 + n), n)] * 2
-    return counted(pipeline.model, lambda: pipeline.step(batches, torch.ones(n)))
+    return of_units(pipeline.model, lambda: pipeline.step(batches, torch.ones(n)))
 
 
 PIPELINED = ("joint 2", "head_by_head 2", "head_by_head 6", "chain 6")

@@ -7,10 +7,10 @@ and the tests look at what came of it.
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from runs import DEEPSEEK, SEQUENTIAL, Run, config_of, train, validation, write_corpus
+from runs import DEEPSEEK, SEQUENTIAL, Run, config_of, train
 from spawn import ROOT, run_ranks
 from tests.small import small_model, small_window
 from torchtitan_mtp.cli.plot_run import read_scalars
@@ -30,17 +30,18 @@ from torchtitan_mtp.models import context_parallel
 from torchtitan_mtp.models.context_parallel import ContextParallel
 from torchtitan_mtp.mtp import ENGINES
 from torchtitan_mtp.ops import LossOptions
+from two_ranks import (
+    HALFWAY,
+    STEPS,
+    Trainings,
+    assert_trained_alike,
+    blocks,
+    counted,
+    train_on_rank,
+)
 
-SPREAD = {"parallelism.context_parallel_degree": 2}
-STEPS = {"training.steps": 10, "mtp.target": "trunk"}
-SAVES = {
-    "checkpoint.enable": True,
-    "checkpoint.interval": 5,
-    "checkpoint.last_save_model_only": False,
-}
-EAGER = {"compile.enable": False}
 RUNS: dict[str, dict[str, Any]] = {
-    "parallel": {"activation_checkpoint.mode": "selective", **SAVES, **STEPS},
+    "parallel": {**HALFWAY, "activation_checkpoint.mode": "selective", "mtp.target": "trunk"},
     "chain": {
         **SEQUENTIAL,
         "training.steps": 2,
@@ -53,6 +54,7 @@ RUNS: dict[str, dict[str, Any]] = {
     },
     "experts": {**DEEPSEEK, "training.steps": 2, "model.args.moe.aux_loss_coeff": 0.5},
 }
+TRAININGS = Trainings(RUNS, of_ranks={"parallelism.context_parallel_degree": 2})
 
 
 def exchanged(rank: int) -> dict[str, Tensor]:
@@ -83,71 +85,31 @@ def collectives(mtp: MTP, ac: str) -> Counter[str]:
     apply_activation_checkpointing(model, ActivationCheckpoint(mode=ac), mtp.engine)
     n = mtp.num_future_tokens
     batch = model.context_parallel.shard(make_batch(small_window(2, 12 + n), n))
-    counts: Counter[str] = Counter()
-    originals = {
-        name: getattr(context_parallel, name) for name in ("_all_gather", "_reduce_scatter")
-    }
-    for name, collective in originals.items():
 
-        def counted(x: Tensor, *args: Any, name=name, collective=collective) -> Tensor:
-            counts[name + ("" if x.is_floating_point() else " of positions")] += 1
-            return collective(x, *args)
+    def kind(name: str) -> Callable[..., str]:
+        return lambda x, *_: name + ("" if x.is_floating_point() else " of positions")
 
-        setattr(context_parallel, name, counted)
-    ENGINES[mtp.engine](model, batch, torch.ones(n), LossOptions(), True)
-    for name, collective in originals.items():
-        setattr(context_parallel, name, collective)
-    return counts
-
-
-COUNTED = {  # ([mtp], activation checkpointing) by name
-    "plain": (MTP(num_future_tokens=1), "none"),
-    "parallel 2": (MTP(num_future_tokens=2), "none"),
-    "parallel 6": (MTP(num_future_tokens=6), "none"),
-    "parallel 6, joint": (MTP(num_future_tokens=6, engine="joint"), "none"),
-    "chain 6": (MTP(num_future_tokens=6, heads="sequential"), "none"),
-    "medusa 6": (MTP(num_future_tokens=6, heads="medusa"), "none"),
-    "plain, checkpointed": (MTP(num_future_tokens=1), "full"),
-}
+    with (
+        counted(context_parallel, "_all_gather", what=kind("gathers")) as gathers,
+        counted(context_parallel, "_reduce_scatter", what=kind("scatters")) as scatters,
+    ):
+        ENGINES[mtp.engine](model, batch, torch.ones(n), LossOptions(), True)
+    return gathers + scatters
 
 
 def everything(rank: int, folder: Path) -> dict[str, Any]:
-    results: dict[str, Any] = {"exchanged": exchanged(rank)}
-    results["counts"] = {name: collectives(*case) for name, case in COUNTED.items()}
-    for name, keys in RUNS.items():
-        at = {"job.dump_folder": str(folder / name)}
-        more = validation(folder, 10) if name == "parallel" else {}
-        results[name] = train(config_of(folder, SPREAD, keys, more, at))
-    at = {"job.dump_folder": str(folder / "resumed")}
-    results["resumed"] = train(config_of(folder, SPREAD, RUNS["parallel"], at))
-    return results
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("context")
-    write_corpus(path, "jsonl")
-    write_corpus(path / "held_out", "jsonl", count=9, seed=9)
-    return path
+    counts = {name: collectives(*step) for name, step in STEPS.items()}
+    return {"exchanged": exchanged(rank), "counts": counts, **TRAININGS.on_ranks(folder)}
 
 
 @pytest.fixture(scope="module")
 def alone(folder) -> Run:
-    """One process, which saves what the ranks go on from."""
-    at = {"job.dump_folder": str(folder / "alone")}
-    run = train(config_of(folder, RUNS["parallel"], validation(folder, 10), at))
-    step = "checkpoint/step-5"
-    shutil.copytree(folder / "alone" / step, folder / "resumed" / step)
-    return run
+    return TRAININGS.alone(folder)
 
 
 @pytest.fixture(scope="module")
 def ranks(folder, alone) -> list[dict[str, Any]]:
     return run_ranks(2, everything, folder, timeout=240)
-
-
-def assert_close(found: list[list[float]], expected: list[list[float]]) -> None:
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
 
 
 def test_what_ranks_exchange(ranks):
@@ -166,50 +128,23 @@ def test_what_ranks_exchange(ranks):
 def test_heads_add_only_their_own_collectives(ranks):
     """A block gathers once and scatters once, and gathers anew where it is computed anew; positions
     and documents go round once, whatever the heads."""
-    blocks = {name: 3 + mtp.num_future_tokens - 1 for name, (mtp, _) in COUNTED.items()}
-    again = {name: 0 for name in COUNTED}
-    again |= {"plain, checkpointed": 3, "chain 6": 5, "parallel 6, joint": 5}
-    blocks["medusa 6"] = 3
     for name, found in ranks[0]["counts"].items():
-        gathers = blocks[name] + again[name]
-        expected = {"_all_gather": gathers, "_reduce_scatter": blocks[name]}
-        assert found == {**expected, "_all_gather of positions": 2}, name
+        once, again = blocks(name, layers=3)
+        expected = {"gathers": once + again, "scatters": once, "gathers of positions": 2}
+        assert found == expected, name
 
 
 @pytest.mark.parametrize("name", RUNS)
 def test_two_ranks_train_as_one_process(name, ranks, alone, folder):
     """With checkpointed blocks, targets from the trunk and validation; accumulation, compiled
     blocks and z-loss; experts with a balance loss of sequences."""
-    expected = alone if name == "parallel" else train(config_of(folder, RUNS[name], EAGER))
-    first, second = (results[name] for results in ranks)
-    assert first.losses == second.losses
-    assert_close(first.losses, expected.losses)
-    assert_close(
-        [[step["grad_norm"] for step in first.logged]], [[s["grad_norm"] for s in expected.logged]]
-    )
-    assert [s["n_tokens_seen"] for s in first.logged] == [
-        s["n_tokens_seen"] for s in expected.logged
-    ]
-    assert_close(first.validated, expected.validated)
-    for found, single in zip(first.acceptance, expected.acceptance, strict=True):
-        assert found.drafted == single.drafted and min(found.drafted) > 100
-        torch.testing.assert_close(found.agreed, single.agreed, rtol=0, atol=2)  # ties
+    expected = alone if name == "parallel" else TRAININGS.run(folder, name, "alone")
+    assert_trained_alike([results[name] for results in ranks], expected)
 
 
 def test_checkpoints_go_from_one_layout_to_the_other(ranks, alone, folder):
-    """Five steps more: one process from what two ranks saved, and the reverse."""
-    resumed = ranks[0]["resumed"]
-    assert resumed.start == 5
-    assert_close(resumed.losses, alone.losses[5:])
-    step = "checkpoint/step-5"
-    shutil.copytree(folder / "parallel" / step, folder / "back" / step)
-    back = train(config_of(folder, RUNS["parallel"], {"job.dump_folder": str(folder / "back")}))
-    assert back.start == 5
-    assert_close(back.losses, ranks[0]["parallel"].losses[5:])
-
-
-def low_precision(rank: int, folder: Path, keys: dict[str, Any]) -> Run:
-    return train(config_of(folder, SPREAD, keys))
+    """Two steps more: one process from what two ranks saved, and the reverse."""
+    TRAININGS.assert_go_on(folder, alone, ranks[0]["parallel"], ranks[0]["resumed"])
 
 
 @pytest.mark.exhaustive
@@ -218,7 +153,7 @@ def test_bfloat16_and_float8_stay_close(converters, folder):
     """Their scales are of a rank's own tokens."""
     keys = {"model.converters": converters, "training.mixed_precision_param": "bfloat16"}
     keys |= {"training.steps": 3, "job.dump_folder": str(folder / f"low {len(converters)}")}
-    found, _ = run_ranks(2, low_precision, folder, keys)
+    found, _ = run_ranks(2, train_on_rank, folder, TRAININGS.of_ranks, keys)
     expected = train(config_of(folder, keys))
     torch.testing.assert_close(found.losses, expected.losses, rtol=0.02, atol=0)
 

@@ -8,7 +8,6 @@ and the tests look at what came of it.
 from __future__ import annotations
 
 import contextlib
-import shutil
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -20,18 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from formats_run import weights
-from runs import (
-    DEEPSEEK,
-    JOINT,
-    Interrupted,
-    Run,
-    config_of,
-    same,
-    train,
-    validation,
-    weights_of,
-    write_corpus,
-)
+from runs import DEEPSEEK, JOINT, Interrupted, Run, config_of, same, train, weights_of
 from spawn import run_ranks
 from tests.small import DEEPSEEK as SHAPE
 from tests.small import small_window
@@ -46,19 +34,21 @@ from torchtitan_mtp.models.transformer import build_model
 from torchtitan_mtp.mtp import ENGINES, add_heads
 from torchtitan_mtp.ops import LossOptions
 from torchtitan_mtp.trainer import Trainer
+from two_ranks import (
+    HALFWAY,
+    STEPS,
+    Trainings,
+    assert_trained_alike,
+    blocks,
+    counted,
+    train_on_rank,
+)
 
-SHARED = {"parallelism.expert_parallel_degree": 2}
-SAVES = {
-    "checkpoint.enable": True,
-    "checkpoint.interval": 5,
-    "checkpoint.last_save_model_only": False,
-}
 RUNS: dict[str, dict[str, Any]] = {  # of two sequences a step: one for each rank
     "chain": {
         **DEEPSEEK,
-        **SAVES,
+        **HALFWAY,
         "model.args.norm_eps": 1e-6,  # as transformers has it
-        "training.steps": 10,
         "activation_checkpoint.mode": "full",
     },
     "parallel": {
@@ -81,7 +71,7 @@ RUNS: dict[str, dict[str, Any]] = {  # of two sequences a step: one for each ran
     },
 }
 ONE, TWO = ({"training.local_batch_size": size, "training.global_batch_size": 2} for size in (2, 1))
-EAGER = {"compile.enable": False}
+TRAININGS = Trainings(RUNS, {**TWO, "parallelism.expert_parallel_degree": 2}, ONE)
 
 # Rows for experts 0 to 3, sorted, of which rank 0 has the first two. The second case leaves rank 1
 # without rows, and most experts too.
@@ -117,70 +107,32 @@ def collectives(mtp: MTP, ac: str) -> Counter[str]:
     model = add_heads(build_model(replace(SHAPE, n_layers=2)), mtp)
     model = parallelize(model, config, world, torch.float32, seed=0)
     n = mtp.num_future_tokens
-    batch, counts = make_batch(small_window(2, 9 + n, seed=world.rank), n), Counter[str]()
-    original = expert_parallel._all_to_all
+    batch = make_batch(small_window(2, 9 + n, seed=world.rank), n)
 
-    def counted(x: Tensor, *args: Any) -> Tensor:
-        counts["counts" if x.dtype == torch.int32 else "rows and weights"] += 1
-        return original(x, *args)
+    def what(x: Tensor, *_: Any) -> str:
+        return "counts" if x.dtype == torch.int32 else "rows and weights"
 
-    expert_parallel._all_to_all = counted
-    try:
+    with counted(expert_parallel, "_all_to_all", what=what) as counts:
         ENGINES[mtp.engine](model, batch, torch.ones(n), LossOptions(), True)
-    finally:
-        expert_parallel._all_to_all = original
     return counts
 
 
-COUNTED = {  # ([mtp], activation checkpointing) by name
-    "plain": (MTP(num_future_tokens=1), "none"),
-    "parallel 2": (MTP(num_future_tokens=2), "none"),
-    "parallel 6": (MTP(num_future_tokens=6), "none"),
-    "parallel 6, joint": (MTP(num_future_tokens=6, engine="joint"), "none"),
-    "chain 6": (MTP(num_future_tokens=6, heads="sequential"), "none"),
-    "plain, recomputed": (MTP(num_future_tokens=1), "full"),
-}
-
-
 def everything(rank: int, folder: Path) -> dict[str, Any]:
+    began: dict[str, Tensor] = {}
+    look = {"joint": lambda trainer: began.update(weights_of(trainer))}
     results: dict[str, Any] = {"exchanged": [exchanged(rank, case) for case in CASES]}
-    results["counts"] = {name: collectives(*case) for name, case in COUNTED.items()}
-    for name, keys in RUNS.items():
-        more = validation(folder, 10) if name == "chain" else {}
-        at = {"job.dump_folder": str(folder / name)}
-        began = results[f"{name} began"] = dict[str, Tensor]()
-        config = config_of(folder, TWO, SHARED, keys, more, at)
-        results[name] = train(config, lambda t, began=began: began.update(weights_of(t)))
-    at = {"job.dump_folder": str(folder / "resumed")}
-    results["resumed"] = train(config_of(folder, TWO, SHARED, RUNS["chain"], at))
-    return results
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("experts")
-    write_corpus(path, "jsonl")
-    write_corpus(path / "held_out", "jsonl", count=9, seed=9)
-    return path
+    results["counts"] = {name: collectives(*step) for name, step in STEPS.items()}
+    return {**results, **TRAININGS.on_ranks(folder, look), "began": began}
 
 
 @pytest.fixture(scope="module")
 def alone(folder) -> Run:
-    """One process, which saves what the ranks go on from."""
-    at = {"job.dump_folder": str(folder / "alone")}
-    run = train(config_of(folder, ONE, RUNS["chain"], validation(folder, 10), at))
-    step = "checkpoint/step-5"
-    shutil.copytree(folder / "alone" / step, folder / "resumed" / step)
-    return run
+    return TRAININGS.alone(folder)
 
 
 @pytest.fixture(scope="module")
 def ranks(folder, alone) -> list[dict[str, Any]]:
     return run_ranks(2, everything, folder, timeout=240)
-
-
-def assert_close(found: Any, expected: Any) -> None:
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
 
 
 def test_what_ranks_exchange(ranks):
@@ -209,39 +161,24 @@ def test_heads_add_only_their_own_collectives(ranks):
     """A block sends counts, rows, weights and outputs, and three gradients back; what is computed
     anew is sent anew. The plain model has one block with experts; one of its two is dense."""
     for name, found in ranks[0]["counts"].items():
-        n = COUNTED[name][0].num_future_tokens
-        again = {"plain, recomputed": 1, "chain 6": 5, "parallel 6, joint": 5}.get(name, 0)
-        assert found == {"counts": n + again, "rows and weights": 6 * n + 3 * again}, name
+        once, again = blocks(name, layers=1)
+        assert found == {"counts": once + again, "rows and weights": 6 * once + 3 * again}, name
 
 
 @pytest.mark.parametrize("name", RUNS)
 def test_two_ranks_train_as_one_process(name, ranks, alone, folder):
     """Losses, gradient norms, loads and biases: recomputed blocks and validation; saved exchanges,
     compiled blocks and the foreach optimizer; the joint engine and the balance loss."""
-    expected = alone if name == "chain" else train(config_of(folder, ONE, RUNS[name], EAGER))
-    first, second = (results[name] for results in ranks)
-    assert first.losses == second.losses
-    assert_close(first.losses, expected.losses)
-    for key in ("grad_norm", "n_tokens_seen"):
-        assert_close([s[key] for s in first.logged], [s[key] for s in expected.logged])
-    assert [s["extra_metrics"] for s in first.logged] == [
-        s["extra_metrics"] for s in expected.logged
-    ]
+    expected = alone if name == "chain" else TRAININGS.run(folder, name, "alone")
+    assert_trained_alike([results[name] for results in ranks], expected)
+    first = ranks[0][name]
     biases = {name for name in expected.weights if name.endswith(".expert_bias")}
     assert biases and all(torch.equal(first.weights[b], expected.weights[b]) for b in biases)
-    assert_close(first.validated, expected.validated)
 
 
 def test_checkpoints_go_from_one_layout_to_the_other(ranks, alone, folder):
-    """Five steps more: one process from what two ranks saved, and the reverse."""
-    resumed = ranks[0]["resumed"]
-    assert resumed.start == 5
-    assert_close(resumed.losses, alone.losses[5:])
-    step = "checkpoint/step-5"
-    shutil.copytree(folder / "chain" / step, folder / "back" / step)
-    back = train(config_of(folder, ONE, RUNS["chain"], {"job.dump_folder": str(folder / "back")}))
-    assert back.start == 5
-    assert_close(back.losses, ranks[0]["chain"].losses[5:])
+    """Two steps more: one process from what two ranks saved, and the reverse."""
+    TRAININGS.assert_go_on(folder, alone, ranks[0]["chain"], ranks[0]["resumed"])
 
 
 def test_weights_begin_and_are_exported_as_those_of_one_process(ranks, folder, tmp_path):
@@ -253,15 +190,11 @@ def test_weights_begin_and_are_exported_as_those_of_one_process(ranks, folder, t
 
     with contextlib.suppress(Interrupted):
         train(config_of(folder, ONE, RUNS["joint"]), look)
-    assert same(ranks[1]["joint began"], began)
-    export_checkpoint(folder / "chain", tmp_path / "hf", "deepseek_v3_hf")
+    assert same(ranks[1]["began"], began)
+    export_checkpoint(folder / "chain ranks", tmp_path / "hf", "deepseek_v3_hf")
     import_checkpoint(tmp_path / "hf", tmp_path / "back", "deepseek_v3_hf")
     found = weights(tmp_path / "back", load_toml(tmp_path / "back" / "config.toml"))
     assert same(found, ranks[0]["chain"].weights)
-
-
-def low_precision(rank: int, folder: Path, keys: dict[str, Any]) -> Run:
-    return train(config_of(folder, TWO, SHARED, keys))
 
 
 @pytest.mark.exhaustive
@@ -270,6 +203,6 @@ def test_bfloat16_and_float8_stay_close(converters, folder):
     """Their scales are of a rank's own tokens."""
     keys = {**DEEPSEEK, "model.converters": converters, "training.steps": 3}
     keys |= {"training.mixed_precision_param": "bfloat16", "quantize.linear.float8.emulate": True}
-    found, _ = run_ranks(2, low_precision, folder, keys)
+    found, _ = run_ranks(2, train_on_rank, folder, TRAININGS.of_ranks, keys)
     expected = train(config_of(folder, ONE, keys))
     torch.testing.assert_close(found.losses, expected.losses, rtol=0.02, atol=0)

@@ -7,7 +7,6 @@ run everything, and the tests look at what came of it.
 from __future__ import annotations
 
 import math
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,26 +15,26 @@ import torch
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from runs import DEEPSEEK, SEQUENTIAL, Run, config_of, train, validation, write_corpus
+from runs import DEEPSEEK, SEQUENTIAL, Run, config_of, train
 from spawn import run_ranks
 from torchtitan_mtp.checkpoint import folders
 from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.monitoring.losses import StepLosses
 from torchtitan_mtp.trainer import Trainer
+from two_ranks import HALFWAY, Trainings, assert_close, assert_trained_alike
 
 PIPELINE = {"parallelism.pipeline_parallel_degree": 2}
-RUNS: dict[str, dict[str, Any]] = {
+RUNS: dict[str, dict[str, Any]] = {  # schedules and micro-batches are the ranks' alone
     # Both ranks have the embedding. Two micro-batches of two sequences, of windows with two.
     "tied chain": {
         **SEQUENTIAL,
+        **HALFWAY,
         "model.args.tied_embeddings": True,
-        "training.steps": 4,
         "training.global_batch_size": 4,
         "activation_checkpoint.mode": "selective",
         "optimizer.implementation": "foreach",
-        "checkpoint.enable": True,
-        "checkpoint.interval": 2,
-        "checkpoint.last_save_model_only": False,
+        "parallelism.pipeline_parallel_microbatch_size": 2,
+        "parallelism.pipeline_parallel_schedule": "GPipe",
     },
     "experts": {**DEEPSEEK, "training.steps": 2, "model.args.moe.aux_loss_coeff": 0.5},
     "several stages": {
@@ -44,15 +43,11 @@ RUNS: dict[str, dict[str, Any]] = {
         "training.global_batch_size": 4,
         "mtp.engine": "joint",
         "mtp.target": "trunk",
+        "validation.enable": True,
+        "parallelism.pipeline_parallel_schedule": "InterleavedZeroBubble",
     },
 }
-ON_RANKS: dict[str, dict[str, Any]] = {
-    "tied chain": {
-        "parallelism.pipeline_parallel_microbatch_size": 2,
-        "parallelism.pipeline_parallel_schedule": "GPipe",
-    },
-    "several stages": {"parallelism.pipeline_parallel_schedule": "InterleavedZeroBubble"},
-}
+TRAININGS = Trainings(RUNS, of_ranks=PIPELINE)
 SAVED = "tied chain"
 CASES = [SAVED, *(pytest.param(name, marks=pytest.mark.exhaustive) for name in list(RUNS)[1:])]
 
@@ -68,11 +63,6 @@ def low(folder: Path, where: str) -> dict[str, Any]:
         "training.steps": 2,
         "job.dump_folder": str(folder / f"low {where}"),
     }
-
-
-def keys_of(name: str, folder: Path, where: str) -> dict[str, Any]:
-    at = {"job.dump_folder": str(folder / f"{name} {where}")}
-    return {**RUNS[name], **(validation(folder, 2) if name != "experts" else {}), **at}
 
 
 def spoil(trainer: Trainer) -> None:
@@ -101,54 +91,35 @@ def note_sizes(sizes: list[int]) -> None:
 
 
 def on_ranks(rank: int, folder: Path, name: str) -> dict[str, Any]:
-    keys, sizes = (PIPELINE, ON_RANKS.get(name, {})), list[int]()
-    note_sizes(sizes)
-    found: dict[str, Any] = {"sizes": sizes}
-    found |= {"run": train(config_of(folder, keys_of(name, folder, "ranks"), *keys))}
+    found: dict[str, Any] = {"sizes": list[int]()}
+    note_sizes(found["sizes"])
+    found["run"] = TRAININGS.run(folder, name, "ranks")
     if name == SAVED:
         found["low"] = train(config_of(folder, PIPELINE, low(folder, "ranks")))
-        resumed = config_of(folder, keys_of(name, folder, "resumed"), *keys)
-        found["resumed"] = train(resumed)
+        found["resumed"] = TRAININGS.run(folder, name, "resumed")
         with pytest.raises(UserError) as error:
-            train(config_of(folder, keys_of(name, folder, "spoiled"), *keys), spoil)
+            TRAININGS.run(folder, name, "spoiled", spoil)
         found["error"] = str(error.value)
         found["largest"] = [largest_loss(rank, lost) for lost in (0, 1, 2)]
     return found
 
 
 @pytest.fixture(scope="module", params=CASES)
-def case(request, tmp_path_factory) -> tuple[str, Path, Run, list[dict[str, Any]]]:
+def case(request, folder) -> tuple[str, Path, Run, list[dict[str, Any]]]:
     """A run's name, folder, what one process made of it, which saves what the ranks go on from,
     and what each rank made of it."""
-    name, folder = request.param, tmp_path_factory.mktemp("pipeline")
-    write_corpus(folder, "jsonl")
-    write_corpus(folder / "held_out", "jsonl", count=9, seed=9)
-    alone = train(config_of(folder, keys_of(name, folder, "alone")))
-    if name == SAVED:
-        step = "checkpoint/step-2"
-        shutil.copytree(folder / f"{name} alone" / step, folder / f"{name} resumed" / step)
+    name = request.param
+    alone = TRAININGS.alone(folder) if name == SAVED else TRAININGS.run(folder, name, "alone")
     return name, folder, alone, run_ranks(2, on_ranks, folder, name, timeout=240)
-
-
-def assert_close(found: Any, expected: Any) -> None:
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
 
 
 def test_two_ranks_train_as_one_process(case):
     """With checkpointed blocks, tied embeddings and a chain; experts with a balance loss; several
     stages a rank, and backwards in two parts."""
-    _, _, expected, (first, second) = case
-    found, other = first["run"], second["run"]
-    assert found.losses == other.losses
-    assert_close(found.losses, expected.losses)
-    for key in ("grad_norm", "n_tokens_seen", "global_max_loss", "head_accuracies"):
-        assert_close([s[key] for s in found.logged], [s[key] for s in expected.logged])
-    for key in ("extra_metrics", "head_scales"):
-        assert [s[key] for s in found.logged] == [s[key] for s in expected.logged]
-    assert_close(found.validated, expected.validated)
-    for ours, single in zip(found.acceptance, expected.acceptance, strict=True):
-        assert ours.drafted == single.drafted and min(ours.drafted) > 100
-        torch.testing.assert_close(ours.agreed, single.agreed, rtol=0, atol=2)  # ties
+    _, _, expected, ranks = case
+    assert_trained_alike([found["run"] for found in ranks], expected)
+    largest = [[s["global_max_loss"] for s in run.logged] for run in (ranks[0]["run"], expected)]
+    assert_close(*largest)
 
 
 def test_bfloat16_stays_close(case):
@@ -175,14 +146,7 @@ def test_checkpoints_go_from_one_layout_to_the_other(case):
     name, folder, alone, ranks = case
     if name != SAVED:
         return
-    resumed = ranks[0]["resumed"]
-    assert resumed.start == 2
-    assert_close(resumed.losses, alone.losses[2:])
-    step = "checkpoint/step-2"
-    shutil.copytree(folder / f"{name} ranks" / step, folder / f"{name} back" / step)
-    back = train(config_of(folder, keys_of(name, folder, "back")))
-    assert back.start == 2
-    assert_close(back.losses, ranks[0]["run"].losses[2:])
+    TRAININGS.assert_go_on(folder, alone, ranks[0]["run"], ranks[0]["resumed"])
 
 
 def test_room_is_asked_for_the_tensors_of_all_stages(case):

@@ -27,10 +27,10 @@ from runs import (
     same,
     train,
     validation,
-    write_corpus,
 )
 from spawn import run_ranks
 from torchtitan_mtp.trainer import Trainer
+from two_ranks import counted
 
 CURRICULUM = {"mtp.curriculum": "forward"}  # with heads that the optimizer has no state of yet
 FAMILIES = {"joint": JOINT, "head_by_head": HEAD_BY_HEAD, "chain": {**SEQUENTIAL, **CURRICULUM}}
@@ -95,30 +95,21 @@ def count_reductions(folder: Path, keys: dict[str, Any], every: bool) -> list[in
     accumulate = {"training.global_batch_size": 12, "training.local_batch_size": 2}
     accumulate["training.reduce_every_micro_batch"] = every
     trainer = Trainer(config_of(folder, keys, accumulate))
-    counts: list[int] = []
-    seen = 0
     # What FSDP2 calls: the name before torch 2.13, and since.
     name = "reduce_scatter_single"
     name = name if hasattr(dist, name) else "reduce_scatter_tensor"
-    engine, reduce_scatter = trainer.pieces.engine, getattr(dist, name)
-
-    def counting(*args: Any, **options: Any) -> Any:
-        nonlocal seen
-        seen += 1
-        return reduce_scatter(*args, **options)
+    engine, counts = trainer.pieces.engine, list[int]()
 
     def micro_batch(*args: Any) -> Any:
-        before = seen
-        output = engine(*args)
-        counts.append(seen - before)  # clipping, after the last one, has collectives of its own
+        with counted(dist, name) as reductions:  # clipping, after the last one, has its own
+            output = engine(*args)
+        counts.append(reductions.total())
         return output
 
     trainer.pieces.engine = micro_batch
-    setattr(dist, name, counting)
     try:
         trainer.train_step()
     finally:
-        setattr(dist, name, reduce_scatter)
         finish(trainer)
     return counts
 
@@ -150,14 +141,6 @@ def everything(rank: int, folder: Path) -> dict[str, Any]:
         train(config_of(folder, saves), interrupt_after(2))
         results[option] = train(config_of(folder, saves))
     return results
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("training")
-    write_corpus(path, "jsonl")
-    write_corpus(path / "held_out", "jsonl", count=9, seed=9)
-    return path
 
 
 @pytest.fixture(scope="module")

@@ -29,6 +29,7 @@ from torchtitan_mtp.ops import (
     linear_cross_entropy,
     token_losses,
 )
+from two_ranks import counted
 
 N, D, V, HEADS = 24, 8, 32, 3  # on 3 ranks: 11, 11 and 10 tokens
 SCALES = torch.tensor([0.1, 0.0, 0.7])
@@ -188,18 +189,12 @@ def costs() -> tuple[Counter[str], Counter[str], int]:
     """Reductions of three chunks, without a teacher and with one; and the peak in bytes."""
     hiddens, weight, labels, _ = problem()
     own, vocabulary = spread(weight)
-    counts: list[Counter[str]] = []
-    all_reduce = funcol.all_reduce
-
-    def counted(x: Tensor, op: str, group: Any) -> Tensor:
-        counts[-1][f"{op} {list(x.shape)}"] += 1
-        return all_reduce(x, op, group)
-
-    with mock.patch.object(funcol, "all_reduce", counted):
-        for more in ({}, {"target_loss": "lk", "teacher": hiddens[0]}):
-            counts.append(Counter())
-            how = {"chunk_rows": 8, "vocabulary": vocabulary, **more}
+    counts = []
+    for more in ({}, {"target_loss": "lk", "teacher": hiddens[0]}):
+        how = {"chunk_rows": 8, "vocabulary": vocabulary, **more}
+        with counted(funcol, "all_reduce", what=lambda x, op, _: f"{op} {list(x.shape)}") as found:
             linear_cross_entropy(hiddens[:1], own, torch.ones_like(labels[:, :1]), first=1, **how)
+        counts.append(found)
     hidden, weight = torch.randn(512, 4), torch.randn(3000, 4)
     own, vocabulary = spread(weight)
     y = torch.zeros(512, 1, dtype=torch.int64)
