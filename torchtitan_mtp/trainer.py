@@ -37,8 +37,8 @@ from torchtitan_mtp.distributed.float8 import convert_to_float8, float8_scales_a
 from torchtitan_mtp.distributed.heartbeat import Heartbeat
 from torchtitan_mtp.distributed.memory import check_run
 from torchtitan_mtp.distributed.mesh import all_reduce, init_world, set_determinism
-from torchtitan_mtp.distributed.parallelize import OnePiece
-from torchtitan_mtp.distributed.pipeline import Pipeline, in_pieces
+from torchtitan_mtp.distributed.parallelize import OnePiece, parallelize
+from torchtitan_mtp.distributed.pipeline import Pipeline
 from torchtitan_mtp.distributed.ranks import Ranks, agree, shared_settings
 from torchtitan_mtp.distributed.shared_cores import SharedCores
 from torchtitan_mtp.distributed.stopping import Stopping
@@ -50,12 +50,7 @@ from torchtitan_mtp.monitoring.gc import GarbageCollection
 from torchtitan_mtp.monitoring.losses import MissingTargets, StepLosses
 from torchtitan_mtp.monitoring.metrics import MetricsProcessor
 from torchtitan_mtp.monitoring.profiling import Profiling
-from torchtitan_mtp.mtp import (
-    clear_unused_gradients,
-    copy_last_layer,
-    head_scales,
-    head_weights,
-)
+from torchtitan_mtp.mtp import clear_unused_gradients, copy_last_layer, head_scales, head_weights
 from torchtitan_mtp.nonfinite import FiniteGuard, find_cause
 from torchtitan_mtp.ops import LossOptions
 from torchtitan_mtp.optimizer import build_optimizer, build_scheduler, clip_gradients
@@ -178,9 +173,11 @@ class Trainer:
             f", of which {heads:,} in {further_heads(self.n)}" if self.n > 1 else "",
             str(self.param_dtype).removeprefix("torch."),
         )
+        how, options = (config, self.world, self.param_dtype, self.seed), self.loss_options
+        if config.parallelism.pipeline_parallel_degree == 1:
+            return OnePiece(parallelize(model, *how), config, self.world, options)
         cost = cost_in_layers(model, config.training.seq_len, self.flops_per_token)
-        how = (config, self.world, self.param_dtype, self.seed, self.loss_options)
-        return in_pieces(model, *how, heads_cost=cost, windows=self.accumulation)
+        return Pipeline(model, *how, options, heads_cost=cost, windows=self.accumulation)
 
     def _load(self) -> None:
         """Resume or load initial weights; heads that were not loaded are initialised (mtp.init)."""

@@ -19,7 +19,8 @@ from torch.distributed.pipelining.schedules import _PipelineSchedule
 from torch.distributed.pipelining.stage import InferenceMode
 
 from benchmarks.fake_gpu import put_on
-from torchtitan_mtp.distributed import parallelize, pipeline
+from torchtitan_mtp import trainer
+from torchtitan_mtp.distributed import pipeline
 from torchtitan_mtp.distributed.pipeline import Pipeline
 from torchtitan_mtp.distributed.stages import SPLIT_BACKWARD
 from torchtitan_mtp.models.trunk import Trunk
@@ -106,7 +107,7 @@ def pieces_on(device: Any) -> Iterator[None]:
             stage._inference_mode = InferenceMode.STATIC
 
     with (
-        mock.patch.object(parallelize, "parallelize", put_and_parallelize),
+        mock.patch.object(trainer, "parallelize", put_and_parallelize),
         mock.patch.object(pipeline, "parallelize", put_and_parallelize),
         mock.patch.object(_PipelineSchedule, "_warmup_p2p", answered),
         mock.patch.object(pipeline, "int", _place, create=True),

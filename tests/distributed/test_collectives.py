@@ -82,13 +82,13 @@ def pipeline_on_rank(rank: int):
 def collectives_of_a_pipeline(mtp: MTP) -> tuple[Counter[str], Counter[str]]:
     """As `collectives_of_a_step`, on one of two stages: of two micro-batches."""
     config = JobConfig()
-    config.mtp, config.training.seq_len = mtp, 9
+    config.mtp, config.training.seq_len, config.training.local_batch_size = mtp, 9, 2
     config.parallelism.pipeline_parallel_degree = 2
     config.parallelism.pipeline_parallel_microbatch_size = 2
     world, n = init_world(config.parallelism), mtp.num_future_tokens
     model = add_heads(build_model(ARGS), mtp)
     how = (config, world, torch.float32, 0, LossOptions())
-    pipeline = Pipeline(model, *how, heads_cost=0.0, micro_batches=2)
+    pipeline = Pipeline(model, *how, heads_cost=0.0, windows=2)
     batches = [make_batch(small_window(2, 9 + n), n)] * 2
     return of_units(pipeline.model, lambda: pipeline.step(batches, torch.ones(n)))
 

@@ -61,7 +61,7 @@ def config_of(mtp: MTP, degrees: Degrees, ac: str = "none", schedule: str = "1F1
         expert_parallel_degree=degrees.ep,
         tensor_parallel_degree=degrees.tp,
     )
-    config.training.seq_len = length_of(degrees)
+    config.training.seq_len, config.training.local_batch_size = length_of(degrees), 2
     return config
 
 
@@ -77,7 +77,7 @@ def step_on_rank(rank: int, degrees: Degrees, mtp: MTP, ac: str, args: ModelArgs
     options, pipeline = loss_options(mtp), None
     if degrees.pp > 1:
         how = (config, world, torch.float32, 0, options)
-        pipeline = Pipeline(model, *how, heads_cost=1.0, micro_batches=ACCUMULATION)
+        pipeline = Pipeline(model, *how, heads_cost=1.0, windows=ACCUMULATION)
         model = pipeline.model
     else:
         model = parallelize(model, config, world, torch.float32, seed=0)

@@ -21,7 +21,6 @@ from runs import DEEPSEEK, HEAD_BY_HEAD, JOINT, SEQUENTIAL, config_of
 from spawn import run_ranks
 from tests.small import ARGS
 from torchtitan_mtp.config import MTP
-from torchtitan_mtp.distributed import parallelize as parallelizing
 from torchtitan_mtp.distributed.mesh import Degrees, world_of
 from torchtitan_mtp.inference.decoding import Decoder, generate
 from torchtitan_mtp.models.packed import block_mask
@@ -62,7 +61,7 @@ def trainer_on(gpu: PretendGPU, folder: Path, keys: dict) -> Trainer:
         with gpu:
             return original(*arguments)
 
-    original, parallelizing.parallelize = parallelizing.parallelize, parallelize
+    original, module.parallelize = module.parallelize, parallelize
     module.init_world = init_world
     module.check_run = module.peak_flops = lambda *_: None
     none = {"memory/max_reserved(GiB)": 0.0, "memory/max_reserved(%)": 0.0}
@@ -72,7 +71,7 @@ def trainer_on(gpu: PretendGPU, folder: Path, keys: dict) -> Trainer:
     try:
         return Trainer(config_of(folder, KEYS, keys))
     finally:
-        parallelizing.parallelize = original
+        module.parallelize = original
 
 
 def training(gpu: PretendGPU, folder: Path, keys: dict) -> dict[str, list[str]]:

@@ -43,10 +43,10 @@ _MOST_BUFFERED = 4 * 2**30  # bytes of a block's gradients that may wait to be r
 
 class OnePiece:
     """A model that is whole on every rank, or on the ranks that share its parameters, and how it
-    runs; what `Pipeline` is for one in stages. Arguments: those of `parallelize`.
+    runs; what `Pipeline` is for one in stages.
 
     Attributes:
-        model: parallelized.
+        model: as `parallelize` returned it.
         parts: it alone.
     """
 
@@ -54,17 +54,8 @@ class OnePiece:
     copied: nn.Parameter | None = None
     set_timeout = staticmethod(set_timeout)
 
-    def __init__(
-        self,
-        model: Trunk,
-        config: JobConfig,
-        world: World,
-        param_dtype: torch.dtype,
-        seed: int,
-        options: LossOptions,
-    ) -> None:
-        self.model = parallelize(model, config, world, param_dtype, seed)
-        self.parts = [self.model]
+    def __init__(self, model: Trunk, config: JobConfig, world: World, options: LossOptions) -> None:
+        self.model, self.parts = model, [model]
         self.device, self.engine, self.options = world.device, ENGINES[config.mtp.engine], options
         self.always = config.training.reduce_every_micro_batch
 

@@ -28,7 +28,7 @@ from torchtitan_mtp.config import JobConfig
 from torchtitan_mtp.data.run import micro_batches_in_window
 from torchtitan_mtp.data.targets import Batch
 from torchtitan_mtp.distributed.mesh import World, set_timeout
-from torchtitan_mtp.distributed.parallelize import OnePiece, parallelize
+from torchtitan_mtp.distributed.parallelize import parallelize
 from torchtitan_mtp.distributed.stages import (
     ONE_STAGE,
     check_schedule,
@@ -52,7 +52,7 @@ class Pipeline:
     Args:
         model: the whole, on the meta device with its converters applied.
         heads_cost: as in `layers_of_stages`.
-        micro_batches: of every step.
+        windows: of a loader, that a step reads.
 
     Attributes:
         model: all that this rank has, under the names that it has in the whole model.
@@ -72,13 +72,15 @@ class Pipeline:
         options: LossOptions,
         *,
         heads_cost: float,
-        micro_batches: int,
+        windows: int,
     ) -> None:
         mesh, parallelism = world.dimension("pp"), config.parallelism
         assert mesh is not None
+        in_window = micro_batches_in_window(config)
+        micro_batches = windows * in_window
         self.group, self.rank, ranks = mesh.get_group(), mesh.get_local_rank(), mesh.size()
         schedule = parallelism.pipeline_parallel_schedule
-        check_schedule(parallelism, model, micro_batches, micro_batches_in_window(config))
+        check_schedule(parallelism, model, micro_batches, in_window)
         layers = layers_of_stages(parallelism, model.args.n_layers, heads_cost)
         count = len(layers)
         own = [stages_of_rank(rank, ranks, count, schedule) for rank in range(ranks)]
@@ -196,26 +198,6 @@ class Pipeline:
         for work in dist.batch_isend_irecv(operations):
             work.wait()
         grad += other
-
-
-def in_pieces(
-    model: Trunk,
-    config: JobConfig,
-    world: World,
-    param_dtype: torch.dtype,
-    seed: int,
-    options: LossOptions,
-    *,
-    heads_cost: float,
-    windows: int,
-) -> OnePiece | Pipeline:
-    """The model as the configuration has it run; windows: of a loader, that a step reads. Other
-    arguments and errors: those of the two."""
-    how = (config, world, param_dtype, seed, options)
-    if config.parallelism.pipeline_parallel_degree == 1:
-        return OnePiece(model, *how)
-    count = windows * micro_batches_in_window(config)
-    return Pipeline(model, *how, heads_cost=heads_cost, micro_batches=count)
 
 
 class _Stage(PipelineStage):
