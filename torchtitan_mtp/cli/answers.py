@@ -151,6 +151,7 @@ class Answering:
             most_drafts(model, args.num_draft)
 
     def encode(self, prompt: Prompt) -> list[int]:
+        """The ids of a prompt, without any of its answer."""
         return encode(self.args, self.tokenizer, self.chat, prompt)
 
     def answer(self, prompts: list[Prompt], first: int) -> list[dict[str, Any]]:

@@ -14,6 +14,13 @@ from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.models.trunk import Trunk
 
 
+def new_parser(about: str | None) -> argparse.ArgumentParser:
+    """Of a program whose docstring is what --help says."""
+    return argparse.ArgumentParser(
+        description=about, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+
 def path(text: str) -> Path:
     """`type=` of an argument that is a file or folder; "~" is the home folder, also where a shell
     leaves it, as in `--json=~/figures.json`."""

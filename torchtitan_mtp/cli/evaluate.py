@@ -22,7 +22,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from torchtitan_mtp.cli.arguments import check_generation, exit_status, path
+from torchtitan_mtp.cli.arguments import check_generation, exit_status, new_parser, path
 from torchtitan_mtp.cli.figures import new_figure
 from torchtitan_mtp.config import JobConfig
 from torchtitan_mtp.data.tokenizer import Tokenizer
@@ -40,10 +40,9 @@ from torchtitan_mtp.writing import written_whole
 CHAT = ("apply_chat_template", "system_instruction")
 
 
-def parse_arguments(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    """--help, and what argparse refuses, end the program: SystemExit, of status 0 and 2."""
+    parser = new_parser(__doc__)
     parser.add_argument(
         "checkpoint",
         type=os.path.expanduser,
@@ -143,16 +142,19 @@ def measure_on_continuation(
 
 
 def check_length(model: Trunk, length: int, what: str) -> None:
+    """UserError where the model takes fewer tokens; what: the arguments that ask for them."""
     if length > model.args.max_seq_len:
         longest = model.args.max_seq_len
         raise UserError(f"{what}: {length} tokens, but the model takes {longest} at most")
 
 
 def percent(rate: float) -> str:
+    """Such as "25.0%", or "-" where there is none (nan)."""
     return "-" if math.isnan(rate) else f"{100 * rate:.1f}%"
 
 
 def figure(value: float, digits: int = 2) -> str:
+    """With so many digits behind the point, or "-" where there is none (nan)."""
     return "-" if math.isnan(value) else f"{value:.{digits}f}"
 
 
@@ -299,6 +301,8 @@ def draw(results: dict[str, Any], out: Path) -> None:
 
 
 def write_json(results: dict[str, Any], out: Path) -> None:
+    """Of what is not finite, null, which JSON has. UserError where it can't be written."""
+
     def plain(value: Any) -> Any:
         if isinstance(value, dict):
             return {key: plain(item) for key, item in value.items()}
@@ -314,6 +318,7 @@ def write_json(results: dict[str, Any], out: Path) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    """UserError for arguments that make no sense, and for what can't be read, measured, written."""
     check_arguments(args)
     is_hf = (Path(args.checkpoint) / "config.json").is_file()
     if is_hf and not (args.source or args.tasks):
@@ -341,7 +346,8 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse_arguments(sys.argv[1:] if argv is None else argv)
+    """The exit status: 0, or 1 after one line on stderr that says what is wrong."""
+    args = parse_arguments(argv)
 
     def program() -> None:
         with SharedCores(), memory_told("lower --batch_size, --prompts or --max_new_tokens"):

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from torchtitan_mtp.cli.answers import BATCH_SIZE, check_output, write_answers
-from torchtitan_mtp.cli.arguments import check_generation, exit_status, path, sampling
+from torchtitan_mtp.cli.arguments import check_generation, exit_status, new_parser, path, sampling
 from torchtitan_mtp.cli.prompts import Message, Prompt, encode, read_prompts
 from torchtitan_mtp.cli.show import print_shown, show
 from torchtitan_mtp.cli.show_html import write_page
@@ -40,15 +40,27 @@ from torchtitan_mtp.inference.text_stream import TextStream
 from torchtitan_mtp.models.trunk import Trunk
 
 
-def parse_arguments(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    """--help, and what argparse refuses, end the program: SystemExit, of status 0 and 2."""
+    parser = new_parser(__doc__)
     parser.add_argument(
         "checkpoint",
         type=os.path.expanduser,
         help="a step-N folder, a run's folder, or a HF folder",
     )
+    _add_texts(parser)
+    _add_decoding(parser)
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        help="of weights and cache; default: bfloat16 on a GPU that multiplies it, else float32",
+    )
+    parser.add_argument("--device", help="default: cuda where there is one, else cpu")
+    return parser.parse_args(argv)
+
+
+def _add_texts(parser: argparse.ArgumentParser) -> None:
+    """What is continued, and where the answers go."""
     prompt = parser.add_mutually_exclusive_group(required=True)
     prompt.add_argument(
         "--prompt", action="append", default=[], help="the text to continue; may be repeated"
@@ -75,6 +87,10 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--special_tokens", action="store_true", help="special tokens that a prompt spells are such"
     )
+
+
+def _add_decoding(parser: argparse.ArgumentParser) -> None:
+    """How long, by which tokens, and how fast."""
     parser.add_argument("--max_new_tokens", type=int, default=100, help="default: 100")
     parser.add_argument(
         "--stop", action="append", default=[], help="end before this text; may be repeated"
@@ -103,24 +119,20 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--cuda_graphs", action="store_true", help="launch a step as a whole, on a GPU"
     )
-    parser.add_argument(
-        "--dtype",
-        choices=DTYPES,
-        help="of weights and cache; default: bfloat16 on a GPU that multiplies it, else float32",
-    )
-    parser.add_argument("--device", help="default: cuda where there is one, else cpu")
-    return parser.parse_args(argv)
 
 
 def number_of_drafts(text: str) -> int | str:
+    """`type=` of --num_draft."""
     return text if text == "auto" else int(text)
 
 
 def percent(rate: float, of: int) -> str:
+    """Such as "25.0% of 8"."""
     return f"{100 * rate:.1f}% of {of}" if of else "never compared"
 
 
 def figure(value: float, form: str) -> str:
+    """In this format, or "-" where there is none (nan)."""
     return "-" if math.isnan(value) else form.format(value)
 
 
@@ -326,6 +338,7 @@ def answer(
 
 
 def run(args: argparse.Namespace) -> None:
+    """UserError for arguments that do not go together, and for what can't be read or decoded."""
     if args.num_draft is not None and not (args.speculative or args.compare):
         raise UserError("--num_draft: needs --speculative or --compare")
     if "" in args.stop:
@@ -355,7 +368,8 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse_arguments(sys.argv[1:] if argv is None else argv)
+    """The exit status: 0, or 1 after one line on stderr that says what is wrong."""
+    args = parse_arguments(argv)
 
     def program() -> None:
         with SharedCores(), memory_told("lower --max_new_tokens, or give fewer prompts at a time"):

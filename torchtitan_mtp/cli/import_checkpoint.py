@@ -14,16 +14,15 @@ import sys
 import torch
 
 from torchtitan_mtp.build import model_summary
-from torchtitan_mtp.cli.arguments import exit_status
+from torchtitan_mtp.cli.arguments import exit_status, new_parser
 from torchtitan_mtp.formats import FORMATS, import_checkpoint
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
 
 
-def parse_arguments(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    """--help, and what argparse refuses, end the program: SystemExit, of status 0 and 2."""
+    parser = new_parser(__doc__)
     parser.add_argument(
         "source",
         type=os.path.expanduser,
@@ -41,7 +40,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse_arguments(sys.argv[1:] if argv is None else argv)
+    """The exit status: 0, or 1 after one line on stderr that says what is wrong."""
+    args = parse_arguments(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
 
     def program() -> None:

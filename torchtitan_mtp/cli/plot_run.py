@@ -7,14 +7,13 @@ one. Heads differ in colour, runs in the style of line.
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torchtitan_mtp.cli.arguments import exit_status, path
+from torchtitan_mtp.cli.arguments import exit_status, new_parser, path
 from torchtitan_mtp.cli.figures import new_figure
 from torchtitan_mtp.cli.show import hue
 from torchtitan_mtp.errors import UserError
@@ -107,9 +106,8 @@ def draw_run(axes: Any, scalars: Scalars, line: dict[str, Any], dots: dict[str, 
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    """The exit status: 0, or 1 after one line on stderr that says what is wrong."""
+    parser = new_parser(__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", type=path, help="a run's dump folder")
     parser.add_argument("out", metavar="OUT", type=path, help="the picture, .png, .svg or .pdf")
     args = parser.parse_args(argv)

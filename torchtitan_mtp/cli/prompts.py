@@ -59,6 +59,7 @@ def read_records(file: os.PathLike[str], text: str, chat: bool) -> list[Prompt]:
 
 
 def are_messages(value: Any) -> bool:
+    """Whether it is a list of {"role": TEXT, "content": TEXT}."""
     return isinstance(value, list) and all(
         isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
         for m in value

@@ -75,6 +75,7 @@ class Span(NamedTuple):
 
     @property
     def drafted(self) -> bool:
+        """By one of heads 2..n, accepted or not."""
         return self.head > 1
 
 
@@ -209,6 +210,7 @@ def has_colors(console: Console) -> bool:
 
 
 def style(head: int, rejected: bool = False) -> Style:
+    """Bold for the prompt, none for head 1; of drafts the head's colour, struck out if rejected."""
     if head <= 1:
         return Style(bold=head == PROMPT)
     if rejected:
@@ -236,6 +238,7 @@ def marked(spans: Sequence[Span]) -> str:
 
 
 def superscript(number: int) -> str:
+    """The number in small raised digits."""
     return str(number).translate(_SUPERSCRIPTS)
 
 

@@ -24,6 +24,7 @@ CHECKED_DOCUMENTS = 64
 
 
 def main() -> None:
+    """SystemExit with one line that says what is wrong, and status 1."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
         "--source",
@@ -101,6 +102,7 @@ def open_source(name: str) -> Source:
 
 
 def documents(source: Source) -> Iterator[str]:
+    """Its texts, and what some of them answer."""
     for i in range(len(source)):
         yield source[i].prompt
         yield source[i].text
