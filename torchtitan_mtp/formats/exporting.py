@@ -109,20 +109,33 @@ def export_checkpoint(
         logger.warning("%s: holds heads without %s; %s", out, names_line(left), how)
     tensors = _outward(source, table, spec, dtype)
     with written_aside(Path(out), tensors.bytes) as folder:
-        if form.container == "safetensors":
-            write_safetensors(folder, tensors, max_shard_size)
-            dtype = next(iter(tensors.kinds.values())).dtype
-            _write_hf_files(folder, config, form.write_config(spec), dtype)
-        elif form.container == "pth":
-            write_pth(folder / "consolidated.pth", tensors)
-            write_json(folder / "params.json", form.write_config(spec))
-            if config.model.hf_assets_path:
-                copy_tokenizer(config.model.hf_assets_path, folder)
-        else:
+        if form.container == "dcp":
             write_dcp(folder, tensors, record_of(spec) | {"format": format_name})
             logger.warning("%s: TorchTitan's flavor has to have %s", out, untold(record_of(spec)))
+        else:
+            _write_model(form, folder, tensors, config, spec, max_shard_size)
         verify(open_tensors(form, folder), tensors)
     return spec
+
+
+def _write_model(
+    form: Format,
+    folder: Path,
+    tensors: Tensors,
+    config: JobConfig,
+    spec: ModelSpec,
+    max_shard_size: int,
+) -> None:
+    """Weights, the configuration that describes them, and the tokenizer."""
+    if form.container == "safetensors":
+        write_safetensors(folder, tensors, max_shard_size)
+        dtype = next(iter(tensors.kinds.values())).dtype
+        _write_hf_files(folder, config, form.write_config(spec), dtype)
+        return
+    write_pth(folder / "consolidated.pth", tensors)
+    write_json(folder / "params.json", form.write_config(spec))
+    if config.model.hf_assets_path:
+        copy_tokenizer(config.model.hf_assets_path, folder)
 
 
 def _first(spec: ModelSpec, modules: int | None) -> ModelSpec:

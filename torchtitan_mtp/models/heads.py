@@ -59,6 +59,17 @@ class TrunkOutput(NamedTuple):
     embedded: Tensor | None = None
 
 
+class HeadsInput(NamedTuple):
+    """What heads are run forward and backward on: a micro-batch, what the trunk made of it, and the
+    loss. reduce: whether gradients are reduced over the ranks now."""
+
+    model: Trunk
+    batch: Batch
+    trunk: TrunkOutput
+    head_loss: HeadByHeadLoss
+    reduce: bool
+
+
 class HeadsOutput(NamedTuple):
     """What the heads make of a trunk's output: losses by head, 1..n; and what the trunk's backward
     begins with, tensors of `TrunkOutput` and their gradients, none where it is frozen."""
@@ -100,18 +111,8 @@ class Heads(nn.Module):
         """The module that runs first in `turns`; taught: where heads 2..n learn from head 1."""
         raise NotImplementedError
 
-    def turns(
-        self,
-        model: Trunk,
-        batch: Batch,
-        trunk: TrunkOutput,
-        head_loss: HeadByHeadLoss,
-        reduce: bool,
-    ) -> HeadsOutput:
-        """The heads' forwards and backwards on one micro-batch, down to the trunk's output.
-
-        reduce: whether gradients are reduced over the ranks now.
-        """
+    def turns(self, given: HeadsInput) -> HeadsOutput:
+        """The heads' forwards and backwards on one micro-batch, down to the trunk's output."""
         raise NotImplementedError
 
     def trunk_input(self, state: Tensor, detach: bool = True) -> tuple[Tensor, NormParams]:

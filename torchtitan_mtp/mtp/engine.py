@@ -20,7 +20,7 @@ from torch.profiler import record_function
 
 from torchtitan_mtp.data.targets import Batch
 from torchtitan_mtp.errors import UserError
-from torchtitan_mtp.models.heads import TrunkOutput
+from torchtitan_mtp.models.heads import HeadsInput, TrunkOutput
 from torchtitan_mtp.models.trunk import Trunk
 from torchtitan_mtp.mtp.schedule import next_backward_is_last, reshard_again, unshard_beside
 from torchtitan_mtp.ops import HeadByHeadLoss, LossOptions, LossOutput
@@ -82,7 +82,8 @@ def head_by_head(
         first = model.mtp.first_module(options.target_loss is not None)
         unshard_beside(layer, first, model.output)
     trunk = model.forward_trunk(batch)
-    losses, roots, gradients = model.mtp.turns(model, batch, trunk, head_loss, reduce)
+    given = HeadsInput(model, batch, trunk, head_loss, reduce)
+    losses, roots, gradients = model.mtp.turns(given)
     if roots:
         reshard_again(model.output)
         next_backward_is_last(model, reduce)
@@ -105,7 +106,8 @@ def heads_backward(
     over the ranks."""
     head_loss = HeadByHeadLoss(head_scales, options)
     if engine == "head_by_head" and model.mtp is not None:
-        losses, roots, gradients = model.mtp.turns(model, batch, trunk, head_loss, reduce=False)
+        given = HeadsInput(model, batch, trunk, head_loss, reduce=False)
+        losses, roots, gradients = model.mtp.turns(given)
         return _together([losses[k] for k in sorted(losses)]), roots, gradients
     leaf = trunk.state.detach().requires_grad_(trunk.state.requires_grad)
     own = trunk._replace(state=leaf)

@@ -24,9 +24,14 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 from torchtitan_mtp.config import MTP
-from torchtitan_mtp.data.targets import Batch
-from torchtitan_mtp.models.heads import BlockContext, Heads, HeadsOutput, TrunkOutput, TrunkParts
-from torchtitan_mtp.models.trunk import Trunk
+from torchtitan_mtp.models.heads import (
+    BlockContext,
+    Heads,
+    HeadsInput,
+    HeadsOutput,
+    TrunkOutput,
+    TrunkParts,
+)
 from torchtitan_mtp.mtp.schedule import (
     begin_no_sync,
     head_order,
@@ -35,7 +40,7 @@ from torchtitan_mtp.mtp.schedule import (
     sync_in_next_backward,
     unshard_ahead,
 )
-from torchtitan_mtp.ops import HeadByHeadLoss, LossOutput
+from torchtitan_mtp.ops import LossOutput
 
 
 class IndependentHeads(Heads):
@@ -60,15 +65,9 @@ class IndependentHeads(Heads):
         """As `Heads.first_module`."""
         return self.block(1 if taught else self.num_future_tokens)
 
-    def turns(
-        self,
-        model: Trunk,
-        batch: Batch,
-        trunk: TrunkOutput,
-        head_loss: HeadByHeadLoss,
-        reduce: bool,
-    ) -> HeadsOutput:
+    def turns(self, given: HeadsInput) -> HeadsOutput:
         """As `Heads.turns`."""
+        model, batch, trunk, head_loss, reduce = given
         n, taught = self.num_future_tokens, head_loss.options.target_loss is not None
         layers, (z, context, _) = model.trunk_layers(), trunk  # z [B, S, D]
         dz = torch.zeros_like(z, dtype=torch.promote_types(z.dtype, torch.float32))

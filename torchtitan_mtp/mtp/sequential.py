@@ -27,11 +27,16 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 from torchtitan_mtp.config import MTP
-from torchtitan_mtp.data.targets import Batch
 from torchtitan_mtp.models.attention import KVCache
-from torchtitan_mtp.models.heads import BlockContext, Heads, HeadsOutput, TrunkOutput, TrunkParts
+from torchtitan_mtp.models.heads import (
+    BlockContext,
+    Heads,
+    HeadsInput,
+    HeadsOutput,
+    TrunkOutput,
+    TrunkParts,
+)
 from torchtitan_mtp.models.layers import NormParams, normalize
-from torchtitan_mtp.models.trunk import Trunk
 from torchtitan_mtp.mtp.schedule import (
     begin_no_sync,
     fsdp_units,
@@ -41,7 +46,7 @@ from torchtitan_mtp.mtp.schedule import (
     sync_in_next_backward,
     unshard_ahead,
 )
-from torchtitan_mtp.ops import HeadByHeadLoss, LossOutput
+from torchtitan_mtp.ops import LossOutput
 
 
 class SequentialHead(nn.Module):
@@ -135,33 +140,16 @@ class SequentialHeads(Heads):
         """As `Heads.first_module`."""
         return self.module(2)
 
-    def turns(
-        self,
-        model: Trunk,
-        batch: Batch,
-        trunk: TrunkOutput,
-        head_loss: HeadByHeadLoss,
-        reduce: bool,
-    ) -> HeadsOutput:
+    def turns(self, given: HeadsInput) -> HeadsOutput:
         """As `Heads.turns`."""
+        model, batch, trunk, head_loss, reduce = given
         n, last_layer = self.num_future_tokens, list(model.layers.values())[-1]
         state, context, embedded = trunk  # [B, S, D], [B, W, S/W+n-1, D]
         assert embedded is not None
         trained = state.requires_grad
         into_trunk = trained and not self.detach_trunk
+        outputs, states, tokens = self._forwards(state, context, embedded, into_trunk)
         d_embedded: Tensor | None = None
-        # outputs[k] is what head k + 1 reads (h_k; of head 1 the state before its norm), with its
-        # graph back to states[k-1] and tokens[k]; states[k] is the same cut from it.
-        outputs, states = {1: state}, {1: state.detach().requires_grad_(trained)}
-        tokens = {
-            k: self.lookahead(embedded, k).detach().requires_grad_(into_trunk)
-            for k in range(2, n + 1)
-        }
-        for k in range(2, n + 1):
-            unshard_ahead(self.module(k + 1) if k < n else None)
-            with record_function(f"head {k}"):
-                outputs[k] = self.hidden(k, states[k - 1], tokens[k], context)
-            states[k] = outputs[k].detach().requires_grad_()
         if head_loss.options.target_loss is not None:
             with torch.no_grad():
                 model.teach(head_loss, model.norm(states[1]))
@@ -204,3 +192,23 @@ class SequentialHeads(Heads):
                     roots.append(embedded)
                     gradients.append(d_embedded.to(embedded.dtype))
         return HeadsOutput(losses, roots, gradients)
+
+    def _forwards(
+        self, state: Tensor, context: BlockContext, embedded: Tensor, into_trunk: bool
+    ) -> tuple[dict[int, Tensor], dict[int, Tensor], dict[int, Tensor]]:
+        """All heads', each in a graph of its own. outputs[k] is what head k + 1 reads (h_k; of head
+        1 the state before its norm), with its graph back to states[k-1] and tokens[k], the
+        embeddings; states[k] is the same cut from it."""
+        n = self.num_future_tokens
+        outputs = {1: state}
+        states = {1: state.detach().requires_grad_(state.requires_grad)}
+        tokens = {
+            k: self.lookahead(embedded, k).detach().requires_grad_(into_trunk)
+            for k in range(2, n + 1)
+        }
+        for k in range(2, n + 1):
+            unshard_ahead(self.module(k + 1) if k < n else None)
+            with record_function(f"head {k}"):
+                outputs[k] = self.hidden(k, states[k - 1], tokens[k], context)
+            states[k] = outputs[k].detach().requires_grad_()
+        return outputs, states, tokens
