@@ -316,8 +316,15 @@ def test_an_adapted_number_of_drafts_changes_no_token(heads: str, share: bool) -
     assert 0 < checked[0] < adapted.stats.steps  # random heads: at times not worth a draft
 
 
-@pytest.mark.parametrize("prompts", [PROMPTS[:1], PROMPTS])
-@pytest.mark.parametrize("heads", ["parallel", "sequential"])
+@pytest.mark.parametrize(
+    ("heads", "prompts"),
+    [
+        ("parallel", PROMPTS[:1]),
+        ("sequential", PROMPTS),
+        pytest.param("parallel", PROMPTS, marks=pytest.mark.exhaustive),
+        pytest.param("sequential", PROMPTS[:1], marks=pytest.mark.exhaustive),
+    ],
+)
 def test_a_compiled_step_gives_the_same_tokens_from_one_graph(
     heads: str, prompts: list[list[int]], graphs: list[torch.fx.GraphModule]
 ) -> None:
@@ -328,7 +335,9 @@ def test_a_compiled_step_gives_the_same_tokens_from_one_graph(
     assert len(graphs) == 1  # drafts and their verification together
 
 
-@pytest.mark.parametrize("heads", ["parallel", "sequential"])
+@pytest.mark.parametrize(
+    "heads", ["parallel", pytest.param("sequential", marks=pytest.mark.exhaustive)]
+)
 def test_a_compiled_step_draws_the_same_samples(
     heads: str, graphs: list[torch.fx.GraphModule]
 ) -> None:

@@ -57,7 +57,9 @@ def test_drafts_are_those_of_a_full_forward(heads, share, counts) -> None:
         decoder.accept(rows.accept(*decoder.verify(plan, None).tolist()))
 
 
-@pytest.mark.parametrize("heads", ["parallel", "sequential"])
+@pytest.mark.parametrize(
+    "heads", ["parallel", pytest.param("sequential", marks=pytest.mark.exhaustive)]
+)
 def test_compiled_steps_give_the_same_tokens(heads, graphs) -> None:
     model = model_of("deepseek", heads)
     compiled = generate(model, PROMPTS, 12, speculative=True, compile=True)

@@ -39,9 +39,8 @@ def trained(heads: str, n: int) -> Transformer:
 @pytest.mark.parametrize(
     ("heads", "n", "every"),
     [
-        ("sequential", 2, 4),
-        ("parallel", 4, 4),
-        ("sequential", 8, 4),
+        ("parallel", 4, 20),
+        ("sequential", 8, 20),
         *(
             pytest.param(heads, n, 1, marks=pytest.mark.exhaustive)
             for heads in ("parallel", "sequential")

@@ -132,10 +132,14 @@ SOFT: list[dict[str, Any]] = [
 ]
 
 
-def crossed(others: list[Any]) -> list[Any]:
-    """Each family with one of the others, in turn; with the rest of them exhaustively."""
+def crossed(others: list[Any], usual: list[Any] = FAMILIES) -> list[Any]:
+    """Each usual family with one of the others, in turn; with the rest of them exhaustively."""
     return [
-        pytest.param(*family, other, marks=() if i % len(others) == j else pytest.mark.exhaustive)
+        pytest.param(
+            *family,
+            other,
+            marks=() if family in usual and i % len(others) == j else pytest.mark.exhaustive,
+        )
         for i, family in enumerate(FAMILIES)
         for j, other in enumerate(others)
     ]
@@ -169,7 +173,8 @@ right_rule = Sampler.verify
 
 
 @pytest.mark.parametrize(
-    ("heads", "share", "wrong_rule"), crossed([keep_every_draft, draw_again_from_p])
+    ("heads", "share", "wrong_rule"),
+    crossed([keep_every_draft, draw_again_from_p], usual=[("parallel", False), ("medusa", False)]),
 )
 def test_a_wrong_rule_would_be_noticed(
     monkeypatch: pytest.MonkeyPatch,
