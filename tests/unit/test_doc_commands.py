@@ -10,6 +10,7 @@ import re
 import shlex
 from pathlib import Path
 
+import experiment
 import pytest
 
 from torchtitan_mtp.config import parse_args
@@ -24,6 +25,7 @@ TRAIN = re.compile(r"(?:run_train\.sh|-m torchtitan_mtp\.train|multinode\.slurm)
 PROGRAM = re.compile(
     r"python scripts/(generate|evaluate|export_checkpoint|import_checkpoint)\.py(.*)"
 )
+EXPERIMENT = re.compile(r"python scripts/experiment\.py(.*)")
 
 
 def commands(file: Path) -> list[str]:
@@ -42,6 +44,8 @@ def test_commands_are_taken(file: Path) -> None:
         if program := PROGRAM.match(command):
             module = importlib.import_module(f"torchtitan_mtp.cli.{program[1]}")
             module.parse_arguments(shlex.split(program[2], comments=True))
+        if tried := EXPERIMENT.match(command):
+            experiment.parse_arguments(shlex.split(tried[1], comments=True))
 
 
 def test_every_path_has_its_commands() -> None:

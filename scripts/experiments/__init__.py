@@ -1,0 +1,1 @@
+"""What scripts/experiment.py runs: claims about multi-token prediction, tried by the trainer."""
