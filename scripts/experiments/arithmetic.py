@@ -28,12 +28,12 @@ def prepare(folder: Path, quick: bool) -> None:
         asked: set[str] = set()
         for operations in (*SEEN, *MORE):
             make = partial(_task, operations=[operations], pauses=pauses)
-            tasks = texts.records(make, 10 if quick else 500, seed=operations)
+            tasks = texts.records(make, 40 if quick else 500, seed=operations)
             found = {record["prompt"]: record for record in tasks}
             texts.write_records(folder / f"asked-{pauses}-{operations}.jsonl", found.values())
             asked |= found.keys()
         make = partial(_task, operations=SEEN, pauses=pauses)
-        tasks = texts.records(make, 500 if quick else 220_000, seed=0)
+        tasks = texts.records(make, 4000 if quick else 220_000, seed=0)
         unasked = (record for record in tasks if record["prompt"] not in asked)
         texts.write_records(folder / f"train-{pauses}.jsonl", unasked)
 
