@@ -10,6 +10,7 @@ from typing import Any
 from experiments.measures import Measure
 
 Factors = Mapping[str, str | int]  # what tells one variant from another: {"n": 2, "width": 64}
+Row = dict[str, Any]  # of a run: its factors, "seed", and its figures by name
 Settings = Mapping[str, Any]  # keys of the configuration, as in {"mtp.num_future_tokens": 2}
 
 

@@ -11,13 +11,12 @@ from typing import Any
 
 from benchmarks.report import markdown, write_json
 
-from experiments.design import Claim, Experiment, Factors, Figure, Panel
+from experiments.design import Claim, Experiment, Factors, Figure, Panel, Row
 from experiments.intervals import Interval, bootstrap
 from torchtitan_mtp.cli.figures import new_figure
 from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.writing import written_whole
 
-Row = dict[str, Any]
 REPRODUCED = {1: "reproduced", 0: "open", -1: "the opposite"}  # claims of a paper
 ANSWERED = {1: "yes", 0: "open", -1: "no"}  # questions of this project
 

@@ -21,15 +21,13 @@ from typing import Any
 
 import torch
 
-from experiments.design import Run, folder_name
+from experiments.design import Row, Run, folder_name
 from experiments.measures import Trained
 from torchtitan_mtp import train
 from torchtitan_mtp.checkpoint import find_checkpoint
 from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.inference import load_for_inference
 from torchtitan_mtp.writing import written_whole
-
-Row = dict[str, Any]
 
 BASE = {
     "model.name": "llama3",
