@@ -53,7 +53,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "--source",
         type=os.path.expanduser,
         help="a dataset's name, a file, a folder or a glob; default (and for the name of what the "
-        "run trained on): what the run held out",
+        "run trained on): what the run held out; all of it, if validation was off",
     )
     text.add_argument("--seq_len", type=int, help="tokens of a window; default: the run's, or 2048")
     text.add_argument("--batch_size", type=int, help="windows at a time; default: the run's")

@@ -55,7 +55,8 @@ class Checkpoint:
     """Compare what is loaded with the checksums of what was saved."""
 
     exclude_from_loading: list[str] = field(default_factory=list)
-    """Parts not to load: "optimizer", "lr_scheduler", "dataloader", "train_state"."""
+    """Parts not to load: "model", "optimizer", "lr_scheduler", "dataloader", "train_state", "rng",
+    or parameters by the beginning of their name ("mtp", "layers.0")."""
 
     enable_first_step_checkpoint: bool = False
     """Save after the first step too, to see early that saving works."""

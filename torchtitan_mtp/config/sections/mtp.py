@@ -65,8 +65,9 @@ class MTP:
 
     engine: Literal["head_by_head", "joint"] = "head_by_head"
     """"head_by_head": one head's loss and backward after another, with memory flat in n and nothing
-    computed twice (a chain keeps one state of each head and computes its blocks twice); "joint": in
-    one graph, which does so for the others, and which a chain has not. The same gradients."""
+    computed twice (sequential heads keep a state each and compute their blocks twice). "joint": one
+    graph; every head keeps a state and computes its block twice; not for sequential heads. The
+    gradients are the same."""
 
     share_weights: bool = False
     """Apply one sequential module n - 1 times instead of training n - 1 modules."""

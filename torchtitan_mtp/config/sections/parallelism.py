@@ -8,7 +8,8 @@ from torchtitan_mtp.config.setting import setting
 
 @dataclass
 class Parallelism:
-    """How ranks share the work. Degrees multiply to the number of processes."""
+    """How ranks share the work. The degrees but expert_parallel_degree multiply to the number
+    of processes."""
 
     data_parallel_replicate_degree: int = setting(1, at_least=1)
     """Replicas of the (sharded) model."""
@@ -61,8 +62,8 @@ class ActivationCheckpoint:
 
     mode: Literal["selective", "full", "none"] = "selective"
     """"full" recomputes each block; "selective" what selective_ac_option says; "none" nothing.
-    Heads 2..n are recomputed whole in any mode, but for parallel ones with mtp.engine =
-    "head_by_head"."""
+    Heads 2..n are recomputed whole in any mode, but for parallel and Medusa ones
+    with mtp.engine = "head_by_head"."""
 
     selective_ac_option: str = "2"
     """"op": keep the results of costly operations in every block; a number: recompute every

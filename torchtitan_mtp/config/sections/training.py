@@ -79,7 +79,8 @@ class Training:
     file, folder or glob, as in ["0.7 python_stdlib", "0.3 /data/code/**/*.jsonl"]."""
 
     validation_fraction: float = setting(0.05, above=0, below=1)
-    """Fraction of the documents held out for validation where validation.dataset is empty."""
+    """Fraction of the documents held out for validation, where that is on and names no data of
+    its own."""
 
     local_batch_size: int = setting(8, at_least=1)
     """Sequences of one micro-batch on one rank."""
