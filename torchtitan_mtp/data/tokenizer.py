@@ -9,8 +9,7 @@ import json
 import logging
 import re
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -119,9 +118,7 @@ class ByteTokenizer(Tokenizer):
 
     def encode(self, text: str, special: bool = False) -> np.ndarray:
         if special:
-            parts = re.split(f"({'|'.join(map(re.escape, self.specials))})", text)
-            ids = [[self.specials[p]] if p in self.specials else self.encode(p) for p in parts]
-            return np.concatenate(ids).astype(np.int32)
+            return _with_specials(text, self.specials, self.encode)
         # A lone surrogate (JSON can spell one) has no UTF-8; "?" stands for it.
         return np.frombuffer(text.encode("utf-8", errors="replace"), np.uint8).astype(np.int32)
 
@@ -173,8 +170,9 @@ class TiktokenTokenizer(Tokenizer):
         )
 
     def encode(self, text: str, special: bool = False) -> np.ndarray:
-        known = frozenset(self.specials if special else ())
-        encode = partial(self._encoding.encode, allowed_special=known, disallowed_special=())
+        if special and self.specials:
+            return _with_specials(text, self.specials, self.encode)
+        encode = self._encoding.encode_ordinary
         return np.concatenate([np.array(encode(part), np.int32) for part in _parts(text)])
 
     def encode_with_offsets(self, text: str) -> tuple[np.ndarray, np.ndarray]:
@@ -304,6 +302,17 @@ def build_tokenizer(path: str) -> Tokenizer:
         f"tokenizer {path}: the folder holds none of tokenizer.json, tokenizer.model,"
         " original/tokenizer.model, *.tiktoken"
     )
+
+
+def _with_specials(
+    text: str, specials: Mapping[str, int], encode: Callable[[str], np.ndarray]
+) -> np.ndarray:
+    """Ids of the text, [T] int32, in which what spells a special token is that token."""
+    either = "|".join(map(re.escape, sorted(specials, reverse=True)))  # before its beginnings
+    parts = re.split(f"({either})", text)
+    return np.concatenate(
+        [[specials[part]] if part in specials else encode(part) for part in parts]
+    ).astype(np.int32)
 
 
 # Meta's TIKTOKEN_MAX_ENCODE_CHARS and MAX_NO_WHITESPACES_CHARS: beyond them tiktoken may panic.

@@ -158,6 +158,19 @@ def test_long_texts_have_the_ids_of_metas_procedure(tmp_path, text):
     assert build_tokenizer(str(tmp_path)).encode(text).tolist() == expected
 
 
+@pytest.mark.parametrize("before", ["ab " * 133_331, "x" * 24_995])
+def test_a_special_token_across_a_cut_is_one(ranks_file, before):
+    tokenizer = TiktokenTokenizer(ranks_file)
+    ids = tokenizer.encode(f"{before}<|end_of_text|>return", special=True).tolist()
+    assert ids == [*before.encode(), tokenizer.eos_id, 260]
+
+
+def test_of_special_tokens_the_longest_counts(ranks_file):
+    tokenizer = TiktokenTokenizer(ranks_file)
+    tokenizer.specials = {"<a": 300, "<a>": 301, "<a>b": 302}
+    assert tokenizer.encode("<a><a>b<a", special=True).tolist() == [301, 302, 300]
+
+
 def test_stored_truncation_and_padding_are_not_applied(hf_file):
     before = HFTokenizer(hf_file).fingerprint
     stored = Tokenizer.from_file(str(hf_file))
