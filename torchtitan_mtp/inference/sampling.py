@@ -71,7 +71,10 @@ class Sampler:
                 raise UserError(f"seed = {seed}: expected at most {2**64 - 1}")
 
     def noise(self, batch: int, drafts: int, vocab: int, device: torch.device) -> Noise | None:
-        """For a step of `batch` rows with `drafts` drafts each; None when greedy."""
+        """For a step of `batch` rows with `drafts` drafts each; None when greedy. Error: not one
+        seed, nor one a row."""
+        if len(self._seeds) not in (1, batch):
+            raise UserError(f"seed: found {len(self._seeds)}, expected 1 or {batch}, one a row")
         if self.temperature == 0:
             return None
         if not self._generators:
@@ -126,7 +129,11 @@ class Sampler:
         logits = logits.float()
         if self.softcap is not None:
             logits = self.softcap * torch.tanh(logits / self.softcap)
-        logits = logits / self.temperature
+        # Where the best is 0, none overflows, and the limit of low temperatures is greedy. Beyond
+        # these the temperature or its inverse would be 0 or infinite in float32, or not normal.
+        tiny = torch.finfo(torch.float32).tiny
+        temperature = min(max(self.temperature, tiny), 1 / tiny)
+        logits = (logits - logits.amax(-1, keepdim=True)) / temperature
         if self.top_k is not None and self.top_k < logits.shape[-1]:
             least = logits.topk(self.top_k, dim=-1).values[..., -1:]
             logits = logits.masked_fill(logits < least, -torch.inf)

@@ -94,6 +94,20 @@ def test_temperature_zero_is_greedy() -> None:
     assert torch.equal(Sampler().draft(logits, None)[0], logits.argmax(-1))
 
 
+@pytest.mark.parametrize("temperature", [1e-30, 1e-40, 1e-46, 5e-324])
+@pytest.mark.parametrize("options", [{}, {"top_k": 2}, {"top_p": 0.9}])
+def test_the_limit_of_low_temperatures_is_greedy(temperature: float, options: Any) -> None:
+    logits = torch.tensor([[3.0, 9.0, 1.0], [0.0, -1e38, 3e38], [0.0, 1e-3, -torch.inf]])
+    probabilities = Sampler(temperature, **options).probabilities(logits)
+    assert probabilities.tolist() == [[0, 1, 0], [0, 0, 1], [0, 1, 0]]
+
+
+@pytest.mark.parametrize("temperature", [1e30, 1e39, 1e308])
+def test_the_limit_of_high_temperatures_is_even(temperature: float) -> None:
+    logits = torch.tensor([3.0, -9.0, -torch.inf])
+    assert Sampler(temperature).probabilities(logits).tolist() == [0.5, 0.5, 0]
+
+
 def test_a_draft_stands_as_often_as_the_distributions_overlap() -> None:
     p, q = LOGITS.softmax(-1), LOGITS.flip(0).softmax(-1)
     sampler = Sampler(temperature=1.0)
@@ -218,3 +232,10 @@ def test_a_row_with_a_seed_of_its_own_is_what_it_is_alone(speculative: bool) -> 
 def test_a_seed_of_a_row_that_torch_has_not() -> None:
     with pytest.raises(UserError, match=f"seed = {2**64}: "):
         Sampler(temperature=1.0, seed=[1, 2**64])
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("seeds", [[], [1, 2], [1, 2, 3, 4]])
+def test_seeds_are_one_or_one_a_row(seeds: list[int], temperature: float) -> None:
+    with pytest.raises(UserError, match=f"^seed: found {len(seeds)}, expected 1 or 3, one a row$"):
+        Sampler(temperature, seed=seeds).noise(3, 1, 5, CPU)
