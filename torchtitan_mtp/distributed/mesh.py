@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import re
+import socket
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -20,11 +23,15 @@ from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.models.context_parallel import ContextParallel, SequenceRanks
 from torchtitan_mtp.models.expert_parallel import ExpertParallel
 
+logger = logging.getLogger(__name__)
+
 # What the driver of a GPU has in /dev, and the variables by which a user hides the GPUs.
 GPU_NODES = {
     "/dev/nvidiactl": ("CUDA_VISIBLE_DEVICES",),
     "/dev/kfd": ("HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES"),
 }
+# How long a cluster may take to make a host's name known that it starts together with the others.
+NAME_SECONDS = 60
 _LAUNCHER = " in the environment, which a launcher sets: start with torchrun, or unset it"
 
 
@@ -155,11 +162,12 @@ def launched() -> tuple[int, int]:
     Raises:
         UserError: some of its variables are absent, or are not what they have to be.
     """
-    if "RANK" not in os.environ and launch_number("WORLD_SIZE", 1, least=1) == 1:
+    said = "RANK" in os.environ or os.environ.get("LOCAL_RANK")
+    if not said and launch_number("WORLD_SIZE", 1, least=1) == 1:
         return 0, 1
     names = ["RANK", "WORLD_SIZE"] + ["MASTER_ADDR", "MASTER_PORT"] * (not dist.is_initialized())
     if absent := [name for name in names if not os.environ.get(name)]:
-        there = ", ".join(name for name in names if name not in absent)
+        there = ", ".join(n for n in (*names, "LOCAL_RANK") if os.environ.get(n))
         raise UserError(f"{there} without {', '.join(absent)}{_LAUNCHER}")
     size = launch_number("WORLD_SIZE", 1, least=1)
     launch_number("MASTER_PORT", 0, most=65535)
@@ -220,6 +228,8 @@ def init_world(
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         timeout = timedelta(seconds=comm.init_timeout_seconds)
+        if not alone:
+            resolve(os.environ["MASTER_ADDR"], min(comm.init_timeout_seconds, NAME_SECONDS))
         try:
             dist.init_process_group(backend, timeout=timeout, **_meeting_place(alone, timeout))
         except RuntimeError as error:
@@ -296,6 +306,25 @@ def record_collectives(comm: Comm, dump_folder: str) -> None:
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", str(comm.trace_buf_size))
     traces = os.path.join(folder, comm.save_traces_file_prefix)
     os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", traces)
+
+
+def resolve(host: str, seconds: float) -> None:
+    """Wait until MASTER_ADDR, a host's name, leads to an address. A cluster may name a host some
+    time after it started others, so it is only warned of at first. Error: it leads nowhere after so
+    many seconds."""
+    end, warned = time.monotonic() + seconds, False
+    while True:
+        try:
+            socket.getaddrinfo(host, None)
+            return
+        except (OSError, UnicodeError) as error:  # the latter where it can't be a name at all
+            told = f"MASTER_ADDR = {host!r} can't be resolved ({error})"
+        if time.monotonic() >= end:
+            raise UserError(f"{told}: set it to the name or address of the host of rank 0")
+        if not warned:
+            logger.warning("%s; trying again for %d seconds", told, seconds)
+        warned = True
+        time.sleep(1)
 
 
 def _meeting_place(alone: bool, timeout: timedelta) -> dict[str, Any]:

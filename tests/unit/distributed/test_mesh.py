@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import socket
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +18,7 @@ from torchtitan_mtp.distributed import mesh
 from torchtitan_mtp.distributed.mesh import (
     GPU_NODES,
     Degrees,
+    init_world,
     launched,
     local_device,
     mesh_degrees,
@@ -211,6 +215,7 @@ MEET = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT
         ({"RANK": None}, "WORLD_SIZE, MASTER_ADDR, MASTER_PORT without RANK"),
         ({"MASTER_PORT": None}, "RANK, WORLD_SIZE, MASTER_ADDR without MASTER_PORT"),
         ({"MASTER_ADDR": None, "MASTER_PORT": ""}, "WORLD_SIZE without MASTER_ADDR, MASTER_PORT"),
+        (dict.fromkeys(MEET) | {"LOCAL_RANK": "0"}, f"LOCAL_RANK without {', '.join(MEET)}"),
         ({"RANK": "zero"}, "RANK = 'zero', expected 0 to 1"),
         ({"RANK": "2"}, "RANK = '2', expected 0 to 1"),
         ({"RANK": "-1"}, "RANK = '-1', expected 0 to 1"),
@@ -220,7 +225,7 @@ MEET = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT
     ],
 )
 def test_variables_of_a_launcher_that_cannot_be(changes, found, monkeypatch):
-    for name, value in (MEET | changes).items():
+    for name, value in (MEET | {"LOCAL_RANK": None} | changes).items():
         monkeypatch.delenv(name, raising=False)
         if value is not None:
             monkeypatch.setenv(name, value)
@@ -235,6 +240,39 @@ def test_variables_of_a_launcher(monkeypatch):
     for name, value in (MEET | {"RANK": "1"}).items():
         monkeypatch.setenv(name, value)
     assert launched() == (1, 2)
+
+
+@pytest.fixture
+def known_from(monkeypatch):
+    """Sets from which time on, in seconds, a name is known; the clock is made up."""
+    seconds = itertools.count()
+
+    def set_time(begin: int) -> None:
+        def look_up(host: str, port: None) -> None:
+            if next(seconds) < begin:
+                raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+        monkeypatch.setattr(mesh.socket, "getaddrinfo", look_up)
+
+    clock = SimpleNamespace(monotonic=lambda: next(seconds), sleep=lambda s: None)
+    monkeypatch.setattr(mesh, "time", clock)
+    return set_time
+
+
+def test_the_name_of_a_host_may_come_late(known_from, caplog):
+    known_from(40)
+    mesh.resolve("head-0", 60)
+    (warning,) = caplog.messages
+    assert warning.startswith("MASTER_ADDR = 'head-0' can't be resolved ([Errno -2] Name or serv")
+    assert warning.endswith("; trying again for 60 seconds")
+
+
+def test_a_name_that_leads_nowhere(known_from, monkeypatch):
+    known_from(200)
+    for name, value in (MEET | {"MASTER_ADDR": "head-0"}).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=r"^MASTER_ADDR = 'head-0' can't be resolved .*: set it to"):
+        init_world(Parallelism())
 
 
 def test_traces_of_collectives_go_where_the_configuration_says(tmp_path, monkeypatch):
