@@ -36,6 +36,8 @@ logger = logging.getLogger(__name__)
 
 # What a task that says nothing gets, from the harness and from transformers.
 MAX_NEW_TOKENS, TOP_K = 256, 50
+# Values of options that can't be had here with which transformers does nothing.
+WITHOUT_EFFECT = {"num_beams": 1, "repetition_penalty": 1.0}
 
 # Its texts, if it is a request of its own; tokens of the context and of the continuation.
 Scored = tuple[tuple[str, str] | None, list[int], list[int]]
@@ -160,15 +162,16 @@ class HarnessModel(TemplateLM):
 
     def _continue(self, contexts: Sequence[str], gen_kwargs: dict[str, Any]) -> list[str]:
         options: dict[str, Any] = dict(normalize_gen_kwargs(gen_kwargs, MAX_NEW_TOKENS))
-        until, most = options.pop("until"), options.pop("max_gen_toks")
+        until = [text for text in options.pop("until") if text]
+        most = options.pop("max_gen_toks")
         temperature = float(options.pop("do_sample")) * options.pop("temperature", 0.0)
         top_k, top_p = options.pop("top_k", TOP_K) or None, options.pop("top_p", None)
-        unknown = {key: value for key, value in options.items() if value is not None}
-        if unknown.pop("num_beams", 1) != 1 or unknown:
-            raise UserError(
-                f"generation_kwargs: {options} can't be had here; known are until, max_gen_toks, "
-                "do_sample, temperature, top_k and top_p"
-            )
+        for key, value in options.items():
+            if value not in (None, WITHOUT_EFFECT.get(key)):
+                raise UserError(
+                    f"generation_kwargs: {key} = {value!r} can't be had here; known are until, "
+                    "max_gen_toks, do_sample, temperature, top_k and top_p: leave it out"
+                )
         if not 0 < most < self.max_length:
             raise UserError(
                 f"generation_kwargs: max_gen_toks = {most}, expected 1 to {self.max_length - 1}: "

@@ -159,7 +159,7 @@ GENERATION: list[dict[str, Any]] = [
     {"max_gen_toks": 50, "until": []},
     {"max_gen_toks": 9, "do_sample": True, "temperature": 1.0, "top_k": 1},
     {"max_gen_toks": 9, "temperature": 0.7, "top_k": 1, "top_p": 0.9},
-    {"max_gen_toks": 9, "num_beams": 1},
+    {"max_gen_toks": 9, "num_beams": 1, "repetition_penalty": 1.0},
 ]
 
 
@@ -191,8 +191,8 @@ def test_generation(pair: Pair, options: dict[str, Any]) -> None:
     [
         ({}, "max_gen_toks = 256, expected 1 to 63"),
         ({"max_tokens": 64}, "max_gen_toks = 64"),
-        ({"max_gen_toks": 5, "num_beams": 4}, "num_beams.* 4"),
-        ({"max_gen_toks": 5, "repetition_penalty": 1.1}, "repetition_penalty"),
+        ({"max_gen_toks": 5, "num_beams": 4}, "_kwargs: num_beams = 4 can't"),
+        ({"max_gen_toks": 5, "repetition_penalty": 1.1}, "repetition_penalty = 1.1 can't"),
     ],
 )
 def test_what_it_can_not_do_is_named(pair: Pair, options: dict[str, Any], message: str) -> None:
@@ -334,3 +334,13 @@ def test_equal_requests_get_samples_of_their_own() -> None:
     options = {"until": [], "max_gen_toks": 12, "do_sample": True, "temperature": 1.5}
     requests = [Instance("generate_until", {}, ("ab", options), i) for i in range(8)]
     assert len(set(harness(model, batch_size=2).generate_until(requests))) == 8
+
+
+def test_empty_stop_strings_stop_nothing() -> None:
+    model = random_model(vocab=259)
+    model.output.weight[128:] = 0
+    found = []
+    for until in ([], "", [None, ""]):
+        request = Instance("generate_until", {}, ("ab", {"until": until, "max_gen_toks": 8}), 0)
+        found += harness(model).generate_until([request])
+    assert found == [found[0]] * 3 and len(found[0]) > 1
