@@ -345,6 +345,8 @@ def test_the_programs(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkey
     assert export_command(wrong) == 1
     errors = capsys.readouterr().err
     assert errors.endswith("did you mean llama_hf?\n") and "Traceback" not in errors
+    assert export_command([*wrong[:2], *name, "--max_shard_size", "9" * 5000]) == 1
+    assert capsys.readouterr().err.endswith("99: expected a size such as 5GB or 500MB\n")
 
 
 def start(folder: Path, source: Path, **changes) -> tuple[dict[str, Tensor], Trainer]:

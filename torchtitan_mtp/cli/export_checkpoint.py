@@ -25,7 +25,7 @@ UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 def parse_size(text: str) -> int:
     """Bytes of "5GB", "500MB", "1000". Error: none of these."""
-    match = re.fullmatch(r"([0-9]+)\s*(|KB|MB|GB)", text.strip().upper())
+    match = re.fullmatch(r"([0-9]{1,18})\s*(|KB|MB|GB)", text.strip().upper())
     if match is None or int(match[1]) == 0:
         raise UserError(f"--max_shard_size {text}: expected a size such as 5GB or 500MB")
     return int(match[1]) * UNITS[match[2]]

@@ -1,6 +1,7 @@
 """Configurations that can't be, whatever the model, the data and the machine."""
 
 import math
+import re
 from collections.abc import Collection
 
 from torchtitan_mtp.config.job_config import JobConfig
@@ -112,7 +113,7 @@ def _check_run(config: JobConfig) -> None:
                 "checkpoint.load_only = true nothing is saved); set it, or unset this"
             )
     every = config.activation_checkpoint.selective_ac_option
-    if every != "op" and not (every.isdecimal() and int(every) >= 1):
+    if every != "op" and not (re.fullmatch("[0-9]{1,9}", every) and int(every) >= 1):
         raise UserError(
             f'activation_checkpoint.selective_ac_option = {show(every)}: expected "op" or a '
             'positive number in quotes, such as "2"'

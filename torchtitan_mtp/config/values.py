@@ -65,7 +65,10 @@ def type_text(expected: Any) -> str:
 
 def show(value: Any) -> str:
     """A value as TOML writes it, on one line and cut to a readable length."""
-    text = json.dumps(value, default=str)
+    try:
+        text = json.dumps(value, default=str)
+    except ValueError:  # Python writes no integer of more than 4300 digits
+        text = "a number of thousands of digits"
     return text if len(text) <= 80 else text[:77] + "..."
 
 

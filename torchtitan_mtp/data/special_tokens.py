@@ -1,6 +1,7 @@
 """Which tokens begin, end and pad a text: a folder's files, read as transformers 5 reads them."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -84,7 +85,7 @@ def read_special_tokens(
     if added is None:  # an older folder
         older = _read(folder / "special_tokens_map.json")
         added = {str(i): text for text, i in _read(folder / "added_tokens.json").items()}
-    if not isinstance(added, dict) or not all(i.isdigit() for i in added):
+    if not isinstance(added, dict) or not all(re.fullmatch("[0-9]{1,18}", i) for i in added):
         raise UserError(f"{folder}: added tokens are {added!r}, expected a token for each id")
     kind, given = model.get("model_type"), config.get("tokenizer_class")
     usual = _MODELS.get(str(kind))

@@ -308,6 +308,10 @@ def test_every_list_of_words_is_held_against_what_there_is():
             'activation_checkpoint.selective_ac_option = "0": expected "op" or a positive number',
         ),
         (
+            ["--activation_checkpoint.selective_ac_option=" + 5000 * "9"],
+            f'activation_checkpoint.selective_ac_option = "{76 * "9"}...: expected "op" or a pos',
+        ),
+        (
             ["--compile.components=model,optimizer"],
             '--compile.components: expected a list with any of "model", "loss", found',
         ),

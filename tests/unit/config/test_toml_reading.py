@@ -191,6 +191,14 @@ def test_a_long_value_is_cut(write):
     assert len(refusal(write(f"[training]\nsteps = '{'x' * 5000}'"))) < 200
 
 
+@pytest.mark.parametrize("key", ["training.steps", "optimizer.lr", "model.flavor"])
+def test_an_integer_that_python_does_not_write(write, key):
+    """One of more than 4300 digits, which it reads in hexadecimal."""
+    table, name = key.split(".")
+    message = refusal(write(f"[{table}]\n{name} = 0x{'f' * 5000}"))
+    assert key in message and "thousands of digits" in message
+
+
 def test_malformed_toml_names_file_and_line(write):
     message = refusal(write("[training]\nsteps = 3\nseq_len == 4\n"))
     assert message.startswith("run.toml: not valid TOML: ")

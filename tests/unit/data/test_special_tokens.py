@@ -413,6 +413,15 @@ def test_files_that_say_nonsense(tmp_path, file, content, message):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("number", ["\N{SUPERSCRIPT TWO}", "9" * 5000])
+def test_a_number_that_is_no_id(tmp_path, number):
+    write(tmp_path, "objects")
+    config = json.dumps({"added_tokens_decoder": {number: "<a>"}})
+    (tmp_path / "tokenizer_config.json").write_text(config)
+    with pytest.raises(UserError, match="expected a token for each id"):
+        build_tokenizer(str(tmp_path))
+
+
 @pytest.mark.parametrize("template", [True, False])
 @pytest.mark.parametrize("config", [{}, {"tokenizer_class": "GemmaTokenizer"}])
 def test_an_eos_that_is_null_is_a_token_that_was_added_for_it(tmp_path, config, template):
