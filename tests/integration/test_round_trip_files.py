@@ -13,9 +13,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 from formats_run import SMALL, write_run
 from runs import config_of, train, write_corpus
+from small_tokenizers import byte_level
 from torchtitan_mtp.config import load_toml
 from torchtitan_mtp.data.tokenizer import build_tokenizer
 from torchtitan_mtp.formats import export_checkpoint, import_checkpoint
+from torchtitan_mtp.formats.tokenizer_files import copy_tokenizer
 from torchtitan_mtp.inference import generate, load_for_inference
 
 transformers = pytest.importorskip("transformers")
@@ -35,6 +37,7 @@ GENERATION = {
     "repetition_penalty": 1.05,
     "transformers_version": "4.41.0",
 }
+MISTRALS = "tekken.json", "tokenizer.model.v3"  # which vLLM looks for (tokenizers/registry.py)
 MESSAGES = [{"role": "user", "content": "hi"}]
 
 
@@ -68,6 +71,8 @@ def published(folder: Path) -> Path:
     (hf / "additional_chat_templates").mkdir()
     (hf / "additional_chat_templates" / "rag.jinja").write_text("R{{ messages[0].content }}")
     (hf / "chat_template.json").write_text(json.dumps({"chat_template": "P"}))
+    for name in MISTRALS:
+        (hf / name).write_text(name)
     return hf
 
 
@@ -81,6 +86,7 @@ def what_transformers_reads(folder: Path) -> dict[str, object]:
         "special": tokenizer.all_special_tokens,
         "ids": [tokenizer(text).input_ids for text in TEXTS],
         "processor": (folder / "chat_template.json").read_text(),
+        "Mistral's": [(folder / name).read_text() for name in MISTRALS],
     }
 
 
@@ -175,3 +181,23 @@ def test_a_file_takes_along_what_lies_beside_it(tmp_path: Path) -> None:
     assert theirs.apply_chat_template(MESSAGES, tokenize=False) == "Thi"
     assert transformers.GenerationConfig.from_pretrained(tmp_path / "hf").top_p == 0.5
     shutil.rmtree(tmp_path / "words")
+
+
+def test_byte_order_marks_stay_behind(tmp_path: Path) -> None:
+    """Some editors write them; transformers refuses JSON that begins with one."""
+    (words := tmp_path / "words").mkdir()
+    byte_level("<|endoftext|>", "<|im_end|>").save(str(words / "tokenizer.json"))
+    (words / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|im_end|>"}))
+    (words / "generation_config.json").write_text("{}")
+    expected = transformers.AutoTokenizer.from_pretrained(words)
+    ours = build_tokenizer(str(words))
+    for file in words.iterdir():
+        file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    with pytest.raises(ValueError, match="BOM"):
+        transformers.AutoTokenizer.from_pretrained(words)
+    marked = build_tokenizer(str(words))
+    assert (marked.fingerprint, marked.eos_id) == (ours.fingerprint, expected.eos_token_id)
+    (tmp_path / "out").mkdir()
+    assert copy_tokenizer(str(words), tmp_path / "out")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert [theirs(text).input_ids for text in TEXTS] == [expected(t).input_ids for t in TEXTS]

@@ -1,6 +1,7 @@
 """Tokenizers: bytes, tiktoken's files (Llama 3's is one) and Hugging Face's tokenizer.json."""
 
 import base64
+import codecs
 import contextlib
 import functools
 import hashlib
@@ -191,7 +192,7 @@ class HFTokenizer(Tokenizer):
 
     def __init__(self, path: str | Path) -> None:
         path = Path(path)
-        data = _read(path)
+        data = _read(path).removeprefix(codecs.BOM_UTF8)
         self.place = str(path.parent)
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(data.decode("utf-8"))

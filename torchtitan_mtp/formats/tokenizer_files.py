@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+import codecs
 from pathlib import Path
 
 from tokenizers import Regex, decoders, models, pre_tokenizers, processors
@@ -24,6 +24,7 @@ TOKENIZERS = ("tokenizer.json", "vocab.json", "*.tiktoken", "*.model", "original
 BESIDE = (
     *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt"),
     *("chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja"),
+    *("tekken.json", "tokenizer.model.v*"),  # Mistral's own, which vLLM takes by default
     GENERATION,
 )
 
@@ -47,7 +48,7 @@ def copy_tokenizer(path: str, out: Path, also: tuple[str, ...] = ()) -> bool:
     place, wanted = Path(path), [*BESIDE, *also]
     if is_file := place.is_file():
         name = "tokenizer.json" if place.suffix == ".json" else "tokenizer.model"
-        shutil.copyfile(place, out / name)
+        _copy(place, out / name)
         place = model_folder(place)
     else:
         wanted += TOKENIZERS
@@ -55,8 +56,14 @@ def copy_tokenizer(path: str, out: Path, also: tuple[str, ...] = ()) -> bool:
     for file in found:
         to = out / file.relative_to(place)
         to.parent.mkdir(exist_ok=True)
-        shutil.copyfile(file, to)
+        _copy(file, to)
     return is_file or any(file.match(pattern) for file in found for pattern in TOKENIZERS)
+
+
+def _copy(file: Path, to: Path) -> None:
+    """JSON without a byte order mark, with which transformers refuses it."""
+    data = file.read_bytes()
+    to.write_bytes(data.removeprefix(codecs.BOM_UTF8) if to.suffix == ".json" else data)
 
 
 def write_tokenizer_json(tokenizer: ByteTokenizer | TiktokenTokenizer, out: Path) -> None:
