@@ -3,6 +3,8 @@
 import contextlib
 import errno
 import importlib
+import os
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,6 +19,23 @@ class UserError(Exception):
 
     def __init__(self, message: str) -> None:
         super().__init__(" ".join(map(str.strip, message.splitlines())))
+
+
+def looked_in(path: str | os.PathLike[str]) -> str:
+    """Where a relative path that leads nowhere was looked for; "" for a full one."""
+    if os.path.isabs(path):
+        return ""
+    return f", looked for in {os.getcwd()}: call this from where it holds, or give the full path"
+
+
+def hub_hint(path: str | os.PathLike[str]) -> str:
+    """How to get a model whose name on the Hugging Face hub a path may be; "" for other paths."""
+    name = str(path)
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or os.path.exists(name.split("/")[0]):
+        return ""
+    return (
+        f"; a model of the Hugging Face hub has to be here: hf download {name} --local-dir FOLDER"
+    )
 
 
 def import_optional(module: str, otherwise: str) -> Any:

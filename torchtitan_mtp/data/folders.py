@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Set
 from pathlib import Path
 
 from torchtitan_mtp.data.compressed import uncompressed_name
-from torchtitan_mtp.errors import UserError
+from torchtitan_mtp.errors import UserError, looked_in
 
 # What is read of a folder. A file that is named itself, or by a glob, may have any suffix: it is
 # text if it has none of RECORDS or .parquet.
@@ -72,7 +72,7 @@ def find_files(
         files = _matching(place, outputs, left_out)
         if not files:
             found = "only outputs of runs" if left_out else "no file, folder or glob match"
-            raise UserError(f"data: {found} at {key} {pattern!r}")
+            raise UserError(f"data: {found} at {key} {pattern!r}{looked_in(place)}")
         place = Path(os.path.commonpath([path.parent for path in files]))
     files = _each_once(place, files, left_out)
     parts = [f"{len(x)} {why} ({x[0]}{', ...' * (len(x) > 1)})" for why, x in left_out.items() if x]

@@ -19,7 +19,7 @@ import tokenizers
 from tokenizers import AddedToken
 
 from torchtitan_mtp.data.special_tokens import SpecialIds, read_special_tokens
-from torchtitan_mtp.errors import UserError, reading
+from torchtitan_mtp.errors import UserError, hub_hint, looked_in, reading
 
 logger = logging.getLogger(__name__)
 
@@ -279,8 +279,8 @@ def build_tokenizer(path: str) -> Tokenizer:
         return HFTokenizer(place) if place.suffix == ".json" else TiktokenTokenizer(place)
     if not place.is_dir():
         raise UserError(
-            f"tokenizer {path}: no such file or folder; give one, or the word byte"
-            " (model.hf_assets_path)"
+            f"tokenizer {path}: no such file or folder (model.hf_assets_path; or the word byte)"
+            f"{looked_in(place)}{hub_hint(path)}"
         )
     file = place / "tokenizer.json"
     hf = HFTokenizer(file) if file.is_file() else None

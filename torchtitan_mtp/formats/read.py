@@ -23,7 +23,7 @@ from torchtitan_mtp.checkpoint.load import (
 )
 from torchtitan_mtp.checkpoint.metadata import bare_name
 from torchtitan_mtp.distributed.ranks import Ranks
-from torchtitan_mtp.errors import UserError, reading
+from torchtitan_mtp.errors import UserError, hub_hint, reading
 
 logger = logging.getLogger(__name__)
 
@@ -198,7 +198,8 @@ def read_json(file: Path) -> dict[str, Any]:
     try:
         value = json.loads(file.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
-        raise UserError(f"{file}: missing; it says which model this is") from None
+        hint = hub_hint(file.parent)
+        raise UserError(f"{file}: missing; it says which model this is{hint}") from None
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file}: not readable as JSON: {error}") from error
     if not isinstance(value, dict):

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from torchtitan_mtp.errors import UserError, import_optional
+from torchtitan_mtp.errors import UserError, hub_hint, import_optional
 from torchtitan_mtp.models.args import ModelArgs
 
 _COUNTS = ("num_attention_heads", "hidden_size", "num_hidden_layers", "vocab_size")
@@ -46,7 +46,7 @@ def read_config(folder: str) -> Any:
     package = transformers('model.name = "hf"')
     if not Path(folder, "config.json").is_file():
         wanted = "expected the folder of a model of transformers (model.hf_assets_path; --from)"
-        raise UserError(f"{folder}: no config.json in it; {wanted}")
+        raise UserError(f"{folder}: no config.json in it; {wanted}{hub_hint(folder)}")
     try:
         told, _ = package.PretrainedConfig.get_config_dict(folder, local_files_only=True)
         if told.get("model_type") == "mimo":  # Qwen2's code, but for its modules

@@ -291,9 +291,12 @@ def test_bad_record_of_a_compressed_file_names_that_file(tmp_path):
     assert_fails(r"a\.jsonl\.gz:1: not JSON", "files", str(packed))
 
 
-def test_nothing_there(tmp_path):
+def test_nothing_there(tmp_path, monkeypatch):
     assert_fails("no file, folder or glob match at", "files", str(tmp_path / "x"))
     assert_fails("no file, folder or glob match", "files", str(tmp_path / "*.txt"))
+    monkeypatch.chdir(tmp_path)  # as of a run that was started elsewhere
+    where = f"'x/a.jsonl', looked for in {tmp_path}: .* or give the full path"
+    assert_fails(where, "files", "x/a.jsonl")
     assert_fails(
         r"no text, \.jsonl or \.parquet file, no saved dataset below", "files", str(tmp_path)
     )

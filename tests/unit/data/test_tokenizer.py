@@ -252,9 +252,12 @@ def test_malformed_ranks(tmp_path, data, message):
     assert str(path) in str(error.value)
 
 
-def test_missing_and_wrong_files(tmp_path, hf_file):
-    with pytest.raises(UserError, match="no such file or folder"):
+def test_missing_and_wrong_files(tmp_path, hf_file, monkeypatch):
+    with pytest.raises(UserError, match=r"no such file or folder .* word byte\)$"):
         build_tokenizer(str(tmp_path / "nowhere"))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=f"looked for in {tmp_path}: .*: hf download org/words "):
+        build_tokenizer("org/words")
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="the folder holds none of"):
         build_tokenizer(str(tmp_path / "empty"))

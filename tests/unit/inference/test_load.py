@@ -96,6 +96,16 @@ def test_a_folder_without_checkpoints_is_named(tmp_path: Path) -> None:
         load_for_inference(tmp_path / "nowhere")
 
 
+def test_a_name_of_the_hub_is_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    name = "meta-llama/Llama-3.2-1B"
+    with pytest.raises(UserError, match=f"no such folder.*: hf download {name} --local-dir "):
+        load_for_inference(name)
+    (tmp_path / "outputs").mkdir()
+    with pytest.raises(UserError, match=r"^outputs/tri: no such folder; .* run's folder$"):
+        load_for_inference("outputs/tri")
+
+
 def test_a_config_of_another_model_is_refused(tmp_path: Path) -> None:
     write_run(tmp_path, "parallel")
     config = (tmp_path / "config.toml").read_text()
