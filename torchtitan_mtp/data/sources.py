@@ -142,8 +142,13 @@ def build_source(
 
 def find_source(name: str, **options: Any) -> Source | StreamSource:
     """The documents of a dataset that is named, or of a file, folder or glob: `build_source`."""
+    return build_source(name, name if is_path(name) else None, **options)
+
+
+def is_path(name: str) -> bool:
+    """Whether a file, folder or glob is meant, and no dataset."""
     spelled = name.startswith(("/", "./", "../")) or any(c in name for c in "*?[")
-    return build_source(name, name if spelled or Path(name).exists() else None, **options)
+    return spelled or Path(name).exists()
 
 
 def _open_file(path: Path, text_field: str, bad: BadRecords) -> Spans | ParquetFile:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,7 @@ from torchtitan_mtp.data.hub import StreamSource
 from torchtitan_mtp.data.loader import DataLoader
 from torchtitan_mtp.data.mixture import Mixture, parse_entry, source_from_config
 from torchtitan_mtp.data.order import split_documents
-from torchtitan_mtp.data.sources import Source, find_source
+from torchtitan_mtp.data.sources import Source, find_source, is_path
 from torchtitan_mtp.data.targets import Window
 from torchtitan_mtp.data.tokenizer import Tokenizer
 from torchtitan_mtp.errors import UserError
@@ -46,6 +47,9 @@ class Text:
         fewer, over each of them (of a stream: over its first `count` ones).
 
         One piece of a document is its middle. A document that is shorter gives itself, once.
+
+        Raises:
+            UserError: none has a token.
         """
         documents = list(self._spread(self.source, count))
         first = self.source.sources[0] if isinstance(self.source, Mixture) else self.source
@@ -60,6 +64,11 @@ class Text:
             room = max(0, len(tokens) - length)
             starts = {room * i // (share + 1) for i in range(1, share + 1)}
             prompts += [tokens[start : start + length] for start in sorted(starts) if tokens]
+        if not prompts:
+            raise UserError(
+                f"{self.about}: not a token in {len(documents)} document(s) to begin a prompt with;"
+                " ask for more --prompts, or take another --source"
+            )
         return prompts
 
     def _spread(self, source: Source | StreamSource | Mixture, count: int) -> Iterator[Document]:
@@ -89,8 +98,8 @@ def find_text(config: JobConfig, name: str | None) -> Text:
     """
     training, validation = config.training, config.validation
     mixed = [parse_entry(entry)[1] for entry in training.mixture]
-    own = mixed or [training.dataset, training.dataset_path or ""]
-    if name is not None and (training.seed is None or name not in own):
+    own = [_real(entry) for entry in mixed or [training.dataset_path or training.dataset]]
+    if name is not None and (training.seed is None or _real(name) not in own):
         options = {"text_field": training.text_field, "bad_records": training.bad_records}
         return Text(find_source(name, split="all", key="--source", **options), WHOLE, name)
     other = validation.dataset_path or validation.dataset
@@ -104,8 +113,13 @@ def find_text(config: JobConfig, name: str | None) -> Text:
     source = source_from_config(config, training)
     about = " and ".join(mixed) or training.dataset_path or training.dataset
     if isinstance(source, Mixture) and name is not None:
-        source, about = source.sources[mixed.index(name)], name
+        source, about = source.sources[own.index(_real(name))], name
     if not validation.enable or other:
         return Text(source, WHOLE, f"{about}, which the run trained on")
     split = {"seed": training.seed, "validation_fraction": training.validation_fraction}
     return Text(source, split | {"split": "validation"}, f"what the run held out of {about}")
+
+
+def _real(name: str) -> str:
+    """One spelling of every path; a dataset's name as it is."""
+    return os.path.realpath(name) if is_path(name) else name

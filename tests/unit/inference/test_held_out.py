@@ -9,11 +9,12 @@ import pytest
 
 import formats_run
 from torchtitan_mtp.config import JobConfig, load_toml
+from torchtitan_mtp.data.sources import find_source
 from torchtitan_mtp.data.tokenizer import ByteTokenizer
 from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.formats import export_checkpoint, import_checkpoint
 from torchtitan_mtp.formats.training import config_of_hf
-from torchtitan_mtp.inference.held_out import Text, find_text
+from torchtitan_mtp.inference.held_out import WHOLE, Text, find_text
 
 BYTES = ByteTokenizer()
 TEXTS = ["".join(chr(33 + (7 * i + j) % 90) for j in range(20 + 3 * i)) for i in range(40)]
@@ -45,12 +46,22 @@ def documents(text: Text) -> list[str]:
     return pieces.split("|")[1:]
 
 
-def test_by_default_what_the_run_held_out(run: JobConfig, corpus: Path) -> None:
+def test_by_default_what_the_run_held_out(
+    run: JobConfig, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     held_out = documents(find_text(run, None))
     assert 3 < len(held_out) < 25 and set(held_out) < set(TEXTS)
-    # Named, the source of the training is no other text.
-    for name in (str(corpus), "corpus"):
+    # Named, however it is spelled, the source of the training is no other text.
+    monkeypatch.chdir(corpus.parent)
+    (corpus.parent / "link").symlink_to(corpus)
+    for name in (str(corpus), "corpus.jsonl", "./corpus.jsonl", "link"):
         assert documents(find_text(run, name)) == held_out
+    run.training.dataset_path = "*.jsonl"
+    assert documents(find_text(run, f"{corpus.parent}/*.jsonl")) == held_out
+    # With a path the dataset's name is a label, and what has that name another text.
+    run.training.dataset, run.training.dataset_path = "python_stdlib", str(corpus)
+    assert find_text(run, "python_stdlib").about == "python_stdlib"
+    assert len(find_text(run, "python_stdlib").source.sizes()) > len(TEXTS)
     run.training.seed = 4
     assert documents(find_text(run, None)) != held_out
     assert "held out" in find_text(run, None).about
@@ -71,7 +82,8 @@ def test_a_run_on_a_mixture_held_something_out_of_each(run: JobConfig, corpus: P
     other.write_text(corpus.read_text().replace('"text": "', '"text": "-'))
     run.training.dataset, run.training.dataset_path = JobConfig().training.dataset, None
     run.training.mixture = [f"0.6 {corpus}", f"0.4 {other}"]
-    assert documents(find_text(run, str(corpus))) == alone
+    spelled = f"{corpus.parent}/./{corpus.name}"
+    assert documents(find_text(run, str(corpus))) == documents(find_text(run, spelled)) == alone
     text = find_text(run, None)
     held_out = documents(text)  # in turn: of the same numbers of documents, the same ones
     assert [piece for piece in held_out if not piece.startswith("-")] == alone
@@ -95,7 +107,7 @@ def test_a_run_with_a_validation_set_of_its_own(run: JobConfig, tmp_path: Path) 
     run.validation.dataset_path = str(tmp_path / "validation.txt")
     assert documents(find_text(run, None)) == ["validation"]
     # The training text was then trained on, all of it.
-    assert "trained on" in find_text(run, "corpus").about
+    assert "trained on" in find_text(run, str(run.training.dataset_path)).about
 
 
 def test_a_run_without_validation_held_nothing_out(run: JobConfig) -> None:
@@ -139,3 +151,13 @@ def test_prompts_are_from_the_middle_of_documents_all_over_the_text(run: JobConf
     assert len(text.prompts(BYTES, 100, 1000)) == 40  # a whole document is there once
     (short,) = text.prompts(BYTES, 1, 100)
     assert short == [BYTES.bos_id, *BYTES.encode(TEXTS[0]).tolist()]
+
+
+def test_a_text_without_a_token_gives_no_prompt(corpus: Path) -> None:
+    corpus.write_text('{"text": ""}\n{"text": "ab"}\n')
+    tokenizer = ByteTokenizer()
+    tokenizer.prefix = ()
+    text = Text(find_source(str(corpus)), WHOLE, "corpus")
+    assert text.prompts(tokenizer, 2, 8) == [[97, 98]]
+    with pytest.raises(UserError, match=r"corpus: not a token in 1 document.* --prompts"):
+        text.prompts(tokenizer, 1, 8)
