@@ -28,9 +28,9 @@ from torchtitan_mtp.config.checks import check
 from torchtitan_mtp.data.run import micro_batches_per_step
 from torchtitan_mtp.distributed.memory import GIB
 from torchtitan_mtp.distributed.mesh import Degrees, mesh_degrees
-from torchtitan_mtp.errors import UserError
+from torchtitan_mtp.errors import UserError, writing
 from torchtitan_mtp.monitoring.flops import forward_backward_flops_per_token
-from torchtitan_mtp.writing import written_whole
+from torchtitan_mtp.writing import check_writable, written_whole
 
 ROOM = 0.85  # of a device's memory, for what the allocator rounds up, kernels and NCCL
 _KEYS = {
@@ -78,6 +78,8 @@ def run(
     for key, value in {**sizes, "flops": flops, "within": within, "between": between}.items():
         if value is not None and value <= 0:
             raise UserError(f"--{key} {value}: expected a positive number")
+    if json is not None:
+        check_writable(json, f"--json {json}")
     arguments = [f"--{option}" for option in options]
     job = parse_args(["--job.config_file", config, *arguments])
     chosen, rates, peak = _device(device, memory, flops, within, between, machine)
@@ -93,7 +95,7 @@ def run(
             console.print(_table(title, rows))
     if json is not None:
         about = {"command": "python " + " ".join(sys.argv), "torch": torch.__version__}
-        with written_whole(json) as file:
+        with writing(f"--json {json}"), written_whole(json) as file:
             file.write_text(json_format.dumps(about | found, indent=1) + "\n")
 
 

@@ -55,6 +55,15 @@ def reading(what: str) -> Iterator[None]:
         raise UserError(f"{what}: can't be read: {error.strerror}") from error
 
 
+@contextlib.contextmanager
+def writing(what: str) -> Iterator[None]:
+    """While entered, an OSError is a UserError: `what` can't be written."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{what}: can't be written: {error.strerror or error}") from error
+
+
 def out_of_memory(error: BaseException | None) -> str:
     """What an error, or one below it, says of memory that there is not, a GPU's or this machine's;
     "" for any other error."""

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from torchtitan_mtp.errors import writing
 
 
 @contextmanager
@@ -30,6 +33,14 @@ def written_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             aside.unlink()
+
+
+def check_writable(path: str | os.PathLike[str], what: str) -> None:
+    """Before work that ends with a file. UserError: there can be none at `path`, of which `what`
+    tells."""
+    if Path(path).is_file() or not Path(path).exists():
+        with writing(what):
+            tempfile.TemporaryFile(dir=os.path.dirname(os.path.realpath(path))).close()
 
 
 def sync(path: Path) -> None:

@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 
-from torchtitan_mtp.cli.figures import new_figure
+from torchtitan_mtp.cli.figures import new_figure, save_figure
+from torchtitan_mtp.errors import writing
 from torchtitan_mtp.writing import written_whole
 
 Rows = list[dict[str, Any]]
@@ -91,10 +92,11 @@ def _cell(value: object) -> str:
 
 def write_json(path: Path, results: dict[str, Any]) -> None:
     """The results with command and machine beside them."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     about = {"command": "python " + shlex.join(sys.argv), **machine()}
-    with written_whole(path) as file:
-        file.write_text(json.dumps(about | results, indent=1) + "\n")
+    with writing(str(path)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with written_whole(path) as file:
+            file.write_text(json.dumps(about | results, indent=1) + "\n")
 
 
 def _draw(rows: Rows, path: Path, bars: Sequence[str]) -> None:
@@ -106,8 +108,9 @@ def _draw(rows: Rows, path: Path, bars: Sequence[str]) -> None:
         axes.barh(range(len(rows)), [row[column] for row in rows])
         axes.set(yticks=range(len(rows)), yticklabels=names, xlabel=column)
     panels[0].invert_yaxis()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=100)
+    with writing(str(path)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    save_figure(figure, path, dpi=100)
 
 
 def _names(value: object) -> bool:

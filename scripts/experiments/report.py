@@ -13,9 +13,8 @@ from benchmarks.report import markdown, write_json
 
 from experiments.design import Claim, Experiment, Factors, Figure, Panel, Row
 from experiments.intervals import Interval, bootstrap
-from torchtitan_mtp.cli.figures import new_figure
+from torchtitan_mtp.cli.figures import new_figure, save_figure
 from torchtitan_mtp.errors import UserError
-from torchtitan_mtp.writing import written_whole
 
 REPRODUCED = {1: "reproduced", 0: "open", -1: "the opposite"}  # claims of a paper
 ANSWERED = {1: "yes", 0: "open", -1: "no"}  # questions of this project
@@ -112,11 +111,7 @@ def draw(experiment: Experiment, rows: Sequence[Row], path: Path) -> None:
     for axes, panel in zip(picture.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         figure, some = titles[panel.figure], [r for r in rows if has(r, panel.where or {})]
         _draw_panel(axes, panel, figure, some)
-    try:
-        with written_whole(path) as file:
-            picture.savefig(file, dpi=90)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: can't be written: {error}") from error
+    save_figure(picture, path, dpi=90)
 
 
 def _draw_panel(axes: Any, panel: Panel, figure: Figure, rows: Sequence[Row]) -> None:

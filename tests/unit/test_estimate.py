@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import estimate
@@ -163,6 +164,8 @@ def test_what_is_wrong_is_one_line(capfd: pytest.CaptureFixture[str]) -> None:
     assert "Traceback" not in capfd.readouterr().err
     with pytest.raises(UserError, match="--machine 0: expected a positive number"):
         estimate.run("debug_parallel.toml", machine=0)
+    with pytest.raises(UserError, match=r"--json no/where\.json: can't be written: No such file"):
+        estimate.run("debug_parallel.toml", device="no device", json=Path("no/where.json"))
 
 
 def test_an_offloaded_optimizer_is_refused_by_name() -> None:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from torchtitan_mtp.writing import written_whole
+from torchtitan_mtp.errors import UserError
+from torchtitan_mtp.writing import check_writable, written_whole
 
 
 @pytest.mark.parametrize("dies_at", ["write", "fsync", "replace"])
@@ -31,6 +32,16 @@ def test_the_old_file_stays_until_the_new_one_is_whole(dies_at, tmp_path, monkey
     with written_whole(tmp_path / "link.toml") as aside:
         aside.write_text("new")
     assert file.read_text() == "new" and (tmp_path / "link.toml").is_symlink()
+
+
+def test_whether_it_can_be_written_is_known_before(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for place in (tmp_path / "file", tmp_path / "new", "/dev/null"):
+        check_writable(place, "x")
+    for place in (tmp_path / "no" / "where", tmp_path / "file" / "a"):
+        with pytest.raises(UserError, match="--json x: can't be written: N"):
+            check_writable(place, "--json x")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_what_is_no_file_is_written_to():

@@ -7,6 +7,7 @@ one. Heads differ in colour, runs in the style of line.
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -14,10 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torchtitan_mtp.cli.arguments import exit_status, new_parser, path
-from torchtitan_mtp.cli.figures import new_figure
+from torchtitan_mtp.cli.figures import check_figure, new_figure, save_figure
 from torchtitan_mtp.cli.show import hue
 from torchtitan_mtp.errors import UserError
-from torchtitan_mtp.writing import written_whole
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -28,7 +28,8 @@ _LINES, _DOTS = ("-", "--", ":", "-."), "os^Dv"
 
 
 def read_scalars(run: Path) -> Scalars:
-    """Tag -> (step, value) of every event file below `run`, a later start's values last."""
+    """Tag -> (step, value) of every event file below `run`; a later start replaces all that earlier
+    ones have from its first step on."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     scalars: dict[str, dict[int, float]] = {}
@@ -37,10 +38,15 @@ def read_scalars(run: Path) -> Scalars:
         raise UserError(f"{run}: no TensorBoard files below it; set metrics.enable_tensorboard")
     for folder in folders:
         events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
-        for tag in events.Tags()["scalars"]:
-            values = scalars.setdefault(tag, {})
-            values.update({event.step: event.value for event in events.Scalars(tag)})
-    return {tag: sorted(values.items()) for tag, values in scalars.items()}
+        found = {tag: events.Scalars(tag) for tag in events.Tags()["scalars"]}
+        steps = (event.step for of_tag in found.values() for event in of_tag)
+        first = min(steps, default=math.inf)
+        for tag, values in scalars.items():
+            scalars[tag] = {step: value for step, value in values.items() if step < first}
+        for tag, of_tag in found.items():
+            values = {event.step: event.value for event in of_tag}
+            scalars[tag] = scalars.get(tag, {}) | values
+    return {tag: sorted(values.items()) for tag, values in scalars.items() if values}
 
 
 def names_of(runs: Sequence[Path]) -> list[str]:
@@ -64,7 +70,9 @@ def draw(runs: dict[str, Scalars]) -> Figure:
     tokens a step. Error: a run has no heads."""
     for name, scalars in runs.items():
         if not colors_of(scalars):
-            raise UserError(f"{name}: no loss_metrics/mtp_head_1_loss; is it this trainer's run?")
+            raise UserError(
+                f"{name}: no loss_metrics/mtp_head_1_accuracy; is it this trainer's run?"
+            )
     panels = 1 + 2 * any(f"{_HELD_OUT}tokens_per_step" in scalars for scalars in runs.values())
     figure = new_figure((7, 7, 13)[panels - 1], 3.8)
     axes = figure.subplots(1, panels, sharex=True, squeeze=False, width_ratios=(2, 1, 1)[:panels])[
@@ -113,13 +121,11 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
 
     def program() -> None:
-        figure = draw(dict(zip(names_of(args.runs), map(read_scalars, args.runs), strict=True)))
-        try:
-            with written_whole(args.out) as file:
-                figure.savefig(file, dpi=110)
-        except (OSError, ValueError) as error:
-            raise UserError(f"{args.out}: can't be written: {error}") from error
-        print(f"wrote {args.out}: {len(args.runs)} run(s)")
+        check_figure(args.out)
+        folders = dict(zip(names_of(args.runs), args.runs, strict=True))  # the same one once
+        figure = draw({name: read_scalars(folder) for name, folder in folders.items()})
+        save_figure(figure, args.out)
+        print(f"wrote {args.out}: {len(folders)} run(s)")
 
     return exit_status(program)
 

@@ -6,17 +6,14 @@ from html import escape
 from pathlib import Path
 
 from torchtitan_mtp.cli.show import PROMPT, Shown, Span, figures, headline, hue, visible
-from torchtitan_mtp.errors import UserError
+from torchtitan_mtp.errors import writing
 from torchtitan_mtp.writing import written_whole
 
 
 def write_page(shown: Shown, source: str, file: Path) -> None:
     """Write `page`. Error: the file can't be written."""
-    try:
-        with written_whole(file) as aside:
-            aside.write_text(page(shown, source), encoding="utf-8", errors="replace")
-    except OSError as error:
-        raise UserError(f"--html {file}: can't be written: {error}") from error
+    with writing(f"--html {file}"), written_whole(file) as aside:
+        aside.write_text(page(shown, source), encoding="utf-8", errors="replace")
 
 
 def page(shown: Shown, source: str) -> str:

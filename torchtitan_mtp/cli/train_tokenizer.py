@@ -16,7 +16,7 @@ from torchtitan_mtp.data.hub import StreamSource
 from torchtitan_mtp.data.sources import Source, find_source
 from torchtitan_mtp.data.tokenizer import LLAMA3_PATTERN, TiktokenTokenizer
 from torchtitan_mtp.distributed.memory import check_memory
-from torchtitan_mtp.errors import UserError
+from torchtitan_mtp.errors import UserError, writing
 from torchtitan_mtp.writing import written_whole
 
 NUM_SPECIALS = 2  # begin and end of text, which the file does not hold
@@ -115,12 +115,10 @@ def write_tiktoken(vocab: dict[str, int], output: Path) -> None:
         base64.b64encode(bytes(to_byte[char] for char in token)) + b" %d\n" % rank
         for token, rank in sorted(vocab.items(), key=lambda item: item[1])
     ]
-    try:
+    with writing(f"--output {output}"):
         output.parent.mkdir(parents=True, exist_ok=True)
         with written_whole(output) as file:
             file.write_bytes(b"".join(lines))
-    except OSError as e:
-        raise UserError(f"--output {output}: can't be written: {e.strerror}") from e
 
 
 def byte_characters() -> dict[int, str]:

@@ -47,6 +47,15 @@ def test_one_run(tmp_path: Path) -> None:
     assert not figure.legends
 
 
+def test_a_later_start_replaces_what_follows_its_first_step(tmp_path: Path) -> None:
+    """Also where the earlier one went further, or logged tags that it lacks."""
+    for start, tag, steps in (("1", "a", [1, 2, 3, 4, 5]), ("1", "b", [2, 4]), ("2", "a", [3])):
+        with SummaryWriter(str(tmp_path / "tb" / start)) as writer:  # type: ignore[no-untyped-call]
+            for step in steps:
+                writer.add_scalar(tag, int(start), step)
+    assert read_scalars(tmp_path) == {"a": [(1, 1), (2, 1), (3, 2)], "b": [(2, 1)]}
+
+
 def test_several_runs_have_lines_of_their_own(tmp_path: Path) -> None:
     """Also where one of them has fewer heads, or was not validated."""
     first, second = write_run(tmp_path / "a", heads=1), write_run(tmp_path / "b", validated=False)
@@ -63,8 +72,11 @@ def test_runs_are_told_apart() -> None:
 
 def test_the_picture_or_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run, out = str(write_run(tmp_path / "run")), str(tmp_path / "a.png")
-    assert main([run, out]) == 0 and imread(out).shape[1] == 13 * 110
+    assert main([run, run, out]) == 0 and imread(out).shape[1] == 13 * 110
+    assert capsys.readouterr().out.endswith(": 1 run(s)\n")
     other = str(write_run(tmp_path / "none", heads=0))
     for arguments in ([str(tmp_path / "away"), out], [run, other, out], [run, "a.doc"]):
         assert main(arguments) == 1
         assert capsys.readouterr().err.count("\n") == 1
+    assert main([other, out]) == 1
+    assert "none: no loss_metrics/mtp_head_1_accuracy" in capsys.readouterr().err

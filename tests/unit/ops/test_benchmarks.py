@@ -18,9 +18,11 @@ import torch
 from benchmarks.gpu import measure_part
 from benchmarks.gpu_plan import Case, Part, all_parts, with_overheads
 from benchmarks.measure import in_process
+from benchmarks.report import report
 
 from formats_run import SEQUENTIAL, SMALL, write_run
 from torchtitan_mtp.config import parse_args
+from torchtitan_mtp.errors import UserError
 
 ROOT = Path(__file__).parents[3]
 
@@ -126,6 +128,17 @@ def test_gpu_refuses_a_cpu(benchmark: Callable[..., str], monkeypatch: pytest.Mo
         benchmark("gpu")
     assert str(stopped.value).startswith("error: benchmark gpu: found no CUDA device")
     assert "\n" not in str(stopped.value)
+
+
+@pytest.mark.parametrize("name", ["file/a.json", "file/a.png", "a.bad"])
+def test_what_cant_be_written_is_one_line_below_the_table(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    out, is_json = tmp_path / name, name.endswith(".json")
+    with pytest.raises(UserError, match=f"{out}: can't be written"):
+        report([{"case": "a", "s": 1.5}], out if is_json else None, None if is_json else out, ["s"])
+    assert "| a | 1.5 |" in capsys.readouterr().out
 
 
 @pytest.mark.slow
