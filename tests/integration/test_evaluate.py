@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 import formats_run
+from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.formats import export_checkpoint
 from torchtitan_mtp.inference import generate, load_for_inference, next_logits
 from torchtitan_mtp.inference.held_out import find_text
@@ -95,7 +96,8 @@ def test_a_hugging_face_folder_and_a_model_without_heads(
     plot = tmp_path / "heads.png"
     capsys.readouterr()
     assert script.main([str(tmp_path / "hf"), *arguments, "--plot", str(plot)]) == 1
-    assert "no heads 2..n" in capsys.readouterr().err and not plot.exists()
+    out, err = capsys.readouterr()
+    assert "no heads 2..n" in err and not out and not plot.exists()
 
 
 parallel = pytest.mark.parametrize("trained_run", ["parallel"], indirect=True)
@@ -117,8 +119,12 @@ parallel = pytest.mark.parametrize("trained_run", ["parallel"], indirect=True)
         (["--tasks", "piqa", "--source", "x"], "--source: goes without --tasks"),
         (["--limit", "2"], "--limit: goes with --tasks"),
         (["--apply_chat_template"], "--apply_chat_template: goes with --tasks"),
+        (["--no-fewshot_as_multiturn"], "--fewshot_as_multiturn: goes with --tasks"),
+        (["--tasks", "piqa", "--prompts", "3"], "--prompts: goes without --tasks"),
+        (["--tasks", "piqa", "--max_new_tokens", "3"], "--max_new_tokens: goes without --tasks"),
         (["--plot", "x.png", "--prompts", "0"], "--plot"),
-        (["--prompts", "0", "--batches", "1", "--json", "no/where.json"], "--json no/where.json"),
+        (["--plot", "x.bad"], "x.bad: a picture's name ends in"),
+        (["--json", "no/where.json"], "--json no/where.json"),
     ],
 )
 def test_errors_are_one_line(
@@ -129,8 +135,25 @@ def test_errors_are_one_line(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert script.main([str(trained_run), *arguments]) == 1
-    err = capsys.readouterr().err
+    out, err = capsys.readouterr()
     assert err.startswith("error: ") and message in err and err.count("\n") == 1
+    assert not out or "999999" in arguments  # nothing was measured in vain
+
+
+@parallel
+def test_memory_is_that_of_sixteen_prompts_at_a_time(
+    script: ModuleType, trained_run: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokenizer, config = load_for_inference(trained_run)
+    text, few = find_text(config, str(source)), ["--prompt_tokens", "9", "--max_new_tokens", "2"]
+    args = script.parse_arguments(["run", "--prompts", "20", *few])
+    size = 16 * 11 * 2 * model.args.n_layers * model.args.kv_heads * model.args.head_dim * 4
+    total = "torchtitan_mtp.distributed.memory.total_memory"
+    monkeypatch.setattr(total, lambda device: size)
+    assert len(script.measure_on_continuation(args, text, model, tokenizer).tokens) == 20
+    monkeypatch.setattr(total, lambda device: size - 1)
+    with pytest.raises(UserError, match="--max_new_tokens 2 of 16 prompts: needs"):
+        script.measure_on_continuation(args, text, model, tokenizer)
 
 
 # ------------------------------------------------------------------- lm-evaluation-harness

@@ -341,8 +341,10 @@ def test_the_programs(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkey
     decode = "--prompt", "def", "--max_new_tokens", "8", "--compare"
     assert generate_command([str(tmp_path / "back"), *decode]) == 0
     capsys.readouterr()
-    wrong = str(tmp_path / "run"), str(tmp_path / "x"), "--format", "lama_hf"
-    assert export_command(wrong) == 1
+    wrong = [str(tmp_path / "run"), str(tmp_path / "x"), "--format", "llama_hf"]
+    assert export_command([*wrong, "--from", "a"]) == 1
+    assert "--from a: goes with --format same" in capsys.readouterr().err
+    assert export_command([*wrong[:-1], "lama_hf"]) == 1
     errors = capsys.readouterr().err
     assert errors.endswith("did you mean llama_hf?\n") and "Traceback" not in errors
     assert export_command([*wrong[:2], *name, "--max_shard_size", "9" * 5000]) == 1

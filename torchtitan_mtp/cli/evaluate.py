@@ -23,21 +23,33 @@ from rich.console import Console
 from rich.table import Table
 
 from torchtitan_mtp.cli.arguments import check_generation, exit_status, new_parser, path
-from torchtitan_mtp.cli.figures import new_figure
+from torchtitan_mtp.cli.figures import check_figure, new_figure, save_figure
 from torchtitan_mtp.config import JobConfig
 from torchtitan_mtp.data.tokenizer import Tokenizer
 from torchtitan_mtp.distributed.memory import check_memory
 from torchtitan_mtp.distributed.shared_cores import SharedCores
-from torchtitan_mtp.errors import UserError, memory_told
+from torchtitan_mtp.errors import UserError, memory_told, writing
 from torchtitan_mtp.inference import load_for_inference
-from torchtitan_mtp.inference.acceptance import Acceptance, Continuation, measure_continuation
+from torchtitan_mtp.inference.acceptance import (
+    PROMPTS_AT_A_TIME,
+    Acceptance,
+    Continuation,
+    measure_continuation,
+)
 from torchtitan_mtp.inference.held_out import Text, find_text
 from torchtitan_mtp.inference.load import DTYPES, find_device
 from torchtitan_mtp.models.trunk import Trunk
 from torchtitan_mtp.validation import TextMetrics, evaluate_windows
-from torchtitan_mtp.writing import written_whole
+from torchtitan_mtp.writing import check_writable, written_whole
 
-CHAT = ("apply_chat_template", "system_instruction")
+TASK_OPTIONS = (
+    "num_fewshot",
+    "limit",
+    "fewshot_as_multiturn",
+    "apply_chat_template",
+    "system_instruction",
+)
+HEADS_ONLY = ("source", "batches", "prompts", "prompt_tokens", "max_new_tokens", "plot")
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -102,14 +114,16 @@ def check_arguments(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and value < least:
             raise UserError(f"--{name} {value}: expected {least} or more")
-    others = (
-        ("source", "batches") if args.tasks else ("include_path", "num_fewshot", "limit", *CHAT)
-    )
-    for name in others:
-        if getattr(args, name) not in (None, False):
+    defaults = parse_arguments([args.checkpoint])
+    for name in HEADS_ONLY if args.tasks else ("include_path", *TASK_OPTIONS):
+        if getattr(args, name) != getattr(defaults, name):
             raise UserError(f"--{name}: goes {'without' if args.tasks else 'with'} --tasks")
-    if args.plot and (args.tasks or not args.prompts):
-        raise UserError("--plot: draws what is measured on the own continuation: leave out --tasks")
+    if args.json:
+        check_writable(args.json, f"--json {args.json}")
+    if args.plot:
+        if not args.prompts:
+            raise UserError("--plot: draws the own continuation, of which --prompts 0 has none")
+        check_figure(args.plot)
 
 
 def measure_on_text(
@@ -132,12 +146,13 @@ def measure_on_continuation(
     args: argparse.Namespace, text: Text, model: Trunk, tokenizer: Tokenizer
 ) -> Continuation:
     """The heads on the model's greedy continuation of prompts from the text."""
-    name = "--prompt_tokens and --max_new_tokens"
-    check_length(model, args.prompt_tokens + args.max_new_tokens, name)
-    prompts = text.prompts(tokenizer, args.prompts, args.prompt_tokens)
-    what = f"--max_new_tokens {args.max_new_tokens} for --prompts {len(prompts)}"
     length = args.prompt_tokens + args.max_new_tokens
-    check_generation(model, what, len(prompts), length)
+    check_length(model, length, "--prompt_tokens and --max_new_tokens")
+    prompts = text.prompts(tokenizer, args.prompts, args.prompt_tokens)
+    rows = min(len(prompts), PROMPTS_AT_A_TIME)
+    check_generation(
+        model, f"--max_new_tokens {args.max_new_tokens} of {rows} prompts", rows, length
+    )
     return measure_continuation(model, prompts, args.max_new_tokens, eos_id=tokenizer.eos_ids)
 
 
@@ -268,8 +283,7 @@ def evaluate_tasks(
     if args.seq_len:
         check_length(model, args.seq_len, "--seq_len")
         lm.max_length = args.seq_len
-    keys = "num_fewshot", "limit", "fewshot_as_multiturn", *CHAT
-    options = {key: getattr(args, key) for key in keys}
+    options = {key: getattr(args, key) for key in TASK_OPTIONS}
     return {"tasks": show(run_tasks(lm, names, args.include_path, log_samples=False, **options))}
 
 
@@ -293,11 +307,7 @@ def draw(results: dict[str, Any], out: Path) -> None:
     for axes in (left, right):
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")
-    try:
-        with written_whole(out) as file:
-            figure.savefig(file, dpi=110)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--plot {out}: can't be written: {error}") from error
+    save_figure(figure, out)
 
 
 def write_json(results: dict[str, Any], out: Path) -> None:
@@ -310,11 +320,8 @@ def write_json(results: dict[str, Any], out: Path) -> None:
             return [plain(item) for item in value]
         return None if isinstance(value, float) and not math.isfinite(value) else value
 
-    try:
-        with written_whole(out) as file:
-            file.write_text(json.dumps(plain(results), indent=2) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"--json {out}: can't be written: {error.strerror}") from error
+    with writing(f"--json {out}"), written_whole(out) as file:
+        file.write_text(json.dumps(plain(results), indent=2) + "\n", encoding="utf-8")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -328,6 +335,8 @@ def run(args: argparse.Namespace) -> None:
     model, tokenizer, config = load_for_inference(
         args.checkpoint, find_device(args.device), DTYPES[args.dtype]
     )
+    if args.plot and model.mtp is None:
+        raise UserError("--plot: the model has no heads 2..n to draw")
     console = Console()
     if (
         is_hf and args.seq_len is None and not args.tasks
@@ -339,8 +348,6 @@ def run(args: argparse.Namespace) -> None:
         write_json(results, args.json)
         print(f"wrote {args.json}")
     if args.plot:
-        if "continuation" not in results:
-            raise UserError("--plot: the model has no heads 2..n to draw")
         draw(results, args.plot)
         print(f"wrote {args.plot}")
 

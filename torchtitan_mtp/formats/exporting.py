@@ -78,6 +78,8 @@ def export_checkpoint(
         UserError: `out` exists; a model that the format can't hold; a tensor that has no place.
     """
     form = None if format_name == SAME else find_format(format_name)
+    if origin and form is not None:
+        raise UserError(f"--from {origin}: goes with --format {SAME}; leave it out")
     config = load_toml(find_config(checkpoint))
     config.model.hf_assets_path = origin or config.model.hf_assets_path
     source = dcp_tensors(find_checkpoint(checkpoint))

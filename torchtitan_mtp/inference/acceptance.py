@@ -31,6 +31,7 @@ from torchtitan_mtp.inference.rows import EndIds
 from torchtitan_mtp.inference.stats import DraftCounts, expected_tokens_per_step, ratio
 from torchtitan_mtp.models.trunk import Trunk
 
+PROMPTS_AT_A_TIME = 16
 UNKNOWN = -1  # in place of a token: nothing to compare a draft with
 
 
@@ -123,7 +124,7 @@ def measure_continuation(
     max_new_tokens: int,
     *,
     eos_id: EndIds = None,
-    batch_size: int = 16,
+    batch_size: int = PROMPTS_AT_A_TIME,
 ) -> Continuation:
     """Continue prompts greedily and compare every head's drafts with what came.
 
