@@ -50,8 +50,8 @@ def train(source_name: str, vocab_size: int, output: Path) -> None:
     """Train on every document of a source, write `output`, read it back and compare.
 
     Raises:
-        UserError: a vocabulary too small for the bytes or too large for the text, an unreadable
-            source, an output that can't be written.
+        UserError: a vocabulary too small for the bytes or too large for the text, a source that
+            is unreadable or has no text, an output that can't be written.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -63,6 +63,8 @@ def train(source_name: str, vocab_size: int, output: Path) -> None:
     # The trainer makes room for all of them at once, at the least a string's three words each.
     check_memory({f"--vocab_size {vocab_size}": 24 * vocab_size}, torch.device("cpu"))
     source = open_source(source_name)
+    if not any(documents(source)):
+        raise UserError(f"--source {source_name}: no document has any text")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -88,7 +90,7 @@ def train(source_name: str, vocab_size: int, output: Path) -> None:
     write_tiktoken(tokenizer.get_vocab(), output)
     num_bytes, num_tokens = verify(TiktokenTokenizer(output), tokenizer, source)
     print(f"wrote {output}: vocabulary {vocab_size}, trained in {seconds:.1f} s on {source_name}")
-    print(f"{num_bytes / num_tokens:.3f} bytes per token in {num_tokens} tokens read back")
+    print(f"{num_bytes / max(1, num_tokens):.3f} bytes per token in {num_tokens} tokens read back")
 
 
 def open_source(name: str) -> Source:

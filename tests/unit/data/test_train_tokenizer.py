@@ -53,6 +53,20 @@ def test_errors_are_one_line_and_a_status(run, text, tmp_path, arguments, messag
         run("--source", text, "--output", tmp_path / "x.tiktoken", *arguments)
 
 
+def test_a_source_without_text_writes_nothing(run, tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": ""}\n' * 2)
+    output = tmp_path / "x.tiktoken"
+    with pytest.raises(SystemExit, match=r"^error: --source .*a\.jsonl: no document has any text$"):
+        run("--source", tmp_path / "a.jsonl", "--vocab_size", 258, "--output", output)
+    assert not output.exists()
+
+
+def test_text_that_is_not_read_back_has_no_ratio(run, tmp_path, capsys):
+    (tmp_path / "a.jsonl").write_text('{"text": ""}\n{"text": "a"}\n' * 64)  # 128, every 2nd read
+    run("--source", tmp_path / "a.jsonl", "--vocab_size", 258, "--output", tmp_path / "x.tiktoken")
+    assert "in 0 tokens read back" in capsys.readouterr().out
+
+
 def test_conversations_are_no_text(run, tmp_path):
     talk = '{"messages": [{"role": "assistant", "content": "a"}]}'
     (tmp_path / "a.jsonl").write_text(talk)
