@@ -18,7 +18,7 @@ from rich.text import Text
 from torchtitan_mtp.data.tokenizer import Tokenizer
 from torchtitan_mtp.inference.rows import Generation, Step
 from torchtitan_mtp.inference.stats import Stats
-from torchtitan_mtp.inference.text_stream import UNREADABLE, TextStream
+from torchtitan_mtp.inference.text_stream import TextStream
 
 PROMPT = 0  # the head of what no head said
 # A rejected draft is decoded after so many tokens: enough for a character's bytes and for the space
@@ -178,18 +178,14 @@ def struck_spans(
     have been the new ones from `place` on."""
     names = {token: name for name, token in getattr(tokenizer, "specials", {}).items()}
     stream, told, first = TextStream(tokenizer, (), before), 0, 0
-    begun = tokenizer.decode(before)
-    waiting = len(begun) - len(begun.rstrip(UNREADABLE))  # the text's own bytes, if they stay so
     for j, draft in enumerate(drafts, start=1):
         stream.add(draft)
         ends = j == len(drafts)
         text = (stream.finish() if ends else stream.text)[told:]
         told += len(text)
-        if text:
-            own = len(text) - len(text.lstrip(UNREADABLE))
-            text, waiting = text[min(own, waiting, len(text) - 1) :], 0
         text = text or names.get(draft, "")  # a special token stands for no text
         if text or ends:
+            text = text or tokenizer.decode(drafts[first:])  # bytes that go on with a character
             yield Span(text, tuple(range(head + first, head + j)), place + first, True)
             first = j
 

@@ -32,7 +32,10 @@ class TextStream:
         # Tokens are decoded after some that came before, for the space in front of a word is lost
         # at the beginning of a text (SentencePiece).
         self._before, self._new = list(prompt), list[int]()
-        self._told = len(tokenizer.decode(self._before).rstrip(UNREADABLE))  # characters of both
+        text = tokenizer.decode(self._before)
+        self._told = len(text.rstrip(UNREADABLE))  # characters of both
+        # New tokens may complete the prompt's last character; what stays unreadable is its own.
+        self._unsure = len(text) - self._told
 
     def add(self, token: int) -> bool:
         """Take the next token; whether that completed a stop string."""
@@ -56,6 +59,9 @@ class TextStream:
         return self.text
 
     def _gain(self, new: str) -> None:
+        if new:
+            own = len(new) - len(new.lstrip(UNREADABLE))
+            new, self._unsure = new[min(own, self._unsure) :], 0
         text = self._held + new
         ends = [(at + len(s), at) for s in self.stop if (at := text.find(s)) >= 0]
         if ends:

@@ -78,6 +78,8 @@ def test_a_character_of_several_tokens() -> None:
         Span("é", (2, 1), 5),
     ]
     assert spans_of(BYTES, [], [0xE2, 0x82], [Step(1, [0x82], 1)]) == [Span("\ufffd", (1, 2), 1)]
+    half = spans_of(BYTES, [], list(first), [Step(1, [0x83], 0)])  # E2 83, of which more is to come
+    assert half == [Span("\ufffd", (2,), 2, True), Span("€", (1, 1, 1), 1)]
     # Bytes of the text that no character has are not the draft's: A, or a part of a character.
     for draft, text in ((0x41, "A"), (0xC3, "\ufffd")):
         spans = spans_of(BYTES, [], [0xFF, 0xFF, 0x42], [Step(2, [draft], 0)])

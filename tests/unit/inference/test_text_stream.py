@@ -61,6 +61,24 @@ def test_a_character_waits_for_its_last_byte() -> None:
 
 
 @pytest.mark.parametrize(
+    ("prompt", "new", "expected"),
+    [
+        ("a\ufffd".encode(), b"b", "b"),
+        ("a\ufffd".encode(), "\ufffdb".encode(), "\ufffdb"),
+        ("a\ufffd".encode() + b"\xe2", b"\x82\xac", "€"),
+        (b"a\xe2", b"b", "b"),  # the prompt ends in a byte that is no character
+        (b"a\xe2", b"\x82", ""),
+        ("a\ufffd".encode(), b"\xe2", "\ufffd"),
+    ],
+)
+def test_what_the_prompt_shows_is_not_repeated(prompt: bytes, new: bytes, expected: str) -> None:
+    text = TextStream(BYTES, (), list(prompt))
+    for byte in new:
+        text.add(byte)
+    assert text.finish() == expected
+
+
+@pytest.mark.parametrize(
     ("stop", "expected"),
     [
         (["x"], "one two three"),
