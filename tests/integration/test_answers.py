@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from runs import config_of, train
-from test_generate import TURNS, write_chat_run
+from test_generate import TOOLS, TURNS, write_chat_run
 from torchtitan_mtp.cli import answers
 from torchtitan_mtp.cli.generate import main
 from torchtitan_mtp.data.document import Document
@@ -135,7 +135,8 @@ def test_a_training_reads_them_back(trained_run: Path, prompts: Path, tmp_path: 
 def test_conversations(tmp_path: Path) -> None:
     _, folder = write_chat_run(tmp_path)
     prompts = tmp_path / "prompts.jsonl"
-    lines = [{"messages": TURNS}, {"messages": TURNS[:2]}, {"prompt": " the cat"}]
+    lines = [{"messages": TURNS, "tools": json.dumps(TOOLS)}, {"messages": TURNS[:2]}]
+    lines += [{"prompt": " the cat"}]
     prompts.write_text("".join(json.dumps(line) + "\n" for line in lines))
     file = written(tmp_path / "run", prompts, "answers", "--chat")
     whole, found = file.read_bytes(), records(file)
@@ -146,6 +147,7 @@ def test_conversations(tmp_path: Path) -> None:
         assert before == given[:-1] and last["role"] == "assistant"
         assert last["content"].startswith(given[-1]["content"])
         assert len(last["content"]) > len(given[-1]["content"])
+    assert [answer.get("tools") for answer in found] == [TOOLS, None, None]
     for size in (len(whole) - 3, whole.index(b"\n") + 30):
         file.write_bytes(whole[:size])
         assert written(tmp_path / "run", prompts, "answers", "--chat").read_bytes() == whole

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import base64
 import importlib
 import io
 import json
@@ -16,7 +18,8 @@ from transformers import AutoTokenizer
 
 import formats_run
 from small_tokenizers import sentencepiece
-from torchtitan_mtp.data.tokenizer import HFTokenizer
+from torchtitan_mtp.cli.converse import fitted
+from torchtitan_mtp.data.tokenizer import ByteTokenizer, HFTokenizer, NoTokenizer
 from torchtitan_mtp.inference import Stats, decoding, generate
 from torchtitan_mtp.models.transformer import Transformer
 
@@ -190,6 +193,49 @@ def test_what_is_typed_is_continued_as_one_text(
     assert err.count("tokens/s]") == 3 and "6 tokens, 1.00 tokens/step" in err
     assert typed("def \nab\n\nx\n", "--speculative")[0] == out
     assert typed("") == ("", "")
+    # The seed after torch's last is its first.
+    sampled = "--temperature", "1", "--seed"
+    fresh = typed("x\n", *sampled, "0")[0]
+    assert typed("def \n\nx\n", *sampled, str(2**64 - 1))[0].endswith(f"\n{fresh}")
+
+
+def test_what_is_typed_is_cut_behind_the_prefix(chat: Chat) -> None:
+    args, tokenizer = argparse.Namespace(special_tokens=False), ByteTokenizer()
+    assert fitted(args, tokenizer, None, "abcdef", 4) == [256, *b"def"]
+    assert fitted(args, tokenizer, None, "abc", 4) == [256, *b"abc"]
+    tokenizer.prefix = ()
+    assert fitted(args, tokenizer, None, "abcdef", 4) == [*b"cdef"]
+    # Of a conversation, whole messages.
+    own = HFTokenizer(chat.run.parent / "tokenizer" / "tokenizer.json")
+    for turns, most in ((TURNS, 100), (TURNS[2:], 30), (TURNS[2:], 1)):
+        typed = list(TURNS)
+        ids = chat.theirs.apply_chat_template(turns, return_dict=False, add_generation_prompt=True)
+        assert fitted(args, own, chat.theirs, typed, most) == ids and typed == turns
+
+
+@parallel
+def test_what_is_typed_must_be_text(
+    script: ModuleType,
+    run: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff\n"), encoding="utf-8"))
+    assert script.main([str(run), "--interactive"]) == 1
+    expected = "error: --interactive: the input can't be read as utf-8: invalid start byte; "
+    assert capsys.readouterr().err.startswith(expected)
+
+
+@pytest.mark.parametrize("asked", [["--interactive"], ["--chat", "--prompt", "a"]])
+def test_a_model_without_a_tokenizer_is_told(
+    script: ModuleType,
+    asked: list[str],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(script, "load_for_inference", lambda *_: (None, NoTokenizer(), None))
+    assert script.main(["-", *asked]) == 1
+    assert "the model has no tokenizer; name a folder" in capsys.readouterr().err
 
 
 def test_a_word_keeps_the_space_before_it(
@@ -219,14 +265,16 @@ def test_a_word_keeps_the_space_before_it(
 
 
 TEMPLATE = (
-    "{{ bos_token }}{% for m in messages %}<{{ m['role'] }}>{{ m['content'] | trim }}"
-    "{{ eos_token }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    "{% set use = tools[0].name if tools else '' %}{{ bos_token }}"
+    "{% for m in messages %}<{{ m['role'] }}{{ use }}>{{ m['content'] | trim }}{{ eos_token }}"
+    "{% endfor %}{% if add_generation_prompt %}<assistant{{ use }}>{% endif %}"
 )
 TURNS = [
     {"role": "user", "content": " the cat"},
     {"role": "assistant", "content": "the"},
     {"role": "user", "content": "</s>cat"},
 ]
+TOOLS = [{"name": "abc"}]
 
 
 def write_chat_run(place: Path) -> tuple[Any, Path]:
@@ -274,18 +322,39 @@ def test_conversations_in_the_words_of_the_template(
 ) -> None:
     file = tmp_path / "prompts.jsonl"
     lines = [{"messages": TURNS}, {"messages": TURNS[:2]}, {"prompt": " the cat"}]
+    lines += [{"prompt": " the cat", "tools": json.dumps(TOOLS)}]
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     arguments = [str(chat.run), "--chat", "--max_new_tokens", "6"]
     assert script.main([*arguments, "--prompt_file", str(file)]) == 0
     begun = {"continue_final_message": True, "add_generation_prompt": False}
     expected = [chat.answer(TURNS), chat.answer(TURNS[:2], **begun), chat.answer(TURNS[:1])]
-    marked = "".join(f"--- {i} of 3\n{text}\n" for i, text in enumerate(expected, start=1))
+    expected.append(chat.answer(TURNS[:1], tools=TOOLS))
+    assert expected[2] != expected[3]
+    marked = "".join(f"--- {i} of 4\n{text}\n" for i, text in enumerate(expected, start=1))
     assert capsys.readouterr().out == marked
     monkeypatch.setattr("sys.stdin", io.StringIO(" the cat\nthe\n\n the cat\n"))
     assert script.main([*arguments, "--interactive"]) == 0
     first = {"role": "assistant", "content": expected[2]}
     second = chat.answer([TURNS[0], first, {"role": "user", "content": "the"}])
     assert capsys.readouterr().out == f"{expected[2]}\n{second}\n{expected[2]}\n"
+
+
+def test_a_template_lies_in_the_tokenizers_folder(
+    script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As of Meta's original/tokenizer.model."""
+    _, folder = write_chat_run(tmp_path)
+    file, prompts = folder / "original" / "tokenizer.model", tmp_path / "prompts.jsonl"
+    file.parent.mkdir()
+    file.write_bytes(b"".join(base64.b64encode(bytes([i])) + b" %d\n" % i for i in range(256)))
+    formats_run.write_run(
+        tmp_path / "run", **formats_run.SMALL, **{"model.hf_assets_path": str(file)}
+    )
+    prompts.write_text('{"prompt": "a"}\n')
+    arguments = [str(tmp_path / "run"), "--chat", "--max_new_tokens", "2"]
+    assert script.main([*arguments, "--prompt", "a"]) == 0, capsys.readouterr().err
+    arguments += ["--prompt_file", str(prompts), "--output", str(tmp_path / "answers.jsonl")]
+    assert script.main(arguments) == 0, capsys.readouterr().err
 
 
 def test_special_tokens_are_text_unless_asked_for(
@@ -390,6 +459,7 @@ def test_samples_are_not_judged_by_the_margin(
         (["--prompt", "a", "--speculative", "--num_draft", "9"], "num_draft = 9"),
         (["--prompt", "a", "--prompt", ""], "the prompt is empty"),
         (["--prompt", "a", "--device", "teapot"], "--device teapot"),
+        (["--prompt", "a", "--device", "meta"], "--device meta: can't be used: its type is meta"),
         (["--interactive", "--compare"], "--interactive goes without --compare"),
         (["--interactive", "--speculative", "--num_draft", "9"], "num_draft = 9"),
         (["--interactive", "--max_new_tokens", "-5"], "max_new_tokens = -5"),

@@ -18,6 +18,7 @@ WHOSE = {
     "checkpoint/storage": "unit/checkpoint/test_checksums",
     "cli/answers": "integration/test_answers",
     "cli/arguments": "integration/test_generate",
+    "cli/converse": "integration/test_generate",
     "cli/evaluate": "integration/test_evaluate",
     "cli/export_checkpoint": "integration/test_export",
     "cli/figures": "integration/test_evaluate",

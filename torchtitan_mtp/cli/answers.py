@@ -66,10 +66,11 @@ def record(prompt: Prompt, answer: str) -> dict[str, Any]:
     assistant's last message goes on with the answer."""
     if isinstance(prompt, str):
         return {"prompt": prompt, "completion": answer}
-    before, last = prompt, {"role": "assistant", "content": ""}
-    if prompt[-1]["role"] == "assistant":
-        before, last = prompt[:-1], prompt[-1]
-    return {"messages": [*before, last | {"content": last["content"] + answer}]}
+    before, last = prompt.messages, {"role": "assistant", "content": ""}
+    if before[-1]["role"] == "assistant":
+        *before, last = before
+    tools = {} if prompt.tools is None else {"tools": prompt.tools}
+    return tools | {"messages": [*before, last | {"content": last["content"] + answer}]}
 
 
 def opening(prompt: Prompt) -> bytes:
@@ -178,7 +179,7 @@ def write_answers(args: argparse.Namespace, prompts: list[Prompt], load: Load) -
         if done == total:
             return
         model, tokenizer, config = load()
-        chat = chat_tokenizer(config.model.hf_assets_path) if args.chat else None
+        chat = chat_tokenizer(tokenizer.place) if args.chat else None
         answering = Answering(args, model, tokenizer, chat)
         check_prompts(answering, prompts[done:], size, config)
         begin = told = time.monotonic()

@@ -10,11 +10,9 @@ head drafted each token.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import math
 import os
 import sys
-from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +21,8 @@ from rich.table import Table
 
 from torchtitan_mtp.cli.answers import BATCH_SIZE, check_output, write_answers
 from torchtitan_mtp.cli.arguments import check_generation, exit_status, new_parser, path, sampling
-from torchtitan_mtp.cli.prompts import Message, Prompt, encode, read_prompts
+from torchtitan_mtp.cli.converse import converse
+from torchtitan_mtp.cli.prompts import Prompt, encode, read_prompts
 from torchtitan_mtp.cli.show import print_shown, show
 from torchtitan_mtp.cli.show_html import write_page
 from torchtitan_mtp.config import JobConfig
@@ -32,9 +31,7 @@ from torchtitan_mtp.data.tokenizer import Tokenizer
 from torchtitan_mtp.distributed.shared_cores import SharedCores
 from torchtitan_mtp.errors import UserError, memory_told
 from torchtitan_mtp.inference import Generation, Stats, generate, load_for_inference, next_logits
-from torchtitan_mtp.inference.decoding import check, most_drafts
 from torchtitan_mtp.inference.load import DTYPES, find_device
-from torchtitan_mtp.inference.sampling import Sampler
 from torchtitan_mtp.inference.stats import ratio
 from torchtitan_mtp.inference.text_stream import TextStream
 from torchtitan_mtp.models.trunk import Trunk
@@ -274,69 +271,6 @@ def write_texts(
         print(prompt + text.text)
 
 
-def converse(
-    args: argparse.Namespace,
-    model: Trunk,
-    tokenizer: Tokenizer,
-    config: JobConfig,
-    chat: Any,
-) -> None:
-    """Continue what is typed, as one growing text or a conversation, until the input ends.
-
-    Of a text longer than the model was trained on, answer included, the beginning is dropped.
-    """
-    if args.compare or args.compile or args.cuda_graphs or args.num_draft == "auto":
-        raise UserError(
-            "--interactive goes without --compare, --compile, --cuda_graphs and --num_draft auto"
-        )
-    check(model, [[tokenizer.eos_id]], args.max_new_tokens)
-    check_generation(model, f"--max_new_tokens {args.max_new_tokens}", 1, args.max_new_tokens)
-    options = sampling(args, model) | {"eos_id": tokenizer.eos_ids}
-    Sampler(**sampling(args, model))  # what they must not be is said before anything is typed
-    if args.speculative:
-        options |= {"speculative": True, "num_draft": most_drafts(model, args.num_draft)}
-    seq_len = config.training.seq_len
-    most = max(seq_len - args.max_new_tokens, seq_len // 2)  # of the text before an answer
-    asking = "> " if sys.stdin.isatty() else ""
-    if asking:
-        print(
-            "An empty line begins a new text, Ctrl-C stops an answer, Ctrl-D ends.", file=sys.stderr
-        )
-    text, messages = "", list[Message]()
-    with contextlib.suppress(EOFError, KeyboardInterrupt):
-        while True:
-            line = input(asking)
-            if not line:
-                text, messages = "", []
-                continue
-            # All of it anew: pieces would each begin with a space, in SentencePiece's way.
-            text += f"\n{line}" if text else line
-            messages.append({"role": "user", "content": line})
-            if chat is None:
-                print(line, end="", flush=True)
-            prompt = encode(args, tokenizer, chat, messages if chat else text)[-most:]
-            shown = TextStream(tokenizer, args.stop, prompt, partial(print, end="", flush=True))
-            answer(model, prompt, args.max_new_tokens, shown, options)
-            options["seed"] += 1  # equal lines get samples of their own
-            text += shown.text
-            messages.append({"role": "assistant", "content": shown.text})
-
-
-def answer(
-    model: Trunk, prompt: list[int], most: int, shown: TextStream, options: dict[str, Any]
-) -> None:
-    """Write what follows the prompt to stdout as it comes, its cost to stderr."""
-    stats = None
-    with contextlib.suppress(KeyboardInterrupt):
-        stats = generate(model, [prompt], most, texts=[shown], **options).stats
-    shown.finish()
-    print(flush=True)
-    if stats is not None:
-        rate = "" if stats.steps == 0 else f"{stats.tokens_per_step:.2f} tokens/step, "
-        speed = f"{stats.tokens / stats.seconds:.1f} tokens/s"
-        print(f"[{stats.tokens} tokens, {rate}{speed}]", file=sys.stderr)
-
-
 def run(args: argparse.Namespace) -> None:
     """UserError for arguments that do not go together, and for what can't be read or decoded."""
     if args.num_draft is not None and not (args.speculative or args.compare):
@@ -354,13 +288,15 @@ def run(args: argparse.Namespace) -> None:
 
     def load() -> tuple[Trunk, Tokenizer, JobConfig]:
         device = find_device(args.device)
-        return load_for_inference(args.checkpoint, device, DTYPES.get(args.dtype))
+        loaded = load_for_inference(args.checkpoint, device, DTYPES.get(args.dtype))
+        loaded[1].encode("")  # that there is no tokenizer is said before anything is typed
+        return loaded
 
     if args.output is not None and prompts is not None:
         write_answers(args, prompts, load)
         return
     model, tokenizer, config = load()
-    chat = chat_tokenizer(config.model.hf_assets_path) if args.chat else None
+    chat = chat_tokenizer(tokenizer.place) if args.chat else None
     if prompts is None:
         converse(args, model, tokenizer, config, chat)
     else:

@@ -5,14 +5,24 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from typing import Any
+from typing import Any, NamedTuple
 
 from torchtitan_mtp.data.chat import render
+from torchtitan_mtp.data.document import tools_of
 from torchtitan_mtp.data.tokenizer import Tokenizer
 from torchtitan_mtp.errors import UserError
 
 Message = dict[str, str]  # role, content
-Prompt = str | list[Message]
+
+
+class Conversation(NamedTuple):
+    """What a chat template spells. tools: whatever the template takes; None: there are none."""
+
+    messages: list[Message]
+    tools: Any = None
+
+
+Prompt = str | Conversation
 
 
 def read_prompts(args: argparse.Namespace) -> list[Prompt]:
@@ -31,7 +41,7 @@ def read_prompts(args: argparse.Namespace) -> list[Prompt]:
     if not prompts or not all(prompts):
         raise UserError("the prompt is empty: give some text to continue")
     if args.chat:
-        return [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in prompts]
+        return [to_conversation(p) if isinstance(p, str) else p for p in prompts]
     return prompts
 
 
@@ -54,8 +64,15 @@ def read_records(file: os.PathLike[str], text: str, chat: bool) -> list[Prompt]:
             if chat:
                 wanted += ' or {"messages": [{"role": "user", "content": TEXT}, ...]}'
             raise UserError(f"{file}:{number}: expected {wanted}, found {line[:40]}")
-        prompts.append(prompt)
+        prompts.append(to_conversation(prompt, tools_of(record)) if chat else prompt)
     return prompts
+
+
+def to_conversation(asked: str | list[Message], tools: Any = None) -> Conversation:
+    """Messages, or a text that a user says."""
+    if isinstance(asked, str):
+        asked = [{"role": "user", "content": asked}]
+    return Conversation(asked, tools)
 
 
 def are_messages(value: Any) -> bool:
@@ -70,7 +87,9 @@ def encode(args: argparse.Namespace, tokenizer: Tokenizer, chat: Any, prompt: Pr
     """The ids of a text to continue, or of a conversation in the words of its template."""
     if isinstance(prompt, str):
         return tokenizer.prompt(prompt, args.special_tokens)
-    answered = prompt[-1]["role"] == "assistant"  # that is what is to be continued
+    messages, tools = prompt
+    answered = messages[-1]["role"] == "assistant"  # that is what is to be continued
     options = {"add_generation_prompt": not answered, "continue_final_message": answered}
-    ids: list[int] = tokenizer.encode(render(chat, prompt, **options), special=True).tolist()
+    text = render(chat, messages, tools=tools, **options)
+    ids: list[int] = tokenizer.encode(text, special=True).tolist()
     return ids

@@ -10,7 +10,6 @@ import json
 import re
 import threading
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,14 +27,13 @@ Spans = list[tuple[int, int]]  # characters, start..stop-1
 
 @functools.cache
 def chat_tokenizer(path: str) -> Any:
-    """transformers' tokenizer of `model.hf_assets_path`. Error: no chat template, or one that is
-    no Jinja, no folder, or no transformers."""
+    """transformers' tokenizer of `Tokenizer.place`. Error: no chat template, or one that is no
+    Jinja, no folder, or no transformers."""
     try:
         from transformers import AutoTokenizer
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        place = Path(path).parent if Path(path).is_file() else path
-        tokenizer = AutoTokenizer.from_pretrained(place, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
         template = tokenizer.get_chat_template()
     except (ImportError, OSError, ValueError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]

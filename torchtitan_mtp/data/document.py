@@ -48,10 +48,7 @@ def to_document(record: Any, text_field: str) -> Document:
 
 
 def _conversation(fields: dict[str, Any], name: str, prompt: int = 0) -> Document:
-    messages, tools = (_without_nulls(fields.get(key)) for key in (name, "tools"))
-    if isinstance(tools, str):  # columns have one type, tools have not
-        with contextlib.suppress(ValueError):
-            tools = json.loads(tools)
+    messages, tools = _without_nulls(fields.get(name)), tools_of(fields)
     if not isinstance(messages, list) or not all(map(_is_message, messages)):
         found = str(messages)[:200]
     elif not any(message["role"] == "assistant" for message in messages[prompt:]):
@@ -62,6 +59,15 @@ def _conversation(fields: dict[str, Any], name: str, prompt: int = 0) -> Documen
     raise ValueError(
         f"expected {name!r} to be a list of objects with 'role' and 'content'; found {found}"
     )
+
+
+def tools_of(record: dict[str, Any]) -> Any:
+    """The tools of a conversation's record: a list or its JSON, for columns have one type."""
+    tools = _without_nulls(record.get("tools"))
+    if isinstance(tools, str):
+        with contextlib.suppress(ValueError):
+            tools = json.loads(tools)
+    return tools
 
 
 def _is_message(value: Any) -> bool:

@@ -55,7 +55,7 @@ class HarnessModel(TemplateLM):
         super().__init__()
         self.model, self.tok, self.batch_size = model, tokenizer, batch_size
         self.softcap, self.max_length = self.model.softcap, config.training.seq_len
-        self.tokenizer_name = config.model.hf_assets_path
+        self.tokenizer_name = tokenizer.place
         self._device = model.output.weight.device
         self._generations = 0
 

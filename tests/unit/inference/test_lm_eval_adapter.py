@@ -328,6 +328,13 @@ def test_capped_logits() -> None:
     assert found[0] == pytest.approx(total, rel=1e-4)
 
 
+def test_its_template_lies_in_the_tokenizers_folder() -> None:
+    """Not beside the file that model.hf_assets_path names: Meta's is in original/."""
+    model, tokenizer, config = random_model(vocab=259), ByteTokenizer(), JobConfig()
+    tokenizer.place, config.model.hf_assets_path = "llama", "llama/original/tokenizer.model"
+    assert HarnessModel(model, tokenizer, config).tokenizer_name == "llama"
+
+
 def test_equal_requests_get_samples_of_their_own() -> None:
     model = random_model(vocab=259)
     model.output.weight[128:] = 0
