@@ -3,6 +3,7 @@ in training and with more, with pause tokens and without."""
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Sequence
 from functools import partial
@@ -13,6 +14,8 @@ from experiments.design import Claim, Experiment, Figure, Panel, Run
 from experiments.measures import Measure, completions, cost
 
 HEADS = (1, 2, 4)
+LONGER = "1, FLOPs of 4"
+STEPS = {1: 2500, 2: 2500, 4: 2500, LONGER: 5532}  # by n
 PAUSES = (0, 4)
 DEGREE = 2  # modulo X^2; the paper's is 5
 SEEN, MORE = (1, 2), (3, 4)  # operations
@@ -33,7 +36,7 @@ def prepare(folder: Path, quick: bool) -> None:
             texts.write_records(folder / f"asked-{pauses}-{operations}.jsonl", found.values())
             asked |= found.keys()
         make = partial(_task, operations=SEEN, pauses=pauses)
-        tasks = texts.records(make, 4000 if quick else 220_000, seed=0)
+        tasks = texts.records(make, 4000 if quick else 500_000, seed=0)
         unasked = (record for record in tasks if record["prompt"] not in asked)
         texts.write_records(folder / f"train-{pauses}.jsonl", unasked)
 
@@ -47,6 +50,9 @@ def _measures(folder: Path, pauses: int) -> list[Measure]:
 
 
 def runs(folder: Path, seeds: Sequence[int], quick: bool) -> list[Run]:
+    variants: list[tuple[int, int | str]] = [(0, 1), (0, 2)]
+    if not quick:
+        variants = [*itertools.product(PAUSES, HEADS), (0, LONGER)]
     return [
         Run(
             {"pauses": pauses, "n": n},
@@ -56,18 +62,17 @@ def runs(folder: Path, seeds: Sequence[int], quick: bool) -> list[Run]:
                 "model.args.n_layers": 3,
                 "model.args.n_heads": 4,
                 "model.args.hidden_dim": 192,
-                "mtp.num_future_tokens": n,
+                "mtp.num_future_tokens": 1 if n == LONGER else n,
                 "training.dataset": "polynomials",
                 "training.dataset_path": str(folder / f"train-{pauses}.jsonl"),
                 "training.seq_len": 64,
-                "training.local_batch_size": 8,
-                "training.steps": 2000,
+                "training.local_batch_size": 32,
+                "training.steps": STEPS[n],
                 "lr_scheduler.warmup_steps": 100,
             },
             _measures(folder, pauses),
         )
-        for pauses in (PAUSES[:1] if quick else PAUSES)
-        for n in (HEADS[:2] if quick else HEADS)
+        for pauses, n in variants
         for seed in seeds
     ]
 
@@ -84,6 +89,7 @@ EXPERIMENT = Experiment(
     runs=runs,
     figures=[
         Figure("parameters", "parameters", 0),
+        Figure("TFLOP", "TFLOP"),
         *(Figure(f"right at {m}", f"right, {_told(m)}, %", 1, True) for m in (*SEEN, *MORE)),
     ],
     claims=[
@@ -99,6 +105,17 @@ EXPERIMENT = Experiment(
             for pauses in PAUSES
             for m in (*SEEN, MORE[0])
             for n in HEADS[1:]
+        ),
+        *(
+            Claim(
+                f"{_told(m)}: n = 4 is right more often than n = 1 with as many FLOPs",
+                source="",
+                figure=f"right at {m}",
+                of={"pauses": 0, "n": 4},
+                than={"pauses": 0, "n": LONGER},
+                sign=1,
+            )
+            for m in SEEN
         ),
         *(
             Claim(
