@@ -31,8 +31,7 @@ logger = logging.getLogger(__name__)
 _SAID_ELSEWHERE = {"architectures", "dtype", "transformers_version", "use_cache", "model_type"}
 _SAID_ELSEWHERE |= {"num_nextn_predict_layers", "mtp_num_hidden_layers"}
 
-# The fields of a ModelSpec, and the optimizer's name; of a run the loss's softcap, of an export the
-# format.
+# The fields of a ModelSpec, and the optimizer's name; the loss's softcap; of an export the format.
 Record = dict[str, Any]
 
 # What the names and shapes of tensors tell of `sizes`; and of `constants`, once the number of heads

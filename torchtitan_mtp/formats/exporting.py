@@ -50,6 +50,8 @@ logger = logging.getLogger(__name__)
 DEFAULT_SHARD_SIZE = 5 * 10**9
 """Bytes of a file of weights, at most, if nothing else is said."""
 
+UNCAPPED = "no config in such a folder holds loss.softcap = {}: others would sample without the cap"
+
 
 @memory_told("one tensor is held at a time; give it a machine with more memory")
 def export_checkpoint(
@@ -82,7 +84,7 @@ def export_checkpoint(
         raise UserError(f"--from {origin}: goes with --format {SAME}; leave it out")
     config = load_toml(find_config(checkpoint))
     config.model.hf_assets_path = origin or config.model.hf_assets_path
-    source = dcp_tensors(find_checkpoint(checkpoint))
+    cap, source = config.loss.softcap, dcp_tensors(find_checkpoint(checkpoint))
     rows = 0 if config.model.name == "hf" else vocabulary_of(source)
     spec = spec_from_config(config, rows, keeps_earlier(config, source.where))
     if form is not None and spec.hf_config is not None:
@@ -94,6 +96,9 @@ def export_checkpoint(
         check_tokenizer(source.where, config.model.hf_assets_path)
         origin, spec = config.model.hf_assets_path, _first(spec, modules)
         return write_same(source, Path(origin), spec, Path(out), drop_heads)
+    if cap is not None and form.container != "dcp":
+        ways = "decode here, or train on without it (checkpoint.initial_load_path) and export that"
+        raise UserError(f"--format {format_name}: {UNCAPPED.format(cap)}; {ways}")
     check_tensors(source, names.torchtitan(spec), spec.args)
     kept = _fitting(form, format_name, _first(spec, modules), drop_heads)
     for k in range(kept.num_modules, spec.num_modules):
@@ -112,8 +117,9 @@ def export_checkpoint(
     tensors = _outward(source, table, spec, dtype)
     with written_aside(Path(out), tensors.bytes) as folder:
         if form.container == "dcp":
-            write_dcp(folder, tensors, record_of(spec) | {"format": format_name})
-            logger.warning("%s: TorchTitan's flavor has to have %s", out, untold(record_of(spec)))
+            record = record_of(spec) | {"softcap": cap, "format": format_name}
+            write_dcp(folder, tensors, record)
+            logger.warning("%s: TorchTitan's flavor has to have %s", out, untold(record))
         else:
             _write_model(form, folder, tensors, config, spec, max_shard_size)
         verify(open_tensors(form, folder), tensors)

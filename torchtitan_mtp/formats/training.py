@@ -25,7 +25,7 @@ from torchtitan_mtp.config import JobConfig
 from torchtitan_mtp.distributed.ranks import Ranks
 from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.formats.configs import Unsupported
-from torchtitan_mtp.formats.exporting import export_checkpoint, formats_for, refusal
+from torchtitan_mtp.formats.exporting import UNCAPPED, export_checkpoint, formats_for, refusal
 from torchtitan_mtp.formats.formats import FORMATS
 from torchtitan_mtp.formats.hf_trunk import TrunkFolder
 from torchtitan_mtp.formats.importing import format_of, inward, open_model
@@ -154,13 +154,16 @@ def _warn_of_lost_modules(path: Path, model: HFTrunk, contract: Contract) -> Non
         logger.warning("%s; the heads start anew, as mtp.init says", lost)
 
 
-def hf_format(spec: ModelSpec, origin: str = "") -> str:
+def hf_format(spec: ModelSpec, origin: str = "", softcap: float | None = None) -> str:
     """The HF format for a model, the first in the order of `FORMATS`; of a trunk of transformers
-    `SAME`, of the folder `origin`. Error: there is none."""
+    `SAME`, of the folder `origin`. Error: there is none, or none for a cap of its logits."""
     if spec.hf_config is not None:
         if why := refusal_of_same(spec, origin):
             raise UserError(f"checkpoint.last_save_in_hf = true: {why}; unset it")
         return SAME
+    if softcap is not None:
+        told = UNCAPPED.format(softcap)
+        raise UserError(f"checkpoint.last_save_in_hf = true: {told}; unset one of them")
     for name in formats_for(spec):
         if name.endswith("_hf"):  # `medusa` is a folder of heads alone
             return name

@@ -15,9 +15,12 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
 from formats_run import DEEPSEEK, PARALLEL, QWEN, QWEN2, RAW, SEQUENTIAL, SMALL, write_run
+from torchtitan_mtp.checkpoint.manifest import read_manifest
+from torchtitan_mtp.config import load_toml
 from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.formats import export_checkpoint, import_checkpoint
 from torchtitan_mtp.formats import exporting as exporting_module
+from torchtitan_mtp.formats.formats import FORMATS
 from torchtitan_mtp.formats.training import config_of_hf
 from torchtitan_mtp.formats.write import written_aside
 from torchtitan_mtp.inference import generate, load_for_inference
@@ -271,6 +274,21 @@ def test_damaged_mimo_folders(copy: Path, change, message: str) -> None:
     found = refusal(lambda: import_checkpoint(copy / "mimo", copy / "back", "mimo_hf"))
     assert re.search(message, found), found
     assert not list(copy.glob("back*"))
+
+
+def test_a_cap_of_logits_is_not_lost(tmp_path: Path, caplog) -> None:
+    """No architecture written here has a key for it; the `torchtitan` format records it."""
+    write_run(tmp_path / "run", **SMALL, **{"loss.softcap": 30.0})
+    for name in FORMATS.keys() - {"torchtitan"}:
+        found = refusal(lambda name=name: export_checkpoint(tmp_path / "run", tmp_path / "x", name))
+        assert re.match(rf"--format {name}: no config .* holds loss.softcap = 30.0: .*; ", found)
+    assert not list(tmp_path.glob("x*"))
+    export_checkpoint(tmp_path / "run", tmp_path / "dcp", "torchtitan")
+    assert "TorchTitan's flavor has to have" in caplog.text and "softcap = 30.0" in caplog.text
+    assert read_manifest(tmp_path / "dcp").record["softcap"] == 30.0
+    config = tmp_path / "run" / "config.toml"
+    import_checkpoint(tmp_path / "dcp", tmp_path / "back", "torchtitan", config_file=config)
+    assert load_toml(tmp_path / "back" / "config.toml").loss.softcap == 30.0
 
 
 def test_metas_files(copy: Path) -> None:
