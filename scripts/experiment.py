@@ -11,6 +11,7 @@ import argparse
 import os
 import sys
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from experiments.intervals import MOST_SEEDS  # noqa: E402
 from experiments.report import in_page, rows_of, tables, write  # noqa: E402
 from experiments.runs import run_all, workers  # noqa: E402
 
+from torchtitan_mtp.checkpoint.lock import lock_folders  # noqa: E402
 from torchtitan_mtp.cli.arguments import exit_status, path  # noqa: E402
 from torchtitan_mtp.cli.figures import new_figure  # noqa: E402
 from torchtitan_mtp.errors import UserError  # noqa: E402
@@ -87,11 +89,14 @@ def check_arguments(args: argparse.Namespace) -> None:
     new_figure(1, 1)
 
 
-def run_experiment(name: str, args: argparse.Namespace, pool: ProcessPoolExecutor) -> None:
-    """All runs that are missing, then results, tables and picture. Error: a run fails."""
+def run_experiment(
+    name: str, args: argparse.Namespace, pool: ProcessPoolExecutor, held: ExitStack
+) -> None:
+    """All runs that are missing, then results, tables and picture; the folder is this process's
+    until `held` is closed. Errors: another process has it; a run fails."""
     experiment, output = EXPERIMENTS[name], args.output.resolve()
     folder = output / (f"{name}-quick" if args.quick else name)
-    folder.mkdir(parents=True, exist_ok=True)
+    lock_folders({folder: "--output"}, held)
     experiment.prepare(folder, args.quick)
     runs = experiment.runs(folder, range(args.seeds), args.quick)
     if args.quick:
@@ -124,11 +129,12 @@ def main(argv: list[str] | None = None) -> int:
         # Of the runs: a core each, and no GPU, which they would share and have no need of.
         os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         pool = workers(args.jobs)
-        try:
-            for name in EXPERIMENTS if args.name == "all" else [args.name]:
-                run_experiment(name, args, pool)
-        finally:  # runs that have begun end first, those that wait don't begin
-            pool.shutdown(cancel_futures=True)
+        with ExitStack() as held:
+            try:
+                for name in EXPERIMENTS if args.name == "all" else [args.name]:
+                    run_experiment(name, args, pool, held)
+            finally:  # runs that have begun end first, those that wait don't begin
+                pool.shutdown(cancel_futures=True)
 
     try:
         return exit_status(program)

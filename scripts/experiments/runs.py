@@ -8,6 +8,7 @@ import inspect
 import json
 import multiprocessing
 import os
+import platform
 import shutil
 import sys
 import threading
@@ -150,12 +151,12 @@ def _train(run: Run, folder: Path) -> None:
 
 
 def trained_as(run: Run, folder: Path) -> Any:
-    """What decides the weights: settings, the text if it is a file, what it starts from."""
+    """What decides the weights: settings, the text (a file, or the interpreter's own files), what
+    it starts from."""
     settings = _settings(run, folder)
-    known: dict[str, Any] = {
-        "settings": settings,
-        "text": _hash(settings.get("training.dataset_path", "")),
-    }
+    text = _hash(settings.get("training.dataset_path", ""))
+    python = f"Python {platform.python_version()}"
+    known: dict[str, Any] = {"settings": settings, "text": text or python}
     if run.start is not None:
         before = folder / folder_name(run.start, run.seed)
         known["start"] = _read(before / "trained.json").get("as")

@@ -6,10 +6,15 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from experiment import main
+from experiment import main, parse_arguments, run_experiment
+from experiments.runs import workers
+
+from torchtitan_mtp.checkpoint.lock import lock_folders
+from torchtitan_mtp.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 EXPERIMENTS = ("induction", "arithmetic", "tokens", "families", "curriculum")
@@ -73,6 +78,15 @@ def test_finished_runs_are_kept_and_others_run_again(folder: Path) -> None:
     assert anew == {runs[2]}  # the others' weights are kept, and measured again
     now = json.loads((folder / "induction.json").read_text())["rows"]
     assert [{**row, "seconds": 0} for row in now] == [{**row, "seconds": 0} for row in rows]
+
+
+def test_a_folder_is_one_programs_at_a_time(tmp_path: Path) -> None:
+    args = parse_arguments(["tokens", "--quick", "--output", str(tmp_path)])
+    with ExitStack() as held, workers(1) as pool:
+        lock_folders({tmp_path / "tokens-quick": "--output"}, held)
+        with pytest.raises(UserError, match=r"quick: another run writes .* another --output"):
+            run_experiment("tokens", args, pool, ExitStack())
+    assert [file.name for file in (tmp_path / "tokens-quick").iterdir()] == ["run.lock"]
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 import random
 import re
 from dataclasses import replace
@@ -16,6 +17,7 @@ from experiments import arithmetic, texts
 from experiments.design import Claim, Figure, folder_name
 from experiments.intervals import bootstrap
 from experiments.report import cell, difference, figures_table, in_page, rows_of, tables, verdict
+from experiments.runs import trained_as
 
 from torchtitan_mtp.data.tokenizer import build_tokenizer
 from torchtitan_mtp.errors import UserError
@@ -198,6 +200,19 @@ def test_cells_have_their_figure_and_interval() -> None:
 
 def test_folders_of_runs_differ() -> None:
     assert folder_name({"unit": "4k tokens", "n": 2}, 1) == "unit-4k-tokens_n-2_seed-1"
+
+
+def test_runs_on_the_interpreters_files_are_of_its_version(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "text.jsonl").write_text("{}")
+    (run,) = EXPERIMENTS["tokens"].runs(tmp_path, [0], False)[:1]
+    path = {"training.dataset_path": str(tmp_path / "text.jsonl")}
+    both = [run, replace(run, settings=run.settings | path)]
+    before = [trained_as(run, tmp_path) for run in both]
+    monkeypatch.setattr(platform, "python_version", lambda: "3.99.0")
+    after = [trained_as(run, tmp_path) for run in both]
+    assert before[0] != after[0] and before[1] == after[1]
 
 
 # ----------------------------------------------------------- what is published
