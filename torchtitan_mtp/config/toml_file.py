@@ -12,7 +12,7 @@ from torchtitan_mtp.config.job_config import JobConfig
 from torchtitan_mtp.config.names import find
 from torchtitan_mtp.config.sections.mtp import MTP
 from torchtitan_mtp.config.setting import Option, options
-from torchtitan_mtp.config.values import HERE, accept, printable
+from torchtitan_mtp.config.values import HERE, accept, printable, show
 from torchtitan_mtp.errors import UserError, reading
 
 if sys.version_info >= (3, 11):
@@ -83,6 +83,9 @@ def to_toml(config: JobConfig, folder: str | None = None) -> str:
     Args:
         folder: where the file is to lie; paths to what is there are written as from the file, so
             that they hold wherever the folder is moved. None: as they are.
+
+    Raises:
+        UserError: naming a key whose text, a path's say, is not UTF-8.
     """
     lines: list[str] = []
     unused_mtp = "mtp" not in config.model.converters and config.mtp == MTP()
@@ -96,6 +99,11 @@ def to_toml(config: JobConfig, folder: str | None = None) -> str:
             if folder and option.rule.path:
                 value = _from(Path(os.path.abspath(folder)), value, name)
             lines.append(f"{option.path[-1]} = {_toml(value)}")
+            try:
+                lines[-1].encode()
+            except UnicodeEncodeError:
+                told = f"{name} = {show(value)}: is not UTF-8, as config.toml has to be"
+                raise UserError(f"{told}; rename it") from None
     return "\n".join(lines).lstrip() + "\n"
 
 

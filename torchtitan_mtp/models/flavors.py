@@ -192,8 +192,13 @@ def _scaling(
 
 
 def check_shape(args: ModelArgs) -> None:
-    """Errors: attention heads or experts that don't fit."""
+    """Errors: attention heads, rotary positions or experts that don't fit."""
     even = "expected an even number, for rotary pairs"
+    if isinstance(args.rope_scaling, YaRN) and args.rope_theta <= 1:
+        raise UserError(
+            f"model.args.rope_theta = {args.rope_theta:g}: YaRN counts turns by powers of it; "
+            "expected more than 1"
+        )
     if args.latent is not None:
         if args.qkv_bias:
             raise UserError(

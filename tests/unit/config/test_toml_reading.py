@@ -386,3 +386,11 @@ def test_here_is_the_folder_of_the_file(tmp_path, write, monkeypatch):
     assert f'initial_load_path = "{tmp_path.parent}/words"' in text
     assert "{here}" not in to_toml(config)
     assert load_toml(write('[job]\ndump_folder = "{hereby}"\n')).job.dump_folder == "{hereby}"
+
+
+def test_a_path_that_is_not_utf8_is_named():
+    config = parse_args(["--training.dataset_path", "/data/caf\udce9"])  # as argv has the byte E9
+    with pytest.raises(UserError) as caught:
+        to_toml(config)
+    start = r'training.dataset_path = "/data/caf\udce9": is not UTF-8'
+    assert str(caught.value).startswith(start) and str(caught.value).isascii()

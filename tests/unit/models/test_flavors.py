@@ -217,3 +217,9 @@ def test_frequencies_are_those_of_transformers(family, flavor, length, kind, con
     torch.testing.assert_close(cos, angles.cos(), rtol=0, atol=2e-3 * length / 2048)
     torch.testing.assert_close(sin, angles.sin(), rtol=0, atol=2e-3 * length / 2048)
     torch.testing.assert_close(torch.atan2(sin[1], cos[1]), freqs.float(), rtol=1e-5, atol=0)
+
+
+def test_yarn_needs_a_base_whose_powers_differ():
+    changes = {"rope_theta": 1.0, "rope_scaling": {"rope_type": "yarn", "factor": 4.0}}
+    with pytest.raises(UserError, match=r"^model.args.rope_theta = 1: YaRN .* more than 1$"):
+        model_args("llama3", "debugmodel", tokenizer_vocab=259, changes=changes)
