@@ -20,7 +20,7 @@ from runs import config_of, train, weights_of
 from spawn import run_ranks
 from tests.naive import total_loss
 from tests.small import perturb_norms, relative_error
-from torchtitan_mtp.config import JobConfig, check
+from torchtitan_mtp.config import JobConfig, check, check_new_run
 from torchtitan_mtp.config.setting import options
 from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.trainer import Trainer
@@ -53,6 +53,7 @@ REFUSED = {
     (("mtp.heads", "sequential"), ("mtp.engine", "joint")),
     *((("mtp.engine", "joint"), of_chain) for of_chain in OF_CHAINS),
     (("mtp.train", "trunk"), ("mtp.detach_trunk", True)),
+    (("mtp.train", "heads"), ("mtp.loss_scale", 0.0)),
 }
 # Largest error of a loss, and of a gradient, each relative to the largest value. (In bfloat16 a
 # token can go to another expert.)
@@ -119,6 +120,7 @@ def test_every_pair_that_the_configuration_allows_is_crossed():
                 known[name].set(config, value)
         try:
             check(config)
+            check_new_run(config)
         except UserError:
             return False
         return True

@@ -114,6 +114,7 @@ def test_the_present_configuration_decides_the_rate(tmp_path, caplog):
         "loss.z_loss": 1e-4,
         "loss.label_smoothing": 0.1,
         "mtp.loss_weights": [0.5, 0.25],
+        "mtp.loss_scale_final": 0.5,  # refused of a new run
         "activation_checkpoint.mode": "full",
     }
     train(config_of(tmp_path, last, longer, others, {"training.steps": 13}))

@@ -10,7 +10,7 @@ import torch
 
 from torchtitan_mtp.checkpoint import folders
 from torchtitan_mtp.checkpoint.record import keeps_earlier
-from torchtitan_mtp.config import JobConfig, load_toml
+from torchtitan_mtp.config import JobConfig, check_new_run, load_toml
 from torchtitan_mtp.errors import UserError
 
 
@@ -19,7 +19,7 @@ def find_origin(config: JobConfig) -> tuple[int, str, bool]:
     with "auto", the run's until now, by its config.toml; else a drawn seed, and "auto". And whether
     its model has what its flavor had before it became TorchTitan's, by the checkpoint that it
     resumes from or starts with (`keeps_earlier`). Error: the newest checkpoint, or config.toml, is
-    damaged; a seed is to be made where there is more."""
+    damaged; a seed is to be made where there is more; `check_new_run`."""
     checkpoint, training, path = config.checkpoint, config.training, None
     seed, precision = training.seed, training.mixed_precision_param
     if checkpoint.enable:
@@ -40,6 +40,8 @@ def find_origin(config: JobConfig) -> tuple[int, str, bool]:
             before = load_toml(written).training
             seed = before.seed if seed is None else seed
             precision = before.mixed_precision_param if precision == "auto" else precision
+    if path is None:
+        check_new_run(config)
     seed = torch.seed() % 2**31 if seed is None else seed
     return seed, precision, keeps_earlier(config, path)
 

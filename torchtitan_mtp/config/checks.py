@@ -281,3 +281,31 @@ def _check_mtp(config: JobConfig) -> None:
         )
     if mtp.train == "heads" and n == 1:
         raise UserError('mtp.train = "heads": needs mtp.num_future_tokens of at least 2, found 1')
+
+
+_SCHEDULE = "loss_scale_schedule"
+# Keys of [mtp] that other values than their default need of another key, and why.
+_NEEDS = [
+    ("loss_scale_final", _SCHEDULE, ("linear", "step"), "a constant one ends as it begins"),
+    ("loss_scale_boundary", _SCHEDULE, ("step",), "no other has a step"),
+    ("curriculum_fraction", "curriculum", ("forward", "reverse"), "without one it says nothing"),
+    ("curriculum", "train", ("all", "trunk"), "while head 1 is alone, nothing would train"),
+    ("init", "heads", ("parallel", "sequential"), "light heads have nothing of a layer"),
+]
+
+
+def check_new_run(config: JobConfig) -> None:
+    """Raises a UserError for the first key of [mtp] that would do nothing, or leave nothing to
+    train. Not of a run that goes on: its beginning was taken, maybe by an earlier version."""
+    mtp = config.mtp
+    if "mtp" not in config.model.converters:
+        return
+    for key, other, values, why in _NEEDS:
+        value = getattr(mtp, key)
+        if value != getattr(type(mtp), key) and getattr(mtp, other) not in values:
+            needs = f"needs mtp.{other} = {' or '.join(map(show, values))}: {why}"
+            message = f"mtp.{key} = {show(value)}: {needs}; set it, or leave mtp.{key} unset"
+            raise UserError(message)
+    last = mtp.loss_scale if mtp.loss_scale_schedule == "constant" else mtp.loss_scale_final
+    if mtp.train == "heads" and not (mtp.loss_scale or last):
+        raise UserError('mtp.loss_scale = 0: with mtp.train = "heads" nothing trains; raise it')

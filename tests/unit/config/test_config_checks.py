@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from torchtitan_mtp.config import JobConfig, check, load_toml, parse_args
+from torchtitan_mtp.config import JobConfig, check, check_new_run, load_toml, parse_args
 from torchtitan_mtp.config.setting import options
 from torchtitan_mtp.config.torchtitan import known_options
 from torchtitan_mtp.errors import UserError
@@ -205,6 +205,55 @@ def test_every_number_of_an_option_in_use_has_a_range_that_its_default_is_in():
 )
 def test_combinations_of_mtp(argv, start):
     assert f"{refusal(*MTP, *argv)}\n".startswith(start)
+
+
+SCHEDULED = ["--mtp.loss_scale_schedule", "linear"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "start"),
+    [
+        (
+            ["--mtp.loss_scale_final=0.5"],
+            'mtp.loss_scale_final = 0.5: needs mtp.loss_scale_schedule = "linear" or "step": ',
+        ),
+        (
+            [*SCHEDULED, "--mtp.loss_scale_boundary=0.5"],
+            'mtp.loss_scale_boundary = 0.5: needs mtp.loss_scale_schedule = "step": no other',
+        ),
+        (
+            ["--mtp.curriculum_fraction=0.3"],
+            'mtp.curriculum_fraction = 0.3: needs mtp.curriculum = "forward" or "reverse": ',
+        ),
+        (
+            ["--mtp.curriculum=reverse", "--mtp.train=heads"],
+            'mtp.curriculum = "reverse": needs mtp.train = "all" or "trunk": while head 1 is alone',
+        ),
+        (
+            ["--mtp.heads=medusa", "--mtp.init=copy_last_layer"],
+            'mtp.init = "copy_last_layer": needs mtp.heads = "parallel" or "sequential": light',
+        ),
+        (
+            ["--mtp.train=heads", "--mtp.loss_scale=0"],
+            'mtp.loss_scale = 0: with mtp.train = "heads"',
+        ),
+        (
+            [*SCHEDULED, "--mtp.loss_scale_final=0", "--mtp.train=heads", "--mtp.loss_scale=0"],
+            'mtp.loss_scale = 0: with mtp.train = "heads"',
+        ),
+        ([*SCHEDULED, "--mtp.train=heads", "--mtp.loss_scale=0"], ""),
+        (["--mtp.curriculum=forward", "--mtp.curriculum_fraction=0.3"], ""),
+    ],
+)
+def test_what_a_new_run_would_do_nothing_with(argv, start):
+    """A file with it loads: an earlier version may have trained by it."""
+    config = parse_args([*MTP, *argv])
+    found = ""
+    try:
+        check_new_run(config)
+    except UserError as error:
+        found = str(error)
+    assert bool(found) == bool(start) and found.startswith(start) and "\n" not in found
 
 
 def test_logits_in_bfloat16_need_passes_that_read_them():
