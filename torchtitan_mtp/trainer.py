@@ -96,8 +96,8 @@ class Trainer:
         self.tokenizer = self.ranks.on_all(lambda: build_tokenizer(config.model.hf_assets_path))
         stored, vocabulary = getattr(torch, training.dtype), self.tokenizer.vocab_size
         model = model_from_config(config, vocabulary, stored, earlier=earlier)
-        if config.checkpoint.last_save_in_hf:
-            hf_format(model.spec, config.model.hf_assets_path)  # before the training, not after it
+        if config.checkpoint.last_save_in_hf:  # before the training, not after it
+            hf_format(model.spec, config.model.hf_assets_path, config.loss.softcap)
         self.accumulation = micro_batches_per_step(config, self.world.data_size)
         rank, size, accumulation = self.world.data_rank, self.world.data_size, self.accumulation
         self.ranks.on_all(
@@ -392,4 +392,5 @@ class Trainer:
 def loss_options(config: JobConfig, softcap: float | None) -> LossOptions:
     """The [loss] table, the model's softcap, compilation, and what heads 2..n learn from head 1."""
     own = {"softcap": softcap, "passes": config.loss_passes, "target_loss": config.target_loss}
-    return LossOptions(**asdict(config.loss) | own | {"target_weight": config.mtp.target_weight})
+    own |= {"target_weight": config.mtp.target_weight, "backend": config.compile.backend}
+    return LossOptions(**asdict(config.loss) | own)

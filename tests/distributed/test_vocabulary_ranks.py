@@ -162,7 +162,7 @@ def torch_compile(backend: str) -> None:
     leaves = (leaf, own)
     expected = torch.autograd.grad(loss(*leaves), leaves)
     torch.testing.assert_close(torch.autograd.grad(outside(*leaves), leaves), expected)
-    with mock.patch.object(token_losses, "compiled_token_losses", lambda: inside):
+    with mock.patch.object(token_losses, "compiled_token_losses", lambda _: inside):
         found = torch.autograd.grad(loss(*leaves, passes="compiled"), leaves)
     torch.testing.assert_close(found, expected)
 

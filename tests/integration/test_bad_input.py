@@ -76,6 +76,9 @@ WRONG = {
     "--validation.enable --validation.dataset c5": ["c5"],
     "--loss.backend naive": ["loss.backend"],
     "--mtp.heads sequential --mtp.engine joint": ["mtp.engine", "one way", "head_by_head"],
+    "--compile.enable --compile.backend inductr": ["compile.backend", '"inductr"', "mean inductor"],
+    "--checkpoint.last_save_in_hf --loss.softcap 30": ["last_save_in_hf", "loss.softcap = 30.0"],
+    "--mtp.loss_scale_final 0.5": ["mtp.loss_scale_final = 0.5", "mtp.loss_scale_schedule"],
 }
 
 

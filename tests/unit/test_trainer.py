@@ -49,11 +49,11 @@ def test_every_key_of_the_loss_table_is_passed_on():
     config.loss.chunk_rows, config.loss.z_loss = 7, 1e-4
     options = loss_options(config, softcap=30.0)  # the model's, which may be its own
     assert options == LossOptions(chunk_rows=7, z_loss=1e-4, softcap=30.0)
-    config.compile.enable = True
+    config.compile.enable, config.compile.backend = True, "aot_eager"
     assert loss_options(config, None).passes == "compiled"
     config.compile.components = ["model"]
     assert loss_options(config, None).passes == "eager"
     config.loss.passes, config.loss.bf16_logits = "triton", True
     assert loss_options(config, None) == options._replace(
-        softcap=None, passes="triton", bf16_logits=True
+        softcap=None, passes="triton", bf16_logits=True, backend="aot_eager"
     )

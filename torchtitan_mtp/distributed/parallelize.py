@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from difflib import get_close_matches
 from typing import Any
 
 import torch
@@ -85,6 +86,8 @@ def parallelize(
     The model comes from the meta device with its converters applied (heads, float8). It returns
     materialised, sharded and initialised.
     """
+    if config.compile.enable or config.loss_passes == "compiled":
+        _check_backend(config.compile.backend)
     if world.tensor_parallel is not None:
         apply_tensor_parallel(model, world.mesh["tp"], world.tensor_parallel)
     model.context_parallel = world.context_parallel
@@ -104,6 +107,16 @@ def parallelize(
                 module._buffers[name] = buffer.to(world.device)
     model.init_weights(seed)
     return model
+
+
+def _check_backend(name: str) -> None:
+    """Error: torch.compile has no such backend; the nearest is named."""
+    known = torch._dynamo.list_backends(exclude_tags=())
+    if name not in known:
+        usual = ", ".join(torch._dynamo.list_backends())
+        nearest = get_close_matches(name, known, n=1)
+        hint = f"; did you mean {nearest[0]}?" if nearest else ""
+        raise UserError(f'compile.backend = "{name}": torch.compile knows {usual}{hint}')
 
 
 def compile_block(block: nn.Module, backend: str) -> None:

@@ -218,8 +218,8 @@ _heads_op = torch.library.custom_op(
     "Tensor? row_weights, Tensor? teacher, Tensor? teacher_rows, int first, ScalarType mm, "
     "bool[] needs_grad, str? group, int first_token, int vocabulary_size, "
     "int ignore_index, float z_loss, float? softcap, float label_smoothing, "
-    "SymInt? chunk_rows, str passes, bool bf16_logits, str? target_loss, float target_weight) "
-    "-> Tensor[]",
+    "SymInt? chunk_rows, str passes, bool bf16_logits, str? target_loss, float target_weight, "
+    "str backend) -> Tensor[]",
 )
 
 

@@ -29,6 +29,7 @@ class LossOptions(NamedTuple):
         bf16_logits: their product rounds them to bfloat16; not with eager passes.
         target_loss: against a teacher, of `TARGET_LOSSES`; None: labels only.
         target_weight: its share; the rest is the label's cross-entropy.
+        backend: torch.compile's, of compiled passes.
     """
 
     ignore_index: int = -100
@@ -40,6 +41,7 @@ class LossOptions(NamedTuple):
     bf16_logits: bool = False
     target_loss: str | None = None
     target_weight: float = 1.0
+    backend: str = "inductor"
 
 
 class LossSums(NamedTuple):
@@ -78,7 +80,7 @@ def chunk_losses(
         return *kernel.triton_token_losses(logits, labels, *how), None
     if options.passes == "compiled" or vocabulary is not None:
         compiled = options.passes == "compiled"
-        passes = compiled_token_losses() if compiled else traceable_token_losses
+        passes = compiled_token_losses(options.backend) if compiled else traceable_token_losses
         return *passes(logits, labels, options, scale, weights, dtype, teacher, vocabulary), None
     part, grad, factor = token_losses(logits, labels, options, need_grad, weights, teacher)
     if scale is not None:
@@ -188,9 +190,9 @@ def _row_losses_(
 
 
 @functools.cache
-def compiled_token_losses() -> Callable[..., tuple[LossSums, Tensor]]:
+def compiled_token_losses(backend: str) -> Callable[..., tuple[LossSums, Tensor]]:
     """`traceable_token_losses`, compiled."""
-    return torch.compile(traceable_token_losses, fullgraph=True)
+    return torch.compile(traceable_token_losses, backend=backend, fullgraph=True)
 
 
 def traceable_token_losses(

@@ -29,7 +29,7 @@ def test_torch_compile_around_it(backend):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_the_form_for_compilers_is_the_same_loss(monkeypatch, dtype, options):
     """Uncompiled, for all options; bfloat16 as on a device that multiplies it."""
-    monkeypatch.setattr(token_losses, "compiled_token_losses", lambda: traceable_token_losses)
+    monkeypatch.setattr(token_losses, "compiled_token_losses", lambda _: traceable_token_losses)
     mm = torch.bfloat16 if dtype == torch.bfloat16 else None
     (hidden,), weight, labels = make_inputs(n=1, dtype=dtype)
     weights = torch.rand(len(labels), dtype=torch.float64)
@@ -55,7 +55,7 @@ def test_the_form_for_compilers_is_the_same_loss(monkeypatch, dtype, options):
 @pytest.mark.parametrize("spread", [1, 2])
 def test_logits_in_bfloat16_against_float64(monkeypatch, spread):
     """Logits of this standard deviation, products in bfloat16, a scale that bfloat16 rounds."""
-    monkeypatch.setattr(token_losses, "compiled_token_losses", lambda: traceable_token_losses)
+    monkeypatch.setattr(token_losses, "compiled_token_losses", lambda _: traceable_token_losses)
     (hidden,), weight, labels = make_inputs(1, 256, 16, 5001, dtype=torch.bfloat16)
     weight = (weight.detach() * spread / 4).requires_grad_()
     exact = [tensor.detach().double().requires_grad_() for tensor in (hidden, weight)]
@@ -102,3 +102,19 @@ def test_compiled_passes(n_rows):
         backend="aot_eager",
     )(*hiddens)
     torch.testing.assert_close(inside, expected.loss)
+
+
+def test_passes_are_compiled_by_the_backend_that_is_named():
+    seen = []
+
+    def noted(graph, _):
+        seen.append(graph)
+        return graph.forward
+
+    torch._dynamo.register_backend(noted, name="noted")
+    hiddens, weight, labels = make_inputs(n=1, dtype=torch.float32)
+    expected = linear_cross_entropy(hiddens, weight, labels)
+    for _ in range(2):
+        got = linear_cross_entropy(hiddens, weight, labels, passes="compiled", backend="noted")
+        torch.testing.assert_close(tuple(got), tuple(expected))
+        assert len(seen) == 1

@@ -169,7 +169,7 @@ def test_as_on_a_gpu(monkeypatch, kind, options):
         yield from (slice(i, min(i + chunk, len(labels))) for i in range(0, len(labels), chunk))
 
     monkeypatch.setattr(chunked, "_row_chunks", ranges)
-    monkeypatch.setattr(token_losses, "compiled_token_losses", lambda: traceable_token_losses)
+    monkeypatch.setattr(token_losses, "compiled_token_losses", lambda _: traceable_token_losses)
     for passes in ("eager", "compiled"):
         how |= {"passes": passes, "chunk_rows": 8}
         got = linear_cross_entropy(hiddens, weight, labels, SCALES, **how)
