@@ -392,5 +392,5 @@ class Trainer:
 def loss_options(config: JobConfig, softcap: float | None) -> LossOptions:
     """The [loss] table, the model's softcap, compilation, and what heads 2..n learn from head 1."""
     own = {"softcap": softcap, "passes": config.loss_passes, "target_loss": config.target_loss}
-    own |= {"target_weight": config.mtp.target_weight, "backend": config.compile.backend}
+    own |= {"target_weight": config.mtp.target_weight, "compile_backend": config.compile.backend}
     return LossOptions(**asdict(config.loss) | own)

@@ -20,7 +20,8 @@ from runs import config_of, train, weights_of
 from spawn import run_ranks
 from tests.naive import total_loss
 from tests.small import perturb_norms, relative_error
-from torchtitan_mtp.config import JobConfig, check, check_new_run
+from torchtitan_mtp.config import JobConfig, check
+from torchtitan_mtp.config.checks import check_new_run
 from torchtitan_mtp.config.setting import options
 from torchtitan_mtp.errors import UserError
 from torchtitan_mtp.trainer import Trainer

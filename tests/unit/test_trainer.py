@@ -55,5 +55,5 @@ def test_every_key_of_the_loss_table_is_passed_on():
     assert loss_options(config, None).passes == "eager"
     config.loss.passes, config.loss.bf16_logits = "triton", True
     assert loss_options(config, None) == options._replace(
-        softcap=None, passes="triton", bf16_logits=True, backend="aot_eager"
+        softcap=None, passes="triton", bf16_logits=True, compile_backend="aot_eager"
     )

@@ -10,7 +10,8 @@ import torch
 
 from torchtitan_mtp.checkpoint import folders
 from torchtitan_mtp.checkpoint.record import keeps_earlier
-from torchtitan_mtp.config import JobConfig, check_new_run, load_toml
+from torchtitan_mtp.config import JobConfig, load_toml
+from torchtitan_mtp.config.checks import check_new_run
 from torchtitan_mtp.errors import UserError
 
 

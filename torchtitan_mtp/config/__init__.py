@@ -1,6 +1,6 @@
 """The configuration of a run: dataclasses of every table, read from TOML and the command line."""
 
-from torchtitan_mtp.config.checks import check, check_new_run
+from torchtitan_mtp.config.checks import check
 from torchtitan_mtp.config.job_config import JobConfig
 from torchtitan_mtp.config.manager import load_toml, parse_args
 from torchtitan_mtp.config.sections.checkpoint import Checkpoint
@@ -22,7 +22,6 @@ __all__ = [
     "Optimizer",
     "Parallelism",
     "check",
-    "check_new_run",
     "load_toml",
     "parse_args",
     "to_toml",

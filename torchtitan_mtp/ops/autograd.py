@@ -219,7 +219,7 @@ _heads_op = torch.library.custom_op(
     "bool[] needs_grad, str? group, int first_token, int vocabulary_size, "
     "int ignore_index, float z_loss, float? softcap, float label_smoothing, "
     "SymInt? chunk_rows, str passes, bool bf16_logits, str? target_loss, float target_weight, "
-    "str backend) -> Tensor[]",
+    "str compile_backend) -> Tensor[]",
 )
 
 

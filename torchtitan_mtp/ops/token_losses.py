@@ -29,7 +29,7 @@ class LossOptions(NamedTuple):
         bf16_logits: their product rounds them to bfloat16; not with eager passes.
         target_loss: against a teacher, of `TARGET_LOSSES`; None: labels only.
         target_weight: its share; the rest is the label's cross-entropy.
-        backend: torch.compile's, of compiled passes.
+        compile_backend: torch.compile's, of compiled passes.
     """
 
     ignore_index: int = -100
@@ -41,7 +41,7 @@ class LossOptions(NamedTuple):
     bf16_logits: bool = False
     target_loss: str | None = None
     target_weight: float = 1.0
-    backend: str = "inductor"
+    compile_backend: str = "inductor"
 
 
 class LossSums(NamedTuple):
@@ -79,8 +79,9 @@ def chunk_losses(
         how = (options, scale, weights, dtype, need_grad, teacher)
         return *kernel.triton_token_losses(logits, labels, *how), None
     if options.passes == "compiled" or vocabulary is not None:
-        compiled = options.passes == "compiled"
-        passes = compiled_token_losses(options.backend) if compiled else traceable_token_losses
+        passes = traceable_token_losses
+        if options.passes == "compiled":
+            passes = compiled_token_losses(options.compile_backend)
         return *passes(logits, labels, options, scale, weights, dtype, teacher, vocabulary), None
     part, grad, factor = token_losses(logits, labels, options, need_grad, weights, teacher)
     if scale is not None:

@@ -5,7 +5,8 @@ import re
 
 import pytest
 
-from torchtitan_mtp.config import JobConfig, check, check_new_run, load_toml, parse_args
+from torchtitan_mtp.config import JobConfig, check, load_toml, parse_args
+from torchtitan_mtp.config.checks import check_new_run
 from torchtitan_mtp.config.setting import options
 from torchtitan_mtp.config.torchtitan import known_options
 from torchtitan_mtp.errors import UserError

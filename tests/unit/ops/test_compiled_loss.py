@@ -115,6 +115,8 @@ def test_passes_are_compiled_by_the_backend_that_is_named():
     hiddens, weight, labels = make_inputs(n=1, dtype=torch.float32)
     expected = linear_cross_entropy(hiddens, weight, labels)
     for _ in range(2):
-        got = linear_cross_entropy(hiddens, weight, labels, passes="compiled", backend="noted")
+        got = linear_cross_entropy(
+            hiddens, weight, labels, passes="compiled", compile_backend="noted"
+        )
         torch.testing.assert_close(tuple(got), tuple(expected))
         assert len(seen) == 1
