@@ -33,9 +33,7 @@ def hub_hint(path: str | os.PathLike[str]) -> str:
     name = str(path)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or os.path.exists(name.split("/")[0]):
         return ""
-    return (
-        f"; a model of the Hugging Face hub has to be here: hf download {name} --local-dir FOLDER"
-    )
+    return f"; if that is a model of the Hugging Face hub: hf download {name} --local-dir FOLDER"
 
 
 def import_optional(module: str, otherwise: str) -> Any:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from torchtitan_mtp.errors import writing
+from torchtitan_mtp.errors import UserError, writing
 
 
 @contextmanager
@@ -38,6 +38,8 @@ def written_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
 def check_writable(path: str | os.PathLike[str], what: str) -> None:
     """Before work that ends with a file. UserError: there can be none at `path`, of which `what`
     tells."""
+    if Path(path).is_dir():
+        raise UserError(f"{what}: can't be written: it is a folder")
     if Path(path).is_file() or not Path(path).exists():
         with writing(what):
             tempfile.TemporaryFile(dir=os.path.dirname(os.path.realpath(path))).close()

@@ -62,7 +62,7 @@ EXPERIMENT = Experiment(
     claims=[
         Claim(
             f"width {width}: n = {n} completes more names than n = 1",
-            source="section 4.1",
+            source="section 4.1" if n == 2 else "",
             figure="again",
             of={"width": width, "n": n},
             than={"width": width, "n": 1},

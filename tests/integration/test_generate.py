@@ -7,6 +7,7 @@ import base64
 import importlib
 import io
 import json
+import re
 import runpy
 from pathlib import Path
 from types import ModuleType
@@ -337,6 +338,11 @@ def test_conversations_in_the_words_of_the_template(
     first = {"role": "assistant", "content": expected[2]}
     second = chat.answer([TURNS[0], first, {"role": "user", "content": "the"}])
     assert capsys.readouterr().out == f"{expected[2]}\n{second}\n{expected[2]}\n"
+    monkeypatch.setattr("sys.stdin", io.StringIO(" the cat" * 100 + "\n"))
+    assert script.main([*arguments, "--interactive"]) == 0
+    assert re.search(
+        r"^note: \d{3} tokens, the model was trained on ", capsys.readouterr().err, re.M
+    )
 
 
 def test_a_template_lies_in_the_tokenizers_folder(
@@ -459,7 +465,7 @@ def test_samples_are_not_judged_by_the_margin(
         (["--prompt", "a", "--speculative", "--num_draft", "9"], "num_draft = 9"),
         (["--prompt", "a", "--prompt", ""], "the prompt is empty"),
         (["--prompt", "a", "--device", "teapot"], "--device teapot"),
-        (["--prompt", "a", "--device", "meta"], "--device meta: can't be used: its type is meta"),
+        (["--prompt", "a", "--device", "meta"], "--device meta: can't be used: it has no numbers"),
         (["--interactive", "--compare"], "--interactive goes without --compare"),
         (["--interactive", "--speculative", "--num_draft", "9"], "num_draft = 9"),
         (["--interactive", "--max_new_tokens", "-5"], "max_new_tokens = -5"),

@@ -226,6 +226,12 @@ def test_the_page_has_the_tables_of_its_files(name: str) -> None:
     assert (PUBLISHED / f"{name}.png").stat().st_size < 100_000
 
 
+def test_longer_trainings_of_polynomials_took_the_flops_of_four_heads() -> None:
+    rows = rows_of(PUBLISHED / "arithmetic.json")
+    spent = {row["n"]: row["TFLOP"] for row in rows if row["pauses"] == 0}
+    assert spent[arithmetic.LONGER] == pytest.approx(spent[4], rel=1e-3)
+
+
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_claim_was_run_with_at_least_three_seeds(name: str, tmp_path: Path) -> None:
     experiment, found = EXPERIMENTS[name], rows_of(PUBLISHED / f"{name}.json")

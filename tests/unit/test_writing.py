@@ -41,6 +41,8 @@ def test_whether_it_can_be_written_is_known_before(tmp_path: Path) -> None:
     for place in (tmp_path / "no" / "where", tmp_path / "file" / "a"):
         with pytest.raises(UserError, match="--json x: can't be written: N"):
             check_writable(place, "--json x")
+    with pytest.raises(UserError, match="--json x: can't be written: it is a folder"):
+        check_writable(tmp_path, "--json x")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 

@@ -32,7 +32,7 @@ from torchtitan_mtp.checkpoint.manifest import NAME as MANIFEST
 from torchtitan_mtp.checkpoint.metadata import read_metadata
 from torchtitan_mtp.checkpoint.remote import RemotePath, as_path
 from torchtitan_mtp.config import load_toml
-from torchtitan_mtp.errors import UserError, hub_hint
+from torchtitan_mtp.errors import UserError, hub_hint, looked_in
 from torchtitan_mtp.writing import sync
 
 logger = logging.getLogger(__name__)
@@ -217,7 +217,8 @@ def find_checkpoint(path: str | os.PathLike[str]) -> Path:
     given = as_path(path)
     if not given.is_dir():
         wanted = "expected a checkpoint or a run's folder"
-        raise UserError(f"{given}: no such folder; {wanted}{hub_hint(path)}")
+        where = looked_in(given) if isinstance(given, Path) else ""  # not of a URL
+        raise UserError(f"{given}: no such folder; {wanted}{where}{hub_hint(path)}")
     if _finished(given):
         return given
     own = given

@@ -29,7 +29,8 @@ def converse(
 ) -> None:
     """Continue what is typed, as one growing text or a conversation, until the input ends.
 
-    What is longer than the model was trained on, answer included, loses its beginning (`fitted`).
+    What is longer than the model was trained on, answer included, loses its beginning (`fitted`);
+    of a conversation never the last message, which stays whole and is told.
     """
     if args.compare or args.compile or args.cuda_graphs or args.num_draft == "auto":
         raise UserError(
@@ -61,6 +62,9 @@ def converse(
             if chat is None:
                 print(line, end="", flush=True)
             prompt = fitted(args, tokenizer, chat, messages if chat else text, most)
+            if len(prompt) > most:
+                told = f"{len(prompt)} tokens, the model was trained on {seq_len} at a time"
+                print(f"note: {told}", file=sys.stderr)
             shown = TextStream(tokenizer, args.stop, prompt, partial(print, end="", flush=True))
             answer(model, prompt, args.max_new_tokens, shown, options)
             options["seed"] = (options["seed"] + 1) % 2**64  # equal lines get other samples

@@ -7,6 +7,7 @@ one. Heads differ in colour, runs in the style of line.
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import sys
@@ -28,25 +29,32 @@ _LINES, _DOTS = ("-", "--", ":", "-."), "os^Dv"
 
 
 def read_scalars(run: Path) -> Scalars:
-    """Tag -> (step, value) of every event file below `run`; a later start replaces all that earlier
-    ones have from its first step on."""
+    """Tag -> (step, value) of every event file below `run`; a later start, of whatever ranks,
+    replaces all that earlier ones have from its first step on."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     scalars: dict[str, dict[int, float]] = {}
     folders = sorted({file.parent for file in run.rglob("events.out.tfevents.*")})
     if not folders:
         raise UserError(f"{run}: no TensorBoard files below it; set metrics.enable_tensorboard")
-    for folder in folders:
-        events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
-        found = {tag: events.Scalars(tag) for tag in events.Tags()["scalars"]}
-        steps = (event.step for of_tag in found.values() for event in of_tag)
-        first = min(steps, default=math.inf)
+    for _, of_start in itertools.groupby(folders, _start):
+        found = dict[str, dict[int, float]]()
+        for folder in of_start:
+            events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+            for tag in events.Tags()["scalars"]:
+                values = {event.step: event.value for event in events.Scalars(tag)}
+                found[tag] = found.get(tag, {}) | values
+        first = min((step for values in found.values() for step in values), default=math.inf)
         for tag, values in scalars.items():
             scalars[tag] = {step: value for step, value in values.items() if step < first}
-        for tag, of_tag in found.items():
-            values = {event.step: event.value for event in of_tag}
+        for tag, values in found.items():
             scalars[tag] = scalars.get(tag, {}) | values
     return {tag: sorted(values.items()) for tag, values in scalars.items() if values}
+
+
+def _start(folder: Path) -> Path:
+    """Of one rank's folder of events, that of all ranks (`metrics.save_for_all_ranks`)."""
+    return folder.parent if folder.name.startswith("rank_") else folder
 
 
 def names_of(runs: Sequence[Path]) -> list[str]:

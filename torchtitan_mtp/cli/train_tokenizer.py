@@ -90,7 +90,9 @@ def train(source_name: str, vocab_size: int, output: Path) -> None:
     write_tiktoken(tokenizer.get_vocab(), output)
     num_bytes, num_tokens = verify(TiktokenTokenizer(output), tokenizer, source)
     print(f"wrote {output}: vocabulary {vocab_size}, trained in {seconds:.1f} s on {source_name}")
-    print(f"{num_bytes / max(1, num_tokens):.3f} bytes per token in {num_tokens} tokens read back")
+    if num_tokens:
+        ratio = num_bytes / num_tokens
+        print(f"{ratio:.3f} bytes per token in {num_tokens} tokens read back")
 
 
 def open_source(name: str) -> Source:

@@ -307,5 +307,8 @@ def check_new_run(config: JobConfig) -> None:
             message = f"mtp.{key} = {show(value)}: {needs}; set it, or leave mtp.{key} unset"
             raise UserError(message)
     last = mtp.loss_scale if mtp.loss_scale_schedule == "constant" else mtp.loss_scale_final
-    if mtp.train == "heads" and not (mtp.loss_scale or last):
-        raise UserError('mtp.loss_scale = 0: with mtp.train = "heads" nothing trains; raise it')
+    if mtp.train == "heads":
+        key = "loss_weights" if mtp.loss_weights and not any(mtp.loss_weights) else "loss_scale"
+        if key == "loss_weights" or not (mtp.loss_scale or last):
+            told = f"mtp.{key} = {show(getattr(mtp, key))}"
+            raise UserError(f'{told}: with mtp.train = "heads" nothing trains; raise it')

@@ -24,12 +24,12 @@ DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float1
 
 
 def find_device(name: str | None) -> torch.device:
-    """The named device; None: a GPU where there is one, else the CPU. Error: neither of them, or
-    torch does not have it or can't use the GPU there is."""
+    """The named device; None: a GPU where there is one, else the CPU. Error: torch
+    does not have it or can't use the GPU there is, or it holds no numbers."""
     try:
         device = torch.device(name) if name else local_device()
-        if device.type not in ("cpu", "cuda"):
-            raise RuntimeError(f"its type is {device.type}")
+        if device.type == "meta":
+            raise RuntimeError("it has no numbers")
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]

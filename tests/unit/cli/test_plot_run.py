@@ -48,12 +48,19 @@ def test_one_run(tmp_path: Path) -> None:
 
 
 def test_a_later_start_replaces_what_follows_its_first_step(tmp_path: Path) -> None:
-    """Also where the earlier one went further, or logged tags that it lacks."""
-    for start, tag, steps in (("1", "a", [1, 2, 3, 4, 5]), ("1", "b", [2, 4]), ("2", "a", [3])):
-        with SummaryWriter(str(tmp_path / "tb" / start)) as writer:  # type: ignore[no-untyped-call]
+    """Also where the earlier one went further, or logged tags that it lacks; but not what another
+    rank of the same start has."""
+    logged = (
+        ("1", "a", [1, 2, 3, 4, 5]),
+        ("1", "b", [2, 4]),
+        ("2/rank_0", "a", [3, 4]),
+        ("2/rank_1", "a", [3]),
+    )
+    for folder, tag, steps in logged:
+        with SummaryWriter(str(tmp_path / "tb" / folder)) as writer:  # type: ignore[no-untyped-call]
             for step in steps:
-                writer.add_scalar(tag, int(start), step)
-    assert read_scalars(tmp_path) == {"a": [(1, 1), (2, 1), (3, 2)], "b": [(2, 1)]}
+                writer.add_scalar(tag, int(folder[0]), step)
+    assert read_scalars(tmp_path) == {"a": [(1, 1), (2, 1), (3, 2), (4, 2)], "b": [(2, 1)]}
 
 
 def test_several_runs_have_lines_of_their_own(tmp_path: Path) -> None:

@@ -236,11 +236,15 @@ SCHEDULED = ["--mtp.loss_scale_schedule", "linear"]
         ),
         (
             ["--mtp.train=heads", "--mtp.loss_scale=0"],
-            'mtp.loss_scale = 0: with mtp.train = "heads"',
+            'mtp.loss_scale = 0.0: with mtp.train = "heads"',
         ),
         (
             [*SCHEDULED, "--mtp.loss_scale_final=0", "--mtp.train=heads", "--mtp.loss_scale=0"],
-            'mtp.loss_scale = 0: with mtp.train = "heads"',
+            'mtp.loss_scale = 0.0: with mtp.train = "heads"',
+        ),
+        (
+            ["--mtp.train=heads", "--mtp.num_future_tokens=2", "--mtp.loss_weights=0"],
+            'mtp.loss_weights = [0.0]: with mtp.train = "heads"',
         ),
         ([*SCHEDULED, "--mtp.train=heads", "--mtp.loss_scale=0"], ""),
         (["--mtp.curriculum=forward", "--mtp.curriculum_fraction=0.3"], ""),
