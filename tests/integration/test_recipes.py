@@ -175,6 +175,7 @@ def test_the_launcher_trains_on_two_ranks(tmp_path):
     arguments = ["--job.dump_folder", str(tmp_path / "run")]
     arguments += ["--training.steps", "2", "--training.seq_len", "32", "--model.args.n_layers", "2"]
     arguments += ["--metrics.enable_tensorboard", "--checkpoint.enable"]
+    arguments += ["--training.mixed_precision_param", "float32"]  # "auto" takes what is faster then
     result = subprocess.run(
         ["bash", str(ROOT / "run_train.sh"), *arguments],
         cwd=tmp_path,
@@ -194,7 +195,7 @@ def test_the_launcher_trains_on_two_ranks(tmp_path):
     config = load_toml(recipe)
     config.job.dump_folder = str(tmp_path / "alone")
     config.training.steps, config.training.seq_len, config.training.local_batch_size = 2, 32, 4
-    config.model.args.n_layers = 2
+    config.model.args.n_layers, config.training.mixed_precision_param = 2, "float32"
     alone = train(config)
     for k in range(1, 5):
         found = [value for _, value in logged[f"loss_metrics/mtp_head_{k}_loss"]]
