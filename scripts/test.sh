@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Set up what is missing and run the tests, two files at a time, in their order, which ends with short ones:
+# Set up what is missing and run the tests, three files at a time (on two cores: some wait), in their order, which
+# ends with short ones:
 #
 #     scripts/test.sh [pytest arguments]          all of them
 #     scripts/test.sh fast [pytest arguments]     in a minute: labels, losses and gradients against
@@ -18,4 +19,4 @@ if [[ ${1:-} == fast ]]; then
 fi
 source scripts/setup.sh dev
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # a test and its processes on one core
-exec "$PYTHON" -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"
+exec "$PYTHON" -m pytest -n 3 --dist loadfile --no-loadscope-reorder "$@"
