@@ -270,7 +270,7 @@ def test_the_fast_tests_are_there(ready: Path) -> None:
     (call,) = calls(ready)
     options, *rest = call.partition(" | ")[0].split(" tests/")
     assert options == (
-        "-m pytest -n 2 --dist loadfile --no-loadscope-reorder -m not slow and not exhaustive"
+        "-m pytest -n 3 --dist loadfile --no-loadscope-reorder -m not slow and not exhaustive"
     )
     *others, last = rest
     paths = [*others, last.removesuffix(" -x")]
