@@ -230,6 +230,7 @@ def test_longer_trainings_of_polynomials_took_the_flops_of_four_heads() -> None:
     rows = rows_of(PUBLISHED / "arithmetic.json")
     spent = {row["n"]: row["TFLOP"] for row in rows if row["pauses"] == 0}
     assert spent[arithmetic.LONGER] == pytest.approx(spent[4], rel=1e-3)
+    assert {row["n"]: row["steps"] for row in rows} == arithmetic.STEPS
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)

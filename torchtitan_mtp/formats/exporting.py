@@ -87,18 +87,11 @@ def export_checkpoint(
     cap, source = config.loss.softcap, dcp_tensors(find_checkpoint(checkpoint))
     rows = 0 if config.model.name == "hf" else vocabulary_of(source)
     spec = spec_from_config(config, rows, keeps_earlier(config, source.where))
-    if form is not None and spec.hf_config is not None:
-        other = f'holds no model of model.name = "hf"; --format {SAME} does'
-        raise UserError(f"--format {format_name}: {other}")
+    _check_asked(form, format_name, spec, cap, dtype)
     if form is None:
-        if dtype is not None:
-            raise UserError(f"--dtype: --format {SAME} keeps that of each tensor; leave it out")
         check_tokenizer(source.where, config.model.hf_assets_path)
         origin, spec = config.model.hf_assets_path, _first(spec, modules)
         return write_same(source, Path(origin), spec, Path(out), drop_heads)
-    if cap is not None and form.container != "dcp":
-        ways = "decode here, or train on without it (checkpoint.initial_load_path) and export that"
-        raise UserError(f"--format {format_name}: {UNCAPPED.format(cap)}; {ways}")
     check_tensors(source, names.torchtitan(spec), spec.args)
     kept = _fitting(form, format_name, _first(spec, modules), drop_heads)
     for k in range(kept.num_modules, spec.num_modules):
@@ -124,6 +117,25 @@ def export_checkpoint(
             _write_model(form, folder, tensors, config, spec, max_shard_size)
         verify(open_tensors(form, folder), tensors)
     return spec
+
+
+def _check_asked(
+    form: Format | None,
+    name: str,
+    spec: ModelSpec,
+    cap: float | None,
+    dtype: torch.dtype | None,
+) -> None:
+    """Errors: what a format, `SAME` if None, does not do with such a model."""
+    told = f"--format {name}"
+    if form is None:
+        if dtype is not None:
+            raise UserError(f"--dtype: {told} keeps that of each tensor; leave it out")
+    elif spec.hf_config is not None:
+        raise UserError(f'{told}: holds no model of model.name = "hf"; --format {SAME} does')
+    elif cap is not None and form.container != "dcp":
+        ways = "decode here, or train on without it (checkpoint.initial_load_path) and export that"
+        raise UserError(f"{told}: {UNCAPPED.format(cap)}; {ways}")
 
 
 def _write_model(
